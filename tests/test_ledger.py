@@ -1,0 +1,91 @@
+"""Entries are whole or not there, whatever happens."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from headcount.errors import StudyError
+from headcount.ledger import Ledger, job_id
+
+JOB = {"kind": "evaluation", "task": "copa", "num_fewshot": 5, "curve": {"fractions": [0.1, 0.2]}}
+TABLE = pd.DataFrame({"mask": [0, 0], "doc_id": [0, 1], "correct": [1.0, 0.0]})
+
+
+def test_an_entry_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert not ledger.has(JOB)
+    ledger.write(JOB, TABLE, {"seconds": 1.5})
+    assert ledger.has(JOB)
+    entry = ledger.read(JOB)
+    pd.testing.assert_frame_equal(entry.table, TABLE)
+    assert (entry.job, entry.info) == (JOB, {"seconds": 1.5})
+    assert [e.job for e in ledger.entries("evaluation")] == [JOB]
+    assert list(ledger.entries("importance")) == []
+
+
+def test_names_hang_on_content_not_on_order() -> None:
+    assert job_id(dict(reversed(JOB.items()))) == job_id(JOB)
+    assert job_id({**JOB, "num_fewshot": 1}) != job_id(JOB)
+
+
+def test_the_first_whole_entry_wins(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write(JOB, TABLE, {"seconds": 1})
+    ledger.write(JOB, TABLE, {"seconds": 2})
+    assert ledger.read(JOB).info == {"seconds": 1}
+
+
+def test_a_cut_off_file_is_no_entry_and_is_replaced(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write(JOB, TABLE, {})
+    path = ledger.path(JOB)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert not ledger.has(JOB)
+    with pytest.raises(StudyError, match="damaged"):
+        ledger.read(JOB)
+    ledger.write(JOB, TABLE, {})
+    assert ledger.has(JOB)
+
+
+def test_nothing_stays_behind_when_writing_fails(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    with pytest.raises(TypeError):
+        ledger.write(JOB, TABLE, {"not json": object()})
+    assert list(ledger.entries_folder.glob("*")) == []
+    assert not ledger.has(JOB)
+
+
+def _write_many(folder: str) -> None:
+    for i in range(10_000):
+        Ledger(folder).write({**JOB, "i": i}, TABLE, {})
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_write_many, args=(str(tmp_path),))
+    process.start()
+    entries = tmp_path / "entries"
+    deadline = time.monotonic() + 60
+    while len(list(entries.glob("*.parquet"))) < 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    ledger = Ledger(tmp_path)
+    found = list(ledger.entries())
+    assert len(found) >= 20
+    for entry in found:
+        pd.testing.assert_frame_equal(entry.table, TABLE)
+
+
+def test_damaged_study_json_is_told(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text('{"spec": ')
+    with pytest.raises(StudyError, match="damaged"):
+        Ledger(tmp_path).read_json("study.json")
