@@ -1,0 +1,192 @@
+"""Importance of heads and FFNs: by gradient, all at once, and of FFNs by oracle, one ablation each.
+
+Gradient (Michel et al. 2019; Molchanov et al. 2017): with z[l,h,t] the slice h of the input of layer l's attention
+output projection at position t, and L_n the mean cross-entropy (nats) of example n's gold continuation,
+
+    position:  I[l,h] = 1/N sum_n 1/T_n sum_t abs(z[l,h,t] . dL_n/dz[l,h,t])      (Bansal et al. 2023)
+    example:   I[l,h] = 1/N sum_n abs(sum_t z[l,h,t] . dL_n/dz[l,h,t])            (Michel et al. 2019)
+
+over the T_n positions that the model reads. For an FFN z is the output of its down-projection. Every example is a row
+of its own, because abs does not pass through a sum over examples; the loss is summed over rows, so that no score
+depends on the batch. Parameters are frozen: one forward pass and one backward pass through activations alone.
+
+Oracle: I[l] = P(full) - P(without FFN l) on the same documents, P the task's metric; beside it the mean gold
+log-likelihood that is lost, which decides between equal P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headcount.errors import OptionError
+from headcount.masks import Component, Mask, removal_order
+from headcount.measure.encoding import Request, encode
+from headcount.measure.packing import Batch, batches, pack
+from headcount.measure.scoring import BATCH_TOKENS, ROW_TOKENS, Progress, evaluate, model_inputs, scored_only
+from headcount.measure.tasks import LM_EVAL_SEED, Task
+from headcount.model.gates import captured, frozen
+from headcount.model.load import LoadedModel
+from headcount.results import Evaluations, Importance, Score
+
+
+def head_importance(loaded: LoadedModel, task: Task, **options: object) -> Importance:
+    """Importance of every head by gradient; options and result are those of `gradient_importance`."""
+    return gradient_importance(loaded, task, **options)["head"]  # type: ignore[arg-type]
+
+
+def ffn_importance(loaded: LoadedModel, task: Task, *, method: str = "oracle", **options: object) -> Importance:
+    """Importance of every FFN by "oracle" (see `oracle_importance`) or "gradient" (see `gradient_importance`).
+
+    Raises:
+        OptionError: For another method.
+    """
+    if method == "oracle":
+        return oracle_importance(loaded, task, **options)  # type: ignore[arg-type]
+    if method == "gradient":
+        return gradient_importance(loaded, task, **options)["ffn"]  # type: ignore[arg-type]
+    raise OptionError(f"FFN importance is measured by 'oracle' or 'gradient', not {method!r}")
+
+
+def gradient_importance(
+    loaded: LoadedModel,
+    task: Task,
+    *,
+    num_fewshot: int = 0,
+    limit: int | None = 2500,
+    seed: int = LM_EVAL_SEED,
+    shared_shots: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> dict[Component, Importance]:
+    """Gradient importance of all heads and all FFNs of a model, from one backward pass per batch.
+
+    Args:
+        loaded: The model.
+        task: From `get_tasks`; its training documents are used.
+        num_fewshot: Shots before each example.
+        limit: The first so many training documents (the paper's 2,500); None takes all.
+        seed: Of the sampler of shots.
+        shared_shots: Whether one draw of shots serves all examples; those documents are left out.
+        batch_tokens: A batch takes further examples up to this many tokens.
+        progress: Called with the number of tokens after each batch.
+
+    Returns:
+        Importance of heads under "head" and of FFNs under "ffn", scores "position" and "example" in nats.
+    """
+    prompts = task.prompts("examples", num_fewshot=num_fewshot, limit=limit, seed=seed, shared_shots=shared_shots)
+    requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length)
+    heads, ffns = example_scores(loaded, requests, batch_tokens=batch_tokens, progress=progress)
+
+    def summary(component: Component, scores: Float[np.ndarray, "score example component"]) -> Importance:
+        n = scores.shape[1]
+        spread = scores.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.full((2, scores.shape[2]), np.nan)
+        kinds: tuple[Score, Score] = ("position", "example")
+        return Importance(task.name, num_fewshot, component, "gradient", loaded.anatomy.heads_per_layer,
+                          dict(zip(kinds, scores.mean(axis=1), strict=True)),
+                          dict(zip(kinds, spread, strict=True)), n)
+
+    return {"head": summary("head", heads), "ffn": summary("ffn", ffns)}
+
+
+def example_scores(
+    loaded: LoadedModel, requests: Sequence[Request], *, batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> tuple[Float[np.ndarray, "score example head"], Float[np.ndarray, "score example ffn"]]:
+    """The two scores, "position" and "example", of every example; heads run by layer, then index."""
+    n = len(requests)
+    heads = np.zeros((2, n, loaded.anatomy.num_heads))
+    ffns = np.zeros((2, n, loaded.anatomy.num_layers))
+    rows = pack([[r] for r in requests], row_tokens=1, trees=False)
+    with frozen(loaded.model):
+        for batch in batches(rows, batch_tokens):
+            examples = batch.requests[np.unique(batch.rows, return_index=True)[1]]
+            heads[:, examples], ffns[:, examples] = _batch_scores(loaded, batch)
+            if progress is not None:
+                progress(batch.tokens)
+    return heads, ffns
+
+
+def _batch_scores(
+    loaded: LoadedModel, batch: Batch
+) -> tuple[Float[np.ndarray, "score example head"], Float[np.ndarray, "score example ffn"]]:
+    device = loaded.device
+    rows, positions = torch.from_numpy(batch.rows).to(device), torch.from_numpy(batch.positions).to(device)
+    with torch.enable_grad(), captured(loaded.anatomy, gradients=True) as found, scored_only(loaded, rows, positions):
+        logits = loaded.model(**model_inputs(loaded, batch), use_cache=False).logits[0].float()
+        targets = torch.from_numpy(batch.targets).to(logits.device)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        # Mean over each example's targets, then the sum over examples: rows do not touch one another.
+        weights = 1 / torch.from_numpy(np.bincount(batch.rows)[batch.rows]).to(losses)
+        gradients = torch.autograd.grad((losses * weights).sum(), [*found.heads, *found.ffns])
+    real = torch.arange(batch.ids.shape[1])[None] < torch.from_numpy(batch.lengths)[:, None]
+    products = [(z.detach().float() * g.float()).sum(-1) for z, g in
+                zip([*found.heads, *found.ffns], gradients, strict=True)]
+    layers = len(found.heads)
+    heads = [_reduce(p, real) for p in products[:layers]]
+    ffns = [_reduce(p[..., None], real) for p in products[layers:]]
+    return torch.cat(heads, -1).numpy(), torch.cat(ffns, -1).numpy()
+
+
+def _reduce(
+    products: Float[Tensor, "batch pos component"], real: Tensor
+) -> Float[Tensor, "score batch component"]:
+    weight = real.to(products)[..., None]
+    position = (products.abs() * weight).sum(1) / weight.sum(1)
+    example = (products * weight).sum(1).abs()
+    return torch.stack([position, example]).double().cpu()
+
+
+def oracle_importance(
+    loaded: LoadedModel,
+    task: Task,
+    *,
+    num_fewshot: int = 0,
+    limit: int | None = 2500,
+    seed: int = LM_EVAL_SEED,
+    shared_shots: bool = False,
+    trees: bool | None = None,
+    row_tokens: int = ROW_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> Importance:
+    """What the task's metric loses, on training documents, when one FFN is off; options as in `evaluate`."""
+    full = Mask.full(loaded.anatomy.heads_per_layer)
+    masks = [full, *(full.without_ffns([layer]) for layer in range(loaded.anatomy.num_layers))]
+    measured = evaluate(loaded, task, masks, num_fewshot=num_fewshot, limit=limit, split="examples", seed=seed,
+                        shared_shots=shared_shots, trees=trees, row_tokens=row_tokens, batch_tokens=batch_tokens,
+                        progress=progress)
+    return oracle_from(measured)
+
+
+def oracle_from(measured: Evaluations) -> Importance:
+    """Oracle importance from evaluations whose first mask is the full model and whose l-th next is without FFN l."""
+    n = len(measured.doc_ids)
+    lost: dict[Score, Float[np.ndarray, "ffn doc"]] = {
+        "accuracy": measured.correct[0] - measured.correct[1:],
+        "gold_loglikelihood": measured.gold_loglikelihood[0] - measured.gold_loglikelihood[1:],
+    }
+    return Importance(
+        measured.task, measured.num_fewshot, "ffn", "oracle", measured.masks[0].heads_per_layer,
+        {kind: x.mean(axis=1) for kind, x in lost.items()},
+        {kind: x.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(x), np.nan) for kind, x in lost.items()},
+        n,
+    )
+
+
+def order_of(importance: Importance, score: Score | None = None) -> list[int]:
+    """From the least to the most important component, as positions in `importance.positions`.
+
+    The oracle's order goes by accuracy lost, then gold log-likelihood lost, then layer.
+
+    Args:
+        importance: Heads or FFNs.
+        score: For gradient importance, "position" (default) or "example".
+    """
+    if importance.method == "oracle":
+        return removal_order(importance.scores["accuracy"], importance.scores["gold_loglikelihood"])
+    return removal_order(importance.scores[score or "position"])

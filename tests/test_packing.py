@@ -1,0 +1,80 @@
+"""Token trees against a trie built node by node."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headcount.measure.encoding import Request
+from headcount.measure.packing import batches, pack
+
+ids = st.lists(st.integers(0, 2), min_size=2, max_size=7)
+documents = st.lists(st.lists(ids.flatmap(lambda x: st.tuples(st.just(x), st.integers(1, len(x) - 1))), min_size=1,
+                              max_size=4), min_size=1, max_size=5)
+
+
+def requests(drawn: list[list[tuple[list[int], int]]]) -> list[list[Request]]:
+    return [[Request(np.array(x[:-1]), np.array(x[len(x) - n :])) for x, n in doc] for doc in drawn]
+
+
+@given(documents, st.integers(1, 20))
+def test_every_node_sees_its_ancestors_and_nothing_else(drawn: list[list[tuple[list[int], int]]], width: int) -> None:
+    docs = requests(drawn)
+    flat = [r for doc in docs for r in doc]
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for row in pack(docs, row_tokens=width):
+        n = len(row)
+        for i in range(n):
+            ancestors = [j for j in range(n) if j <= i < row.ends[j]]
+            assert len(ancestors) == row.depths[i] + 1
+            assert [row.depths[j] for j in ancestors] == list(range(len(ancestors)))
+        for number, position, target in zip(row.requests, row.positions, row.targets, strict=True):
+            path = [int(row.ids[j]) for j in range(n) if j <= position < row.ends[j]]
+            request = flat[number]
+            assert path == request.ids[: len(path)].tolist(), "the path to a target is the request's beginning"
+            seen.setdefault(int(number), []).append((len(path), int(target)))
+    for number, request in enumerate(flat):
+        start = len(request.ids) - len(request.targets) + 1
+        expected = [(start + i, int(t)) for i, t in enumerate(request.targets)]
+        assert sorted(seen[number]) == expected, "every target once, at its place"
+
+
+@given(documents)
+def test_one_wide_row_holds_every_prefix_once(drawn: list[list[tuple[list[int], int]]]) -> None:
+    docs = requests(drawn)
+    (row,) = pack(docs, row_tokens=10_000)
+    prefixes = {tuple(r.ids[:n].tolist()) for doc in docs for r in doc for n in range(1, len(r.ids) + 1)}
+    assert len(row) == len(prefixes)
+
+
+@given(documents, st.integers(1, 12))
+def test_without_trees_every_request_is_a_plain_row(drawn: list[list[tuple[list[int], int]]], depth: int) -> None:
+    docs = requests(drawn)
+    flat = [r for doc in docs for r in doc]
+    rows = pack(docs, row_tokens=100, trees=False)
+    assert [r.ids.tolist() for r in rows] == [r.ids.tolist() for r in flat]
+    assert not any(r.is_tree for r in rows)
+    for row in pack(docs, row_tokens=100, tree_depth=depth):
+        assert not row.is_tree or row.depths.max() < depth
+
+
+@given(documents, st.integers(1, 40))
+def test_batches_hold_the_rows_and_their_budget(drawn: list[list[tuple[list[int], int]]], budget: int) -> None:
+    rows = pack(requests(drawn), row_tokens=8)
+    made = batches(rows, budget)
+    assert sum(len(b.lengths) for b in made) == len(rows)
+    for batch in made:
+        assert batch.tokens <= budget or len(batch.lengths) == 1
+        for i, length in enumerate(batch.lengths):
+            padding = np.arange(length, batch.ids.shape[1])
+            assert (batch.ends[i, length:] == padding + 1).all(), "padding sees itself"
+            assert (batch.ends[i, :length] <= length).all(), "nothing real is seen from padding"
+
+
+def test_shared_shots_are_computed_once_a_row() -> None:
+    shots = np.arange(100, 150)
+    docs = [[Request(np.concatenate([shots, [i, i + 1]]), np.array([7])),
+             Request(np.concatenate([shots, [i, i + 1]]), np.array([8]))] for i in range(1, 31)]
+    assert [len(r) for r in pack(docs, row_tokens=80)] == [80, 80]
+    assert sum(len(r) for r in pack(docs, row_tokens=80, trees=False)) == 60 * 52

