@@ -1,0 +1,207 @@
+"""The command line: verbs, nothing else. Options are the fields of the dataclasses in `headcount.specs`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+from cyclopts import App, Parameter
+
+import headcount
+from headcount.errors import HeadcountError, OptionError
+from headcount.specs import ModelSpec, StudySpec
+
+app = App(
+    name="headcount",
+    version=headcount.__version__,
+    help="Which attention heads and feed-forward blocks (FFNs) of a language model does in-context learning need?\n\n"
+    "Score them, prune the least important step by step, and see what accuracy is left.",
+    default_parameter=Parameter(consume_multiple=True, negative=()),
+)
+app.meta.group_parameters = cyclopts.Group("Session")
+
+Spec = Annotated[StudySpec, Parameter(name="*")]
+# Relations of the embedded suite that the demo measures: twelve of them take about ten minutes on two cores.
+DEMO_TASKS = (
+    "icl_animal_young", "icl_antonym", "icl_capital", "icl_category", "icl_comparative", "icl_english_french",
+    "icl_english_spanish", "icl_past_tense", "icl_pattern", "icl_plural", "icl_sentiment", "icl_successor",
+)
+
+
+@app.command
+def study(spec: Spec, *, dry_run: bool = False) -> None:
+    """Measure importance, pruning curves and what is left, and write a report.
+
+    Stop it anywhere and run the same command again: it goes on where it stopped.
+
+    Args:
+        dry_run: Print the jobs and what they cost, and measure nothing.
+    """
+    from headcount import terminal
+
+    if spec.out is None:
+        raise OptionError("a study needs a folder; name it with --out DIR")
+    with terminal.reporter() as reporter:
+        from headcount.study import Runner
+
+        runner = Runner(spec, reporter=reporter, command=_command())
+        if not dry_run:
+            runner.run()
+    if dry_run:
+        terminal.print_plan(runner.jobs, runner.ledger)
+    else:
+        _report(spec.out)
+
+
+@app.command
+def evaluate(spec: Spec) -> None:
+    """Accuracy of the full model on each task."""
+    from headcount import terminal
+
+    with _measured(spec, "evaluate") as folder:
+        terminal.print_accuracy(folder)
+
+
+@app.command
+def heads(spec: Spec) -> None:
+    """Importance of every head, by gradient."""
+    from headcount import terminal
+
+    with _measured(spec, "heads") as folder:
+        terminal.print_importance(folder, "head")
+
+
+@app.command
+def ffns(spec: Spec) -> None:
+    """Importance of every FFN, by oracle (or by gradient: --ffn-order gradient)."""
+    from headcount import terminal
+
+    with _measured(spec, "ffns") as folder:
+        terminal.print_importance(folder, "ffn")
+
+
+@app.command
+def curve(spec: Spec) -> None:
+    """Accuracy as the least important heads, and FFNs, go."""
+    from headcount import terminal
+
+    with _measured(spec, "curve") as folder:
+        terminal.print_curves(folder)
+
+
+@app.command
+def report(folder: Path) -> None:
+    """Write the report of a study folder again.
+
+    Args:
+        folder: What --out named.
+    """
+    _report(folder)
+
+
+@app.command
+def anatomy(spec: Annotated[ModelSpec, Parameter(name="*")], *, verify: bool = False) -> None:
+    """Heads, KV groups, FFNs and their parameters, as found in a model.
+
+    Args:
+        verify: Prove on this model that gates act where heads and FFNs are, and say how prompts are packed.
+    """
+    from headcount import terminal
+    from headcount.model.load import load
+
+    with terminal.reporter() as reporter:
+        reporter.stage(f"loading {spec.model}")
+        loaded = load(spec.model, **{f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name != "model"})
+    if not terminal.print_anatomy(loaded, verify=verify):
+        raise SystemExit(1)
+
+
+@app.command
+def demo(*, out: Path = Path("headcount-demo"), dry_run: bool = False) -> None:
+    """A whole study of SmolLM2-135M on embedded word tasks: 12 relations, 0 and 5 shots, about ten minutes on a CPU.
+
+    Args:
+        out: The study folder.
+        dry_run: Print the jobs and what they cost, and measure nothing.
+    """
+    study(StudySpec(model="smollm2", tasks=DEMO_TASKS, shots=(0, 5), limit=50, importance_limit=50,
+                    shared_shots=True, out=out), dry_run=dry_run)
+
+
+@contextlib.contextmanager
+def _measured(spec: StudySpec, part: str) -> Iterator[Path]:
+    """Do one part of a study, in its folder, or in one that is thrown away where none is named."""
+    from headcount import terminal
+
+    with tempfile.TemporaryDirectory() as temporary:
+        chosen = dataclasses.replace(spec, out=spec.out or Path(temporary) / "study")
+        with terminal.reporter() as reporter:
+            from headcount.study import run_study
+
+            folder = run_study(chosen, parts=(part,), reporter=reporter, command=_command())  # type: ignore[arg-type]
+        yield folder
+
+
+def _report(folder: Path) -> None:
+    from headcount import terminal
+    from headcount.view.report import write_report
+
+    with terminal.reporter() as reporter:
+        reporter.stage("writing the report")
+        path = write_report(folder)
+    terminal.print_summary(folder, path)
+
+
+def _command() -> str:
+    return shlex.join(["headcount", *sys.argv[1:]])
+
+
+@app.meta.default
+def _with_config(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(help="TOML file with options by name; the command line wins.")] = None,
+) -> None:
+    app.config = ()
+    if config is not None:
+        try:
+            tomllib.loads(config.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise OptionError(f"--config {config} cannot be read ({error.strerror})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise OptionError(f"--config {config} is not TOML: {error}") from error
+        app.config = (cyclopts.config.Toml(config, must_exist=True, use_commands_as_keys=False),)
+    app(tokens, exit_on_error=False, print_error=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, 1 where a check failed, 2 for bad input, 130 when stopped."""
+    # Their progress bars and advice would drown ours.
+    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+                        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "true"}.items():
+        os.environ.setdefault(name, value)
+    try:
+        app.meta(sys.argv[1:] if arguments is None else arguments, exit_on_error=False, print_error=False)
+    except (HeadcountError, cyclopts.CycloptsError) as error:
+        return _fail(" ".join(str(error).split()))
+    except OSError as error:
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except KeyboardInterrupt:
+        sys.stderr.write("\nheadcount: stopped; what is measured is kept, the same command goes on from here\n")
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"headcount: {message}\n")
+    return 2
+
+

@@ -1,0 +1,163 @@
+"""From what was asked to the jobs that answer it, and what they cost.
+
+A job is the smallest unit that is measured and saved. Its description (`headcount.ledger.Job`) names everything its
+result depends on, and nothing else, so that equal work has equal names: an order is named by the job that measured
+the importance it comes from; the number of documents stands for `--limit`; without shots their seed does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from headcount.ledger import Job, job_id
+from headcount.masks import Component
+from headcount.specs import StudySpec
+
+Part = Literal["evaluate", "heads", "ffns", "curve"]
+PARTS: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
+PROTOCOL = "sound"
+T = TypeVar("T")
+# A gradient costs a forward and a backward pass through activations.
+_GRADIENT_PASSES = 2
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What the planner must know of a task.
+
+    Attributes:
+        name: The task's name.
+        fingerprint: Hash of its definition and documents.
+        documents: How many documents are evaluated.
+        examples: How many training documents importance is measured on.
+        tokens: Estimated tokens of one document by (number of shots, "evaluation" | "examples" | "gradient").
+    """
+
+    name: str
+    fingerprint: str
+    documents: int
+    examples: int
+    tokens: Mapping[tuple[int, str], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """One job, what it needs first, and what it costs.
+
+    Attributes:
+        job: Its description; its hash is its name.
+        title: A few words for people.
+        needs: Jobs whose entries it reads.
+        passes: Forward passes over its documents (a gradient counts two).
+        tokens: Estimated tokens through the model.
+    """
+
+    job: Job
+    title: str
+    needs: tuple[Job, ...] = ()
+    passes: int = 0
+    tokens: float = 0.0
+
+
+def plan(
+    spec: StudySpec, model: str, num_layers: int, tasks: Sequence[TaskFacts], parts: Sequence[Part] = PARTS
+) -> list[PlannedJob]:
+    """All jobs of a study in an order in which they can be done.
+
+    Args:
+        spec: What was asked.
+        model: The model's fingerprint.
+        num_layers: The model's number of layers.
+        tasks: What is known of each task.
+        parts: What of the study is wanted; a curve brings the importance that orders it.
+    """
+    jobs: dict[str, PlannedJob] = {}
+    for task in tasks:
+        for num_fewshot in spec.shots:
+            for planned in _Planner(spec, model, num_layers, task, num_fewshot).jobs(parts):
+                jobs.setdefault(job_id(planned.job), planned)
+    return list(jobs.values())
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """The jobs of one task at one number of shots."""
+
+    spec: StudySpec
+    model: str
+    num_layers: int
+    task: TaskFacts
+    num_fewshot: int
+
+    def jobs(self, parts: Sequence[Part]) -> Iterator[PlannedJob]:
+        gradient = self._gradient()
+        if "heads" in parts or "curve" in parts:
+            yield gradient
+        if "evaluate" in parts or "curve" in parts:
+            yield self._full("evaluation")
+        if "curve" in parts:
+            yield from self._curves("head", gradient)
+        ffns = gradient
+        if self.spec.ffn_order == "oracle" and ("ffns" in parts or "curve" in parts):
+            *singles, ffns = self._oracle()
+            yield from [*singles, ffns]
+        elif "ffns" in parts:
+            yield gradient
+        if "curve" in parts:
+            yield from self._curves("ffn", ffns)
+
+    def _base(self, kind: str, documents: int) -> dict[str, Any]:
+        shots = {"seed": self.spec.seed, "shared_shots": self.spec.shared_shots} if self.num_fewshot else {}
+        return {"kind": kind, "protocol": PROTOCOL, "model": self.model, "task": self.task.name,
+                "task_fingerprint": self.task.fingerprint, "num_fewshot": self.num_fewshot, "documents": documents,
+                **shots}
+
+    def _planned(self, job: Job, what: str, passes: int, tokens: str, *needs: Job) -> PlannedJob:
+        per_document = self.task.tokens.get((self.num_fewshot, tokens), 0.0)
+        title = f"{self.task.name}, {self.num_fewshot}-shot: {what}"
+        return PlannedJob(job, title, needs, passes, passes * job["documents"] * per_document)
+
+    def _gradient(self) -> PlannedJob:
+        job = {**self._base("importance", self.task.examples), "method": "gradient"}
+        return self._planned(job, "gradient importance", _GRADIENT_PASSES, "gradient")
+
+    def _full(self, split: str) -> PlannedJob:
+        documents = self.task.documents if split == "evaluation" else self.task.examples
+        job = {**self._base("evaluation", documents), "split": split, "curve": {"order": "none"}}
+        return self._planned(job, f"full model, {split}", 1, split)
+
+    def _curves(self, component: Component, importance: PlannedJob) -> Iterator[PlannedJob]:
+        method = importance.job["method"]
+        measured: dict[str, Any] = {"component": component, "order": method, "importance": job_id(importance.job)}
+        if method == "gradient":
+            measured["score"] = self.spec.head_score
+        yield from self._curve(measured, f"{component}s by {method}", importance.job)
+        for i in range(self.spec.random_orders):
+            order = {"component": component, "order": "random", "order_seed": self.spec.seed + i}
+            yield from self._curve(order, f"{component}s at random")
+
+    def _curve(self, order: Mapping[str, Any], what: str, *needs: Job) -> Iterator[PlannedJob]:
+        for fractions in _chunks(self.spec.fractions, self.spec.masks_per_job):
+            job = {**self._base("evaluation", self.task.documents), "split": "evaluation",
+                   "curve": {**order, "fractions": list(fractions)}}
+            span = f"{fractions[0]:.0%} to {fractions[-1]:.0%}"
+            yield self._planned(job, f"{what}, {span}", len(fractions), "evaluation", *needs)
+
+    def _oracle(self) -> list[PlannedJob]:
+        full = self._full("examples")
+        singles = [
+            self._planned({**self._base("evaluation", self.task.examples), "split": "examples",
+                           "curve": {"order": "single", "component": "ffn", "layers": list(layers)}},
+                          f"one FFN off, layers {layers[0]} to {layers[-1]}", len(layers), "examples")
+            for layers in _chunks(range(self.num_layers), self.spec.masks_per_job)
+        ]
+        measured = [full.job, *(s.job for s in singles)]
+        job = {**self._base("importance", self.task.examples), "method": "oracle"}
+        return [full, *singles, self._planned(job, "FFN oracle", 0, "examples", *measured)]
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

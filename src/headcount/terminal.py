@@ -1,0 +1,133 @@
+"""What a person sees on the terminal: progress with time left, tables, a study's summary. Results go to stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from headcount.ledger import Ledger
+    from headcount.masks import Component
+    from headcount.model.load import LoadedModel
+    from headcount.plan import PlannedJob
+
+_out = Console()
+_err = Console(stderr=True)
+# Where nobody watches, a line this often (seconds) instead of a bar.
+_LINE_EVERY = 20.0
+
+
+class Bar:
+    """Tells progress as a bar with time left; in a log file as a line now and then."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None)
+        self._tokens, self._done, self._title = 0.0, 0.0, ""
+        self._started = self._told = time.monotonic()
+
+    def stage(self, text: str) -> None:
+        """What is being done before the jobs start."""
+        self._progress.update(self._task, description=text)
+
+    def begin(self, todo: int, done: int, tokens: float) -> None:
+        """How many jobs are to do and were done before, and about how many tokens they take."""
+        before = f", {done} were done before" if done else ""
+        self._progress.console.print(f"{todo} jobs to do{before}; about {tokens:,.0f} tokens through the model",
+                                     highlight=False)
+        self._tokens, self._done = max(tokens, 1.0), 0.0
+        self._started = self._told = time.monotonic()
+        self._progress.reset(self._task, total=self._tokens)
+
+    def job(self, title: str) -> None:
+        """A job begins."""
+        self._title = title
+        self._progress.update(self._task, description=title)
+
+    def advance(self, tokens: float) -> None:
+        """So many more tokens are computed."""
+        self._done += tokens
+        self._progress.update(self._task, completed=min(self._done, self._tokens))
+        now = time.monotonic()
+        if not self._progress.console.is_terminal and now - self._told > _LINE_EVERY:
+            self._told = now
+            left = (now - self._started) * (self._tokens / self._done - 1)
+            self._progress.console.print(f"{self._done / self._tokens:4.0%}  about {max(left, 0) / 60:.0f} min left  "
+                                         f"{self._title}", highlight=False)
+
+
+@contextlib.contextmanager
+def reporter() -> Iterator[Bar]:
+    """A progress bar on stderr, gone when the block ends."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:3.0f} %"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=_err, transient=True, speed_estimate_period=120,
+                  disable=not _err.is_terminal) as progress:
+        yield Bar(progress)
+
+
+def print_plan(jobs: Sequence[PlannedJob], ledger: Ledger) -> None:
+    """The jobs of a study, what they cost, and which are done."""
+    table = _table("job", "passes|r", "documents|r", "tokens (about)|r", "done")
+    for planned in jobs:
+        done = "yes" if ledger.has(planned.job) else ""
+        table.add_row(planned.title, f"{planned.passes}", f"{planned.job['documents']}", f"{planned.tokens:,.0f}", done)
+    _out.print(table)
+    left = [p for p in jobs if not ledger.has(p.job)]
+    _out.print(f"{len(jobs)} jobs, {len(left)} to do, about {sum(p.tokens for p in left):,.0f} tokens through the "
+               "model. Nothing was measured.", highlight=False)
+
+
+def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:
+    """What was found in a model; with `verify` also whether the contracts hold, which is returned."""
+    found = loaded.anatomy
+    _out.print(f"[bold]{loaded.name}[/bold]: {loaded.provenance.get('class')}, {found.num_layers} layers, "
+               f"{found.num_heads} heads, {found.num_parameters:,} parameters", highlight=False)
+    for note in loaded.notes:
+        _out.print(f"note: {note}", highlight=False)
+    table = _table("layer", "heads|r", "KV groups|r", "head width|r", "parameters a head|r", "parameters of the FFN|r")
+    rows = [(part.num_heads, part.num_kv_heads, part.d_head, found.parameters_per_head(i), found.parameters_per_ffn(i))
+            for i, part in enumerate(found.layers)]
+    start = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[start]:
+            layers = f"L{start}" if i - start == 1 else f"L{start} to L{i - 1}"
+            table.add_row(layers, *(f"{n:,}" for n in rows[start]))
+            start = i
+    _out.print(table)
+    shared = any(part.num_kv_heads != part.num_heads for part in found.layers)
+    if shared:
+        _out.print("parameters a head: its query and output weights; keys and values go with the last head of a KV "
+                   "group", highlight=False)
+    return _print_contracts(loaded) if verify else True
+
+
+def _print_contracts(loaded: LoadedModel) -> bool:
+    from headcount.measure.scoring import layout
+    from headcount.model.contracts import verify
+
+    results = verify(loaded)
+    for result in results:
+        verdict = "[green]holds[/green]" if result.holds else "[red]FAILS[/red]"
+        _out.print(f"{verdict}  {result.name} (largest error {result.worst_error:.1e}) {result.detail}", highlight=False)
+    chosen = layout(loaded)
+    _out.print(f"prompts: {'token trees' if chosen.trees else 'one request a row'} ({chosen.reason})", highlight=False)
+    return all(result.holds for result in results)
+
+
+def _table(*columns: str) -> Table:
+    """A table; a column whose name ends in `|r` is right-aligned."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        name, _, side = column.partition("|")
+        table.add_column(name, justify="right" if side else "left")
+    return table
