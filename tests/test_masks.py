@@ -47,7 +47,7 @@ def test_json_and_digest_tell_masks_apart(heads: list[list[bool]], data: st.Data
 def test_pruning_removes_the_floor_of_the_least_important(scores: list[float], tenths: int) -> None:
     order = removal_order(np.array(scores))
     mask = prune([len(scores)], "head", order, tenths / 10)
-    gone = {h.index for h in mask.heads_removed}
+    gone = {h.head for h in mask.heads_removed}
     assert len(gone) == math.floor(len(scores) * tenths / 10 + 1e-9)
     rounded = [float(f"{s:.4e}") for s in scores]
     kept = set(range(len(scores))) - gone

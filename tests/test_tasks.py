@@ -167,8 +167,10 @@ def test_a_task_without_the_split_names_the_option(tmp_path: Path) -> None:
 
 def test_more_shots_than_documents_are_refused(tmp_path: Path) -> None:
     found = task(tmp_path)
-    assert found.prompts("evaluation", num_fewshot=12, limit=1)
-    with pytest.raises(OptionError, match="12 few-shot documents"):
-        found.prompts("evaluation", num_fewshot=13)
+    for split in ("evaluation", "examples"):
+        assert found.prompts(split, num_fewshot=11, limit=1)
+        with pytest.raises(OptionError, match="12 few-shot documents"):
+            found.prompts(split, num_fewshot=12)
+    assert found.prompts("evaluation", num_fewshot=12, shared_shots=True)
     with pytest.raises(OptionError, match="ask for fewer"):
-        found.prompts("examples", num_fewshot=12)
+        found.prompts("evaluation", num_fewshot=13, shared_shots=True)

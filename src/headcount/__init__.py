@@ -30,7 +30,7 @@ _HOMES = {
     "write_report": "view.report",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - the names are strings
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from headcount.errors import HeadcountError as HeadcountError

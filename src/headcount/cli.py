@@ -120,7 +120,8 @@ def anatomy(spec: Annotated[ModelSpec, Parameter(name="*")], *, verify: bool = F
 
     with terminal.reporter() as reporter:
         reporter.stage(f"loading {spec.model}")
-        loaded = load(spec.model, **{f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name != "model"})
+        options = dataclasses.asdict(spec)
+        loaded = load(options.pop("model"), **options)
     if not terminal.print_anatomy(loaded, verify=verify):
         raise SystemExit(1)
 

@@ -27,10 +27,10 @@ class Head(NamedTuple):
     """One query head; prints as `L5H1`."""
 
     layer: int
-    index: int
+    head: int
 
     def __str__(self) -> str:
-        return f"L{self.layer}H{self.index}"
+        return f"L{self.layer}H{self.head}"
 
 
 class Mask:
@@ -126,7 +126,8 @@ class Mask:
         return hash(self.to_json())
 
     def __repr__(self) -> str:
-        return f"Mask({len(self.heads_removed)} heads and {len(self.ffns_removed)} FFNs removed of {len(self.ffns)} layers)"
+        gone = f"{len(self.heads_removed)} heads and {len(self.ffns_removed)} FFNs removed"
+        return f"Mask({gone} of {len(self.ffns)} layers)"
 
 
 def removal_order(*scores: Float[np.ndarray, " component"]) -> list[int]:
@@ -164,7 +165,7 @@ def prune(heads_per_layer: Sequence[int], component: Component, order: Sequence[
     everything = all_heads(heads_per_layer)
     n = len(everything) if component == "head" else len(heads_per_layer)
     if sorted(order) != list(range(n)):
-        raise OptionError(f"an order of this model's {component}s lists each of {n} once; this one has {len(order)} items")
+        raise OptionError(f"an order lists each of this model's {n} {component}s once; this one has {len(order)} items")
     # The small constant keeps 0.7 * 10 = 6.999... from losing a component.
     gone = order[: math.floor(fraction * n + 1e-9)]
     full = Mask.full(heads_per_layer)

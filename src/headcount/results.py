@@ -83,7 +83,7 @@ class Importance:
 
     @property
     def positions(self) -> list[Head]:
-        """(layer, index) of every score; an FFN's index is -1."""
+        """(layer, head) of every score; an FFN has head -1."""
         if self.component == "head":
             return all_heads(self.heads_per_layer)
         return [Head(layer, -1) for layer in range(len(self.heads_per_layer))]

@@ -1,4 +1,4 @@
-"""What was asked: frozen dataclasses that are the command line's options, the TOML file and the saved provenance at once."""
+"""What was asked: frozen dataclasses that are the command line's options, the TOML file and the saved provenance."""
 
 from __future__ import annotations
 

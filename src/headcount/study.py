@@ -121,9 +121,11 @@ class Runner:
         return self.ledger.folder
 
     def _check_prompts(self) -> None:
+        from headcount.measure.tasks import SPLITS
+
         for task in self.tasks.values():
             for num_fewshot in self.spec.shots:
-                for split in ("evaluation", "examples"):
+                for split in SPLITS:
                     task.prompts(split, num_fewshot=num_fewshot, limit=1, seed=self.spec.seed,
                                  shared_shots=self.spec.shared_shots)
 
@@ -131,7 +133,8 @@ class Runner:
         tokens: dict[tuple[int, str], float] = {}
         most = max(self.spec.shots) if self.spec.shared_shots else 0
         counts = {}
-        for split, limit in (("evaluation", self.spec.limit), ("examples", self.spec.importance_limit)):
+        limits: dict[Split, int | None] = {"evaluation": self.spec.limit, "examples": self.spec.importance_limit}
+        for split, limit in limits.items():
             available = task.size(split, shared_shots=most)
             counts[split] = available if limit is None else min(limit, available)
             for num_fewshot in self.spec.shots:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,7 +64,7 @@ def importance_table(importance: Importance) -> pd.DataFrame:
         pd.DataFrame({
             "component": importance.component,
             "layer": [p.layer for p in positions],
-            "head": [p.index for p in positions],
+            "head": [p.head for p in positions],
             "score": score,
             "importance": values,
             "stderr": importance.stderrs[score],
@@ -77,5 +77,5 @@ def stored_order(table: pd.DataFrame, component: Component, score: str | None) -
     """The removal order that a stored importance gives; without a score, the oracle's (accuracy, log-likelihood)."""
     scores = [score] if score else ["accuracy", "gold_loglikelihood"]
     rows = table[table["component"] == component]
-    chosen = [cast(pd.DataFrame, rows[rows["score"] == s]).sort_values(["layer", "head"]) for s in scores]
+    chosen = [rows[rows["score"] == s].sort_values(["layer", "head"]) for s in scores]
     return removal_order(*(c["importance"].to_numpy() for c in chosen))

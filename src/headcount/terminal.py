@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from headcount.ledger import Ledger
-    from headcount.masks import Component
     from headcount.model.load import LoadedModel
     from headcount.plan import PlannedJob
 
@@ -118,10 +116,24 @@ def _print_contracts(loaded: LoadedModel) -> bool:
     results = verify(loaded)
     for result in results:
         verdict = "[green]holds[/green]" if result.holds else "[red]FAILS[/red]"
-        _out.print(f"{verdict}  {result.name} (largest error {result.worst_error:.1e}) {result.detail}", highlight=False)
+        _out.print(f"{verdict}  {result.name} (largest error {result.worst_error:.1e}) {result.detail}",
+                   highlight=False)
     chosen = layout(loaded)
     _out.print(f"prompts: {'token trees' if chosen.trees else 'one request a row'} ({chosen.reason})", highlight=False)
     return all(result.holds for result in results)
+
+
+def print_accuracy(folder: Path) -> None:
+    """The full model's accuracy per task and number of shots."""
+    found = _study(folder).free_fractions()
+    curves = _study(folder).curves()
+    del found
+    full = curves[curves["order"] == "none"]
+    table = _table("task", "shots|r", "accuracy|r", "95 % interval|r", "documents|r")
+    for row in full.itertuples():
+        table.add_row(row.task, str(row.num_fewshot), f"{row.accuracy:.3f}", f"{row.low:.3f} to {row.high:.3f}",
+                      str(row.documents))
+    _out.print(table)
 
 
 def _table(*columns: str) -> Table:

@@ -77,7 +77,7 @@ def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
 
 def _encode_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> list[list[int]]:
     prefix = _prefix_id(tokenizer)
-    beginning = tokenizer.decode([prefix]) if prefix is not None else ""
+    beginning = str(tokenizer.decode([prefix])) if prefix is not None else ""
     begun = [bool(beginning) and s.startswith(beginning) for s in strings]
     encoded: list[list[int]] = [[] for _ in strings]
     for special in (True, False):

@@ -243,7 +243,8 @@ def model_inputs(loaded: LoadedModel, batch: Batch) -> dict[str, Tensor]:
     # Additive, in the model's type: right for eager attention, which adds the mask, and for SDPA alike.
     dtype = loaded.model.dtype
     mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
-    return {"input_ids": ids, "attention_mask": mask[:, None], "position_ids": torch.from_numpy(batch.depths).to(device)}
+    depths = torch.from_numpy(batch.depths).to(device)
+    return {"input_ids": ids, "attention_mask": mask[:, None], "position_ids": depths}
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from lm_eval.tasks import TaskManager
 from headcount.errors import DataError, OptionError, TaskError
 
 Split = Literal["evaluation", "examples"]
+SPLITS: tuple[Split, ...] = ("evaluation", "examples")
 SPLIT_FILES = ("train", "validation", "test")
 # The seed lm-eval gives its few-shot sampler.
 LM_EVAL_SEED = 1234
@@ -69,7 +70,7 @@ class Task:
         self.examples_split = examples_split
         kind = inner.OUTPUT_TYPE
         if kind not in ("multiple_choice", "loglikelihood"):
-            raise TaskError(f"task {name!r} is of type {kind}; headcount scores multiple_choice and loglikelihood tasks")
+            raise TaskError(f"task {name!r} is a {kind} task; headcount scores multiple_choice and loglikelihood tasks")
         names = list(inner.aggregation())
         self.metric = next((m for m in _METRICS if m in names), names[0])
 
@@ -128,7 +129,7 @@ class Task:
         """
         documents = self.documents(split)
         own_pool = num_fewshot > 0 and self._drawn_from(documents)
-        self._check_pool(num_fewshot, own_pool and not shared_shots)
+        self._check_pool(num_fewshot, excluding=not shared_shots and (own_pool or self._lm_eval_excludes))
         self.inner.set_fewshot_seed(seed)
         shots = self.inner.sampler.sample(num_fewshot) if shared_shots and num_fewshot else []
         prompts: list[Prompt] = []
@@ -168,19 +169,28 @@ class Task:
                 return i
         raise ValueError("no option is right")
 
-    def _check_pool(self, num_fewshot: int, excluding: bool) -> None:
+    def _check_pool(self, num_fewshot: int, *, excluding: bool) -> None:
         if num_fewshot == 0:
             return
-        sampler = getattr(self.inner, "sampler", None)
-        size = len(sampler.df) if sampler else 0
+        size = len(self._pool)
         if num_fewshot + excluding > size:
             raise OptionError(f"{num_fewshot} shots cannot be drawn from the {size} few-shot documents of task "
                               f"{self.name!r}; ask for fewer with --shots")
 
     def _drawn_from(self, documents: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the shots are drawn from these documents (the first one tells: splits do not overlap in part)."""
+        return documents[0] in self._pool
+
+    @property
+    def _lm_eval_excludes(self) -> bool:
+        """Whether lm-eval draws one shot more, to leave out the document itself, wherever the document comes from."""
+        return bool(self.inner.fewshot_cfg.split == self.inner.config.test_split)
+
+    @property
+    def _pool(self) -> Sequence[Any]:
+        """The documents that shots are drawn from."""
         sampler = getattr(self.inner, "sampler", None)
-        return bool(sampler) and documents[0] in list(sampler.df)
+        return sampler.df if sampler is not None else []
 
     @contextlib.contextmanager
     def _sampling(self, shots: Sequence[Any], excluded: Mapping[str, Any] | None) -> Iterator[None]:
@@ -273,7 +283,7 @@ def _load(text: str, name: str, *, local: bool) -> Any:
         logger.setLevel(level)
 
 
-def local_dataset(folder: str, **_: object) -> datasets.DatasetDict:
+def local_dataset(folder: str, **_: object) -> dict[str, Any]:
     """Read `folder/{train,validation,test}.jsonl` for lm-eval; validation stands in for a missing test split."""
     splits = {s: _read_jsonl(Path(folder) / f"{s}.jsonl") for s in SPLIT_FILES if _has(Path(folder), s)}
     if "test" not in splits and "validation" in splits:
@@ -334,7 +344,7 @@ def _definition(name: str) -> Path:
 
 @functools.cache
 def _lm_eval_definitions() -> dict[str, Path]:
-    """Where lm-eval keeps the YAML file of each task: the files are searched as text, which takes a third of a second."""
+    """Where lm-eval keeps the YAML file of each task; the files are searched as text, which takes under a second."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise TaskError("lm_eval is not installed; run pip install lm-eval")

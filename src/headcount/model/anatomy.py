@@ -1,0 +1,326 @@
+"""Where a decoder keeps its heads and FFNs: five short lists of names serve every family, no adapter per model.
+
+`model.get_decoder()` gives the decoder of every family of transformers; its blocks are a ModuleList under one of
+`Names.layers`, and in each block the attention, its output projection, the FFN and its down projection are found
+under the other four lists (DBRX's attention under a dotted name). Three things differ between families and are found
+by looking, not by the model's name: GPT-Neo nests one attention in another; OPT, XGLM and BioGPT have no FFN module
+(its two matrices lie in the block); a mixture of experts has no single down projection, so its whole routed block
+counts as the FFN's output.
+
+Widths come from weights, counts from the config: d_head = out-projection's inputs // number of heads, because the
+config's arithmetic is wrong on Gemma-2 and Qwen3, and modules often carry no number of heads at all.
+`headcount.model.contracts` proves on the user's own model that what was found is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from headcount.errors import ModelError, OptionError
+from headcount.masks import Mask
+
+# Names that matter for counting parameters only; a family that differs is counted by the rows of its fused projection.
+_KEYS = ("k_proj",)
+_VALUES = ("v_proj",)
+_HEAD_COUNTS = ("num_attention_heads", "num_query_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+# The norm that feeds the FFN alone, the first that is there. A norm that feeds attention too (Phi, GPT-J) stays.
+_FFN_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "ln_mlp", "ln_2", "norm_2", "ffn_norm",
+              "post_attention_layernorm", "final_layer_norm")
+# In blocks that norm each branch's output (OLMo-2), `post_attention_layernorm` is attention's, not the FFN's.
+_FFN_OUTPUT_NORM = "post_feedforward_layernorm"
+_EXPERTS = ("experts", "router", "gate")
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names to look for, in this order; a name may be dotted.
+
+    Args:
+        layers: The decoder's list of blocks.
+        attention: The attention in a block.
+        out_proj: The attention's output projection.
+        ffn: The FFN in a block.
+        down_proj: The FFN's last projection, in the FFN or in the block.
+    """
+
+    layers: tuple[str, ...] = ("layers", "h", "blocks")
+    attention: tuple[str, ...] = ("self_attn", "attn", "attention", "self_attention", "norm_attn_norm.attn")
+    out_proj: tuple[str, ...] = ("o_proj", "out_proj", "dense", "c_proj")
+    ffn: tuple[str, ...] = ("mlp", "ffn", "feed_forward", "block_sparse_moe")
+    down_proj: tuple[str, ...] = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2")
+
+
+_NAMES = Names()
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAnatomy:
+    """One layer's modules and sizes.
+
+    Args:
+        block: The whole layer.
+        attention: Its attention.
+        out_proj: The attention's output projection; slice h of its input is head h's output.
+        ffn_output: The module whose (first) output is the FFN's: the down projection, or the routed block of experts.
+        routed: Whether the FFN is a routed block of experts.
+        num_heads: Query heads.
+        num_kv_heads: KV groups.
+        d_head: Width of a head's output.
+        d_model: Width of the residual stream.
+        query_parameters: Query weights and biases of one head.
+        out_parameters: Weights of one head in the output projection.
+        kv_parameters: Key and value weights and biases of one KV group.
+        ffn_parameters: Weights and biases of the FFN, with the norm that feeds it alone.
+    """
+
+    block: nn.Module
+    attention: nn.Module
+    out_proj: nn.Module
+    ffn_output: nn.Module
+    routed: bool
+    num_heads: int
+    num_kv_heads: int
+    d_head: int
+    d_model: int
+    query_parameters: int
+    out_parameters: int
+    kv_parameters: int
+    ffn_parameters: int
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """Where a model keeps its heads and FFNs, and how many parameters each has."""
+
+    layers: tuple[LayerAnatomy, ...]
+    num_parameters: int
+
+    @property
+    def heads_per_layer(self) -> tuple[int, ...]:
+        """The number of query heads of every layer."""
+        return tuple(part.num_heads for part in self.layers)
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers, each with one FFN."""
+        return len(self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """The number of query heads of the whole model."""
+        return sum(self.heads_per_layer)
+
+    def parameters_per_head(self, layer: int) -> int:
+        """What removing one head of a whole layer saves: q and o, and k and v where each head has its own."""
+        part = self.layers[layer]
+        own = part.kv_parameters if part.num_kv_heads == part.num_heads else 0
+        return part.query_parameters + part.out_parameters + own
+
+    def parameters_per_ffn(self, layer: int) -> int:
+        """What removing the layer's FFN saves."""
+        return self.layers[layer].ffn_parameters
+
+    def parameters_removed(self, mask: Mask) -> int:
+        """What physically removing everything this mask leaves out saves.
+
+        A query head takes its query and output weights along, and the keys and values of its KV group when it is the
+        group's last. The output projection's bias stays. An FFN takes all of its own along, and its pre-norm.
+
+        Raises:
+            OptionError: If the mask describes a model of other numbers of heads.
+        """
+        self.check(mask)
+        saved = 0
+        for part, kept, ffn in zip(self.layers, mask.heads, mask.ffns, strict=True):
+            saved += int((~kept).sum()) * (part.query_parameters + part.out_parameters)
+            if part.num_kv_heads:
+                groups = kept.reshape(part.num_kv_heads, -1).any(axis=1)
+                saved += int((~groups).sum()) * part.kv_parameters
+            saved += 0 if ffn else part.ffn_parameters
+        return saved
+
+    def check(self, mask: Mask) -> None:
+        """Refuse a mask of another model.
+
+        Raises:
+            OptionError: If the mask describes a model of other numbers of heads.
+        """
+        if mask.heads_per_layer != self.heads_per_layer:
+            raise OptionError(f"the mask is for a model with {_brief(mask.heads_per_layer)} heads per layer, this one "
+                              f"has {_brief(self.heads_per_layer)}: make it with Mask.full(anatomy.heads_per_layer)")
+
+    def table(self) -> list[dict[str, int]]:
+        """One row per layer, for printing."""
+        return [{"layer": i, "heads": part.num_heads, "kv_groups": part.num_kv_heads, "d_head": part.d_head,
+                 "parameters_per_head": self.parameters_per_head(i), "parameters_per_ffn": part.ffn_parameters}
+                for i, part in enumerate(self.layers)]
+
+
+def find_anatomy(model: PreTrainedModel, names: Names = _NAMES) -> Anatomy:
+    """Where this model keeps its heads and FFNs.
+
+    Args:
+        model: A decoder-only language model; its weights are not read, so they may be on the meta device.
+        names: What to look for, where the model is of a family that names its parts otherwise.
+
+    Raises:
+        ModelError: If a block has no attention or FFN under these names (state-space and hybrid models have none), or
+            its number of heads does not fit its weights.
+    """
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    name, blocks = _child(decoder, names.layers)
+    if blocks is None:
+        # Llama-4's text model is not found by transformers' own look-up, which then hands the whole model back.
+        for child in decoder.children():
+            if isinstance(_child(child, names.layers)[1], nn.ModuleList):
+                decoder, (name, blocks) = child, _child(child, names.layers)
+    if not isinstance(blocks, nn.ModuleList):
+        raise _not_found(decoder, type(decoder).__name__, "list of layers", "layers", names.layers)
+    config = getattr(decoder, "config", model.config)
+    layers = tuple(_layer(block, f"{name}.{i}", config, i, names) for i, block in enumerate(blocks))
+    return Anatomy(layers, sum(p.numel() for p in model.parameters()))
+
+
+def _layer(block: nn.Module, where: str, config: PreTrainedConfig, index: int, names: Names) -> LayerAnatomy:
+    attention, out_proj = _attention(block, where, names)
+    ffn, output = _ffn(block, where, names)
+    width, d_model = _size(out_proj)
+    heads = _num_heads(config, index)
+    if heads < 1 or width % heads:
+        raise ModelError(f"{where} ({type(block).__name__}): the attention's output projection has {width} inputs, "
+                         f"which the config's {heads} attention heads do not divide: attention of this kind is not "
+                         "supported")
+    d_head = width // heads
+    groups_said = getattr(config, "num_key_value_heads", None)
+    query, kv, groups = _attention_parameters(attention, out_proj, heads, d_head, groups_said)
+    return LayerAnatomy(
+        block=block, attention=attention, out_proj=out_proj, ffn_output=output, routed=output is ffn, num_heads=heads,
+        num_kv_heads=groups, d_head=d_head, d_model=d_model, query_parameters=query, out_parameters=d_head * d_model,
+        kv_parameters=kv, ffn_parameters=_ffn_parameters(block, ffn, attention, config))
+
+
+def _attention(block: nn.Module, where: str, names: Names) -> tuple[nn.Module, nn.Module]:
+    _, attention = _child(block, names.attention)
+    if attention is None:
+        raise _not_found(block, where, "attention", "attention", names.attention)
+    _, out_proj = _child(attention, names.out_proj)
+    if out_proj is None:
+        _, nested = _child(attention, names.attention)
+        if nested is not None:
+            attention = nested
+            _, out_proj = _child(nested, names.out_proj)
+    if out_proj is None:
+        raise _not_found(attention, f"{where}'s attention", "output projection", "out_proj", names.out_proj)
+    return attention, out_proj
+
+
+def _ffn(block: nn.Module, where: str, names: Names) -> tuple[nn.Module | None, nn.Module]:
+    """The FFN's module, None where its matrices lie in the block, and the module that puts out its output."""
+    _, ffn = _child(block, names.ffn)
+    if ffn is None:
+        _, output = _child(block, names.down_proj)
+        if output is None:
+            raise _not_found(block, where, "FFN", "ffn", (*names.ffn, *names.down_proj))
+        return None, output
+    _, output = _child(ffn, names.down_proj)
+    if output is None and any(hasattr(ffn, name) for name in _EXPERTS):
+        output = ffn
+    if output is None:
+        raise _not_found(ffn, f"{where}'s FFN", "down projection", "down_proj", names.down_proj)
+    return ffn, output
+
+
+def _child(parent: nn.Module, names: Iterable[str]) -> tuple[str, nn.Module | None]:
+    for name in names:
+        found: object = parent
+        for step in name.split("."):
+            found = getattr(found, step, None)
+        if isinstance(found, nn.Module):
+            return name, found
+    return "", None
+
+
+def _not_found(parent: nn.Module, where: str, what: str, field: str, names: tuple[str, ...]) -> ModelError:
+    children = ", ".join(f"{n} ({type(m).__name__})" for n, m in parent.named_children()) or "nothing"
+    return ModelError(
+        f"{where} ({type(parent).__name__}) has no {what}: looked for {', '.join(names)}; it has {children}. "
+        "State-space and hybrid models have layers without attention heads and are not supported; if this is ordinary "
+        f'attention, call load(..., names=Names({field}=("NAME",)))')
+
+
+def _num_heads(config: PreTrainedConfig, layer: int) -> int:
+    for name in _HEAD_COUNTS:
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)):
+            value = value[layer]
+        if isinstance(value, int):
+            return value
+    raise ModelError(f"the config of model type {config.model_type!r} names no number of attention heads "
+                     f"(looked for {', '.join(_HEAD_COUNTS)}): only models with attention heads can be measured")
+
+
+def _size(projection: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a Linear (of any make), or of GPT-2's transposed Conv1D."""
+    for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
+        sizes = getattr(projection, inputs, None), getattr(projection, outputs, None)
+        if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+            return sizes[0], sizes[1]
+    raise ModelError(f"{type(projection).__name__} is no linear projection: it has neither in_features nor nx")
+
+
+def _parameters(projection: nn.Module) -> int:
+    # Not numel(): 4-bit weights are packed.
+    inputs, outputs = _size(projection)
+    return inputs * outputs + (outputs if getattr(projection, "bias", None) is not None else 0)
+
+
+def _attention_parameters(
+    attention: nn.Module, out_proj: nn.Module, heads: int, d_head: int, groups_said: int | None
+) -> tuple[int, int, int]:
+    """Query parameters of one head, key and value parameters of one KV group, and the number of KV groups."""
+    linear = [(name, m) for name, m in attention.named_modules()
+              if m is not out_proj and (hasattr(m, "in_features") or hasattr(m, "nx"))]
+    keys = [m for name, m in linear if name in _KEYS]
+    values = [m for name, m in linear if name in _VALUES]
+    if keys:
+        # Latent and shared keys and values may leave one of the two out: the keys alone then tell the number of groups.
+        groups = groups_said or _size(keys[0])[1] // d_head
+        query = sum(_parameters(m) for name, m in linear if name not in (*_KEYS, *_VALUES))
+        return query // heads, sum(_parameters(m) for m in keys + values) // groups, groups
+    outputs = sum(_size(m)[1] for _, m in linear)
+    total = sum(_parameters(m) for _, m in linear)
+    # Fused: (heads + 2 groups) * d_head outputs.
+    groups, rest = divmod(outputs - heads * d_head, 2 * d_head)
+    if len(linear) != 1 or rest or groups < 1 or heads % groups:
+        # Latent attention shares its projections among all heads: only the output projection's slice is counted.
+        return 0, 0, groups_said or heads
+    row = total // outputs
+    return row * d_head, 2 * row * d_head, groups
+
+
+def _ffn_parameters(block: nn.Module, ffn: nn.Module | None, attention: nn.Module, config: PreTrainedConfig) -> int:
+    if ffn is None:
+        own = sum(_parameters(m) for m in block.children() if hasattr(m, "in_features"))
+    else:
+        linear = [m for m in ffn.modules() if hasattr(m, "in_features") or hasattr(m, "nx")]
+        inside = {id(p) for m in linear for p in m.parameters()}
+        own = sum(_parameters(m) for m in linear) + sum(p.numel() for p in ffn.parameters() if id(p) not in inside)
+    return own + sum(p.numel() for norm in _pre_norm(block, config) for p in norm.parameters())
+
+
+def _pre_norm(block: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
+    """The norm that feeds the FFN and nothing else; none where it is applied after the residual add (OPT-350M)."""
+    if getattr(config, "do_layer_norm_before", True) is False:
+        return []
+    if hasattr(block, _FFN_OUTPUT_NORM) and not hasattr(block, _FFN_NORMS[0]):
+        return []
+    _, norm = _child(block, _FFN_NORMS)
+    return [] if norm is None else [norm]
+
+
+def _brief(counts: tuple[int, ...]) -> str:
+    return f"{len(counts)} x {counts[0]}" if len(set(counts)) == 1 else str(list(counts))

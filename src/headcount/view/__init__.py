@@ -1,0 +1,1 @@
+"""Looking at a study: files only, never a model."""

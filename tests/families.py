@@ -1,0 +1,131 @@
+"""One table of tiny random decoders, made from configs without a network: every weight, bias and norm is random."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 96
+_BASE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}
+_GQA = {**_BASE, "num_key_value_heads": 2}
+# d_head differs from hidden_size / heads, as in Gemma-2 and Qwen3.
+_WIDE = {**_GQA, "head_dim": 16}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
+         "eos_token_id": 2}
+_OPT = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+        "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+_MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# family: (model type, settings)
+_TABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", _OPT),
+    "opt-350m": ("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "llama": ("llama", _GQA),
+    "gpt2": ("gpt2", _GPT2),
+    "gpt_neox": ("gpt_neox", _BASE),
+    "llama-bias": ("llama", {**_GQA, "attention_bias": True, "mlp_bias": True}),
+    "gpt_neox-sequential": ("gpt_neox", {**_BASE, "use_parallel_residual": False}),
+    "afmoe": ("afmoe", {**_WIDE, **_MOE}),
+    "apertus": ("apertus", _GQA),
+    "arcee": ("arcee", _GQA),
+    "biogpt": ("biogpt", _BASE),
+    "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "codegen": ("codegen", {**_GPT2, "rotary_dim": 8, "n_ctx": 64}),
+    "cohere": ("cohere", _GQA),
+    "cohere2": ("cohere2", _GQA),
+    "cwm": ("cwm", _GQA),
+    "dbrx": ("dbrx", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64,
+                      "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+                      "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}}),
+    "deepseek_v3": ("deepseek_v3", {**_BASE, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                                    "n_group": 2, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 12,
+                                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+                                    "moe_intermediate_size": 16, "first_k_dense_replace": 1}),
+    "ernie4_5": ("ernie4_5", _GQA),
+    "exaone4": ("exaone4", {**_GQA, "sliding_window": 4}),
+    "falcon": ("falcon", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                          "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon-multi-query": ("falcon", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
+                                      "num_attention_heads": 4, "multi_query": True}),
+    "falcon-alibi": ("falcon", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
+                                "num_attention_heads": 4, "multi_query": False, "alibi": True,
+                                "parallel_attn": False, "bias": True}),
+    "gemma": ("gemma", _WIDE),
+    "gemma2": ("gemma2", {**_WIDE, "sliding_window": 4, "query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3_text", {**_WIDE, "sliding_window": 4, "query_pre_attn_scalar": 16}),
+    "glm": ("glm", {**_GQA, "head_dim": 8}),
+    "glm4": ("glm4", {**_GQA, "head_dim": 8}),
+    "glm4_moe": ("glm4_moe", {**_GQA, **_MOE, "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
+                              "first_k_dense_replace": 0}),
+    "gpt_bigcode": ("gpt_bigcode", {**_GPT2, "multi_query": True}),
+    "gpt_neo": ("gpt_neo", {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 4,
+                            "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64}),
+    "gpt_oss": ("gpt_oss", {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
+    "gptj": ("gptj", {**_GPT2, "rotary_dim": 8}),
+    "granite": ("granite", {**_GQA, "attention_bias": True, "residual_multiplier": 0.5}),
+    "granitemoe": ("granitemoe", {**_GQA, **_MOE}),
+    "helium": ("helium", {**_GQA, "head_dim": 8}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", _WIDE),
+    "jais2": ("jais2", _GQA),
+    "llama4": ("llama4_text", {**_WIDE, **_MOE, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}),
+    "ministral3": ("ministral3", {**_GQA, "head_dim": 8}),
+    "mistral": ("mistral", {**_GQA, "sliding_window": 4}),
+    "mixtral": ("mixtral", {**_GQA, **_MOE}),
+    "mpt": ("mpt", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "nanochat": ("nanochat", _GQA),
+    "nemotron": ("nemotron", _GQA),
+    "olmo": ("olmo", _GQA),
+    "olmo2": ("olmo2", _GQA),
+    "olmo3": ("olmo3", {**_GQA, "sliding_window": 4}),
+    "olmoe": ("olmoe", {**_GQA, **_MOE}),
+    "openai-gpt": ("openai-gpt", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "persimmon": ("persimmon", _BASE),
+    "phi": ("phi", _BASE),
+    "phi3": ("phi3", _GQA),
+    "phimoe": ("phimoe", {**_GQA, **_MOE, "attention_bias": True}),
+    "qwen2": ("qwen2", _GQA),
+    "qwen2_moe": ("qwen2_moe", {**_GQA, **_MOE, "shared_expert_intermediate_size": 24}),
+    "qwen3": ("qwen3", _WIDE),
+    "qwen3_moe": ("qwen3_moe", {**_WIDE, **_MOE}),
+    "seed_oss": ("seed_oss", _WIDE),
+    "smollm3": ("smollm3", _GQA),
+    "stablelm": ("stablelm", _GQA),
+    "starcoder2": ("starcoder2", _GQA),
+    "vaultgemma": ("vaultgemma", _WIDE),
+    "xglm": ("xglm", {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
+                      "max_position_embeddings": 64}),
+}
+# Families whose layers hold more than heads and one FFN, or heads that are not their own: `verify` must say so.
+_UNFIT: dict[str, tuple[str, dict[str, Any]]] = {
+    "bitnet": ("bitnet", _GQA),  # norms all heads together before the output projection
+    "diffllama": ("diffllama", _GQA),  # each head's output is a difference of two heads
+    "falcon_h1": ("falcon_h1", {**_GQA, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),  # a mixer beside
+    "gemma3n": ("gemma3n_text", {**_WIDE, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB,
+                                 "num_kv_shared_layers": 0, "laurel_rank": 4, "intermediate_size": [48] * 2,
+                                 "layer_types": ["sliding_attention", "full_attention"],
+                                 "activation_sparsity_pattern": [0.0] * 2}),  # four streams, a branch per layer
+    "granitemoeshared": ("granitemoeshared", {**_GQA, **_MOE, "shared_intermediate_size": 16}),  # a second FFN
+}
+FAMILIES = list(_TABLE)
+UNFIT = list(_UNFIT)
+CORE = ("opt", "opt-350m", "llama", "gpt2", "gpt_neox")
+MOE = ("dbrx", "glm4_moe", "gpt_oss", "granitemoe", "llama4", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe")
+
+
+def tiny(family: str, seed: int = 0) -> PreTrainedModel:
+    """A model in eval mode, with weights that are random throughout, so that nothing is right by being zero."""
+    kind, settings = {**_TABLE, **_UNFIT}[family]
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+def tokens(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
+    """Random ids, none of them special."""
+    return torch.randint(4, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,159 @@
+"""The command line as a stranger uses it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from headcount.ledger import Ledger, job_id
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny.model("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def headcount(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "headcount", *map(str, arguments)], capture_output=True, text=True,
+                          cwd=cwd, timeout=280, check=False)
+
+
+def study_arguments(model: Path, tmp_path: Path, out: str = "study") -> list[object]:
+    return ["study", model, "--tasks", "piqa", "--shots", "0", "1", "--limit", "6", "--importance-limit", "5",
+            "--data", tiny.write_task(tmp_path / "data"), "--out", tmp_path / out, "--masks-per-job", "1"]
+
+
+def test_help_is_quick_and_brings_no_torch() -> None:
+    code = ("import sys, time; t = time.perf_counter()\n"
+            "from headcount.cli import main\nmain(['--help'])\n"
+            "heavy = {'torch', 'transformers', 'lm_eval', 'pandas', 'altair', 'scipy'} & set(sys.modules)\n"
+            "sys.exit(f'imports {heavy}' if heavy else 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in ("study", "evaluate", "heads", "ffns", "curve", "anatomy", "demo", "report"):
+        assert f" {verb} " in done.stdout
+
+
+def test_a_study_killed_and_started_again(model_folder: Path, tmp_path: Path) -> None:
+    arguments = study_arguments(model_folder, tmp_path)
+    process = subprocess.Popen([sys.executable, "-m", "headcount", *map(str, arguments)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    entries = tmp_path / "study" / "entries"
+    deadline = time.monotonic() + 200
+    while len(list(entries.glob("*.parquet"))) < 5 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    killed_at = len(list(entries.glob("*.parquet")))
+    done = headcount(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "study" / "report.html").stat().st_size > 100_000
+    assert f"{killed_at} were done before" in done.stderr
+    other = headcount(*study_arguments(model_folder, tmp_path, "unbroken"))
+    assert other.returncode == 0, other.stderr
+    one, two = ({job_id(e.job): e.table for e in Ledger(tmp_path / f).entries()} for f in ("study", "unbroken"))
+    assert one.keys() == two.keys()
+    assert len(one) > killed_at >= 5
+    for name, table in one.items():
+        # The same machine and the same packs: the same bits.
+        assert table.equals(two[name]), name
+
+
+def test_dry_run_measures_nothing(model_folder: Path, tmp_path: Path) -> None:
+    done = headcount(*study_arguments(model_folder, tmp_path), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "gradient importance" in done.stdout
+    assert "Nothing was measured" in done.stdout
+    assert not (tmp_path / "study").exists()
+
+
+def test_options_come_from_a_file_too(model_folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "study.toml"
+    config.write_text(f'model = "{model_folder}"\ntasks = ["piqa"]\nshots = [0]\nlimit = 4\n'
+                      f'data = "{tiny.write_task(tmp_path / "data")}"\nout = "{tmp_path / "study"}"\n')
+    done = headcount("evaluate", "--config", config, "--limit", "3")
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert saved["spec"]["limit"] == 3
+    assert saved["command"].startswith("headcount evaluate --config")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "heads", "ffns", "curve"])
+def test_single_steps_print_their_result(model_folder: Path, tmp_path: Path, verb: str) -> None:
+    done = headcount(verb, model_folder, "--tasks", "piqa", "--shots", "0", "--limit", "4", "--importance-limit", "4",
+                     "--data", tiny.write_task(tmp_path / "data"), "--fractions", "0.5")
+    assert done.returncode == 0, done.stderr
+    expected = {"evaluate": "accuracy", "heads": "L2H3", "ffns": "L2F", "curve": "50 %"}[verb]
+    assert "piqa" in done.stdout
+    assert expected in done.stdout
+
+
+def test_anatomy_is_printed_and_verified(model_folder: Path) -> None:
+    done = headcount("anatomy", model_folder, "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "12 heads" in done.stdout
+    assert done.stdout.count("holds") >= 2
+    assert "token trees" in done.stdout
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"model": "no/such-model-here"}, "no/such-model-here"),
+    ({"model": "./nowhere"}, "nowhere"),
+    ({"--tasks": "pika"}, "did you mean piqa"),
+    ({"--shots": "many"}, "many"),
+    ({"--shots": "13"}, "few-shot documents"),
+    ({"--limit": "0"}, "--limit is at least 1"),
+    ({"--dtype": "float12"}, "float12"),
+    ({"--examples-split": "dev"}, "--examples-split"),
+    ({"--head-score": "best"}, "best"),
+    ({"--data": "./nodata"}, "nodata"),
+    ({"--bogus": "1"}, "--bogus"),
+    ({"--config": "absent.toml"}, "absent.toml"),
+    ({"--out": None}, "--out"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(
+    model_folder: Path, tmp_path: Path, change: dict[str, str | None], message: str
+) -> None:
+    options: dict[str, str | None] = {
+        "model": str(model_folder), "--tasks": "piqa", "--shots": "0", "--limit": "3", "--importance-limit": "3",
+        "--data": str(tiny.write_task(tmp_path / "data")), "--out": str(tmp_path / "study"), **change}
+    arguments = [options.pop("model"), *(x for pair in options.items() if pair[1] is not None for x in pair)]
+    done = headcount("study", *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "study").exists(), "nothing half-written"
+
+
+def test_a_malformed_line_is_named(model_folder: Path, tmp_path: Path) -> None:
+    arguments = study_arguments(model_folder, tmp_path)
+    path = tmp_path / "data" / "piqa" / "validation.jsonl"
+    path.write_text(path.read_text() + '{"goal": \n')
+    done = headcount(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert "validation.jsonl, line 9" in done.stderr
+
+
+def test_an_encoder_decoder_and_a_state_space_model_are_refused(tmp_path: Path) -> None:
+    from transformers import MambaConfig, T5Config
+
+    for config in (T5Config(), MambaConfig()):
+        folder = tmp_path / config.model_type
+        config.save_pretrained(folder)
+        done = headcount("anatomy", folder)
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert config.model_type in done.stderr.lower()

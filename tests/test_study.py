@@ -1,0 +1,230 @@
+"""Studies: stopped anywhere they go on, and end as if they had not been stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+
+import headcount as hc
+from headcount.errors import OptionError, StudyError
+from headcount.ledger import Ledger, job_id
+from headcount.masks import Mask, prune, random_order
+from headcount.measure.importance import gradient_importance, oracle_importance, order_of
+from headcount.measure.scoring import evaluate
+from headcount.measure.tasks import get_tasks
+from headcount.plan import TaskFacts, plan
+from headcount.specs import StudySpec
+from headcount.study import Runner, run_study
+
+FRACTIONS = (0.25, 0.5, 0.75)
+
+
+def spec(tmp_path: Path, **changes: object) -> StudySpec:
+    base = StudySpec("tiny", tasks=("piqa",), shots=(0, 2), out=tmp_path / "study", data=tiny.write_task(tmp_path / "data"),
+                     limit=6, importance_limit=7, fractions=FRACTIONS, masks_per_job=2)
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
+    return {job_id(e.job): e.table for e in Ledger(folder).entries()}
+
+
+def same(one: Path, other: Path) -> None:
+    left, right = tables(one), tables(other)
+    assert left.keys() == right.keys()
+    for name, table in left.items():
+        pd.testing.assert_frame_equal(table, right[name])
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt:
+    """A reporter that stops the study when a job begins, or in the middle of one."""
+
+    def __init__(self, job: int, middle: bool) -> None:
+        self.left, self.middle, self.armed = job, middle, False
+
+    def stage(self, text: str) -> None: ...
+
+    def begin(self, todo: int, done: int, tokens: float) -> None: ...
+
+    def job(self, title: str) -> None:
+        self.left -= 1
+        self.armed = self.left < 0
+        if self.armed and not self.middle:
+            raise Stopped
+
+    def advance(self, tokens: float) -> None:
+        if self.armed:
+            raise Stopped
+
+
+def test_a_study_measures_what_it_says(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    asked = spec(tmp_path)
+    folder = run_study(asked, loaded=loaded, command="headcount study")
+    task = get_tasks(["piqa"], data=asked.data)["piqa"]
+    heads = loaded.anatomy.heads_per_layer
+    found: dict[tuple[object, ...], pd.DataFrame] = {}
+    for entry in Ledger(folder).entries("evaluation"):
+        for i, label in enumerate(entry.info["masks"]):
+            key = (entry.job["num_fewshot"], entry.job["split"], label["component"], label["order"],
+                   label["fraction"], label["layer"])
+            assert key not in found, "nothing is measured twice"
+            found[key] = entry.table[entry.table["mask"] == i]
+            mask = Mask.from_json(label["mask"])
+            assert label["parameters_removed"] == loaded.anatomy.parameters_removed(mask)
+            assert label["heads_removed"] == len(mask.heads_removed)
+    for k in (0, 2):
+        order = {"head": order_of(gradient_importance(loaded, task, num_fewshot=k, limit=7)["head"]),
+                 "ffn": order_of(oracle_importance(loaded, task, num_fewshot=k, limit=7))}
+        expected = {(k, "evaluation", "none", "none", 0.0, -1): Mask.full(heads)}
+        for component, method in (("head", "gradient"), ("ffn", "oracle")):
+            n = sum(heads) if component == "head" else len(heads)
+            for f in FRACTIONS:
+                expected[k, "evaluation", component, method, f, -1] = prune(heads, component, order[component], f)
+                expected[k, "evaluation", component, "random", f, -1] = prune(heads, component, random_order(n, 1234), f)
+        for key, mask in expected.items():
+            one = evaluate(loaded, task, [mask], num_fewshot=k, limit=6)
+            np.testing.assert_allclose(found[key]["gold_loglikelihood"], one.gold_loglikelihood[0], atol=1e-5)
+            assert found[key]["correct"].tolist() == one.correct[0].tolist()
+        singles = {key for key in found if key[0] == k and key[3] == "single"}
+        assert {key[5] for key in singles} == {0, 1, 2}
+        assert all(key[1] == "examples" for key in singles), "the oracle never sees the evaluated documents"
+    assert len(found) == 2 * (1 + 4 * len(FRACTIONS) + 1 + 3)
+
+
+@pytest.mark.parametrize("middle", [False, True])
+@pytest.mark.parametrize("job", [0, 3, 9, 20])
+def test_stopped_and_resumed_equals_unbroken(tmp_path: Path, job: int, middle: bool) -> None:
+    loaded = tiny.loaded("opt")
+    whole = run_study(spec(tmp_path, out=tmp_path / "whole"), loaded=loaded)
+    asked = spec(tmp_path, out=tmp_path / "broken")
+    with pytest.raises(Stopped):
+        run_study(asked, loaded=loaded, reporter=StopAt(job, middle))
+    before = tables(asked.out or Path())
+    run_study(asked, loaded=loaded)
+    assert before.keys() < tables(asked.out or Path()).keys()
+    same(whole, tmp_path / "broken")
+
+
+def test_a_finished_study_measures_nothing_again(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    run_study(spec(tmp_path), loaded=loaded)
+    run_study(spec(tmp_path), loaded=loaded, reporter=StopAt(0, middle=False))
+
+
+def test_a_damaged_entry_is_measured_again(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    asked = spec(tmp_path, shots=(0,))
+    folder = run_study(asked, loaded=loaded)
+    before = tables(folder)
+    victim = sorted((folder / "entries").glob("evaluation-*"))[2]
+    victim.write_bytes(victim.read_bytes()[:100])
+    run_study(asked, loaded=loaded)
+    after = tables(folder)
+    assert before.keys() == after.keys()
+    for name, table in before.items():
+        pd.testing.assert_frame_equal(after[name], table)
+
+
+def test_tasks_and_shots_may_be_added(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    run_study(spec(tmp_path, shots=(0,)), loaded=loaded)
+    folder = run_study(spec(tmp_path, shots=(2,)), loaded=loaded)
+    run_study(spec(tmp_path, out=tmp_path / "whole"), loaded=loaded)
+    same(folder, tmp_path / "whole")
+    assert (Ledger(folder).read_json("study.json") or {})["spec"]["shots"] == [0, 2]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"limit": 5}, "--limit was 6, is 5"),
+    ({"fractions": (0.5,)}, "--fractions"),
+    ({"seed": 1}, "--seed"),
+    ({"shared_shots": True}, "--shared-shots"),
+    ({"head_score": "example"}, "--head-score"),
+])
+def test_another_studys_folder_is_refused_and_left_alone(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    loaded = tiny.loaded("llama")
+    folder = run_study(spec(tmp_path, shots=(0,)), loaded=loaded, parts=("evaluate",))
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    with pytest.raises(StudyError, match=message):
+        run_study(spec(tmp_path, shots=(0,), **changes), loaded=loaded)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_another_model_or_other_documents_are_refused(tmp_path: Path) -> None:
+    run_study(spec(tmp_path, shots=(0,)), loaded=tiny.loaded("llama"), parts=("evaluate",))
+    with pytest.raises(StudyError, match="another model"):
+        run_study(spec(tmp_path, shots=(0,)), loaded=tiny.loaded("opt"))
+    path = tmp_path / "data" / "piqa" / "validation.jsonl"
+    path.write_text(path.read_text().replace("Say", "Tell"))
+    changed = dataclasses.replace(spec(tmp_path, shots=(0,)))
+    path.write_text(path.read_text().replace("Say", "Tell"))
+    with pytest.raises(StudyError, match="other documents"):
+        run_study(changed, loaded=tiny.loaded("llama"))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "thesis.txt").write_text("dear")
+    with pytest.raises(StudyError, match="holds no study"):
+        run_study(spec(tmp_path), loaded=tiny.loaded("llama"))
+    with pytest.raises(StudyError, match="is a file"):
+        run_study(spec(tmp_path, out=tmp_path / "study" / "thesis.txt"), loaded=tiny.loaded("llama"))
+    with pytest.raises(OptionError, match="--out"):
+        run_study(spec(tmp_path, out=None), loaded=tiny.loaded("llama"))
+
+
+def test_parts_are_steps_of_the_same_study(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    for part in ("evaluate", "heads", "ffns", "curve"):
+        folder = run_study(spec(tmp_path), loaded=loaded, parts=(part,))
+    assert not [p for p in Runner(spec(tmp_path), loaded=loaded).jobs if not Ledger(folder).has(p.job)]
+
+
+def test_the_plan_counts_its_passes(tmp_path: Path) -> None:
+    facts = [TaskFacts(name, "f", 100, 50) for name in ("a", "b")]
+    asked = StudySpec("m", tasks=("a", "b"), shots=(0, 5), out=tmp_path)
+    jobs = plan(asked, "model", 30, facts)
+    passes = sum(p.passes for p in jobs)
+    assert passes == 2 * 2 * (2 + 1 + 4 * 9 + 1 + 30), "gradient, full, four curves, full on examples, oracle"
+    seen: set[str] = set()
+    for planned in jobs:
+        assert {job_id(n) for n in planned.needs} <= seen, "what a job needs comes before it"
+        seen.add(job_id(planned.job))
+    assert len(seen) == len(jobs)
+    singles = [i for p in jobs for i in p.job.get("curve", {}).get("layers", [])]
+    assert sorted(singles) == sorted(list(range(30)) * 4)
+    without = plan(dataclasses.replace(asked, ffn_order="gradient", random_orders=0), "model", 30, facts)
+    assert sum(p.passes for p in without) == 2 * 2 * (2 + 1 + 2 * 9)
+
+
+def test_zero_shot_jobs_do_not_hang_on_the_seed() -> None:
+    facts = [TaskFacts("a", "f", 100, 50)]
+    first, other = (plan(StudySpec("m", tasks=("a",), shots=(0, 5), seed=s, random_orders=0), "model", 3, facts)
+                    for s in (1, 2))
+    shared = {job_id(p.job) for p in first} & {job_id(p.job) for p in other}
+    assert shared == {job_id(p.job) for p in first if p.job["num_fewshot"] == 0}
+
+
+def test_the_public_names_work_as_the_readme_uses_them(tmp_path: Path) -> None:
+    loaded = hc.wrap(tiny.model("gpt2"), tiny.tokenizer())
+    task = hc.get_tasks(["piqa"], data=tiny.write_task(tmp_path))["piqa"]
+    heads = hc.head_importance(loaded, task, num_fewshot=1, limit=5)
+    ffns = hc.ffn_importance(loaded, task, num_fewshot=1, limit=5)
+    assert len(heads.scores["position"]) == 12
+    assert len(ffns.scores["accuracy"]) == 3
+    mask = hc.Mask(heads=[np.ones(4, bool), np.zeros(4, bool), np.ones(4, bool)], ffns=[True, False, True])
+    measured = hc.evaluate(loaded, task, [mask], num_fewshot=1, limit=3)
+    assert measured.correct.shape == (1, 3)
+    assert not math.isnan(measured.accuracy[0])
+    assert set(dir(hc)) >= {"load", "evaluate", "run_study", "open_study"}
