@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from headcount.ledger import Ledger
+    from headcount.masks import Component
     from headcount.model.load import LoadedModel
     from headcount.plan import PlannedJob
+    from headcount.view.analysis import Study
 
 _out = Console()
 _err = Console(stderr=True)
@@ -125,15 +128,71 @@ def _print_contracts(loaded: LoadedModel) -> bool:
 
 def print_accuracy(folder: Path) -> None:
     """The full model's accuracy per task and number of shots."""
-    found = _study(folder).free_fractions()
     curves = _study(folder).curves()
-    del found
-    full = curves[curves["order"] == "none"]
+    full = curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"])
     table = _table("task", "shots|r", "accuracy|r", "95 % interval|r", "documents|r")
-    for row in full.itertuples():
-        table.add_row(row.task, str(row.num_fewshot), f"{row.accuracy:.3f}", f"{row.low:.3f} to {row.high:.3f}",
-                      str(row.documents))
+    for row in full.to_dict("records"):
+        table.add_row(row["task"], str(row["num_fewshot"]), f"{row['accuracy']:.3f}",
+                      f"{row['low']:.3f} to {row['high']:.3f}", str(row["documents"]))
     _out.print(table)
+
+
+def print_importance(folder: Path, component: Component) -> None:
+    """The most and the least important heads, or every FFN, per task and number of shots."""
+    from headcount.view.analysis import name_of
+
+    study = _study(folder)
+    importance = study.importance()
+    score = study.spec["head_score"] if component == "head" else "accuracy"
+    rows = importance[(importance["component"] == component) & (importance["score"] == score)]
+    if rows.empty:
+        rows = importance[(importance["component"] == component) & (importance["score"] == "position")]
+    table = _table("task", "shots|r", component, "importance|r", "standard error|r")
+    for (task, k), group in rows.groupby(["task", "num_fewshot"], sort=False):
+        ranked = group.sort_values("importance", ascending=False, kind="stable").to_dict("records")
+        for row in _ends(ranked):
+            table.add_row(*((str(task), str(k), name_of(component, row["layer"], row["head"]),
+                             f"{row['importance']:.4g}", f"{row['stderr']:.2g}") if row else ("", "", "...", "", "")))
+    _out.print(table)
+
+
+def print_curves(folder: Path) -> None:
+    """Accuracy along every curve."""
+    curves = _study(folder).curves()
+    fractions = sorted(curves["fraction"].unique())
+    table = _table("task", "shots|r", "removed", "order", *(f"{100 * f:.0f} %|r" for f in fractions))
+    for (task, k, component, order), curve in curves.groupby(["task", "num_fewshot", "component", "order"], sort=False):
+        at = dict(zip(curve["fraction"], curve["accuracy"], strict=True))
+        table.add_row(str(task), str(k), f"{component}s", str(order),
+                      *(f"{at[f]:.3f}" if f in at else "" for f in fractions))
+    _out.print(table)
+
+
+def print_summary(folder: Path, report: Path) -> None:
+    """What a study found, in words, with what a reader must know, and where the report is."""
+    from headcount.view import sentences
+
+    study = _study(folder)
+    _out.print()
+    for sentence in sentences.headline(study):
+        _out.print(f"- {sentence}", highlight=False, soft_wrap=False)
+    cautions = list(sentences.cautions(study))
+    if cautions:
+        _out.print("\nBefore you rely on this:", highlight=False)
+        for sentence in cautions:
+            _out.print(f"- {sentence}", highlight=False)
+    _out.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
+
+
+def _study(folder: Path) -> Study:
+    from headcount.view.analysis import open_study
+
+    return open_study(folder)
+
+
+def _ends(rows: list[dict[str, Any]], shown: int = 10) -> list[dict[str, Any] | None]:
+    """The first and last rows, with a gap where some are left out."""
+    return [*rows] if len(rows) <= 3 * shown else [*rows[:shown], None, *rows[-shown:]]
 
 
 def _table(*columns: str) -> Table:

@@ -259,10 +259,15 @@ def name_of(component: str, layer: int, head: object) -> str:
 
 
 def mean_importance(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean over tasks of each component's importance, by number of shots, method and score."""
+    """Mean over tasks of each component's importance, by number of shots, method and score.
+
+    The standard error is that of the mean over these very tasks, whose documents are independent.
+    """
     keys = ["num_fewshot", "component", "layer", "head", "method", "score"]
-    mean: pd.DataFrame = table.groupby(keys, dropna=False, as_index=False, sort=False)["importance"].mean()
-    return mean.assign(task=MEAN)
+    groups = table.assign(square=table["stderr"] ** 2).groupby(keys, dropna=False, as_index=False, sort=False)
+    mean: pd.DataFrame = groups.agg(importance=("importance", "mean"), square=("square", "sum"), n=("square", "size"))
+    mean["stderr"] = np.sqrt(mean["square"]) / mean["n"]
+    return mean.drop(columns=["square", "n"]).assign(task=MEAN)
 
 
 def constants(description: Mapping[str, Any]) -> tuple[int, int, int]:

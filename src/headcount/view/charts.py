@@ -1,0 +1,209 @@
+"""Tables to figures: one description (Vega-Lite, through Altair) for the page, PNG and PDF.
+
+Colours are those of Okabe and Ito, told apart by colour-blind readers; random orders are dashed, so that no figure
+hangs on colour alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from headcount.view.analysis import MEAN, mean_importance, name_of
+
+Chart = Any  # Altair's charts have many types, alike for us
+
+alt.data_transformers.disable_max_rows()
+
+_PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+_COMPONENTS = {"head": "attention heads", "ffn": "FFNs"}
+_BY = {"gradient": "by importance", "oracle": "by importance", "random": "at random"}
+_CONFIG = {
+    "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
+    "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "#e8e8e8"},
+    "legend": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 260},
+    "title": {"fontSize": 13, "fontWeight": "bold", "anchor": "start"},
+    "view": {"stroke": None},
+}
+
+
+def headline(curves: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, float]) -> Chart:
+    """Mean accuracy as heads, and as FFNs, go: by importance and at random, with intervals and free fractions.
+
+    Args:
+        curves: `Study.curves()`.
+        free: `Study.free_fractions()`.
+        baselines: Chance (or the best constant answer) by number of shots.
+    """
+    task = summary_task(curves)
+    rows = curves[curves["task"] == task]
+    panels = [
+        _curve_panel(rows[rows["component"] == c], free[(free["task"] == task) & (free["component"] == c)], baselines)
+        .properties(width=330, height=240, title=f"{_COMPONENTS[c][0].upper()}{_COMPONENTS[c][1:]} removed")
+        for c in ("head", "ffn") if (rows["component"] == c).any()
+    ]
+    return _dressed(alt.hconcat(*panels))
+
+
+def task_curves(curves: pd.DataFrame, component: str) -> Chart:
+    """Accuracy of every task as one kind of component goes: small multiples, the mean first."""
+    rows = _labelled(curves[(curves["component"] == component)])
+    tasks = list(dict.fromkeys([*([MEAN] if (rows["task"] == MEAN).any() else []), *rows["task"]]))
+    x = alt.X("percent:Q", title=f"{_COMPONENTS[component]} removed (%)", scale=alt.Scale(domain=[0, 100]))
+    base = alt.Chart().encode(x=x)
+    band = base.transform_filter("datum.by != 'at random'").mark_area(opacity=0.15).encode(
+        y=alt.Y("low:Q", title="accuracy", scale=alt.Scale(domain=[0, 1])), y2="high:Q", color=_shots(rows))
+    line = base.mark_line(strokeWidth=1.8).encode(y="accuracy:Q", color=_shots(rows), strokeDash=_orders())
+    dots = base.mark_circle(size=16, opacity=1).encode(y="accuracy:Q", color=_shots(rows), tooltip=_curve_tooltip())
+    chart = alt.layer(band, line, dots, data=rows).properties(width=190, height=130).facet(
+        facet=alt.Facet("task:N", title=None, sort=tasks, header=alt.Header(labelFontSize=12, labelFontWeight="bold")),
+        columns=4)
+    return _dressed(chart)
+
+
+def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
+    """Importance of every head, layer by head.
+
+    Args:
+        importance: `Study.importance()`.
+        score: Which gradient score.
+        choose: With a menu for the task (for the page); otherwise the mean over tasks, a panel per number of shots.
+    """
+    rows = importance[(importance["component"] == "head") & (importance["score"] == score)]
+    rows = _with_mean(rows)
+    rows["name"] = [name_of("head", layer, head) for layer, head in zip(rows["layer"], rows["head"], strict=True)]
+    rows["importance"] = rows["importance"].map(lambda x: float(f"{x:.4g}"))
+    # Tasks differ in scale; the colour is the share of the largest, so that panels can be compared.
+    largest = rows.groupby(["task", "num_fewshot"])["importance"].transform("max")
+    rows["share"] = (rows["importance"] / largest.where(largest > 0, 1)).round(4)
+    rows["shots"] = rows["num_fewshot"].map("{}-shot".format)
+    layers, heads = int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1
+    size = max(4, min(20, 520 // max(layers, heads)))
+    chart = alt.Chart(rows[["task", "shots", "layer", "head", "name", "importance", "share", "stderr"]]).mark_rect().encode(
+        x=alt.X("head:O", title="head", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        y=alt.Y("layer:O", title="layer (0 is next to the input)", sort="descending", axis=alt.Axis(labelOverlap=True)),
+        color=alt.Color("share:Q", title="share of the largest", scale=alt.Scale(type="sqrt", scheme="viridis",
+                                                                                 domain=[0, 1])),
+        tooltip=[alt.Tooltip("name:N", title="head"), alt.Tooltip("task:N"), alt.Tooltip("shots:N"),
+                 alt.Tooltip("importance:Q", format=".3g"), alt.Tooltip("stderr:Q", title="standard error", format=".2g")],
+    ).properties(width=size * heads, height=size * layers)
+    column = alt.Column("shots:N", title=None, header=alt.Header(labelFontSize=12))
+    return _dressed(_with_menu(_of_one_task(chart, rows, choose).facet(column=column), rows, choose))
+
+
+def ffn_bars(importance: pd.DataFrame, *, choose: bool) -> Chart:
+    """Importance of every FFN by layer, by oracle and by gradient; arguments as in `head_map`."""
+    rows = importance[(importance["component"] == "ffn") & importance["score"].isin(["accuracy", "position"])]
+    rows = _with_mean(rows)
+    rows["name"] = [f"L{layer}F" for layer in rows["layer"]]
+    rows["shots"] = rows["num_fewshot"].map("{}-shot".format)
+    rows["low"], rows["high"] = rows["importance"] - rows["stderr"], rows["importance"] + rows["stderr"]
+    titles = {"accuracy": "accuracy lost without it", "position": "gradient score (nats)"}
+    width = max(220, min(420, 9 * (int(rows["layer"].max()) + 1)))
+    panels = []
+    for score, title in titles.items():
+        of_score = rows[rows["score"] == score]
+        if of_score.empty:
+            continue
+        x = alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True))
+        base = alt.Chart().encode(x=x)
+        bars = base.mark_bar(color=_PALETTE[0]).properties(name=f"{score}_bars").encode(
+            y=alt.Y("importance:Q", title=title),
+            tooltip=[alt.Tooltip("name:N", title="FFN"), "task:N", "shots:N", alt.Tooltip("importance:Q", format=".3g"),
+                     alt.Tooltip("stderr:Q", title="standard error", format=".2g")])
+        errors = base.transform_filter("isValid(datum.stderr)").mark_rule(color="#333").encode(y="low:Q", y2="high:Q")
+        columns = ["task", "shots", "layer", "name", "importance", "stderr", "low", "high"]
+        layered = alt.layer(bars, errors, data=of_score[columns]).properties(width=width, height=150)
+        panels.append(_of_one_task(layered, rows, choose).facet(
+            column=alt.Column("shots:N", title=None, header=alt.Header(labelFontSize=12))).resolve_scale(y="independent"))
+    return _dressed(_with_menu(alt.vconcat(*panels), rows, choose))
+
+
+def save(chart: Chart, path: Path) -> list[Path]:
+    """Write a figure as PNG (twice the size) and PDF; returns both paths."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = [path.with_suffix(".png"), path.with_suffix(".pdf")]
+    chart.save(str(found[0]), scale_factor=2)
+    chart.save(str(found[1]))
+    return found
+
+
+def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, float]) -> Chart:
+    labelled = _labelled(rows)
+    base = alt.Chart(labelled).encode(x=alt.X("percent:Q", title="removed (%)", scale=alt.Scale(domain=[0, 100])))
+    y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
+    band = base.transform_filter("datum.by != 'at random'").mark_area(opacity=0.18).encode(
+        y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=_shots(labelled))
+    line = base.mark_line(strokeWidth=2).encode(y=y, color=_shots(labelled), strokeDash=_orders())
+    dots = base.mark_circle(size=30, opacity=1).encode(y=y, color=_shots(labelled), tooltip=_curve_tooltip())
+    guess = pd.DataFrame({"accuracy": sorted(set(baselines.values()))[:1]})
+    chance = alt.Chart(guess).mark_rule(color="#888", strokeDash=[2, 3]).encode(y="accuracy:Q")
+    word = alt.Chart(guess).mark_text(align="right", dx=-2, dy=-6, color="#666", fontSize=10).encode(
+        y="accuracy:Q", x=alt.datum(100), text=alt.value("guessing"))
+    marks = free[free["free_fraction"] > 0].assign(
+        percent=lambda t: 100 * t["free_fraction"], shots=lambda t: t["num_fewshot"].map("{}-shot".format))
+    layers = [band, chance, word, line, dots]
+    if len(marks):
+        layers.append(alt.Chart(marks).mark_point(shape="diamond", size=190, filled=True, stroke="black",
+                                                  strokeWidth=1.2, opacity=1).encode(
+            x="percent:Q", y="accuracy:Q", color=_shots(labelled),
+            tooltip=[alt.Tooltip("percent:Q", title="free (%)"), "shots:N", alt.Tooltip("accuracy:Q", format=".3f")]))
+    return alt.layer(*layers)
+
+
+def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = rows[rows["order"] != "none"]
+    columns = ["task", "accuracy", "low", "high", "removed", "parameters_removed", "difference"]
+    return rows[columns].round(4).assign(
+        percent=(100 * rows["fraction"]).round(2), by=rows["order"].map(_BY),
+        shots=rows["num_fewshot"].map("{}-shot".format))
+
+
+def _shots(rows: pd.DataFrame) -> alt.Color:
+    """The same colour for the same number of shots in every panel; few shots first."""
+    names = sorted(set(rows["shots"]), key=lambda s: int(s.split("-")[0]))
+    return alt.Color("shots:N", title="shots", scale=alt.Scale(domain=names, range=_PALETTE[: len(names)]),
+                     legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1))
+
+
+def _orders() -> alt.StrokeDash:
+    return alt.StrokeDash("by:N", title="removed", scale=alt.Scale(domain=["by importance", "at random"],
+                                                                   range=[[1, 0], [4, 3]]),
+                          legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=2, symbolSize=300))
+
+
+def _curve_tooltip() -> list[alt.Tooltip]:
+    return [alt.Tooltip("task:N"), alt.Tooltip("shots:N"), alt.Tooltip("by:N", title="removed"),
+            alt.Tooltip("percent:Q", title="removed (%)"), alt.Tooltip("removed:Q", title="how many"),
+            alt.Tooltip("parameters_removed:Q", title="parameters", format=","),
+            alt.Tooltip("accuracy:Q", format=".3f"), alt.Tooltip("low:Q", format=".3f"),
+            alt.Tooltip("high:Q", format=".3f"), alt.Tooltip("difference:Q", format="+.3f")]
+
+
+def _with_mean(rows: pd.DataFrame) -> pd.DataFrame:
+    if rows["task"].nunique() < 2:
+        return rows.copy()
+    return pd.concat([mean_importance(rows), rows], ignore_index=True)
+
+
+def _of_one_task(chart: Chart, rows: pd.DataFrame, choose: bool) -> Chart:
+    """Show the task that the menu names, or the mean (the only task where there is one)."""
+    return chart.transform_filter("datum.task == task" if choose else alt.datum.task == rows["task"].iloc[0])
+
+
+def _with_menu(chart: Chart, rows: pd.DataFrame, choose: bool) -> Chart:
+    tasks = list(dict.fromkeys(rows["task"]))
+    menu = alt.param(name="task", value=tasks[0], bind=alt.binding_select(options=tasks, name="task "))
+    return chart.add_params(menu) if choose else chart
+
+
+def summary_task(curves: pd.DataFrame) -> str:
+    """The rows that speak for the study: the mean over tasks, or the only task."""
+    return MEAN if (curves["task"] == MEAN).any() else str(curves["task"].iloc[0])
+
+
+def _dressed(chart: Chart) -> Chart:
+    return chart.configure(**_CONFIG)

@@ -1,0 +1,219 @@
+"""One self-contained page of a study: words first, then figures, tables and provenance; and the figures as files.
+
+The page carries the code that draws its charts, so it opens offline and for ever. Everything it says is computed from
+the study's tables.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import vl_convert
+from markupsafe import Markup
+
+from headcount.view import charts, sentences
+from headcount.view.analysis import Study, constants, open_study
+
+_FIGURES = {
+    "headline": "How much can go",
+    "head_map": "Which heads matter",
+    "ffn_bars": "Which FFNs matter",
+    "head_curves": "Pruning heads, task by task",
+    "ffn_curves": "Pruning FFNs, task by task",
+}
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page.
+
+    Attributes:
+        title: Its heading.
+        caption: What its columns mean.
+        frame: Its content.
+    """
+
+    title: str
+    caption: str
+    frame: pd.DataFrame
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return [str(c) for c in self.frame.columns]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Cells as text."""
+        return [[_cell(value) for value in row] for row in self.frame.itertuples(index=False)]
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html`, `figures/` and `tables/` into a study folder; returns the page's path.
+
+    An unfinished study gives the report of what is there.
+
+    Raises:
+        StudyError: If there is no study in the folder.
+    """
+    study = open_study(folder)
+    captions = _captions(study)
+    specs = {}
+    for name, (page, static) in _figures(study).items():
+        specs[name] = page().to_dict()
+        charts.save(static(), study.folder / "figures" / name)
+    tables = list(_tables(study))
+    (study.folder / "tables").mkdir(exist_ok=True)
+    for name, frame in (("curves", study.curves()), ("free_fractions", study.free_fractions()),
+                        ("importance", study.importance())):
+        frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
+    path = study.folder / "report.html"
+    path.write_text(_page(study, specs, captions, tables), encoding="utf-8")
+    return path
+
+
+def _page(study: Study, specs: dict[str, Any], captions: dict[str, str], tables: list[Table]) -> str:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+
+    def figure(name: str) -> Markup:
+        if name not in specs:
+            return Markup("<p class='what'>Not measured in this study.</p>")
+        return Markup("<figure><div id='{0}' role='img' aria-label='{1}'></div><figcaption>{1}</figcaption></figure>"
+                      ).format(name, captions.get(name, ""))
+
+    spec = study.spec
+    heads, ffns, parameters = constants(study.description)
+    name = Path(str(study.model.get("name", spec["model"]))).name
+    return environment.get_template("page.html.j2").render(
+        title=f"{name}: which heads and FFNs does in-context learning need?",
+        what=f"{heads} attention heads, {ffns} FFNs, {sentences.millions(parameters)} parameters; {len(study.tasks)} "
+             f"tasks with {', '.join(sentences.shots(k) for k in spec['shots'])}; a loss of "
+             f"{100 * spec['margin']:.3g} points of accuracy or more must be ruled out for a share to be called free.",
+        headline=sentences.headline(study),
+        cautions=list(sentences.cautions(study)),
+        sections=[(n, heading) for n, heading in _FIGURES.items() if n != "headline"],
+        tables=tables,
+        provenance=list(_provenance(study)),
+        figure=figure,
+        bundle=Markup(_in_script(vl_convert.javascript_bundle(None))),
+        charts=Markup(_in_script(json.dumps(specs))),
+    )
+
+
+def _figures(study: Study) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """How each figure that the study has data for is drawn: for the page, and as a file."""
+    curves, importance = study.curves(), study.importance()
+    score = study.spec["head_score"]
+    found: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+    pruned = curves[curves["component"] != "none"]
+    if len(pruned):
+        baselines = {int(k): study.baseline(charts.summary_task(curves), int(k)) for k in pruned["num_fewshot"].unique()}
+        free = study.free_fractions()
+        found["headline"] = (lambda: charts.headline(pruned, free, baselines),) * 2
+    if (importance["component"] == "head").any():
+        found["head_map"] = (lambda: charts.head_map(importance, score, choose=True),
+                             lambda: charts.head_map(importance, score, choose=False))
+    if (importance["component"] == "ffn").any():
+        found["ffn_bars"] = (lambda: charts.ffn_bars(importance, choose=True),
+                             lambda: charts.ffn_bars(importance, choose=False))
+    if (pruned["component"] == "head").any():
+        found["head_curves"] = (lambda: charts.task_curves(pruned, "head"),) * 2
+    if (pruned["component"] == "ffn").any():
+        found["ffn_curves"] = (lambda: charts.task_curves(pruned, "ffn"),) * 2
+    return found
+
+
+def _captions(study: Study) -> dict[str, str]:
+    bands = "Bands are 95 % bootstrap intervals over documents; point at a mark for its numbers."
+    return {
+        "headline": f"Accuracy as the least important components go (solid) and as random ones go (dashed). {bands} "
+                    "A diamond marks the free fraction. " + sentences.curve_sentence(study, "head"),
+        "head_map": sentences.importance_sentence(study, "head") + " The colour is a head's gradient importance as a "
+                    "share of the largest in its panel; point at a head for its value.",
+        "ffn_bars": sentences.importance_sentence(study, "ffn") + " Above: accuracy lost on training documents when one "
+                    "FFN is off; below: the gradient score. Lines are plus and minus one standard error.",
+        "head_curves": bands,
+        "ffn_curves": sentences.curve_sentence(study, "ffn") + " " + bands,
+    }
+
+
+def _tables(study: Study) -> Iterator[Table]:
+    free = study.free_fractions()
+    if len(free):
+        interval = [f"{100 * low:+.1f} to {100 * high:+.1f}" if low == low else ""
+                    for low, high in zip(free["difference_low"], free["difference_high"], strict=True)]
+        share = [f"{100 * f:.0f} %" if f == f else "not defined" for f in free["free_fraction"]]
+        frame = free.assign(free=share, interval=interval)[
+            ["task", "num_fewshot", "component", "free", "removed", "parameters_removed", "accuracy", "interval",
+             "full_accuracy", "baseline"]]
+        yield Table("Free fractions", "The largest share that can go while a loss of the margin or more is ruled out at "
+                    "every step; accuracy there, and the 95 % interval of its difference to the full model in points. "
+                    "Baseline: chance, or the best constant answer; not defined where the full model's accuracy is not "
+                    "shown to be above it.", _plain_columns(frame))
+    curves = study.curves()
+    full = curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"])
+    if len(full):
+        yield Table("Accuracy of the full model", "With 95 % interval over documents.",
+                    _plain_columns(full[["task", "num_fewshot", "accuracy", "low", "high", "documents"]]))
+    pruned = curves[(curves["fraction"] > 0)]
+    if len(pruned):
+        wide = pruned.assign(percent=[f"{100 * f:.0f} %" for f in pruned["fraction"]]).pivot_table(
+            index=["task", "num_fewshot", "component", "order"], columns="percent", values="accuracy", sort=False)
+        yield Table("Accuracy along the curves", "Share removed across; the measured orders and the random one.",
+                    _plain_columns(wide.reset_index()))
+    for component, title in (("head", "heads"), ("ffn", "FFNs")):
+        ranked = sentences.ranking(study, component)
+        for k, of_k in ranked.groupby("num_fewshot"):
+            most, least = of_k.head(_LISTED), of_k.tail(_LISTED)[::-1]
+            frame = pd.DataFrame({"rank": range(1, len(most) + 1), "most important": most["name"].tolist(),
+                                  "importance": most["importance"].tolist(), "least important": least["name"].tolist(),
+                                  "importance ": least["importance"].tolist()})
+            yield Table(f"Most and least important {title}, {sentences.shots(int(str(k)))}", "Mean over tasks.", frame)
+
+
+def _plain_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    names = {"num_fewshot": "shots", "parameters_removed": "parameters", "full_accuracy": "full model"}
+    return frame.rename(columns=lambda c: names.get(str(c), str(c).replace("_", " ")))
+
+
+def _provenance(study: Study) -> Iterator[tuple[str, str]]:
+    description, spec = study.description, study.spec
+    yield "command", description.get("command") or "run from Python"
+    yield "created", description["created"]
+    for name, value in study.model.items():
+        yield f"model: {name.replace('_', ' ')}", _plain(value)
+    yield "prompts", description.get("layout", "")
+    for task, known in study.tasks.items():
+        yield f"task: {task}", (f"documents {known['fingerprint']}; {known['documents']} evaluated, {known['examples']} "
+                                f"for importance; metric {known['metric']}")
+    yield "options", ", ".join(f"{k} = {_plain(v)}" for k, v in spec.items() if v is not None)
+    yield "versions", ", ".join(f"{k} {v}" for k, v in description["versions"].items())
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        if value != value:
+            return ""
+        return f"{value:,.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.4g}"
+    return str(value)
+
+
+def _in_script(text: str) -> str:
+    """Text that cannot end the script element it stands in."""
+    return re.sub(r"<(?=/script|!--)", r"\\x3c", text, flags=re.IGNORECASE)
+
+

@@ -1,0 +1,149 @@
+"""A study in words: what can go, how sure that is, and what a reader must know; computed, never written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from headcount import stats
+from headcount.view.analysis import MEAN, Study, constants, mean_importance, name_of
+
+_NAMES = {"head": ("attention head", "attention heads"), "ffn": ("FFN", "FFNs")}
+
+
+def shots(k: int) -> str:
+    """`5 shots`, `1 shot`, `no shots`."""
+    return {0: "no shots", 1: "1 shot"}.get(k, f"{k} shots")
+
+
+def millions(n: float) -> str:
+    """Parameters as people say them: 3.1 M, 2.4 B."""
+    return f"{n / 1e9:.1f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"
+
+
+def headline(study: Study) -> list[str]:
+    """How many heads and FFNs can go, most shots first: one sentence each."""
+    table = study.free_fractions()
+    summary = table[table["task"] == MEAN] if (table["task"] == MEAN).any() else table
+    ordered = summary.sort_values(["num_fewshot", "component"], ascending=[False, False], kind="stable")
+    sentences: list[str] = []
+    for k, of_k in ordered.groupby("num_fewshot", sort=False):
+        undefined = of_k["free_fraction"].isna()
+        if undefined.all():
+            sentences.append(f"With {shots(int(k))} nothing can be said: {of_k['reason'].iloc[0]}.")
+        else:
+            sentences += [_can_go(study, row) for _, row in of_k[~undefined].iterrows()]
+    return sentences or ["This study has no pruning curves yet."]
+
+
+def _can_go(study: Study, row: pd.Series) -> str:
+    heads, ffns, _ = constants(study.description)
+    total = heads if row["component"] == "head" else ffns
+    names = _NAMES[row["component"]][1]
+    margin = f"{100 * study.spec['margin']:.3g} points"
+    over = "mean accuracy" if row["task"] == MEAN else f"accuracy on {row['task']}"
+    beginning = f"With {shots(int(row['num_fewshot']))}, "
+    if row["free_fraction"] == 0:
+        curves = study.curves()
+        first = curves[(curves[["task", "num_fewshot", "component", "order"]]
+                        == row[["task", "num_fewshot", "component", "order"]]).all(axis=1)].iloc[1]
+        return (f"{beginning}no share of the {names} is shown to be free: already without {first['removed']} of {total} "
+                f"{over} changes by {_points(first['difference'])} points ({_interval(first)}), and more than {margin} "
+                "cannot be ruled out.")
+    return (f"{beginning}{100 * row['free_fraction']:.0f} % of the {names} ({row['removed']:.0f} of {total}, "
+            f"{millions(row['parameters_removed'])} parameters) can go: {over} is then {row['accuracy']:.3f}, the full "
+            f"model's {row['full_accuracy']:.3f} ({_interval(row)}; up to there a loss of {margin} or more is ruled out "
+            "at every step).")
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _interval(row: pd.Series) -> str:
+    return (f"95 % interval of the difference {_points(row['difference_low'])} to "
+            f"{_points(row['difference_high'])} points")
+
+
+def curve_sentence(study: Study, component: str) -> str:
+    """How far the measured order is above random at half of the components, at the most shots."""
+    curves = study.curves()
+    task = MEAN if (curves["task"] == MEAN).any() else study.spec["tasks"][0]
+    rows = curves[(curves["task"] == task) & (curves["component"] == component)]
+    if rows.empty:
+        return ""
+    rows = rows[rows["num_fewshot"] == rows["num_fewshot"].max()]
+    measured = rows[~rows["order"].isin(["random", "none"])].set_index("fraction")
+    random = rows[rows["order"] == "random"].set_index("fraction")
+    both = measured.index.intersection(random.index)
+    if len(both) < 2:
+        return ""
+    gap = (measured.loc[both, "accuracy"] - random.loc[both, "accuracy"]).idxmax()
+    one, other = measured.loc[gap], random.loc[gap]
+    apart = "" if one["low"] > other["high"] else "; the two intervals overlap"
+    return (f"With {shots(int(one['num_fewshot']))} the measured order is furthest from a random one at {100 * gap:.0f} % "
+            f"of the {_NAMES[component][1]} removed: {one['accuracy']:.2f} ({one['low']:.2f} to {one['high']:.2f}) "
+            f"against {other['accuracy']:.2f} ({other['low']:.2f} to {other['high']:.2f}){apart}.")
+
+
+def importance_sentence(study: Study, component: str) -> str:
+    """Which components matter most on the mean over tasks, at the most shots, and where they lie."""
+    ranked = ranking(study, component)
+    if ranked.empty:
+        return ""
+    ranked = ranked[ranked["num_fewshot"] == ranked["num_fewshot"].max()]
+    top = ranked.head(5 if component == "head" else 3)
+    tenth = ranked.head(max(1, len(ranked) // 10))
+    layers = len(study.description["anatomy"]["heads_per_layer"])
+    names = ", ".join(top["name"])
+    middle = f"; the median layer of the top tenth is {tenth['layer'].median():.0f} of 0 to {layers - 1}"
+    return (f"With {shots(int(top['num_fewshot'].iloc[0]))}, on the mean over tasks, the most important "
+            f"{_NAMES[component][1]} are {names}{middle}.")
+
+
+def ranking(study: Study, component: str) -> pd.DataFrame:
+    """Components by mean importance over tasks, the most important first, with their names; by number of shots."""
+    table = study.importance()
+    spec = study.spec
+    oracle = component == "ffn" and spec["ffn_order"] == "oracle"
+    score = "accuracy" if oracle else spec["head_score"] if component == "head" else "position"
+    rows = table[(table["component"] == component) & (table["score"] == score)]
+    mean = mean_importance(rows)
+    mean["name"] = [name_of(component, layer, head) for layer, head in zip(mean["layer"], mean["head"], strict=True)]
+    return mean.sort_values(["num_fewshot", "importance"], ascending=[True, False], kind="stable")
+
+
+def cautions(study: Study) -> Iterator[str]:
+    """What a reader must know before believing a figure."""
+    spec = study.spec
+    yield from (f"Model: {note}." for note in study.model.get("notes", ()))
+    if spec["shared_shots"] and any(spec["shots"]):
+        yield ("Shots are shared: one draw per task stands before all its documents, so results hang on that draw; "
+               "intervals cover the choice of documents, not of shots.")
+    for task, known in study.tasks.items():
+        yield from (f"{task}: {note}." for note in known["notes"])
+    few = {t: known["documents"] for t, known in study.tasks.items() if known["documents"] < stats.FEW_DOCUMENTS}
+    if few:
+        yield (f"Fewer than {stats.FEW_DOCUMENTS} evaluated documents, so that intervals are wide and rough: "
+               + ", ".join(f"{t} ({n})" for t, n in few.items()) + ".")
+    free = study.free_fractions()
+    weak = free[free["free_fraction"].isna() & (free["task"] != MEAN)]
+    for k, of_k in weak.groupby("num_fewshot"):
+        names = ", ".join(dict.fromkeys(of_k["task"]))
+        yield (f"With {shots(int(k))} the full model is not shown to be above chance, or above a constant answer, on: "
+               f"{names}. Their curves say nothing.")
+    layers = len(study.description["anatomy"]["heads_per_layer"])
+    coarse = [f"{task} ({k}-shot, {n})" for (task, k), n in study.distinct_values.items() if n < layers / 2]
+    if coarse:
+        yield (f"FFN oracles with fewer than {layers / 2:.0f} distinct accuracies, where gold log-likelihood decides "
+               "much of the order: " + ", ".join(coarse) + ".")
+    for (task, k), n in study.truncated.items():
+        yield f"{task}, {k}-shot: {n} requests were longer than the model's window and lost their beginning."
+    unchanged = study.curves().query("fraction > 0 and changed == 0")
+    if len(unchanged):
+        yield (f"At {len(unchanged)} points of curves no document changed; their intervals of the difference have no "
+               "width, though a change in about 3 of n documents may go unseen.")
+    if np.isnan(study.free_fractions()["free_fraction"]).all() and len(study.free_fractions()):
+        yield "No free fraction is defined in this study."
