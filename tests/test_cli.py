@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from headcount.ledger import Ledger, job_id
 
 

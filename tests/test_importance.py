@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from headcount.errors import OptionError
 from headcount.masks import Mask
 from headcount.measure.encoding import encode
@@ -103,7 +103,8 @@ def test_scores_do_not_hang_on_the_batch(task: Task) -> None:
     requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length)
     one_by_one = example_scores(loaded, requests, batch_tokens=1)
     for batch_tokens in (60, 10_000):
-        for found, expected in zip(example_scores(loaded, requests, batch_tokens=batch_tokens), one_by_one, strict=True):
+        together = example_scores(loaded, requests, batch_tokens=batch_tokens)
+        for found, expected in zip(together, one_by_one, strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-8)
 
 

@@ -78,3 +78,9 @@ def test_shared_shots_are_computed_once_a_row() -> None:
              Request(np.concatenate([shots, [i, i + 1]]), np.array([8]))] for i in range(1, 31)]
     assert [len(r) for r in pack(docs, row_tokens=80)] == [80, 80]
     assert sum(len(r) for r in pack(docs, row_tokens=80, trees=False)) == 60 * 52
+
+
+def test_rows_are_as_few_and_of_like_length() -> None:
+    docs = [[Request(np.array([i, 1, 2, 3]), np.array([4]))] for i in range(5, 75)]
+    rows = pack(docs, row_tokens=200)
+    assert [len(r) for r in rows] == [140, 140], "280 nodes in two rows, neither 200 and 80"

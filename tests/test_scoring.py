@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from headcount.errors import TaskError
 from headcount.masks import Mask
 from headcount.measure.encoding import encode
-from headcount.measure.packing import batches, pack
 from headcount.measure.scoring import evaluate, layout, loglikelihood, prepare, probe
 from headcount.measure.tasks import Task, get_tasks
 from headcount.model.load import LoadedModel

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 
 import headcount as hc
+import tiny
 from headcount.errors import OptionError, StudyError
 from headcount.ledger import Ledger, job_id
 from headcount.masks import Mask, prune, random_order
@@ -26,8 +26,9 @@ FRACTIONS = (0.25, 0.5, 0.75)
 
 
 def spec(tmp_path: Path, **changes: object) -> StudySpec:
-    base = StudySpec("tiny", tasks=("piqa",), shots=(0, 2), out=tmp_path / "study", data=tiny.write_task(tmp_path / "data"),
-                     limit=6, importance_limit=7, fractions=FRACTIONS, masks_per_job=2)
+    base = StudySpec("tiny", tasks=("piqa",), shots=(0, 2), out=tmp_path / "study",
+                     data=tiny.write_task(tmp_path / "data"), limit=6, importance_limit=7,
+                     fractions=FRACTIONS, masks_per_job=2)
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -42,7 +43,7 @@ def same(one: Path, other: Path) -> None:
         pd.testing.assert_frame_equal(table, right[name])
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - it is no error
     pass
 
 
@@ -91,7 +92,8 @@ def test_a_study_measures_what_it_says(tmp_path: Path) -> None:
             n = sum(heads) if component == "head" else len(heads)
             for f in FRACTIONS:
                 expected[k, "evaluation", component, method, f, -1] = prune(heads, component, order[component], f)
-                expected[k, "evaluation", component, "random", f, -1] = prune(heads, component, random_order(n, 1234), f)
+                shuffled = prune(heads, component, random_order(n, 1234), f)
+                expected[k, "evaluation", component, "random", f, -1] = shuffled
         for key, mask in expected.items():
             one = evaluate(loaded, task, [mask], num_fewshot=k, limit=6)
             np.testing.assert_allclose(found[key]["gold_loglikelihood"], one.gold_loglikelihood[0], atol=1e-5)
@@ -152,7 +154,9 @@ def test_tasks_and_shots_may_be_added(tmp_path: Path) -> None:
     ({"shared_shots": True}, "--shared-shots"),
     ({"head_score": "example"}, "--head-score"),
 ])
-def test_another_studys_folder_is_refused_and_left_alone(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_another_studys_folder_is_refused_and_left_alone(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
     loaded = tiny.loaded("llama")
     folder = run_study(spec(tmp_path, shots=(0,)), loaded=loaded, parts=("evaluate",))
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import write_task
 
 from headcount.errors import DataError, HeadcountError, OptionError, TaskError
 from headcount.measure.tasks import Task, embedded_tasks, get_tasks
+from tiny import write_task
 
 
 def task(folder: Path, name: str = "piqa", **options: object) -> Task:
@@ -133,7 +133,7 @@ def _rewrite(folder: Path, split: str, text: str) -> Path:
     (lambda f: (f, ["./nowhere.yaml"]), TaskError, "no task file"),
     (lambda f: (write_task(f), ["copa"]), DataError, "--data holds: piqa"),
     (lambda f: (_rewrite(f, "train", ""), ["piqa"]), DataError, "train.jsonl is empty"),
-    (lambda f: (_rewrite(f, "validation", '{"goal": "a"\n'), ["piqa"]), DataError, "validation.jsonl, line 1: not JSON"),
+    (lambda f: (_rewrite(f, "validation", '{"goal": "a"\n'), ["piqa"]), DataError, "validation.jsonl, line 1"),
     (lambda f: (_rewrite(f, "train", '{"goal": "a"}\n[]\n'), ["piqa"]), DataError, "train.jsonl, line 2"),
     (lambda f: (_rewrite(f, "validation", '{"question": "a"}\n'), ["piqa"]), DataError, "piqa"),
     (lambda f: (write_task(f), ["piqa", "piqa"]), TaskError, "named twice"),

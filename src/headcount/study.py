@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 import headcount
-from headcount.errors import OptionError, StudyError
+from headcount.errors import ModelError, OptionError, StudyError
 from headcount.ledger import Job, Ledger
 from headcount.masks import Mask, prune, random_order
 from headcount.plan import PARTS, Part, PlannedJob, TaskFacts, plan
@@ -103,6 +103,7 @@ class Runner:
         self._check_prompts()
         self.reporter.stage(f"loading {spec.model}")
         self.loaded = loaded or _load(spec)
+        _verified(self.loaded)
         self._prepared: dict[tuple[str, int, str], Prepared] = {}
         self.reporter.stage("planning")
         self.facts = [self._facts(task) for task in self.tasks.values()]
@@ -276,6 +277,16 @@ def _load(spec: StudySpec) -> LoadedModel:
     return load(spec.model, dtype=spec.dtype, device=spec.device, device_map=spec.device_map,
                 attn_implementation=spec.attn_implementation, trust_remote_code=spec.trust_remote_code,
                 revision=spec.revision)
+
+
+def _verified(loaded: LoadedModel) -> None:
+    """Nothing is measured on a model whose heads and FFNs are not where they seem to be."""
+    from headcount.model.contracts import verify
+
+    for result in verify(loaded):
+        if not result.holds:
+            raise ModelError(f"{loaded.name} cannot be measured: it fails the check '{result.name}' ({result.detail}); "
+                             "headcount anatomy MODEL --verify shows more")
 
 
 def _layout_reason(loaded: LoadedModel) -> str:

@@ -139,7 +139,7 @@ def print_accuracy(folder: Path) -> None:
 
 def print_importance(folder: Path, component: Component) -> None:
     """The most and the least important heads, or every FFN, per task and number of shots."""
-    from headcount.view.analysis import name_of
+    from headcount.view.analysis import groups, name_of
 
     study = _study(folder)
     importance = study.importance()
@@ -148,8 +148,8 @@ def print_importance(folder: Path, component: Component) -> None:
     if rows.empty:
         rows = importance[(importance["component"] == component) & (importance["score"] == "position")]
     table = _table("task", "shots|r", component, "importance|r", "standard error|r")
-    for (task, k), group in rows.groupby(["task", "num_fewshot"], sort=False):
-        ranked = group.sort_values("importance", ascending=False, kind="stable").to_dict("records")
+    for (task, k), group in groups(rows, "task", "num_fewshot"):
+        ranked: list[Any] = group.sort_values("importance", ascending=False, kind="stable").to_dict("records")
         for row in _ends(ranked):
             table.add_row(*((str(task), str(k), name_of(component, row["layer"], row["head"]),
                              f"{row['importance']:.4g}", f"{row['stderr']:.2g}") if row else ("", "", "...", "", "")))
@@ -158,12 +158,14 @@ def print_importance(folder: Path, component: Component) -> None:
 
 def print_curves(folder: Path) -> None:
     """Accuracy along every curve."""
+    from headcount.view.analysis import groups
+
     curves = _study(folder).curves()
     fractions = sorted(curves["fraction"].unique())
     table = _table("task", "shots|r", "removed", "order", *(f"{100 * f:.0f} %|r" for f in fractions))
-    for (task, k, component, order), curve in curves.groupby(["task", "num_fewshot", "component", "order"], sort=False):
+    for (task, k, component, order), curve in groups(curves, "task", "num_fewshot", "component", "order"):
         at = dict(zip(curve["fraction"], curve["accuracy"], strict=True))
-        table.add_row(str(task), str(k), f"{component}s", str(order),
+        table.add_row(task, str(k), f"{component}s", order,
                       *(f"{at[f]:.3f}" if f in at else "" for f in fractions))
     _out.print(table)
 

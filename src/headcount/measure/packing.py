@@ -91,8 +91,8 @@ def pack(
         tree_depth: Documents with a longer request than this are laid out request by request (attention windows).
     """
     rows: list[Row] = []
-    group: list[tuple[int, Request]] = []
-    size, before, number = 0, np.zeros(0, np.int64), 0
+    grown: list[_Document] = []
+    number, before = 0, np.zeros(0, np.int64)
     for requests in documents:
         numbered = list(enumerate(requests, number))
         number += len(requests)
@@ -100,14 +100,45 @@ def pack(
             rows.extend(_row([one], is_tree=False) for one in numbered)
             continue
         own = _trie_size(requests)
-        added = own - _common(before, requests[0].ids)
-        if group and size + added > row_tokens:
-            rows.append(_row(group, is_tree=True))
-            group, size, added = [], 0, own
-        group, size, before = [*group, *numbered], size + added, requests[0].ids
-    if group:
-        rows.append(_row(group, is_tree=True))
-    return rows
+        grown.append(_Document(numbered, own, own - _common(before, requests[0].ids)))
+        before = requests[0].ids
+    return rows + [_row([r for d in group for r in d.requests], is_tree=True) for group in _level(grown, row_tokens)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Document:
+    """A document's numbered requests, its nodes alone, and the nodes it adds behind the document before it."""
+
+    requests: Sequence[tuple[int, Request]]
+    own: int
+    added: int
+
+
+def _level(documents: Sequence[_Document], row_tokens: int) -> list[list[_Document]]:
+    """As few rows as the limit allows, and these of like length, since the shorter ones are padded."""
+    groups = _fill(documents, row_tokens)
+    low, high = 1, row_tokens
+    while low < high:
+        middle = (low + high) // 2
+        fewer = _fill(documents, middle)
+        if len(fewer) <= len(groups):
+            groups, high = fewer, middle
+        else:
+            low = middle + 1
+    return groups
+
+
+def _fill(documents: Sequence[_Document], row_tokens: int) -> list[list[_Document]]:
+    groups: list[list[_Document]] = []
+    size = 0
+    for document in documents:
+        if groups and size + document.added <= row_tokens:
+            groups[-1].append(document)
+            size += document.added
+        else:
+            groups.append([document])
+            size = document.own
+    return groups
 
 
 def batches(rows: Iterable[Row], batch_tokens: int) -> list[Batch]:

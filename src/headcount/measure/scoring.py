@@ -257,7 +257,8 @@ def scored_only(
         hidden = args[0]
         return (hidden[rows.to(hidden.device), positions.to(hidden.device)][None], *args[1:])
 
-    handle = loaded.model.get_output_embeddings().register_forward_pre_hook(gather)
+    output_layer: torch.nn.Module = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    handle = output_layer.register_forward_pre_hook(gather)
     try:
         yield
     finally:
@@ -285,7 +286,7 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
         return Layout(False, "the model takes no position_ids")
     rng = np.random.default_rng(seed)
     longest = min(loaded.max_length, 24)
-    vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+    vocabulary = int(loaded.model.config.get_text_config().vocab_size)
 
     def ids(n: int) -> Int[np.ndarray, " pos"]:
         return rng.integers(0, vocabulary, n)

@@ -288,7 +288,8 @@ def local_dataset(folder: str, **_: object) -> dict[str, Any]:
     splits = {s: _read_jsonl(Path(folder) / f"{s}.jsonl") for s in SPLIT_FILES if _has(Path(folder), s)}
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits["validation"]
-    return datasets.DatasetDict(splits)
+    found: dict[str, Any] = datasets.DatasetDict(splits)
+    return found
 
 
 def _read_jsonl(path: Path) -> datasets.Dataset:

@@ -153,10 +153,10 @@ class Study:
         """The evaluated documents of every (number of shots, task) that has its full model."""
         rows = self._evaluations
         rows = rows[rows["split"] == "evaluation"]
-        groups = {(int(k), str(task)): _points(group) for (k, task), group in rows.groupby(["num_fewshot", "task"])
-                  if (group["order"] == "none").any()}
+        found = {(int(k), str(task)): _points(group) for (k, task), group in groups(rows, "num_fewshot", "task")
+                 if (group["order"] == "none").any()}
         order = {name: i for i, name in enumerate(self.spec["tasks"])}
-        return dict(sorted(groups.items(), key=lambda item: (order.get(item[0][1], len(order)), item[0][0])))
+        return dict(sorted(found.items(), key=lambda item: (order.get(item[0][1], len(order)), item[0][0])))
 
     @functools.cached_property
     def _curves(self) -> pd.DataFrame:
@@ -201,9 +201,8 @@ class Study:
     @functools.cached_property
     def _free_fractions(self) -> pd.DataFrame:
         curves = self._curves[~self._curves["order"].isin(["random", "none"])]
-        rows = [self._free(str(task), int(k), str(component), str(order), curve)
-                for (task, k, component, order), curve in
-                curves.groupby(["task", "num_fewshot", "component", "order"], sort=False)]
+        rows = [self._free(task, int(k), component, order, curve)
+                for (task, k, component, order), curve in groups(curves, "task", "num_fewshot", "component", "order")]
         return pd.DataFrame(rows, columns=["task", "num_fewshot", "component", "order", "free_fraction", "reason",
                                            "removed", "parameters_removed", "accuracy", "difference_low",
                                            "difference_high", "full_accuracy", "full_low", "baseline"])
@@ -217,7 +216,7 @@ class Study:
             reason = (f"the full model's accuracy, {full['accuracy']:.2f} (at least {full['low']:.2f}), is not above "
                       f"{baseline:.2f}, which guessing or a constant answer gets")
             return {**found, "free_fraction": np.nan, "reason": reason}
-        free = stats.free_fraction(curve["fraction"], curve["difference_low"], self.spec["margin"])
+        free = stats.free_fraction(curve["fraction"].tolist(), curve["difference_low"].tolist(), self.spec["margin"])
         at = curve[curve["fraction"] == free].iloc[0]
         return {**found, "free_fraction": free,
                 **{name: at[name] for name in ("removed", "parameters_removed", "accuracy", "difference_low",
@@ -245,12 +244,17 @@ def _points(rows: pd.DataFrame) -> _Points:
     baseline = float(np.nanmax([stats.chance(options), stats.constant_answer(gold, options)]))
     # The same documents are drawn for a task at every number of shots, other ones for another task.
     found = _Points(full["correct"].to_numpy(np.float64), baseline, zlib.crc32(str(rows["task"].iloc[0]).encode()))
-    for (component, order, fraction), group in rows[rows["order"] != "none"].groupby(["component", "order", "fraction"]):
+    for (component, order, fraction), group in groups(rows[rows["order"] != "none"], "component", "order", "fraction"):
         key = (str(component), str(order), float(fraction))
         found.values[key] = group.groupby("doc_id")["correct"].mean().to_numpy(np.float64)
         removed = group["heads_removed" if component == "head" else "ffns_removed"].mean()
         found.removed[key] = (float(removed), float(group["parameters_removed"].mean()))
     return found
+
+
+def groups(table: pd.DataFrame, *columns: str) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """The rows of every combination of values of these columns, in the order in which they first stand there."""
+    yield from table.groupby(columns[0] if len(columns) == 1 else list(columns), sort=False)
 
 
 def name_of(component: str, layer: int, head: object) -> str:

@@ -82,13 +82,15 @@ def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
     rows["shots"] = rows["num_fewshot"].map("{}-shot".format)
     layers, heads = int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1
     size = max(4, min(20, 520 // max(layers, heads)))
-    chart = alt.Chart(rows[["task", "shots", "layer", "head", "name", "importance", "share", "stderr"]]).mark_rect().encode(
+    columns = ["task", "shots", "layer", "head", "name", "importance", "share", "stderr"]
+    chart = alt.Chart(rows[columns]).mark_rect().encode(
         x=alt.X("head:O", title="head", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         y=alt.Y("layer:O", title="layer (0 is next to the input)", sort="descending", axis=alt.Axis(labelOverlap=True)),
         color=alt.Color("share:Q", title="share of the largest", scale=alt.Scale(type="sqrt", scheme="viridis",
                                                                                  domain=[0, 1])),
         tooltip=[alt.Tooltip("name:N", title="head"), alt.Tooltip("task:N"), alt.Tooltip("shots:N"),
-                 alt.Tooltip("importance:Q", format=".3g"), alt.Tooltip("stderr:Q", title="standard error", format=".2g")],
+                 alt.Tooltip("importance:Q", format=".3g"),
+                 alt.Tooltip("stderr:Q", title="standard error", format=".2g")],
     ).properties(width=size * heads, height=size * layers)
     column = alt.Column("shots:N", title=None, header=alt.Header(labelFontSize=12))
     return _dressed(_with_menu(_of_one_task(chart, rows, choose).facet(column=column), rows, choose))
@@ -117,8 +119,8 @@ def ffn_bars(importance: pd.DataFrame, *, choose: bool) -> Chart:
         errors = base.transform_filter("isValid(datum.stderr)").mark_rule(color="#333").encode(y="low:Q", y2="high:Q")
         columns = ["task", "shots", "layer", "name", "importance", "stderr", "low", "high"]
         layered = alt.layer(bars, errors, data=of_score[columns]).properties(width=width, height=150)
-        panels.append(_of_one_task(layered, rows, choose).facet(
-            column=alt.Column("shots:N", title=None, header=alt.Header(labelFontSize=12))).resolve_scale(y="independent"))
+        column = alt.Column("shots:N", title=None, header=alt.Header(labelFontSize=12))
+        panels.append(_of_one_task(layered, rows, choose).facet(column=column).resolve_scale(y="independent"))
     return _dressed(_with_menu(alt.vconcat(*panels), rows, choose))
 
 
@@ -133,7 +135,8 @@ def save(chart: Chart, path: Path) -> list[Path]:
 
 def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, float]) -> Chart:
     labelled = _labelled(rows)
-    base = alt.Chart(labelled).encode(x=alt.X("percent:Q", title="removed (%)", scale=alt.Scale(domain=[0, 100])))
+    base = alt.Chart(labelled).encode(x=alt.X("percent:Q", title="removed (%)", scale=alt.Scale(domain=[0, 100]),
+                                                    axis=alt.Axis(values=list(range(0, 101, 20)))))
     y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
     band = base.transform_filter("datum.by != 'at random'").mark_area(opacity=0.18).encode(
         y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=_shots(labelled))

@@ -19,7 +19,7 @@ import vl_convert
 from markupsafe import Markup
 
 from headcount.view import charts, sentences
-from headcount.view.analysis import Study, constants, open_study
+from headcount.view.analysis import Study, constants, groups, open_study
 
 _FIGURES = {
     "headline": "How much can go",
@@ -103,8 +103,8 @@ def _page(study: Study, specs: dict[str, Any], captions: dict[str, str], tables:
         tables=tables,
         provenance=list(_provenance(study)),
         figure=figure,
-        bundle=Markup(_in_script(vl_convert.javascript_bundle(None))),
-        charts=Markup(_in_script(json.dumps(specs))),
+        bundle=Markup(_in_script(vl_convert.javascript_bundle())),  # type: ignore[call-arg]  # noqa: S704
+        charts=Markup(_in_script(json.dumps(specs))),  # noqa: S704
     )
 
 
@@ -115,7 +115,8 @@ def _figures(study: Study) -> dict[str, tuple[Callable[[], Any], Callable[[], An
     found: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
     pruned = curves[curves["component"] != "none"]
     if len(pruned):
-        baselines = {int(k): study.baseline(charts.summary_task(curves), int(k)) for k in pruned["num_fewshot"].unique()}
+        task = charts.summary_task(curves)
+        baselines = {int(k): study.baseline(task, int(k)) for k in pruned["num_fewshot"].unique()}
         free = study.free_fractions()
         found["headline"] = (lambda: charts.headline(pruned, free, baselines),) * 2
     if (importance["component"] == "head").any():
@@ -138,8 +139,8 @@ def _captions(study: Study) -> dict[str, str]:
                     "A diamond marks the free fraction. " + sentences.curve_sentence(study, "head"),
         "head_map": sentences.importance_sentence(study, "head") + " The colour is a head's gradient importance as a "
                     "share of the largest in its panel; point at a head for its value.",
-        "ffn_bars": sentences.importance_sentence(study, "ffn") + " Above: accuracy lost on training documents when one "
-                    "FFN is off; below: the gradient score. Lines are plus and minus one standard error.",
+        "ffn_bars": sentences.importance_sentence(study, "ffn") + " Above: accuracy lost on training documents when "
+                    "one FFN is off; below: the gradient score. Lines are plus and minus one standard error.",
         "head_curves": bands,
         "ffn_curves": sentences.curve_sentence(study, "ffn") + " " + bands,
     }
@@ -154,10 +155,10 @@ def _tables(study: Study) -> Iterator[Table]:
         frame = free.assign(free=share, interval=interval)[
             ["task", "num_fewshot", "component", "free", "removed", "parameters_removed", "accuracy", "interval",
              "full_accuracy", "baseline"]]
-        yield Table("Free fractions", "The largest share that can go while a loss of the margin or more is ruled out at "
-                    "every step; accuracy there, and the 95 % interval of its difference to the full model in points. "
-                    "Baseline: chance, or the best constant answer; not defined where the full model's accuracy is not "
-                    "shown to be above it.", _plain_columns(frame))
+        yield Table("Free fractions", "The largest share that can go while a loss of the margin or more is ruled out "
+                    "at every step; accuracy there, and the 95 % interval of its difference to the full model in "
+                    "points. Baseline: chance, or the best constant answer; not defined where the full model's "
+                    "accuracy is not shown to be above it.", _plain_columns(frame))
     curves = study.curves()
     full = curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"])
     if len(full):
@@ -171,12 +172,12 @@ def _tables(study: Study) -> Iterator[Table]:
                     _plain_columns(wide.reset_index()))
     for component, title in (("head", "heads"), ("ffn", "FFNs")):
         ranked = sentences.ranking(study, component)
-        for k, of_k in ranked.groupby("num_fewshot"):
+        for k, of_k in groups(ranked, "num_fewshot"):
             most, least = of_k.head(_LISTED), of_k.tail(_LISTED)[::-1]
             frame = pd.DataFrame({"rank": range(1, len(most) + 1), "most important": most["name"].tolist(),
                                   "importance": most["importance"].tolist(), "least important": least["name"].tolist(),
                                   "importance ": least["importance"].tolist()})
-            yield Table(f"Most and least important {title}, {sentences.shots(int(str(k)))}", "Mean over tasks.", frame)
+            yield Table(f"Most and least important {title}, {sentences.shots(int(k))}", "Mean over tasks.", frame)
 
 
 def _plain_columns(frame: pd.DataFrame) -> pd.DataFrame:
@@ -192,8 +193,8 @@ def _provenance(study: Study) -> Iterator[tuple[str, str]]:
         yield f"model: {name.replace('_', ' ')}", _plain(value)
     yield "prompts", description.get("layout", "")
     for task, known in study.tasks.items():
-        yield f"task: {task}", (f"documents {known['fingerprint']}; {known['documents']} evaluated, {known['examples']} "
-                                f"for importance; metric {known['metric']}")
+        yield f"task: {task}", (f"documents {known['fingerprint']}; {known['documents']} evaluated, "
+                                f"{known['examples']} for importance; metric {known['metric']}")
     yield "options", ", ".join(f"{k} = {_plain(v)}" for k, v in spec.items() if v is not None)
     yield "versions", ", ".join(f"{k} {v}" for k, v in description["versions"].items())
 

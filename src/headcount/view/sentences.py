@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from headcount import stats
-from headcount.view.analysis import MEAN, Study, constants, mean_importance, name_of
+from headcount.view.analysis import MEAN, Study, constants, groups, mean_importance, name_of
 
 _NAMES = {"head": ("attention head", "attention heads"), "ffn": ("FFN", "FFNs")}
 
@@ -29,7 +29,7 @@ def headline(study: Study) -> list[str]:
     summary = table[table["task"] == MEAN] if (table["task"] == MEAN).any() else table
     ordered = summary.sort_values(["num_fewshot", "component"], ascending=[False, False], kind="stable")
     sentences: list[str] = []
-    for k, of_k in ordered.groupby("num_fewshot", sort=False):
+    for k, of_k in groups(ordered, "num_fewshot"):
         undefined = of_k["free_fraction"].isna()
         if undefined.all():
             sentences.append(f"With {shots(int(k))} nothing can be said: {of_k['reason'].iloc[0]}.")
@@ -49,13 +49,13 @@ def _can_go(study: Study, row: pd.Series) -> str:
         curves = study.curves()
         first = curves[(curves[["task", "num_fewshot", "component", "order"]]
                         == row[["task", "num_fewshot", "component", "order"]]).all(axis=1)].iloc[1]
-        return (f"{beginning}no share of the {names} is shown to be free: already without {first['removed']} of {total} "
-                f"{over} changes by {_points(first['difference'])} points ({_interval(first)}), and more than {margin} "
-                "cannot be ruled out.")
+        return (f"{beginning}no share of the {names} is shown to be free: already without {first['removed']} of "
+                f"{total} {over} changes by {_points(first['difference'])} points ({_interval(first)}), and more "
+                f"than {margin} cannot be ruled out.")
     return (f"{beginning}{100 * row['free_fraction']:.0f} % of the {names} ({row['removed']:.0f} of {total}, "
             f"{millions(row['parameters_removed'])} parameters) can go: {over} is then {row['accuracy']:.3f}, the full "
-            f"model's {row['full_accuracy']:.3f} ({_interval(row)}; up to there a loss of {margin} or more is ruled out "
-            "at every step).")
+            f"model's {row['full_accuracy']:.3f} ({_interval(row)}; up to there a loss of {margin} or more is ruled "
+            "out at every step).")
 
 
 def _points(difference: float) -> str:
@@ -83,9 +83,10 @@ def curve_sentence(study: Study, component: str) -> str:
     gap = (measured.loc[both, "accuracy"] - random.loc[both, "accuracy"]).idxmax()
     one, other = measured.loc[gap], random.loc[gap]
     apart = "" if one["low"] > other["high"] else "; the two intervals overlap"
-    return (f"With {shots(int(one['num_fewshot']))} the measured order is furthest from a random one at {100 * gap:.0f} % "
-            f"of the {_NAMES[component][1]} removed: {one['accuracy']:.2f} ({one['low']:.2f} to {one['high']:.2f}) "
-            f"against {other['accuracy']:.2f} ({other['low']:.2f} to {other['high']:.2f}){apart}.")
+    return (f"With {shots(int(one['num_fewshot']))} the measured order is furthest from a random one at "
+            f"{100 * gap:.0f} % of the {_NAMES[component][1]} removed: {one['accuracy']:.2f} "
+            f"({one['low']:.2f} to {one['high']:.2f}) against {other['accuracy']:.2f} "
+            f"({other['low']:.2f} to {other['high']:.2f}){apart}.")
 
 
 def importance_sentence(study: Study, component: str) -> str:
@@ -130,7 +131,7 @@ def cautions(study: Study) -> Iterator[str]:
                + ", ".join(f"{t} ({n})" for t, n in few.items()) + ".")
     free = study.free_fractions()
     weak = free[free["free_fraction"].isna() & (free["task"] != MEAN)]
-    for k, of_k in weak.groupby("num_fewshot"):
+    for k, of_k in groups(weak, "num_fewshot"):
         names = ", ".join(dict.fromkeys(of_k["task"]))
         yield (f"With {shots(int(k))} the full model is not shown to be above chance, or above a constant answer, on: "
                f"{names}. Their curves say nothing.")

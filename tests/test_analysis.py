@@ -1,0 +1,136 @@
+"""A study's tables against planted numbers and slow loops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import synthetic_study as synthetic
+from headcount.errors import StudyError
+from headcount.view import sentences
+from headcount.view.analysis import mean_importance, open_study
+
+
+def pick(table: pd.DataFrame, **values: object) -> pd.DataFrame:
+    for name, value in values.items():
+        table = table[table[name] == value]
+    return table
+
+
+def test_curves_are_what_was_planted(tmp_path: Path) -> None:
+    curves = open_study(synthetic.write(tmp_path)).curves()
+    for task in (*synthetic.TASKS, "mean"):
+        for (component, order), right in synthetic.RIGHT.items():
+            curve = pick(curves, task=task, num_fewshot=5, component=component, order=order)
+            assert curve["fraction"].tolist() == [0.0, *synthetic.FRACTIONS]
+            np.testing.assert_allclose(curve["accuracy"], np.array(right) / 100)
+            np.testing.assert_allclose(curve["difference"], np.array(right) / 100 - 0.8)
+            assert (curve["low"] <= curve["accuracy"]).all()
+            assert (curve["high"] >= curve["accuracy"]).all()
+            assert curve["changed"].tolist() == [(80 - n) * (2 if task == "mean" else 1) for n in right]
+            assert (curve["documents"] == (200 if task == "mean" else 100)).all()
+            n, size = (24, 100) if component == "head" else (6, 1000)
+            removed = [int(n * f) for f in (0, *synthetic.FRACTIONS)]
+            assert curve["removed"].tolist() == removed
+            assert curve["parameters_removed"].tolist() == [size * r for r in removed]
+            np.testing.assert_allclose(curve["parameters_removed_share"], np.array(removed) * size / 20_000)
+
+
+def test_intervals_equal_a_slow_bootstrap(tmp_path: Path) -> None:
+    curves = open_study(synthetic.write(tmp_path)).curves()
+    rng = np.random.default_rng(5)
+    full, pruned = np.arange(100) < 80, np.arange(100) < 60
+    for task, tasks in (("red", 1), ("mean", 2)):
+        drawn = []
+        for _ in range(4000):
+            of_tasks = []
+            for _ in range(tasks):
+                documents = rng.integers(0, 100, 100)
+                of_tasks.append((pruned[documents].mean(), pruned[documents].mean() - full[documents].mean()))
+            drawn.append(np.mean(of_tasks, axis=0))
+        point = pick(curves, task=task, num_fewshot=5, component="head", order="random", fraction=0.25).iloc[0]
+        expected = np.quantile(drawn, [0.025, 0.975], axis=0)
+        np.testing.assert_allclose([point["low"], point["high"]], expected[:, 0], atol=0.015)
+        np.testing.assert_allclose([point["difference_low"], point["difference_high"]], expected[:, 1], atol=0.015)
+
+
+def test_free_fractions_are_what_was_planted(tmp_path: Path) -> None:
+    free = open_study(synthetic.write(tmp_path)).free_fractions()
+    for task in (*synthetic.TASKS, "mean"):
+        heads = pick(free, task=task, num_fewshot=5, component="head").iloc[0]
+        assert (heads["free_fraction"], heads["removed"], heads["parameters_removed"]) == (0.5, 12, 1200)
+        assert pick(free, task=task, num_fewshot=5, component="ffn").iloc[0]["free_fraction"] == 0
+        none = pick(free, task=task, num_fewshot=0)
+        assert none["free_fraction"].isna().all()
+        assert none["reason"].str.contains("not above 0.25").all()
+    assert "random" not in set(free["order"])
+
+
+def test_tables_have_the_columns_that_are_promised(tmp_path: Path) -> None:
+    study = open_study(synthetic.write(tmp_path))
+    evaluations = study.evaluations()
+    assert {"task", "num_fewshot", "split", "component", "order", "order_seed", "fraction", "layer", "doc_id",
+            "correct", "gold_loglikelihood", "margin", "prediction", "gold", "num_options", "heads_removed",
+            "ffns_removed", "parameters_removed"} <= set(evaluations.columns)
+    assert len(evaluations) == 2 * 2 * 100 * (1 + 4 * 3)
+    importance = study.importance()
+    assert importance[importance["component"] == "ffn"]["head"].isna().all()
+    assert len(importance) == 2 * 2 * (2 * 24 + 2 * 6 + 2 * 6)
+    evaluations["task"] = "changed"
+    assert set(study.evaluations()["task"]) == set(synthetic.TASKS), "readers get copies"
+
+
+def test_mean_importance_is_the_mean_over_tasks(tmp_path: Path) -> None:
+    table = open_study(synthetic.write(tmp_path)).importance()
+    table.loc[(table["task"] == "red"), "importance"] *= 3
+    mean = mean_importance(table)
+    one = pick(mean, num_fewshot=5, component="head", layer=2, head=1, score="position").iloc[0]
+    assert one["importance"] == pytest.approx(2 * 0.031)
+    assert one["stderr"] == pytest.approx(np.sqrt(2) * 0.001 / 2)
+
+
+@pytest.mark.parametrize("parts", [{"evaluations": False}, {"importance": False},
+                                   {"evaluations": False, "importance": False}])
+def test_an_unfinished_study_opens(tmp_path: Path, parts: dict[str, bool]) -> None:
+    study = open_study(synthetic.write(tmp_path, **parts))
+    assert len(study.evaluations()) > 0 or not parts.get("evaluations", True)
+    assert len(study.curves()) == 0 or parts.get("evaluations", True)
+    assert len(study.importance()) > 0 or not parts.get("importance", True)
+    assert isinstance(sentences.headline(study)[0], str)
+    assert list(sentences.cautions(study))
+
+
+def test_a_mean_needs_every_task(tmp_path: Path) -> None:
+    folder = synthetic.write(tmp_path)
+    for path in sorted((folder / "entries").glob("evaluation-*")):
+        frame = pd.read_parquet(path)
+        if len(frame) == 100:  # a full model
+            path.unlink()
+            break
+    curves = open_study(folder).curves()
+    assert len(set(zip(curves["task"], curves["num_fewshot"], strict=True))) < 2 * 4 * 2
+
+
+def test_what_is_said_is_what_was_planted(tmp_path: Path) -> None:
+    study = open_study(synthetic.write(tmp_path))
+    first, second, third = sentences.headline(study)
+    assert first.startswith("With 5 shots, 50 % of the attention heads (12 of 24, 0.0 M parameters) can go: mean")
+    assert second.startswith("With 5 shots, no share of the FFNs is shown to be free: already without 1 of 6 mean "
+                             "accuracy changes by \N{MINUS SIGN}20.0 points")
+    assert third.startswith("With no shots nothing can be said")
+    cautions = " ".join(sentences.cautions(study))
+    for expected in ("weights are made up", "Shots are shared", "red, green", "fewer than 3 distinct accuracies"):
+        assert expected in cautions
+    assert "Fewer than 50" not in cautions
+    few = open_study(synthetic.write(tmp_path / "few", documents=20))
+    assert "Fewer than 50 evaluated documents" in " ".join(sentences.cautions(few))
+    ranked = sentences.ranking(study, "head")
+    assert ranked[ranked["num_fewshot"] == 5]["name"].tolist()[:2] == ["L5H3", "L5H2"]
+
+
+def test_a_folder_without_a_study_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="holds no study"):
+        open_study(tmp_path)

@@ -1,0 +1,73 @@
+"""The page: self-contained, complete, and drawn in a real browser without a network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import synthetic_study as synthetic
+from headcount.errors import StudyError
+from headcount.view.report import write_report
+
+FIGURES = ("headline", "head_map", "ffn_bars", "head_curves", "ffn_curves")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(synthetic.write(tmp_path_factory.mktemp("study")))
+
+
+def test_the_page_needs_nothing_from_outside(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    head = text[: text.index("<script>")]
+    assert not re.findall(r"(?:src|href)\s*=", head), "no address is loaded"
+    assert "@import" not in head
+    assert text.count("<script>") == text.count("</script>") == 2
+
+
+def test_the_page_says_what_was_found(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for expected in ("50 % of the attention heads (12 of 24", "Shots are shared", "weights are made up", "data-red",
+                     "headcount study planted", "L5H3", "L5F", "planted &lt;model&gt;"):
+        assert expected in text
+    assert "<model>" not in text, "what comes from outside is escaped"
+
+
+def test_figures_and_tables_are_files_too(page: Path) -> None:
+    for name in FIGURES:
+        assert (page.parent / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (page.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    for name in ("curves", "free_fractions", "importance"):
+        assert (page.parent / "tables" / f"{name}.csv").stat().st_size > 100
+
+
+def test_a_browser_draws_every_chart(page: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-quic", "--enable-logging=stderr",
+         "--virtual-time-budget=20000", f"--user-data-dir={tmp_path}", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=200, check=False)
+    assert "CONSOLE" not in done.stderr or "Uncaught" not in done.stderr, done.stderr[-2000:]
+    for name in FIGURES:
+        drawn = done.stdout[done.stdout.index(f'id="{name}"') :]
+        assert "<svg" in drawn[: drawn.index("<figcaption")], f"{name} is drawn"
+    assert done.stdout.count("<select") == 2, "a menu for the task over heads and over FFNs"
+
+
+@pytest.mark.parametrize("parts", [{"evaluations": False}, {"importance": False}, {"tasks": ("red",), "shots": (5,)}])
+def test_an_unfinished_or_small_study_has_a_page(tmp_path: Path, parts: dict[str, object]) -> None:
+    text = write_report(synthetic.write(tmp_path, **parts)).read_text(encoding="utf-8")  # type: ignore[arg-type]
+    assert ("Not measured in this study" in text) == ("tasks" not in parts)
+
+
+def test_no_study_no_page(tmp_path: Path) -> None:
+    with pytest.raises(StudyError):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
