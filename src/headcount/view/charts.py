@@ -58,10 +58,10 @@ def task_curves(curves: pd.DataFrame, component: str) -> Chart:
         y=alt.Y("low:Q", title="accuracy", scale=alt.Scale(domain=[0, 1])), y2="high:Q", color=_shots(rows))
     line = base.mark_line(strokeWidth=1.8).encode(y="accuracy:Q", color=_shots(rows), strokeDash=_orders())
     dots = base.mark_circle(size=16, opacity=1).encode(y="accuracy:Q", color=_shots(rows), tooltip=_curve_tooltip())
-    chart = alt.layer(band, line, dots, data=rows).properties(width=190, height=130).facet(
+    chart = alt.layer(band, line, dots, data=rows).properties(width=180, height=125).facet(
         facet=alt.Facet("task:N", title=None, sort=tasks, header=alt.Header(labelFontSize=12, labelFontWeight="bold")),
         columns=4)
-    return _dressed(chart)
+    return _dressed(chart).configure_legend(orient="top", **_CONFIG["legend"])
 
 
 def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:

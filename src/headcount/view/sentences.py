@@ -58,6 +58,11 @@ def _can_go(study: Study, row: pd.Series) -> str:
             "out at every step).")
 
 
+def _listed(names: list[str], of: int, what: str, most: int = 6) -> str:
+    """The names, or where they are many, how many."""
+    return ", ".join(names) if len(names) <= most else f"{len(names)} of {of} {what}"
+
+
 def _points(difference: float) -> str:
     return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
 
@@ -132,14 +137,15 @@ def cautions(study: Study) -> Iterator[str]:
     free = study.free_fractions()
     weak = free[free["free_fraction"].isna() & (free["task"] != MEAN)]
     for k, of_k in groups(weak, "num_fewshot"):
-        names = ", ".join(dict.fromkeys(of_k["task"]))
-        yield (f"With {shots(int(k))} the full model is not shown to be above chance, or above a constant answer, on: "
-               f"{names}. Their curves say nothing.")
+        names = _listed(list(dict.fromkeys(of_k["task"])), len(study.tasks), "tasks")
+        yield (f"With {shots(int(k))} the full model is not shown to be above chance, or above a constant answer, on "
+               f"{names}; their curves say nothing.")
     layers = len(study.description["anatomy"]["heads_per_layer"])
     coarse = [f"{task} ({k}-shot, {n})" for (task, k), n in study.distinct_values.items() if n < layers / 2]
     if coarse:
-        yield (f"FFN oracles with fewer than {layers / 2:.0f} distinct accuracies, where gold log-likelihood decides "
-               "much of the order: " + ", ".join(coarse) + ".")
+        names = _listed(coarse, len(study.distinct_values), "FFN oracles")
+        yield (f"Gold log-likelihood decides much of the order of FFNs where an oracle found fewer than {layers / 2:.0f} "
+               f"distinct accuracies: {names}.")
     for (task, k), n in study.truncated.items():
         yield f"{task}, {k}-shot: {n} requests were longer than the model's window and lost their beginning."
     unchanged = study.curves().query("fraction > 0 and changed == 0")
