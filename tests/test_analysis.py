@@ -122,7 +122,7 @@ def test_what_is_said_is_what_was_planted(tmp_path: Path) -> None:
                              "accuracy changes by \N{MINUS SIGN}20.0 points")
     assert third.startswith("With no shots nothing can be said")
     cautions = " ".join(sentences.cautions(study))
-    for expected in ("weights are made up", "Shots are shared", "red, green", "fewer than 3 distinct accuracies: red (0-shot, 2)"):
+    for expected in ("weights are made up", "Shots are shared", "red, green", "distinct accuracies: green (0-shot, 2)"):
         assert expected in cautions
     assert "Fewer than 50" not in cautions
     few = open_study(synthetic.write(tmp_path / "few", documents=20))

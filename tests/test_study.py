@@ -196,7 +196,7 @@ def test_parts_are_steps_of_the_same_study(tmp_path: Path) -> None:
 
 
 def test_the_plan_counts_its_passes(tmp_path: Path) -> None:
-    facts = [TaskFacts(name, "f", 100, 50) for name in ("a", "b")]
+    facts = [TaskFacts(name, "f", {0: 100, 5: 100}, {0: 50, 5: 50}) for name in ("a", "b")]
     asked = StudySpec("m", tasks=("a", "b"), shots=(0, 5), out=tmp_path)
     jobs = plan(asked, "model", 30, facts)
     passes = sum(p.passes for p in jobs)
@@ -213,7 +213,7 @@ def test_the_plan_counts_its_passes(tmp_path: Path) -> None:
 
 
 def test_zero_shot_jobs_do_not_hang_on_the_seed() -> None:
-    facts = [TaskFacts("a", "f", 100, 50)]
+    facts = [TaskFacts("a", "f", {0: 100, 5: 100}, {0: 50, 5: 50})]
     first, other = (plan(StudySpec("m", tasks=("a",), shots=(0, 5), seed=s, random_orders=0), "model", 3, facts)
                     for s in (1, 2))
     shared = {job_id(p.job) for p in first} & {job_id(p.job) for p in other}

@@ -19,6 +19,10 @@ Part = Literal["evaluate", "heads", "ffns", "curve"]
 PARTS: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
 PROTOCOL = "sound"
 T = TypeVar("T")
+# The documents that each part reads.
+READS: dict[Part, tuple[str, ...]] = {
+    "evaluate": ("evaluation",), "heads": ("examples",), "ffns": ("examples",), "curve": ("evaluation", "examples"),
+}
 # A gradient costs a forward and a backward pass through activations.
 _GRADIENT_PASSES = 2
 
@@ -30,15 +34,15 @@ class TaskFacts:
     Attributes:
         name: The task's name.
         fingerprint: Hash of its definition and documents.
-        documents: How many documents are evaluated.
-        examples: How many training documents importance is measured on.
+        documents: How many documents are evaluated, by number of shots (shared shots may be left out).
+        examples: How many training documents importance is measured on, by number of shots.
         tokens: Estimated tokens of one document by (number of shots, "evaluation" | "examples" | "gradient").
     """
 
     name: str
     fingerprint: str
-    documents: int
-    examples: int
+    documents: Mapping[int, int]
+    examples: Mapping[int, int]
     tokens: Mapping[tuple[int, str], float] = field(default_factory=dict)
 
 
@@ -91,12 +95,22 @@ class _Planner:
     task: TaskFacts
     num_fewshot: int
 
+    @property
+    def documents(self) -> int:
+        return self.task.documents[self.num_fewshot]
+
+    @property
+    def examples(self) -> int:
+        return self.task.examples[self.num_fewshot]
+
     def jobs(self, parts: Sequence[Part]) -> Iterator[PlannedJob]:
+        if "evaluate" in parts or "curve" in parts:
+            yield self._full("evaluation")
+        if not {"heads", "ffns", "curve"} & set(parts):
+            return
         gradient = self._gradient()
         if "heads" in parts or "curve" in parts:
             yield gradient
-        if "evaluate" in parts or "curve" in parts:
-            yield self._full("evaluation")
         if "curve" in parts:
             yield from self._curves("head", gradient)
         ffns = gradient
@@ -120,11 +134,11 @@ class _Planner:
         return PlannedJob(job, title, needs, passes, passes * job["documents"] * per_document)
 
     def _gradient(self) -> PlannedJob:
-        job = {**self._base("importance", self.task.examples), "method": "gradient"}
+        job = {**self._base("importance", self.examples), "method": "gradient"}
         return self._planned(job, "gradient importance", _GRADIENT_PASSES, "gradient")
 
     def _full(self, split: str) -> PlannedJob:
-        documents = self.task.documents if split == "evaluation" else self.task.examples
+        documents = self.documents if split == "evaluation" else self.examples
         job = {**self._base("evaluation", documents), "split": split, "curve": {"order": "none"}}
         return self._planned(job, f"full model, {split}", 1, split)
 
@@ -140,7 +154,7 @@ class _Planner:
 
     def _curve(self, order: Mapping[str, Any], what: str, *needs: Job) -> Iterator[PlannedJob]:
         for fractions in _chunks(self.spec.fractions, self.spec.masks_per_job):
-            job = {**self._base("evaluation", self.task.documents), "split": "evaluation",
+            job = {**self._base("evaluation", self.documents), "split": "evaluation",
                    "curve": {**order, "fractions": list(fractions)}}
             span = f"{fractions[0]:.0%} to {fractions[-1]:.0%}"
             yield self._planned(job, f"{what}, {span}", len(fractions), "evaluation", *needs)
@@ -148,13 +162,13 @@ class _Planner:
     def _oracle(self) -> list[PlannedJob]:
         full = self._full("examples")
         singles = [
-            self._planned({**self._base("evaluation", self.task.examples), "split": "examples",
+            self._planned({**self._base("evaluation", self.examples), "split": "examples",
                            "curve": {"order": "single", "component": "ffn", "layers": list(layers)}},
                           f"one FFN off, layers {layers[0]} to {layers[-1]}", len(layers), "examples")
             for layers in _chunks(range(self.num_layers), self.spec.masks_per_job)
         ]
         measured = [full.job, *(s.job for s in singles)]
-        job = {**self._base("importance", self.task.examples), "method": "oracle"}
+        job = {**self._base("importance", self.examples), "method": "oracle"}
         return [full, *singles, self._planned(job, "FFN oracle", 0, "examples", *measured)]
 
 

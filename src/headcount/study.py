@@ -11,7 +11,7 @@ import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ import headcount
 from headcount.errors import ModelError, OptionError, StudyError
 from headcount.ledger import Job, Ledger
 from headcount.masks import Mask, prune, random_order
-from headcount.plan import PARTS, Part, PlannedJob, TaskFacts, plan
+from headcount.plan import PARTS, READS, Part, PlannedJob, TaskFacts, plan
 from headcount.specs import StudySpec
 from headcount.tables import evaluation_table, evaluations_from, importance_table, stored_order
 
@@ -36,6 +36,7 @@ _SAMPLE = 8
 _PACKAGES = ("torch", "transformers", "lm_eval", "tokenizers", "numpy")
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """What a study tells while it runs."""
 
@@ -97,8 +98,9 @@ class Runner:
         _same_options(spec, previous, self.ledger.folder)
         # Tasks first: they load faster than models, and most slips of the pen are in their options.
         self.reporter.stage("loading tasks")
-        from headcount.measure.tasks import get_tasks
+        from headcount.measure.tasks import SPLITS, get_tasks
 
+        self.splits: list[Split] = [s for s in SPLITS if any(s in READS[part] for part in parts)]
         self.tasks = get_tasks(spec.tasks, data=spec.data, examples_split=spec.examples_split)
         self._check_prompts()
         self.reporter.stage(f"loading {spec.model}")
@@ -122,28 +124,26 @@ class Runner:
         return self.ledger.folder
 
     def _check_prompts(self) -> None:
-        from headcount.measure.tasks import SPLITS
-
         for task in self.tasks.values():
             for num_fewshot in self.spec.shots:
-                for split in SPLITS:
+                for split in self.splits:
                     task.prompts(split, num_fewshot=num_fewshot, limit=1, seed=self.spec.seed,
                                  shared_shots=self.spec.shared_shots)
 
     def _facts(self, task: Task) -> TaskFacts:
+        counts: dict[Split, dict[int, int]] = {"evaluation": {}, "examples": {}}
         tokens: dict[tuple[int, str], float] = {}
-        most = max(self.spec.shots) if self.spec.shared_shots else 0
-        counts = {}
-        limits: dict[Split, int | None] = {"evaluation": self.spec.limit, "examples": self.spec.importance_limit}
-        for split, limit in limits.items():
-            available = task.size(split, shared_shots=most)
-            counts[split] = available if limit is None else min(limit, available)
-            for num_fewshot in self.spec.shots:
-                sample = self._prepare(task, num_fewshot, split, min(_SAMPLE, counts[split]))
-                tokens[num_fewshot, split] = sample.tokens / len(sample.prompts)
-                longest = sum(int(b.depths.max(initial=0)) + 1 for b in sample.batches) / len(sample.batches)
+        limits = {"evaluation": self.spec.limit, "examples": self.spec.importance_limit}
+        for split in self.splits:
+            for k in self.spec.shots:
+                available = task.size(split, shared_shots=k if self.spec.shared_shots else 0)
+                limit = limits[split]
+                counts[split][k] = available if limit is None else min(limit, available)
+                sample = self._prepare(task, k, split, min(_SAMPLE, counts[split][k]))
+                tokens[k, split] = sample.tokens / len(sample.prompts)
                 if split == "examples":
-                    tokens[num_fewshot, "gradient"] = longest
+                    longest = [int(b.depths.max(initial=0)) + 1 for b in sample.batches]
+                    tokens[k, "gradient"] = sum(longest) / len(longest)
         return TaskFacts(task.name, task.fingerprint, counts["evaluation"], counts["examples"], tokens)
 
     def _description(self) -> dict[str, Any]:
@@ -154,9 +154,11 @@ class Runner:
             spec[key] = list(dict.fromkeys([*old_spec.get(key, []), *(self.tasks if key == "tasks" else spec[key])]))
         anatomy = self.loaded.anatomy
         layers = range(anatomy.num_layers)
+        before = old.get("tasks", {})
         tasks = {
             facts.name: {"fingerprint": facts.fingerprint, "metric": self.tasks[facts.name].metric,
-                         "documents": facts.documents, "examples": facts.examples,
+                         "documents": min(facts.documents.values(), default=None),
+                         "examples": min(facts.examples.values(), default=None),
                          "notes": list(self.tasks[facts.name].notes)}
             for facts in self.facts
         }
@@ -166,7 +168,7 @@ class Runner:
             "anatomy": {"heads_per_layer": list(anatomy.heads_per_layer), "parameters": anatomy.num_parameters,
                         "parameters_per_head": [anatomy.parameters_per_head(i) for i in layers],
                         "parameters_per_ffn": [anatomy.parameters_per_ffn(i) for i in layers]},
-            "tasks": {**old.get("tasks", {}), **tasks},
+            "tasks": {**before, **{name: _merged(before.get(name, {}), known) for name, known in tasks.items()}},
             "layout": _layout_reason(self.loaded),
             "command": self.command,
             "created": old.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -269,6 +271,11 @@ def run_study(
 def versions() -> dict[str, str]:
     """Versions of what a result hangs on."""
     return {"headcount": headcount.__version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known now; where this run did not look, what was known."""
+    return {key: old.get(key) if value is None else value for key, value in new.items()}
 
 
 def _load(spec: StudySpec) -> LoadedModel:

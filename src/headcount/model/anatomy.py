@@ -65,6 +65,7 @@ class LayerAnatomy:
         block: The whole layer.
         attention: Its attention.
         out_proj: The attention's output projection; slice h of its input is head h's output.
+        ffn: The module that the FFN's input enters; None where its matrices lie in the block, or experts are routed.
         ffn_output: The module whose (first) output is the FFN's: the down projection, or the routed block of experts.
         routed: Whether the FFN is a routed block of experts.
         num_heads: Query heads.
@@ -80,6 +81,7 @@ class LayerAnatomy:
     block: nn.Module
     attention: nn.Module
     out_proj: nn.Module
+    ffn: nn.Module | None
     ffn_output: nn.Module
     routed: bool
     num_heads: int
@@ -198,8 +200,9 @@ def _layer(block: nn.Module, where: str, config: PreTrainedConfig, index: int, n
     groups_said = getattr(config, "num_key_value_heads", None)
     query, kv, groups = _attention_parameters(attention, out_proj, heads, d_head, groups_said)
     return LayerAnatomy(
-        block=block, attention=attention, out_proj=out_proj, ffn_output=output, routed=output is ffn, num_heads=heads,
-        num_kv_heads=groups, d_head=d_head, d_model=d_model, query_parameters=query, out_parameters=d_head * d_model,
+        block=block, attention=attention, out_proj=out_proj, ffn=None if output is ffn else ffn, ffn_output=output,
+        routed=output is ffn, num_heads=heads, num_kv_heads=groups, d_head=d_head, d_model=d_model,
+        query_parameters=query, out_parameters=d_head * d_model,
         kv_parameters=kv, ffn_parameters=_ffn_parameters(block, ffn, attention, config))
 
 

@@ -88,8 +88,13 @@ class _Trace:
 def _identity(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:
     name = "with all heads and FFNs off, blocks pass their input on"
     nothing = Mask([[False] * n for n in anatomy.heads_per_layer], [False] * anatomy.num_layers)
-    with torch.no_grad(), ablated(anatomy, nothing), _traced(anatomy) as traces:
-        model(input_ids=ids, use_cache=False)
+    try:
+        with torch.no_grad(), ablated(anatomy, nothing), _traced(anatomy) as traces:
+            model(input_ids=ids, use_cache=False)
+    except RuntimeError as failure:
+        # A gate at a wrong place can leave shapes that do not fit.
+        return ContractResult(name, False, float("inf"), "a block does not even run so: a head or FFN of it is not "
+                              f"where the anatomy says ({failure})")
     worst, where = 0.0, -1
     for i, part in enumerate(anatomy.layers):
         error = _identity_error(traces[i], _bias(part.out_proj)) if i in traces else float("inf")

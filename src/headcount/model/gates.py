@@ -40,7 +40,8 @@ def ablated(anatomy: Anatomy, mask: Mask) -> Iterator[None]:
                 gate = _head_gate(np.repeat(~heads, part.d_head))
                 hooks.callback(part.out_proj.register_forward_pre_hook(gate).remove)
             if not ffn:
-                hooks.callback(part.ffn_output.register_forward_hook(_ffn_gate).remove)
+                for handle in _ffn_gate(part):
+                    hooks.callback(handle.remove)
         yield
 
 
@@ -105,11 +106,24 @@ def _head_gate(removed: Bool[np.ndarray, " features"]) -> Callable[[nn.Module, t
     return hook
 
 
-def _ffn_gate(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    # A block of experts may put out its routing too.
-    if isinstance(output, tuple):
-        return (torch.zeros_like(output[0]), *output[1:])
-    return torch.zeros_like(output)
+def _ffn_gate(part: LayerAnatomy) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Zeros for the FFN's output; an FFN that is a module of its own is given no positions, and computes nothing."""
+    shape: tuple[int, ...] | None = None
+
+    def starve(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal shape
+        shape = tuple(args[0].shape[:-1])
+        return (args[0][..., :0, :], *args[1:])
+
+    def gate(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        # A block of experts may put out its routing too.
+        first = output[0] if isinstance(output, tuple) else output
+        zeros = first.new_zeros(first.shape if shape is None else (*shape, first.shape[-1]))
+        return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
+
+    if part.ffn is not None and part.ffn is not part.ffn_output:
+        yield part.ffn.register_forward_pre_hook(starve)
+    yield part.ffn_output.register_forward_hook(gate)
 
 
 def _capture_layer(

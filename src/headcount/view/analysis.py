@@ -106,8 +106,9 @@ class Study:
         """How much can go: one row per task (and "mean"), number of shots, component and measured order.
 
         Columns: task; num_fewshot; component; order; free_fraction (NaN where not defined); reason (why not, or
-        empty); removed and parameters_removed (at that fraction); accuracy, difference_low, difference_high (there);
-        full_accuracy, full_low; baseline (the better of chance and the best constant answer).
+        empty); removed and parameters_removed (at that fraction); accuracy, difference_low, difference_high, changed
+        (there; where fraction > 0 and changed is 0 the interval has no width and promises too much); full_accuracy,
+        full_low; baseline (the better of chance and the best constant answer).
         """
         return self._free_fractions.copy()
 
@@ -139,14 +140,19 @@ class Study:
     @functools.cached_property
     def distinct_values(self) -> dict[tuple[str, int], int]:
         """How many distinct accuracies each FFN oracle found, by (task, number of shots)."""
-        return {(e.job["task"], e.job["num_fewshot"]): e.info["distinct_values"]
-                for e in self._ledger.entries("importance") if e.job["method"] == "oracle"}
+        found = {(e.job["task"], e.job["num_fewshot"]): e.info["distinct_values"]
+                 for e in self._ledger.entries("importance") if e.job["method"] == "oracle"}
+        return dict(sorted(found.items()))
 
     @functools.cached_property
     def truncated(self) -> dict[tuple[str, int], int]:
         """How many requests were cut to fit the window, by (task, number of shots), where any were."""
-        found = {(e.job["task"], e.job["num_fewshot"]): e.info["truncated"] for e in self._ledger.entries("evaluation")}
-        return {key: n for key, n in found.items() if n}
+        found: dict[tuple[str, int], int] = {}
+        for entry in self._ledger.entries("evaluation"):
+            # Evaluated and training documents have entries of their own: neither may hide the other's count.
+            key = (entry.job["task"], entry.job["num_fewshot"])
+            found[key] = max(found.get(key, 0), entry.info["truncated"])
+        return {key: n for key, n in sorted(found.items()) if n}
 
     @functools.cached_property
     def _points(self) -> dict[tuple[int, str], _Points]:
@@ -172,6 +178,8 @@ class Study:
     def _rows(self, task: str, k: int, tasks: Sequence[_Points]) -> Iterator[dict[str, Any]]:
         """Curve rows of one task, or of the mean over tasks: points that every task has."""
         keys = [key for key in tasks[0].values if all(key in t.values for t in tasks)]
+        # Entries come by file name, a hash: readers get heads before FFNs, and measured orders before random ones.
+        keys.sort(key=lambda key: (key[0] != "head", key[1] == "random", key))
         stacked = [np.stack([t.full, *(t.values[key] for key in keys)]) for t in tasks]
         draws = [stats.resampled_means(values, seed=t.seed) for values, t in zip(stacked, tasks, strict=True)]
         samples = np.mean(draws, axis=0)
@@ -205,7 +213,7 @@ class Study:
                 for (task, k, component, order), curve in groups(curves, "task", "num_fewshot", "component", "order")]
         return pd.DataFrame(rows, columns=["task", "num_fewshot", "component", "order", "free_fraction", "reason",
                                            "removed", "parameters_removed", "accuracy", "difference_low",
-                                           "difference_high", "full_accuracy", "full_low", "baseline"])
+                                           "difference_high", "changed", "full_accuracy", "full_low", "baseline"])
 
     def _free(self, task: str, k: int, component: str, order: str, curve: pd.DataFrame) -> dict[str, Any]:
         full = curve.iloc[0]
@@ -220,7 +228,7 @@ class Study:
         at = curve[curve["fraction"] == free].iloc[0]
         return {**found, "free_fraction": free,
                 **{name: at[name] for name in ("removed", "parameters_removed", "accuracy", "difference_low",
-                                               "difference_high")}}
+                                               "difference_high", "changed")}}
 
     def baseline(self, task: str, k: int) -> float:
         """What chance, or the best constant answer where that is better, gets; for "mean" the mean over tasks."""

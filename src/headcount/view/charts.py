@@ -21,10 +21,11 @@ alt.data_transformers.disable_max_rows()
 _PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 _COMPONENTS = {"head": "attention heads", "ffn": "FFNs"}
 _BY = {"gradient": "by importance", "oracle": "by importance", "random": "at random"}
+_LEGEND = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 260}
 _CONFIG = {
     "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
     "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "#e8e8e8"},
-    "legend": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 260},
+    "legend": _LEGEND,
     "title": {"fontSize": 13, "fontWeight": "bold", "anchor": "start"},
     "view": {"stroke": None},
 }
@@ -45,7 +46,7 @@ def headline(curves: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, floa
         .properties(width=330, height=240, title=f"{_COMPONENTS[c][0].upper()}{_COMPONENTS[c][1:]} removed")
         for c in ("head", "ffn") if (rows["component"] == c).any()
     ]
-    return _dressed(alt.hconcat(*panels))
+    return _dressed(alt.hconcat(*panels, spacing=36))  # the word "guessing" stands between the panels
 
 
 def task_curves(curves: pd.DataFrame, component: str) -> Chart:
@@ -61,7 +62,7 @@ def task_curves(curves: pd.DataFrame, component: str) -> Chart:
     chart = alt.layer(band, line, dots, data=rows).properties(width=180, height=125).facet(
         facet=alt.Facet("task:N", title=None, sort=tasks, header=alt.Header(labelFontSize=12, labelFontWeight="bold")),
         columns=4)
-    return _dressed(chart).configure_legend(orient="top", **_CONFIG["legend"])
+    return _dressed(chart).configure_legend(orient="top", **_LEGEND)
 
 
 def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
@@ -144,7 +145,7 @@ def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, fl
     dots = base.mark_circle(size=30, opacity=1).encode(y=y, color=_shots(labelled), tooltip=_curve_tooltip())
     guess = pd.DataFrame({"accuracy": sorted(set(baselines.values()))[:1]})
     chance = alt.Chart(guess).mark_rule(color="#888", strokeDash=[2, 3]).encode(y="accuracy:Q")
-    word = alt.Chart(guess).mark_text(align="right", dx=-2, dy=-6, color="#666", fontSize=10).encode(
+    word = alt.Chart(guess).mark_text(align="left", dx=4, color="#666", fontSize=10).encode(
         y="accuracy:Q", x=alt.datum(100), text=alt.value("guessing"))
     marks = free[free["free_fraction"] > 0].assign(
         percent=lambda t: 100 * t["free_fraction"], shots=lambda t: t["num_fewshot"].map("{}-shot".format))

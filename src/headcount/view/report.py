@@ -19,7 +19,7 @@ import vl_convert
 from markupsafe import Markup
 
 from headcount.view import charts, sentences
-from headcount.view.analysis import Study, constants, groups, open_study
+from headcount.view.analysis import MEAN, Study, constants, groups, open_study
 
 _FIGURES = {
     "headline": "How much can go",
@@ -86,7 +86,7 @@ def _page(study: Study, specs: dict[str, Any], captions: dict[str, str], tables:
     def figure(name: str) -> Markup:
         if name not in specs:
             return Markup("<p class='what'>Not measured in this study.</p>")
-        return Markup("<figure><div id='{0}' role='img' aria-label='{1}'></div><figcaption>{1}</figcaption></figure>"
+        return Markup("<figure><div id='{0}' role='group' aria-label='{1}'></div><figcaption>{1}</figcaption></figure>"
                       ).format(name, captions.get(name, ""))
 
     spec = study.spec
@@ -115,8 +115,9 @@ def _figures(study: Study) -> dict[str, tuple[Callable[[], Any], Callable[[], An
     found: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
     pruned = curves[curves["component"] != "none"]
     if len(pruned):
-        task = charts.summary_task(curves)
-        baselines = {int(k): study.baseline(task, int(k)) for k in pruned["num_fewshot"].unique()}
+        task = charts.summary_task(pruned)
+        measured = pruned.loc[pruned["task"] == task, "num_fewshot"].unique()
+        baselines = {int(k): study.baseline(task, int(k)) for k in measured}
         free = study.free_fractions()
         found["headline"] = (lambda: charts.headline(pruned, free, baselines),) * 2
     if (importance["component"] == "head").any():
@@ -140,27 +141,56 @@ def _captions(study: Study) -> dict[str, str]:
         "head_map": sentences.importance_sentence(study, "head") + " The colour is a head's gradient importance as a "
                     "share of the largest in its panel; point at a head for its value.",
         "ffn_bars": sentences.importance_sentence(study, "ffn") + " Above: accuracy lost on training documents when "
-                    "one FFN is off; below: the gradient score. Lines are plus and minus one standard error.",
-        "head_curves": bands,
-        "ffn_curves": sentences.curve_sentence(study, "ffn") + " " + bands,
+                    "one FFN is off; below: the gradient score. Lines are plus and minus one standard error; every "
+                    "panel has its own scale.",
+        "head_curves": f"{_by_task(study, 'head')} {bands}",
+        "ffn_curves": f"{_by_task(study, 'ffn')} {sentences.curve_sentence(study, 'ffn')} {bands}",
     }
 
 
-def _tables(study: Study) -> Iterator[Table]:
+def _by_task(study: Study, component: str) -> str:
+    """How the free fraction differs between tasks, at the most shots at which it is defined."""
     free = study.free_fractions()
+    free = free[(free["task"] != MEAN) & (free["component"] == component) & free["free_fraction"].notna()]
+    free = free[free["num_fewshot"] == free["num_fewshot"].max()]
+    if len(free) < 2:
+        return ""
+    shots = sentences.shots(int(free["num_fewshot"].iloc[0]))
+    least, most = free["free_fraction"].min(), free["free_fraction"].max()
+    none = int((free["free_fraction"] == 0).sum())
+    return (f"With {shots} the free fraction of single tasks lies between {100 * least:.0f} and {100 * most:.0f} %; "
+            f"for {none} of the {len(free)} tasks where it is defined no share is shown to be free.")
+
+
+def _mean_first(table: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([table[table["task"] == MEAN], table[table["task"] != MEAN]])
+
+
+def _thousandths(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Accuracies with the same number of digits, so that they can be read down a column."""
+    return table.assign(**{c: [f"{x:.3f}" if x == x else "" for x in table[c]] for c in columns})
+
+
+def _tables(study: Study) -> Iterator[Table]:
+    free = _mean_first(study.free_fractions())
     if len(free):
-        interval = [f"{100 * low:+.1f} to {100 * high:+.1f}" if low == low else ""
-                    for low, high in zip(free["difference_low"], free["difference_high"], strict=True)]
+        interval = ["" if not low == low else "no document changed" if fraction > 0 and not changed
+                    else f"{100 * low:+.1f} to {100 * high:+.1f}"
+                    for fraction, changed, low, high in zip(free["free_fraction"], free["changed"],
+                                                            free["difference_low"], free["difference_high"],
+                                                            strict=True)]
         share = [f"{100 * f:.0f} %" if f == f else "not defined" for f in free["free_fraction"]]
-        frame = free.assign(free=share, interval=interval)[
+        frame = _thousandths(free, "accuracy", "full_accuracy", "baseline").assign(free=share, interval=interval)[
             ["task", "num_fewshot", "component", "free", "removed", "parameters_removed", "accuracy", "interval",
              "full_accuracy", "baseline"]]
         yield Table("Free fractions", "The largest share that can go while a loss of the margin or more is ruled out "
                     "at every step; accuracy there, and the 95 % interval of its difference to the full model in "
-                    "points. Baseline: chance, or the best constant answer; not defined where the full model's "
+                    "points; where no document changed there is no interval, and a change in about 3 of n documents "
+                    "may go unseen. Baseline: chance, or the best constant answer; not defined where the full model's "
                     "accuracy is not shown to be above it.", _plain_columns(frame))
     curves = study.curves()
-    full = curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"])
+    full = _mean_first(curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"]))
+    full = _thousandths(full, "accuracy", "low", "high")
     if len(full):
         yield Table("Accuracy of the full model", "With 95 % interval over documents.",
                     _plain_columns(full[["task", "num_fewshot", "accuracy", "low", "high", "documents"]]))
@@ -193,8 +223,8 @@ def _provenance(study: Study) -> Iterator[tuple[str, str]]:
         yield f"model: {name.replace('_', ' ')}", _plain(value)
     yield "prompts", description.get("layout", "")
     for task, known in study.tasks.items():
-        yield f"task: {task}", (f"documents {known['fingerprint']}; {known['documents']} evaluated, "
-                                f"{known['examples']} for importance; metric {known['metric']}")
+        yield f"task: {task}", (f"documents {known['fingerprint']}; {known['documents'] or 'none'} evaluated, "
+                                f"{known['examples'] or 'none'} for importance; metric {known['metric']}")
     yield "options", ", ".join(f"{k} = {_plain(v)}" for k, v in spec.items() if v is not None)
     yield "versions", ", ".join(f"{k} {v}" for k, v in description["versions"].items())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pandas as pd
 
 from headcount import stats
@@ -18,7 +17,7 @@ def shots(k: int) -> str:
     return {0: "no shots", 1: "1 shot"}.get(k, f"{k} shots")
 
 
-def millions(n: float) -> str:
+def millions(n: float | int) -> str:
     """Parameters as people say them: 3.1 M, 2.4 B."""
     return f"{n / 1e9:.1f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"
 
@@ -130,7 +129,8 @@ def cautions(study: Study) -> Iterator[str]:
                "intervals cover the choice of documents, not of shots.")
     for task, known in study.tasks.items():
         yield from (f"{task}: {note}." for note in known["notes"])
-    few = {t: known["documents"] for t, known in study.tasks.items() if known["documents"] < stats.FEW_DOCUMENTS}
+    counts = {t: known["documents"] for t, known in study.tasks.items() if known["documents"] is not None}
+    few = {t: n for t, n in counts.items() if n < stats.FEW_DOCUMENTS}
     if few:
         yield (f"Fewer than {stats.FEW_DOCUMENTS} evaluated documents, so that intervals are wide and rough: "
                + ", ".join(f"{t} ({n})" for t, n in few.items()) + ".")
@@ -144,13 +144,11 @@ def cautions(study: Study) -> Iterator[str]:
     coarse = [f"{task} ({k}-shot, {n})" for (task, k), n in study.distinct_values.items() if n < layers / 2]
     if coarse:
         names = _listed(coarse, len(study.distinct_values), "FFN oracles")
-        yield (f"Gold log-likelihood decides much of the order of FFNs where an oracle found fewer than {layers / 2:.0f} "
-               f"distinct accuracies: {names}.")
+        yield ("Gold log-likelihood decides much of the order of FFNs where an oracle found fewer than "
+               f"{layers / 2:.0f} distinct accuracies: {names}.")
     for (task, k), n in study.truncated.items():
         yield f"{task}, {k}-shot: {n} requests were longer than the model's window and lost their beginning."
     unchanged = study.curves().query("fraction > 0 and changed == 0")
     if len(unchanged):
         yield (f"At {len(unchanged)} points of curves no document changed; their intervals of the difference have no "
                "width, though a change in about 3 of n documents may go unseen.")
-    if np.isnan(study.free_fractions()["free_fraction"]).all() and len(study.free_fractions()):
-        yield "No free fraction is defined in this study."
