@@ -10,7 +10,8 @@ import pytest
 
 import synthetic_study as synthetic
 from headcount.errors import StudyError
-from headcount.view import sentences
+from headcount.ledger import Ledger
+from headcount.view import report, sentences
 from headcount.view.analysis import mean_importance, open_study
 
 
@@ -129,6 +130,43 @@ def test_what_is_said_is_what_was_planted(tmp_path: Path) -> None:
     assert "Fewer than 50 evaluated documents" in " ".join(sentences.cautions(few))
     ranked = sentences.ranking(study, "head")
     assert ranked[ranked["num_fewshot"] == 5]["name"].tolist()[:2] == ["L5H3", "L5H2"]
+
+
+def test_rows_come_in_an_order_that_does_not_hang_on_hashes(tmp_path: Path) -> None:
+    curves = open_study(synthetic.write(tmp_path)).curves()
+    expected = [("head", "gradient"), ("head", "random"), ("ffn", "oracle"), ("ffn", "random")]
+    for _, curve in curves.groupby(["task", "num_fewshot"]):
+        assert list(dict.fromkeys(zip(curve["component"], curve["order"], strict=True))) == expected
+
+
+def test_truncation_in_one_entry_is_not_hidden_by_another(tmp_path: Path) -> None:
+    ledger = Ledger(synthetic.write(tmp_path))
+    full = next(e for e in ledger.entries("evaluation") if e.job["curve"] == {"order": "none"})
+    for i in range(4):  # before and after the others, by file name
+        ledger.write({**full.job, "split": "examples", "documents": i}, full.table, {**full.info, "truncated": 3})
+    assert open_study(tmp_path).truncated == {(full.job["task"], full.job["num_fewshot"]): 3}
+
+
+def test_what_is_free_says_how_many_documents_changed(tmp_path: Path) -> None:
+    free = open_study(synthetic.write(tmp_path)).free_fractions()
+    heads = pick(free, task="red", num_fewshot=5, component="head").iloc[0]
+    assert heads["free_fraction"] == 0.5
+    assert heads["changed"] == 0, "the interval has no width, and readers can see it"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_measured_so_far_can_be_shown(tmp_path: Path, seed: int) -> None:
+    folder = synthetic.write(tmp_path)
+    rng = np.random.default_rng(seed)
+    for path in sorted((folder / "entries").iterdir()):
+        if rng.random() < seed / 12:
+            path.unlink()
+    study = open_study(folder)
+    assert sentences.headline(study)
+    assert list(sentences.cautions(study))
+    for page, static in report._figures(study).values():
+        assert "NaN" not in page().to_json() + static().to_json()
+    assert all(table.rows for table in report._tables(study))
 
 
 def test_a_folder_without_a_study_is_told(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_parity_with_lm_eval(task: Task, family: str, k: int) -> None:
 @pytest.mark.parametrize("k", [0, 5])
 def test_parity_with_lm_eval_on_smollm2(smollm2: LoadedModel, shared: Path, name: str, k: int) -> None:
     task = get_tasks([name], data=shared)[name]
-    limit = 6
+    limit = 4
     theirs = hflm_loglikelihoods(smollm2, task, k, limit)
     ours = evaluate(smollm2, task, num_fewshot=k, limit=limit)
     unpacked = evaluate(smollm2, task, num_fewshot=k, limit=limit, trees=False)

@@ -24,7 +24,7 @@ READS: dict[Part, tuple[str, ...]] = {
     "evaluate": ("evaluation",), "heads": ("examples",), "ffns": ("examples",), "curve": ("evaluation", "examples"),
 }
 # A gradient costs a forward and a backward pass through activations.
-_GRADIENT_PASSES = 2
+GRADIENT_PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Planner:
 
     def _gradient(self) -> PlannedJob:
         job = {**self._base("importance", self.examples), "method": "gradient"}
-        return self._planned(job, "gradient importance", _GRADIENT_PASSES, "gradient")
+        return self._planned(job, "gradient importance", GRADIENT_PASSES, "gradient")
 
     def _full(self, split: str) -> PlannedJob:
         documents = self.documents if split == "evaluation" else self.examples

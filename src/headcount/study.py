@@ -20,7 +20,7 @@ import headcount
 from headcount.errors import ModelError, OptionError, StudyError
 from headcount.ledger import Job, Ledger
 from headcount.masks import Mask, prune, random_order
-from headcount.plan import PARTS, READS, Part, PlannedJob, TaskFacts, plan
+from headcount.plan import GRADIENT_PASSES, PARTS, READS, Part, PlannedJob, TaskFacts, plan
 from headcount.specs import StudySpec
 from headcount.tables import evaluation_table, evaluations_from, importance_table, stored_order
 
@@ -182,7 +182,7 @@ class Runner:
         if job["kind"] == "evaluation":
             table, info = self._evaluation(task, planned)
         elif job["method"] == "gradient":
-            table, info = self._gradient(task, job, planned.tokens)
+            table, info = self._gradient(task, job)
         else:
             table, info = self._oracle(planned.needs)
         info |= {"seconds": round(time.monotonic() - started, 3), "versions": versions()}
@@ -207,14 +207,14 @@ class Runner:
         }
         return evaluation_table(measured), info
 
-    def _gradient(self, task: Task, job: Job, tokens: float) -> tuple[pd.DataFrame, dict[str, Any]]:
+    def _gradient(self, task: Task, job: Job) -> tuple[pd.DataFrame, dict[str, Any]]:
         from headcount.measure.importance import gradient_importance
 
         found = gradient_importance(
             self.loaded, task, num_fewshot=job["num_fewshot"], limit=job["documents"], seed=self.spec.seed,
             shared_shots=self.spec.shared_shots, batch_tokens=self.spec.batch_tokens,
+            progress=lambda n: self.reporter.advance(float(GRADIENT_PASSES * n)),
         )
-        self.reporter.advance(tokens)
         table = pd.concat([importance_table(found["head"]), importance_table(found["ffn"])], ignore_index=True)
         return table, {"num_examples": found["head"].num_examples}
 

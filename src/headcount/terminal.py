@@ -92,7 +92,7 @@ def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:
     """What was found in a model; with `verify` also whether the contracts hold, which is returned."""
     found = loaded.anatomy
     _out.print(f"[bold]{loaded.name}[/bold]: {loaded.provenance.get('class')}, {found.num_layers} layers, "
-               f"{found.num_heads} heads, {found.num_parameters:,} parameters", highlight=False)
+               f"{found.num_heads} heads, {found.num_parameters:,} parameters", highlight=False, soft_wrap=True)
     for note in loaded.notes:
         _out.print(f"note: {note}", highlight=False)
     table = _table("layer", "heads|r", "KV groups|r", "head width|r", "parameters a head|r", "parameters of the FFN|r")

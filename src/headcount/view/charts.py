@@ -43,10 +43,10 @@ def headline(curves: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, floa
     rows = curves[curves["task"] == task]
     panels = [
         _curve_panel(rows[rows["component"] == c], free[(free["task"] == task) & (free["component"] == c)], baselines)
-        .properties(width=330, height=240, title=f"{_COMPONENTS[c][0].upper()}{_COMPONENTS[c][1:]} removed")
+        .properties(width=285, height=240, title=f"{_COMPONENTS[c][0].upper()}{_COMPONENTS[c][1:]} removed")
         for c in ("head", "ffn") if (rows["component"] == c).any()
     ]
-    return _dressed(alt.hconcat(*panels, spacing=36))  # the word "guessing" stands between the panels
+    return _dressed(alt.hconcat(*panels))
 
 
 def task_curves(curves: pd.DataFrame, component: str) -> Chart:

@@ -174,7 +174,7 @@ def _thousandths(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
 def _tables(study: Study) -> Iterator[Table]:
     free = _mean_first(study.free_fractions())
     if len(free):
-        interval = ["" if not low == low else "no document changed" if fraction > 0 and not changed
+        interval = ["" if low != low or fraction == 0 else "unchanged" if not changed
                     else f"{100 * low:+.1f} to {100 * high:+.1f}"
                     for fraction, changed, low, high in zip(free["free_fraction"], free["changed"],
                                                             free["difference_low"], free["difference_high"],
@@ -185,8 +185,9 @@ def _tables(study: Study) -> Iterator[Table]:
              "full_accuracy", "baseline"]]
         yield Table("Free fractions", "The largest share that can go while a loss of the margin or more is ruled out "
                     "at every step; accuracy there, and the 95 % interval of its difference to the full model in "
-                    "points; where no document changed there is no interval, and a change in about 3 of n documents "
-                    "may go unseen. Baseline: chance, or the best constant answer; not defined where the full model's "
+                    "points; 'unchanged' where no document changed, so that there is no interval and a change in "
+                    "about 3 of n documents may go unseen. Baseline: chance, or the best constant answer; not defined "
+                    "where the full model's "
                     "accuracy is not shown to be above it.", _plain_columns(frame))
     curves = study.curves()
     full = _mean_first(curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"]))
