@@ -120,8 +120,10 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path: Path, job: int, middle: b
 
 def test_a_finished_study_measures_nothing_again(tmp_path: Path) -> None:
     loaded = tiny.loaded("llama")
-    run_study(spec(tmp_path), loaded=loaded)
+    folder = run_study(spec(tmp_path), loaded=loaded)
+    before = {p: p.stat().st_mtime_ns for p in (folder / "entries").iterdir()}
     run_study(spec(tmp_path), loaded=loaded, reporter=StopAt(0, middle=False))
+    assert {p: p.stat().st_mtime_ns for p in (folder / "entries").iterdir()} == before
 
 
 def test_a_damaged_entry_is_measured_again(tmp_path: Path) -> None:
