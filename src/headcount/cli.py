@@ -158,7 +158,7 @@ def _report(folder: Path) -> None:
 
     with terminal.reporter() as reporter:
         reporter.stage("writing the report")
-        path = write_report(folder)
+        path = write_report(folder, lambda done, total: reporter.stage("drawing figures", done, total))
     terminal.print_summary(folder, path)
 
 

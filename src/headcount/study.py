@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
-import headcount
 from headcount.errors import ModelError, OptionError, StudyError
 from headcount.ledger import Job, Ledger
 from headcount.masks import Mask, prune, random_order
@@ -33,15 +32,15 @@ if TYPE_CHECKING:
 _FREE = ("tasks", "shots", "out", "data", "device", "device_map", "margin", "row_tokens", "batch_tokens", "model")
 # Documents that the cost of a job is estimated from.
 _SAMPLE = 8
-_PACKAGES = ("torch", "transformers", "lm_eval", "tokenizers", "numpy")
+_PACKAGES = ("headcount", "torch", "transformers", "lm_eval", "tokenizers", "numpy")
 
 
 @runtime_checkable
 class Reporter(Protocol):
     """What a study tells while it runs."""
 
-    def stage(self, text: str) -> None:
-        """What is being done before the jobs start."""
+    def stage(self, text: str, done: int = 0, total: int | None = None) -> None:
+        """What is being done before the jobs start, and how many of how many steps of it are done."""
 
     def begin(self, todo: int, done: int, tokens: float) -> None:
         """How many jobs are to do and were done before, and about how many tokens they take."""
@@ -56,7 +55,7 @@ class Reporter(Protocol):
 class Silent:
     """Tells nothing."""
 
-    def stage(self, text: str) -> None:
+    def stage(self, text: str, done: int = 0, total: int | None = None) -> None:
         """Nothing."""
 
     def begin(self, todo: int, done: int, tokens: float) -> None:
@@ -107,8 +106,10 @@ class Runner:
         self.loaded = loaded or _load(spec)
         _verified(self.loaded)
         self._prepared: dict[tuple[str, int, str], Prepared] = {}
-        self.reporter.stage("planning")
-        self.facts = [self._facts(task) for task in self.tasks.values()]
+        self.facts: list[TaskFacts] = []
+        for task in self.tasks.values():
+            self.reporter.stage("planning", len(self.facts), len(self.tasks))
+            self.facts.append(self._facts(task))
         _same_data(previous, self.loaded.fingerprint, {f.name: f.fingerprint for f in self.facts}, self.ledger.folder)
         self.previous = previous
         self.jobs = plan(spec, self.loaded.fingerprint, self.loaded.anatomy.num_layers, self.facts, parts)
@@ -124,7 +125,8 @@ class Runner:
         return self.ledger.folder
 
     def _check_prompts(self) -> None:
-        for task in self.tasks.values():
+        for done, task in enumerate(self.tasks.values()):
+            self.reporter.stage("checking prompts", done, len(self.tasks))
             for num_fewshot in self.spec.shots:
                 for split in self.splits:
                     task.prompts(split, num_fewshot=num_fewshot, limit=1, seed=self.spec.seed,
@@ -270,7 +272,7 @@ def run_study(
 
 def versions() -> dict[str, str]:
     """Versions of what a result hangs on."""
-    return {"headcount": headcount.__version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

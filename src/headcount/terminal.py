@@ -36,9 +36,12 @@ class Bar:
         self._tokens, self._done, self._title = 0.0, 0.0, ""
         self._started = self._told = time.monotonic()
 
-    def stage(self, text: str) -> None:
-        """What is being done before the jobs start."""
-        self._progress.update(self._task, description=text)
+    def stage(self, text: str, done: int = 0, total: int | None = None) -> None:
+        """What is being done beside the jobs, and how many of how many steps of it are done."""
+        if text != self._title:
+            self._title = text
+            self._progress.reset(self._task, description=text, total=total)
+        self._progress.update(self._task, completed=done)
 
     def begin(self, todo: int, done: int, tokens: float) -> None:
         """How many jobs are to do and were done before, and about how many tokens they take."""

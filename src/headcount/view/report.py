@@ -56,10 +56,14 @@ class Table:
         return [[_cell(value) for value in row] for row in self.frame.itertuples(index=False)]
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> Path:
     """Write `report.html`, `figures/` and `tables/` into a study folder; returns the page's path.
 
     An unfinished study gives the report of what is there.
+
+    Args:
+        folder: The study folder.
+        progress: Called with how many of how many figures are drawn.
 
     Raises:
         StudyError: If there is no study in the folder.
@@ -67,7 +71,10 @@ def write_report(folder: str | Path) -> Path:
     study = open_study(folder)
     captions = _captions(study)
     specs = {}
-    for name, (page, static) in _figures(study).items():
+    figures = _figures(study)
+    for done, (name, (page, static)) in enumerate(figures.items()):
+        if progress is not None:
+            progress(done, len(figures))
         specs[name] = page().to_dict()
         charts.save(static(), study.folder / "figures" / name)
     tables = list(_tables(study))
