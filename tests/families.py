@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB = 96
 _BASE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -18,6 +27,10 @@ _GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positi
          "eos_token_id": 2}
 _OPT = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
         "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+# Every second layer sees four tokens back, so that short prompts exceed the window.
+_WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA4 = {**_WIDE, **_WINDOW, "global_head_dim": 16, "hidden_size_per_layer_input": 0,
+           "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0}
 _MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # family: (model type, settings)
 _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,17 +48,26 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "codegen": ("codegen", {**_GPT2, "rotary_dim": 8, "n_ctx": 64}),
     "cohere": ("cohere", _GQA),
-    "cohere2": ("cohere2", _GQA),
+    "cohere2": ("cohere2", {**_GQA, **_WINDOW}),
+    "cohere2_moe": ("cohere2_moe", {**_WIDE, **_MOE, **_WINDOW}),
     "cwm": ("cwm", _GQA),
     "dbrx": ("dbrx", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64,
                       "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
                       "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}}),
+    "deepseek_v2": ("deepseek_v2", {**_BASE, "num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4,
+                                    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8,
+                                    "q_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+                                    "moe_intermediate_size": 16, "first_k_dense_replace": 1}),
     "deepseek_v3": ("deepseek_v3", {**_BASE, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
                                     "n_group": 2, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 12,
                                     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
                                     "moe_intermediate_size": 16, "first_k_dense_replace": 1}),
+    "dots1": ("dots1", {**_WIDE, **_MOE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 0,
+                        "n_group": 1, "topk_group": 1}),
     "ernie4_5": ("ernie4_5", _GQA),
+    "ernie4_5_moe": ("ernie4_5_moe", {**_WIDE, **_MOE, "moe_layer_start_index": 0}),
     "exaone4": ("exaone4", {**_GQA, "sliding_window": 4}),
+    "exaone_moe": ("exaone_moe", {**_WIDE, **_MOE, **_WINDOW}),
     "falcon": ("falcon", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
                           "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
     "falcon-multi-query": ("falcon", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
@@ -53,9 +75,16 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-alibi": ("falcon", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
                                 "num_attention_heads": 4, "multi_query": False, "alibi": True,
                                 "parallel_attn": False, "bias": True}),
+    "flex_olmo": ("flex_olmo", {**_WIDE, **_MOE}),
     "gemma": ("gemma", _WIDE),
     "gemma2": ("gemma2", {**_WIDE, "sliding_window": 4, "query_pre_attn_scalar": 16}),
     "gemma3": ("gemma3_text", {**_WIDE, "sliding_window": 4, "query_pre_attn_scalar": 16}),
+    "gemma4": ("gemma4_text", _GEMMA4),
+    # Per-layer embeddings, and a second layer that uses the first one's keys and values.
+    "gemma4-e": ("gemma4_text", {**_GEMMA4, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1,
+                                 "layer_types": ["full_attention"] * 2}),
+    "gemma4-experts": ("gemma4_text", {**_GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+                                       "moe_intermediate_size": 24}),
     "glm": ("glm", {**_GQA, "head_dim": 8}),
     "glm4": ("glm4", {**_GQA, "head_dim": 8}),
     "glm4_moe": ("glm4_moe", {**_GQA, **_MOE, "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
@@ -67,13 +96,20 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("gptj", {**_GPT2, "rotary_dim": 8}),
     "granite": ("granite", {**_GQA, "attention_bias": True, "residual_multiplier": 0.5}),
     "granitemoe": ("granitemoe", {**_GQA, **_MOE}),
+    "granite_swa": ("granite_swa", {**_WIDE, **_WINDOW}),
     "helium": ("helium", {**_GQA, "head_dim": 8}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", _WIDE),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {**_WIDE, **_MOE}),
     "jais2": ("jais2", _GQA),
-    "llama4": ("llama4_text", {**_WIDE, **_MOE, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}),
+    "laguna": ("laguna", {**_WIDE, **_MOE, **_WINDOW}),
+    "llama4": ("llama4_text", {**_WIDE, **_MOE, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1,
+                               "attention_chunk_size": 4}),
+    "mimo_v2_flash": ("mimo_v2_flash", {**_WIDE, **_MOE, **_WINDOW, "v_head_dim": 16}),
+    "minimax_m2": ("minimax_m2", {**_WIDE, **_MOE}),
+    "ministral": ("ministral", {**_WIDE, "sliding_window": 4}),
     "ministral3": ("ministral3", {**_GQA, "head_dim": 8}),
     "mistral": ("mistral", {**_GQA, "sliding_window": 4}),
-    "mixtral": ("mixtral", {**_GQA, **_MOE}),
+    "mixtral": ("mixtral", {**_GQA, **_MOE, "sliding_window": 4}),
     "mpt": ("mpt", {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
     "nanochat": ("nanochat", _GQA),
     "nemotron": ("nemotron", _GQA),
@@ -85,15 +121,18 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "persimmon": ("persimmon", _BASE),
     "phi": ("phi", _BASE),
     "phi3": ("phi3", _GQA),
+    "phi3-window": ("phi3", {**_GQA, "sliding_window": 4}),
     "phimoe": ("phimoe", {**_GQA, **_MOE, "attention_bias": True}),
     "qwen2": ("qwen2", _GQA),
+    "qwen2-window": ("qwen2", {**_GQA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen2_moe": ("qwen2_moe", {**_GQA, **_MOE, "shared_expert_intermediate_size": 24}),
     "qwen3": ("qwen3", _WIDE),
     "qwen3_moe": ("qwen3_moe", {**_WIDE, **_MOE}),
     "seed_oss": ("seed_oss", _WIDE),
-    "smollm3": ("smollm3", _GQA),
+    "smollm3": ("smollm3", {**_GQA, **_WINDOW, "use_sliding_window": True}),
+    "solar_open": ("solar_open", {**_WIDE, **_MOE}),
     "stablelm": ("stablelm", _GQA),
-    "starcoder2": ("starcoder2", _GQA),
+    "starcoder2": ("starcoder2", {**_GQA, "sliding_window": 4}),
     "vaultgemma": ("vaultgemma", _WIDE),
     "xglm": ("xglm", {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
                       "max_position_embeddings": 64}),
@@ -112,7 +151,12 @@ _UNFIT: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = list(_TABLE)
 UNFIT = list(_UNFIT)
 CORE = ("opt", "opt-350m", "llama", "gpt2", "gpt_neox")
-MOE = ("dbrx", "glm4_moe", "gpt_oss", "granitemoe", "llama4", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe")
+MOE = ("cohere2_moe", "dbrx", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "gpt_oss", "granitemoe",
+       "hunyuan_v1_moe", "llama4", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open")
+# They begin with a layer without experts.
+DENSE_FIRST = ("afmoe", "deepseek_v2", "deepseek_v3", "exaone_moe", "laguna", "mimo_v2_flash")
+# Positions are read off the column (ALiBi), masks are not taken, or the window (4) is fixed in a buffer.
+SINGLE_ROWS = ("bloom", "falcon-alibi", "gpt_neo", "mpt", "openai-gpt")
 
 
 def tiny(family: str, seed: int = 0) -> PreTrainedModel:
@@ -123,7 +167,19 @@ def tiny(family: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # Gemma-4's factor of a whole block
+                buffer.fill_(0.5)
     return model.eval()
+
+
+def reader() -> PreTrainedTokenizerBase:
+    """A tokenizer of one word a token, for all of them."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, VOCAB)}}
+    model = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   unk_token="<unk>", model_max_length=64)
 
 
 def tokens(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig
 
-from families import CORE, FAMILIES, MOE, UNFIT, tiny
+from families import CORE, DENSE_FIRST, FAMILIES, MOE, UNFIT, tiny
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
 from headcount.model.contracts import verify
 
 # Latent attention shares its projections among heads: only the output projection's slice is counted as a head's.
-LATENT = ("deepseek_v3",)
+LATENT = ("deepseek_v2", "deepseek_v3")
 KV_GROUPS = {"opt": 4, "opt-350m": 4, "llama": 2, "gpt2": 4, "gpt_neox": 4, "falcon": 2, "falcon-multi-query": 1,
              "falcon-alibi": 4, "gpt_bigcode": 1, "phi3": 2, "mpt": 4, "bloom": 4, "gptj": 4, "gemma2": 2, "qwen3": 2,
              "gpt_oss": 2, "mixtral": 2}
@@ -41,9 +41,7 @@ def test_heads_and_ffns_are_counted_right(family):
     for part in anatomy.layers:
         assert part.d_model == 32
         assert part.d_head == ((family not in LATENT and getattr(model.config, "head_dim", None)) or 8)
-    # AFMoE and DeepSeek-V3 begin with a layer without experts.
-    first_dense = family in ("afmoe", "deepseek_v3")
-    assert [part.routed for part in anatomy.layers] == [family in MOE, family in MOE or first_dense]
+    assert [part.routed for part in anatomy.layers] == [family in MOE, family in (*MOE, *DENSE_FIRST)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

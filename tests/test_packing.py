@@ -55,8 +55,8 @@ def test_without_trees_every_request_is_a_plain_row(drawn: list[list[tuple[list[
     rows = pack(docs, row_tokens=100, trees=False)
     assert [r.ids.tolist() for r in rows] == [r.ids.tolist() for r in flat]
     assert not any(r.is_tree for r in rows)
-    for row in pack(docs, row_tokens=100, tree_depth=depth):
-        assert not row.is_tree or row.depths.max() < depth
+    for row in pack(docs, row_tokens=100, tree_tokens=depth):
+        assert not row.is_tree or len(row) <= depth
 
 
 @given(documents, st.integers(1, 40))

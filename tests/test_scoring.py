@@ -12,7 +12,9 @@ import tiny
 from headcount.errors import TaskError
 from headcount.masks import Mask
 from headcount.measure.encoding import encode
-from headcount.measure.scoring import evaluate, layout, loglikelihood, prepare, probe
+from headcount.measure.forward import loglikelihood
+from headcount.measure.layout import layout, probe
+from headcount.measure.scoring import evaluate, prepare
 from headcount.measure.tasks import Task, get_tasks
 from headcount.model.load import LoadedModel
 
@@ -56,7 +58,7 @@ def test_packed_equals_one_request_at_a_time(task: Task, family: str, k: int, ro
     loaded = tiny.loaded(family)
     assert layout(loaded).trees, layout(loaded).reason
     prepared = prepare(loaded, task, num_fewshot=k, shared_shots=k > 0, row_tokens=row_tokens)
-    found, greedy = loglikelihood(loaded, prepared.batches, sum(prepared.counts))
+    found, greedy = loglikelihood(loaded, prepared.batches, sum(prepared.counts), tree_mask=prepared.layout.tree_mask)
     slow = [slow_loglikelihood(loaded, *pair) for p in prepared.prompts for pair in p.pairs]
     np.testing.assert_allclose(found, [x for x, _ in slow], atol=TOLERANCE)
     assert greedy.astype(bool).tolist() == [g for _, g in slow]
@@ -198,7 +200,7 @@ def test_the_probe_refuses_a_model_whose_mask_it_cannot_steer() -> None:
     assert "differ" in found.reason
 
 
-def test_short_windows_keep_long_requests_out_of_trees(task: Task) -> None:
+def test_windows_count_in_depths(task: Task) -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     from headcount.model.load import wrap
@@ -208,7 +210,26 @@ def test_short_windows_keep_long_requests_out_of_trees(task: Task) -> None:
         vocab_size=len(tiny.tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, sliding_window=30, max_position_embeddings=512))
     loaded = wrap(mistral.eval(), tiny.tokenizer())
-    assert layout(loaded).tree_depth == 30
+    assert (layout(loaded).tree_mask, layout(loaded).tree_tokens) == ("windowed", None)
+    assert mistral.config.sliding_window == 30
     for k in (0, 5):  # 5 shots exceed the window
+        slow = [slow_loglikelihood(loaded, *p.pairs[p.gold])[0] for p in task.prompts("evaluation", num_fewshot=k)]
+        np.testing.assert_allclose(evaluate(loaded, task, num_fewshot=k).gold_loglikelihood[0], slow, atol=TOLERANCE)
+
+
+def test_a_fixed_window_keeps_long_requests_out_of_trees(task: Task) -> None:
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    from headcount.model.load import wrap
+
+    torch.manual_seed(0)
+    neo = GPTNeoForCausalLM(GPTNeoConfig(
+        vocab_size=len(tiny.tokenizer()), hidden_size=32, num_layers=2, num_heads=4, window_size=30,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=512))
+    loaded = wrap(neo.eval(), tiny.tokenizer())
+    assert (layout(loaded).trees, layout(loaded).tree_tokens) == (True, 30)
+    for k in (0, 5):  # 5 shots exceed the window
+        prepared = prepare(loaded, task, num_fewshot=k)
+        assert any(b.is_tree for b in prepared.batches) == (k == 0)
         slow = [slow_loglikelihood(loaded, *p.pairs[p.gold])[0] for p in task.prompts("evaluation", num_fewshot=k)]
         np.testing.assert_allclose(evaluate(loaded, task, num_fewshot=k).gold_loglikelihood[0], slow, atol=TOLERANCE)

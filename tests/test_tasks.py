@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from headcount.errors import DataError, HeadcountError, OptionError, TaskError
-from headcount.measure.tasks import Task, embedded_tasks, get_tasks
+from headcount.measure.names import embedded_tasks
+from headcount.measure.tasks import Task, get_tasks
 from tiny import write_task
 
 

@@ -17,12 +17,7 @@ from headcount.specs import StudySpec
 
 Part = Literal["evaluate", "heads", "ffns", "curve"]
 PARTS: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
-PROTOCOL = "sound"
 T = TypeVar("T")
-# The documents that each part reads.
-READS: dict[Part, tuple[str, ...]] = {
-    "evaluate": ("evaluation",), "heads": ("examples",), "ffns": ("examples",), "curve": ("evaluation", "examples"),
-}
 # A gradient costs a forward and a backward pass through activations.
 GRADIENT_PASSES = 2
 
@@ -63,6 +58,15 @@ class PlannedJob:
     needs: tuple[Job, ...] = ()
     passes: int = 0
     tokens: float = 0.0
+
+
+def reads(spec: StudySpec, parts: Sequence[Part]) -> tuple[str, ...]:
+    """Which documents are needed, of "evaluation" and "examples"."""
+    # The paper's code measures the oracle on the documents that it then reports.
+    oracle = "evaluation" if spec.protocol == "paper" and spec.ffn_order == "oracle" else "examples"
+    needed = {"evaluate": {"evaluation"}, "heads": {"examples"}, "ffns": {oracle}, "curve": {"evaluation", "examples"}}
+    wanted = set().union(*(needed[part] for part in parts))
+    return tuple(split for split in ("evaluation", "examples") if split in wanted)
 
 
 def plan(
@@ -124,9 +128,10 @@ class _Planner:
 
     def _base(self, kind: str, documents: int) -> dict[str, Any]:
         shots = {"seed": self.spec.seed, "shared_shots": self.spec.shared_shots} if self.num_fewshot else {}
-        return {"kind": kind, "protocol": PROTOCOL, "model": self.model, "task": self.task.name,
+        chat = {"chat": True} if self.spec.apply_chat_template else {}
+        return {"kind": kind, "protocol": self.spec.protocol, "model": self.model, "task": self.task.name,
                 "task_fingerprint": self.task.fingerprint, "num_fewshot": self.num_fewshot, "documents": documents,
-                **shots}
+                **shots, **chat}
 
     def _planned(self, job: Job, what: str, passes: int, tokens: str, *needs: Job) -> PlannedJob:
         per_document = self.task.tokens.get((self.num_fewshot, tokens), 0.0)
@@ -147,6 +152,8 @@ class _Planner:
         measured: dict[str, Any] = {"component": component, "order": method, "importance": job_id(importance.job)}
         if method == "gradient":
             measured["score"] = self.spec.head_score
+        elif self.spec.protocol == "paper":
+            measured["score"] = "accuracy"  # alone: equal accuracies stay in the order of layers
         yield from self._curve(measured, f"{component}s by {method}", importance.job)
         for i in range(self.spec.random_orders):
             order = {"component": component, "order": "random", "order_seed": self.spec.seed + i}
@@ -160,16 +167,18 @@ class _Planner:
             yield self._planned(job, f"{what}, {span}", len(fractions), "evaluation", *needs)
 
     def _oracle(self) -> list[PlannedJob]:
-        full = self._full("examples")
+        split = reads(self.spec, ("ffns",))[0]
+        documents = self.documents if split == "evaluation" else self.examples
+        full = self._full(split)
         singles = [
-            self._planned({**self._base("evaluation", self.examples), "split": "examples",
+            self._planned({**self._base("evaluation", documents), "split": split,
                            "curve": {"order": "single", "component": "ffn", "layers": list(layers)}},
-                          f"one FFN off, layers {layers[0]} to {layers[-1]}", len(layers), "examples")
+                          f"one FFN off, layers {layers[0]} to {layers[-1]}", len(layers), split)
             for layers in _chunks(range(self.num_layers), self.spec.masks_per_job)
         ]
         measured = [full.job, *(s.job for s in singles)]
-        job = {**self._base("importance", self.examples), "method": "oracle"}
-        return [full, *singles, self._planned(job, "FFN oracle", 0, "examples", *measured)]
+        job = {**self._base("importance", documents), "method": "oracle"}
+        return [full, *singles, self._planned(job, "FFN oracle", 0, split, *measured)]
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -37,13 +37,16 @@ class ModelSpec:
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 
+    apply_chat_template: bool = False
+    """Put prompts into the model's chat template, each shot a turn, as lm-eval does; raw prompts by default."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudySpec(ModelSpec):
     """What a study measures: one model x tasks x shots."""
 
     tasks: tuple[str, ...]
-    """lm-eval task names, task YAML files, names of the embedded suite, or `icl` for all of that suite."""
+    """lm-eval tasks, groups or tags; `paper14`, `paper14-unseen`, `icl`; task YAML files; jsonl files of one's own."""
 
     shots: tuple[int, ...] = (0, 1, 5)
     """Numbers of shots."""
@@ -62,6 +65,9 @@ class StudySpec(ModelSpec):
 
     examples_split: str = "train"
     """Split that importance is measured on: train, validation or test."""
+
+    protocol: Literal["sound", "paper"] = "sound"
+    """`paper` measures as the code of Bansal et al. does, so that published numbers can be compared: docs/paper.md."""
 
     shared_shots: bool = False
     """One draw of shots per task for all documents, instead of one per document."""

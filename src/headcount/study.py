@@ -6,6 +6,7 @@ it; anything else that would change what a finished entry means is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import time
@@ -19,7 +20,7 @@ import pandas as pd
 from headcount.errors import ModelError, OptionError, StudyError
 from headcount.ledger import Job, Ledger
 from headcount.masks import Mask, prune, random_order
-from headcount.plan import GRADIENT_PASSES, PARTS, READS, Part, PlannedJob, TaskFacts, plan
+from headcount.plan import GRADIENT_PASSES, PARTS, Part, PlannedJob, TaskFacts, plan, reads
 from headcount.specs import StudySpec
 from headcount.tables import evaluation_table, evaluations_from, importance_table, stored_order
 
@@ -99,8 +100,8 @@ class Runner:
         self.reporter.stage("loading tasks")
         from headcount.measure.tasks import SPLITS, get_tasks
 
-        self.splits: list[Split] = [s for s in SPLITS if any(s in READS[part] for part in parts)]
-        self.tasks = get_tasks(spec.tasks, data=spec.data, examples_split=spec.examples_split)
+        self.splits: list[Split] = [s for s in SPLITS if s in reads(spec, parts)]
+        self.tasks = get_tasks(spec.tasks, data=spec.data, examples_split=spec.examples_split, protocol=spec.protocol)
         self._check_prompts()
         self.reporter.stage(f"loading {spec.model}")
         self.loaded = loaded or _load(spec)
@@ -285,7 +286,7 @@ def _load(spec: StudySpec) -> LoadedModel:
 
     return load(spec.model, dtype=spec.dtype, device=spec.device, device_map=spec.device_map,
                 attn_implementation=spec.attn_implementation, trust_remote_code=spec.trust_remote_code,
-                revision=spec.revision)
+                revision=spec.revision, apply_chat_template=spec.apply_chat_template)
 
 
 def _verified(loaded: LoadedModel) -> None:
@@ -299,10 +300,9 @@ def _verified(loaded: LoadedModel) -> None:
 
 
 def _layout_reason(loaded: LoadedModel) -> str:
-    from headcount.measure.scoring import layout
+    from headcount.measure.layout import layout
 
-    chosen = layout(loaded)
-    return f"{'token trees' if chosen.trees else 'one request a row'}: {chosen.reason}"
+    return str(layout(loaded))
 
 
 def _previous(ledger: Ledger) -> dict[str, Any] | None:
@@ -319,9 +319,12 @@ def _same_options(spec: StudySpec, previous: Mapping[str, Any] | None, folder: P
     if previous is None:
         return
     before = previous["spec"]
+    defaults = {f.name: f.default for f in dataclasses.fields(spec)}
     for name, value in spec.to_json().items():
-        if name not in _FREE and before.get(name) != value:
-            raise StudyError(f"{folder} holds another study (--{name.replace('_', '-')} was {before.get(name)}, "
+        # An option that a folder does not know came after it: it was measured as by default.
+        was = before.get(name, defaults[name])
+        if name not in _FREE and was != value:
+            raise StudyError(f"{folder} holds another study (--{name.replace('_', '-')} was {was}, "
                              f"is {value}); choose another --out, or give the same options")
 
 

@@ -116,7 +116,7 @@ def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:
 
 
 def _print_contracts(loaded: LoadedModel) -> bool:
-    from headcount.measure.scoring import layout
+    from headcount.measure.layout import layout
     from headcount.model.contracts import verify
 
     results = verify(loaded)
@@ -124,8 +124,7 @@ def _print_contracts(loaded: LoadedModel) -> bool:
         verdict = "[green]holds[/green]" if result.holds else "[red]FAILS[/red]"
         _out.print(f"{verdict}  {result.name} (largest error {result.worst_error:.1e}) {result.detail}",
                    highlight=False)
-    chosen = layout(loaded)
-    _out.print(f"prompts: {'token trees' if chosen.trees else 'one request a row'} ({chosen.reason})", highlight=False)
+    _out.print(f"prompts: {layout(loaded)}", highlight=False)
     return all(result.holds for result in results)
 
 

@@ -5,6 +5,8 @@ move to the continuation; context + continuation is encoded as one string and th
 context stands for the tokenizer's beginning-of-sequence token (or end-of-sequence token where it has none); special
 tokens are added as the tokenizer does by itself, but not before a string that begins with them already; a request
 longer than the window loses its beginning.
+
+The paper's code (protocol "paper") encodes context and continuation apart, each as it stands, without special tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Request:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int, *, apart: bool = False
 ) -> list[Request]:
     """Encode (context, continuation) pairs.
 
@@ -51,11 +53,14 @@ def encode(
         tokenizer: The model's tokenizer.
         pairs: Contexts and continuations as text.
         max_length: The model's window in tokens.
+        apart: Whether context and continuation are encoded one by one, as the paper's code does.
 
     Raises:
         TaskError: If a continuation has no tokens of its own, or is longer than the window.
         ModelError: If a context is empty and the tokenizer has neither a BOS nor an EOS token.
     """
+    if apart:
+        return [_request(*_one_by_one(tokenizer, *pair), max_length, pair[1]) for pair in pairs]
     moved = [_move_spaces(context, continuation) for context, continuation in pairs]
     strings = sorted({s for context, continuation in moved if context for s in (context, context + continuation)})
     ids = dict(zip(strings, _encode_strings(tokenizer, strings), strict=True))
@@ -96,6 +101,15 @@ def _after_nothing(tokenizer: PreTrainedTokenizerBase, continuation: str) -> tup
         raise ModelError("an empty context needs a tokenizer with a BOS or EOS token; this one has neither")
     ids = list(tokenizer.encode(continuation, add_special_tokens=False))
     return (ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids)
+
+
+def _one_by_one(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    if not context:
+        return _after_nothing(tokenizer, continuation)
+    left, right = tokenizer([context, continuation], add_special_tokens=False, verbose=False)["input_ids"]
+    return list(left), list(right)
 
 
 def _prefix_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

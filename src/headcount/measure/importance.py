@@ -6,9 +6,12 @@ output projection at position t, and L_n the mean cross-entropy (nats) of exampl
     position:  I[l,h] = 1/N sum_n 1/T_n sum_t abs(z[l,h,t] . dL_n/dz[l,h,t])      (Bansal et al. 2023)
     example:   I[l,h] = 1/N sum_n abs(sum_t z[l,h,t] . dL_n/dz[l,h,t])            (Michel et al. 2019)
 
-over the T_n positions that the model reads. For an FFN z is the output of its down-projection. Every example is a row
-of its own, because abs does not pass through a sum over examples; the loss is summed over rows, so that no score
-depends on the batch. Parameters are frozen: one forward pass and one backward pass through activations alone.
+over the T_n positions that the model reads. The paper's code (protocol "paper") divides sums over all examples by the
+number of positions of all examples, and in the last layer by the number of continuation tokens instead.
+
+For an FFN z is the output of its down-projection. Every example is a row of its own, because abs does not pass through
+a sum over examples; the loss is summed over rows, so that no score depends on the batch. Parameters are frozen: one
+forward pass and one backward pass through activations alone.
 
 Oracle: I[l] = P(full) - P(without FFN l) on the same documents, P the task's metric; beside it the mean gold
 log-likelihood that is lost, which decides between equal P.
@@ -26,8 +29,9 @@ from torch import Tensor
 from headcount.errors import OptionError
 from headcount.masks import Component, Mask, removal_order
 from headcount.measure.encoding import Request, encode
+from headcount.measure.forward import Progress, model_inputs, scored_only
 from headcount.measure.packing import Batch, batches, pack
-from headcount.measure.scoring import BATCH_TOKENS, ROW_TOKENS, Progress, evaluate, model_inputs, scored_only
+from headcount.measure.scoring import BATCH_TOKENS, ROW_TOKENS, evaluate
 from headcount.measure.tasks import LM_EVAL_SEED, Task
 from headcount.model.gates import captured, frozen
 from headcount.model.load import LoadedModel
@@ -78,9 +82,13 @@ def gradient_importance(
     Returns:
         Importance of heads under "head" and of FFNs under "ffn", scores "position" and "example" in nats.
     """
-    prompts = task.prompts("examples", num_fewshot=num_fewshot, limit=limit, seed=seed, shared_shots=shared_shots)
-    requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length)
+    prompts = task.prompts("examples", num_fewshot=num_fewshot, limit=limit, seed=seed, shared_shots=shared_shots,
+                           chat=loaded.chat)
+    paper = task.protocol == "paper"
+    requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length, apart=paper)
     heads, ffns = example_scores(loaded, requests, batch_tokens=batch_tokens, progress=progress)
+    if paper:
+        heads[0] *= paper_weights(requests, loaded.anatomy.heads_per_layer)
 
     def summary(component: Component, scores: Float[np.ndarray, "score example component"]) -> Importance:
         n = scores.shape[1]
@@ -91,6 +99,19 @@ def gradient_importance(
                           dict(zip(kinds, spread, strict=True)), n)
 
     return {"head": summary("head", heads), "ffn": summary("ffn", ffns)}
+
+
+def paper_weights(requests: Sequence[Request], heads_per_layer: Sequence[int]) -> Float[np.ndarray, "example head"]:
+    """What turns each example's mean over positions into its share of the paper's sums over all examples.
+
+    Of N examples, T_n / mean(T) where T_n are the positions of example n; in the last layer T_n / mean(C), with C_n the
+    tokens of its continuation.
+    """
+    positions = np.array([len(r.ids) for r in requests], float)
+    targets = np.array([len(r.targets) for r in requests], float)
+    last = len(heads_per_layer) - 1
+    weights = [positions / (targets if layer == last else positions).mean() for layer in range(last + 1)]
+    return np.repeat(np.stack(weights, axis=1), heads_per_layer, axis=1)
 
 
 def example_scores(

@@ -80,7 +80,7 @@ class Batch:
 
 
 def pack(
-    documents: Sequence[Sequence[Request]], *, row_tokens: int, trees: bool = True, tree_depth: int | None = None
+    documents: Sequence[Sequence[Request]], *, row_tokens: int, trees: bool = True, tree_tokens: int | None = None
 ) -> list[Row]:
     """Lay the requests of documents out in rows.
 
@@ -88,7 +88,8 @@ def pack(
         documents: The requests of each document; requests are numbered through, in this order.
         row_tokens: A row takes further documents up to this many nodes; it always takes one.
         trees: Whether prefixes are shared; otherwise every request is a row of its own.
-        tree_depth: Documents with a longer request than this are laid out request by request (attention windows).
+        tree_tokens: Rows of trees have at most so many nodes (attention windows that count columns); a document of more
+            is laid out request by request.
     """
     rows: list[Row] = []
     grown: list[_Document] = []
@@ -96,13 +97,14 @@ def pack(
     for requests in documents:
         numbered = list(enumerate(requests, number))
         number += len(requests)
-        if not trees or (tree_depth is not None and max(len(r.ids) for r in requests) > tree_depth):
+        own = _trie_size(requests)
+        if not trees or (tree_tokens is not None and own > tree_tokens):
             rows.extend(_row([one], is_tree=False) for one in numbered)
             continue
-        own = _trie_size(requests)
         grown.append(_Document(numbered, own, own - _common(before, requests[0].ids)))
         before = requests[0].ids
-    return rows + [_row([r for d in group for r in d.requests], is_tree=True) for group in _level(grown, row_tokens)]
+    width = row_tokens if tree_tokens is None else min(row_tokens, tree_tokens)
+    return rows + [_row([r for d in group for r in d.requests], is_tree=True) for group in _level(grown, width)]
 
 
 @dataclass(frozen=True, eq=False)

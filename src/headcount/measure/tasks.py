@@ -1,40 +1,47 @@
-"""The only door to lm-evaluation-harness: task names to documents, prompts, gold answers and metrics.
+"""The door to lm-evaluation-harness: task names to documents, prompts, gold answers and metrics.
 
-Tasks, prompts, few-shot sampling and metrics are lm-eval's own. What is added here: a task is found by its YAML file
-without lm-eval building its index of all names (which takes seconds); documents can come from local files instead of
-the hub; shots can be shared by all documents; prompts can be built for training documents too, without the document
-itself among its shots.
+Tasks, prompts, few-shot sampling and metrics are lm-eval's own. What is added here: documents can come from local files
+instead of the hub; shots can be shared by all documents; prompts can be built for training documents too, without the
+document itself among its shots; and the variants of the paper's code (protocol "paper"): WSC's training documents are
+its positive ones, and a question of MultiRC counts when all its answers are judged right.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import hashlib
-import importlib.util
 import json
 import logging
-import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import yaml
-from jinja2.exceptions import UndefinedError
+from jinja2.exceptions import TemplateError, UndefinedError
 from lm_eval.tasks import TaskManager
 
-from headcount.errors import DataError, OptionError, TaskError
+from headcount.errors import DataError, ModelError, OptionError, TaskError
+from headcount.measure import documents, names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Split = Literal["evaluation", "examples"]
+Protocol = Literal["sound", "paper"]
 SPLITS: tuple[Split, ...] = ("evaluation", "examples")
-SPLIT_FILES = ("train", "validation", "test")
 # The seed lm-eval gives its few-shot sampler.
 LM_EVAL_SEED = 1234
 _METRICS = ("acc", "em", "exact_match")
+# What a definition raises on documents that it was not written for.
+_MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError, UndefinedError)
+# The paper's variants: which training documents there are, and which documents are one question.
+_TRAINING: dict[str, Callable[[Mapping[str, Any]], bool]] = {"wsc": lambda doc: doc["label"] == 1}
+_QUESTIONS: dict[str, Callable[[Mapping[str, Any]], Hashable]] = {
+    "multirc": lambda doc: (doc["idx"]["paragraph"], doc["idx"]["question"])}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +51,17 @@ class Prompt:
     Attributes:
         doc_id: The document's position in its split.
         doc: The document as lm-eval gives it.
-        pairs: (context, continuation) of every option.
-        gold: Index of the right option.
+        pairs: (context, continuation) of every option, and behind them of the same continuations without context,
+            where a metric of the task compares the two.
+        gold: Index of the right option, the first of several.
+        num_options: How many options there are.
     """
 
     doc_id: int
     doc: Mapping[str, Any]
     pairs: tuple[tuple[str, str], ...]
     gold: int
+    num_options: int
 
 
 class Task:
@@ -61,18 +71,29 @@ class Task:
         name: lm-eval's name.
         metric: The metric that decides orders: "acc", or "em" where there is no acc.
         notes: What a reader of the results must know, such as a split that stands in for another.
+        protocol: "sound", or "paper" for what the paper's code does otherwise.
+        question: Under protocol "paper", the question that a document belongs to, where all answers must be right.
     """
 
-    def __init__(self, name: str, inner: Any, notes: Sequence[str] = (), examples_split: str = "train") -> None:
+    def __init__(
+        self, name: str, inner: Any, notes: Sequence[str] = (), examples_split: str = "train",
+        protocol: Protocol = "sound",
+    ) -> None:
         self.name = name
         self.inner = inner
         self.notes = tuple(notes)
         self.examples_split = examples_split
+        self.protocol: Protocol = protocol
         kind = inner.OUTPUT_TYPE
         if kind not in ("multiple_choice", "loglikelihood"):
             raise TaskError(f"task {name!r} is a {kind} task; headcount scores multiple_choice and loglikelihood tasks")
-        names = list(inner.aggregation())
-        self.metric = next((m for m in _METRICS if m in names), names[0])
+        metrics = list(inner.aggregation())
+        self.metric = next((m for m in _METRICS if m in metrics), metrics[0])
+        paper = protocol == "paper"
+        self.question = _QUESTIONS.get(name) if paper else None
+        self._is_training = _TRAINING.get(name) if paper else None
+        if self._is_training is not None:
+            inner.sampler.replace_df([doc for doc in inner.sampler.df if self._is_training(doc)])
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -80,12 +101,21 @@ class Task:
         config = self.inner.dump_config()
         for volatile in ("metadata", "dataset_kwargs", "custom_dataset", "num_fewshot"):
             config.pop(volatile, None)
-        digest = hashlib.sha256(json.dumps([config, self.examples_split], sort_keys=True, default=str).encode())
+        variant = ["paper"] if self.question or self._is_training else []
+        digest = hashlib.sha256(json.dumps([config, self.examples_split, *variant], sort_keys=True,
+                                           default=str).encode())
         for split in sorted(self.inner.dataset):
             digest.update(f"\n{split}\n".encode())
             for doc in self.inner.dataset[split]:
                 digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:24]
+
+    @property
+    def split_sizes(self) -> dict[str, int]:
+        """How many documents each split has, by lm-eval's names; only those that the task uses."""
+        config = self.inner.config
+        used = dict.fromkeys(s for s in (config.training_split, config.validation_split, config.test_split) if s)
+        return {split: len(self.inner.dataset[split]) for split in used if split in self.inner.dataset}
 
     def documents(self, split: Split) -> Sequence[Mapping[str, Any]]:
         """The evaluated documents (lm-eval's choice of split), or the examples that importance is measured on.
@@ -98,18 +128,21 @@ class Task:
         docs = {"train": self.inner.training_docs, "validation": self.inner.validation_docs,
                 "test": self.inner.test_docs}[self.examples_split]()
         if docs is None:
+            has = [s for s, there in (("train", self.inner.has_training_docs()),
+                                      ("validation", self.inner.has_validation_docs()),
+                                      ("test", self.inner.has_test_docs())) if there]
             raise TaskError(f"task {self.name!r} has no {self.examples_split} split to measure importance on; choose "
-                            "one that it has with --examples-split validation (or test)")
-        return list(docs)
+                            f"one that it has with --examples-split {' or '.join(has)}")
+        return [doc for doc in docs if self._is_training is None or self._is_training(doc)]
 
     def size(self, split: Split, *, shared_shots: int = 0) -> int:
         """How many documents a split offers when so many shared shots, if they are drawn from it, are left out."""
-        documents = self.documents(split)
-        return len(documents) - (shared_shots if shared_shots and self._drawn_from(documents) else 0)
+        found = self.documents(split)
+        return len(found) - (shared_shots if shared_shots and self._drawn_from(found) else 0)
 
     def prompts(
         self, split: Split, *, num_fewshot: int = 0, limit: int | None = None, seed: int = LM_EVAL_SEED,
-        shared_shots: bool = False,
+        shared_shots: bool = False, chat: PreTrainedTokenizerBase | None = None,
     ) -> list[Prompt]:
         """Prompts of the first documents of a split.
 
@@ -123,22 +156,24 @@ class Task:
             limit: Take the first so many documents; None takes all.
             seed: Of the sampler of shots.
             shared_shots: Whether one draw of shots serves all documents.
+            chat: A tokenizer whose chat template is put around the prompts, each shot a turn, as lm-eval does.
 
         Raises:
             OptionError: If there are too few documents to draw the shots from.
         """
-        documents = self.documents(split)
-        own_pool = num_fewshot > 0 and self._drawn_from(documents)
+        found = self.documents(split)
+        own_pool = num_fewshot > 0 and self._drawn_from(found)
         self._check_pool(num_fewshot, excluding=not shared_shots and (own_pool or self._lm_eval_excludes))
         self.inner.set_fewshot_seed(seed)
         shots = self.inner.sampler.sample(num_fewshot) if shared_shots and num_fewshot else []
+        template = functools.partial(_rendered, chat) if chat is not None else None
         prompts: list[Prompt] = []
-        for doc_id, doc in enumerate(documents):
+        for doc_id, doc in enumerate(found):
             if limit is not None and len(prompts) >= limit:
                 break
             if doc not in shots:
                 with self._sampling(shots, doc if own_pool else None):
-                    prompts.append(self._prompt(doc_id, doc, num_fewshot))
+                    prompts.append(self._prompt(doc_id, doc, num_fewshot, template))
         return prompts
 
     def metrics(self, prompt: Prompt, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
@@ -146,26 +181,35 @@ class Task:
 
         Args:
             prompt: The document.
-            results: Log-likelihood in nats, and whether greedy decoding gives it, of every option.
+            results: Log-likelihood in nats, and whether greedy decoding gives it, of every pair.
         """
         scores = self.inner.process_results(prompt.doc, list(results))
         return {name: float(value) for name, value in scores.items() if isinstance(value, (int, float))}
 
-    def _prompt(self, doc_id: int, doc: Mapping[str, Any], num_fewshot: int) -> Prompt:
+    def _prompt(
+        self, doc_id: int, doc: Mapping[str, Any], num_fewshot: int, template: Callable[..., str] | None
+    ) -> Prompt:
+        chat = {"apply_chat_template": template is not None, "chat_template": template}
         try:
-            context = self.inner.fewshot_context(doc, num_fewshot, gen_prefix=self.inner.doc_to_prefix(doc))
-            built = self.inner.construct_requests(doc=doc, ctx=context, metadata=(self.name, doc_id, 1))
+            context = self.inner.fewshot_context(doc, num_fewshot, gen_prefix=self.inner.doc_to_prefix(doc),
+                                                 fewshot_as_multiturn=template is not None, **chat)
+            built = self.inner.construct_requests(doc=doc, ctx=context, metadata=(self.name, doc_id, 1), **chat)
             pairs = tuple(tuple(i.args[:2]) for i in (built if isinstance(built, list) else [built]))
-            return Prompt(doc_id, doc, pairs, self._gold(doc, len(pairs)))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError) as error:
+            options = len(pairs) // (2 if "acc_mutual_info" in self.inner.aggregation() else 1)
+            return Prompt(doc_id, doc, pairs, self._gold(doc, options, len(pairs)), options)
+        except _MISFITS as error:
             raise DataError(f"document {doc_id} of task {self.name!r} does not fit the task's definition "
                             f"({type(error).__name__}: {error}); mend that document") from error
 
-    def _gold(self, doc: Mapping[str, Any], options: int) -> int:
+    def _gold(self, doc: Mapping[str, Any], options: int, pairs: int) -> int:
         """The option which scores when it alone wins, asked of the task's own metric."""
         for i in range(options):
-            results = [(0.0, True) if j == i else (-1e4, False) for j in range(options)]
-            if self.inner.process_results(doc, results).get(self.metric) == 1:
+            results = [(0.0, True) if j == i else (-1e4, False) for j in range(pairs)]
+            score = self.inner.process_results(doc, results).get(self.metric)
+            if not isinstance(score, (int, float)):
+                raise TaskError(f"task {self.name!r} measures {', '.join(self.inner.aggregation())}; headcount needs a "
+                                f"metric that gives each document a number, such as {' or '.join(_METRICS)}")
+            if score == 1:
                 return i
         raise ValueError("no option is right")
 
@@ -218,49 +262,77 @@ class _Shots:
 
 
 def get_tasks(
-    names: Sequence[str], *, data: str | Path | None = None, examples_split: str = "train"
+    task_names: Sequence[str], *, data: str | Path | None = None, examples_split: str = "train",
+    protocol: Protocol = "sound",
 ) -> dict[str, Task]:
     """Load tasks by name.
 
     Args:
-        names: lm-eval's task names, paths of task YAML files, names of the embedded suite (`icl_antonym`, ...), or
-            `icl` for all of it.
+        task_names: lm-eval's task, group or tag names; `paper14`, `paper14-unseen`, `icl` or a task of that suite
+            (`icl_antonym`, ...); paths of task YAML files; paths of jsonl files, or of folders of them, whose documents
+            have `context`, `options` and `gold`.
         data: A folder with `<task>/{train,validation,test}.jsonl` to read instead of the hub. A missing `test.jsonl`
             is stood in for by `validation.jsonl`.
         examples_split: The split that importance is measured on.
+        protocol: "paper" for the variants of MultiRC and WSC that the paper's code has.
 
     Raises:
         TaskError: For an unknown name, or a task that is not multiple-choice or log-likelihood.
         DataError: For missing, empty or malformed data.
     """
-    if examples_split not in SPLIT_FILES:
-        raise OptionError(f"--examples-split is one of {', '.join(SPLIT_FILES)}, not {examples_split!r}")
-    expanded = [n for name in names for n in (embedded_tasks() if name == "icl" else [name])]
-    if repeated := {n for n in expanded if expanded.count(n) > 1}:
-        raise TaskError(f"task {min(repeated)!r} is named twice")
-    loaded = [_get_task(name, Path(data) if data is not None else None, examples_split) for name in expanded]
-    return {task.name: task for task in loaded}
+    if examples_split not in documents.SPLIT_FILES:
+        raise OptionError(f"--examples-split is one of {', '.join(documents.SPLIT_FILES)}, not {examples_split!r}")
+    loaded: dict[str, Task] = {}
+    for name in names.expand(task_names):
+        task = _get_task(name, Path(data) if data is not None else None, examples_split, protocol)
+        if task.name in loaded:
+            raise TaskError(f"two of the tasks are named {task.name!r}; rename one")
+        loaded[task.name] = task
+    return loaded
 
 
-def embedded_tasks() -> list[str]:
-    """The names of the embedded suite's tasks."""
-    return sorted(p.name for p in _icl_folder().iterdir() if p.is_dir())
-
-
-def _get_task(name: str, data: Path | None, examples_split: str) -> Task:
-    embedded = name in embedded_tasks()
-    definition = _icl_folder() / "icl.yaml" if embedded else _definition(name)
-    task_name = name if embedded else _name_in(definition)
-    folder = _icl_folder() / name if embedded else data / task_name if data is not None else None
+def _get_task(name: str, data: Path | None, examples_split: str, protocol: Protocol) -> Task:
+    place = _place(name, data)
+    bare = place is not None and _is_users_own(name) and documents.is_bare(place)
+    if bare and place is not None:
+        definition, task_name = names.bare_definition(), place.stem if place.is_file() else place.name
+    else:
+        definition = names.definition(name)
+        task_name = names.name_in(definition) if name.endswith((".yaml", ".yml")) else name
+        place = names.embedded_folder(name) or (data / task_name if data is not None else None)
     config: dict[str, Any] = {"include": str(definition), "task": task_name}
-    if folder is not None:
-        _check_folder(folder, task_name)
-        config |= {"dataset_path": "local", "dataset_name": None, "dataset_kwargs": {"folder": str(folder)}}
+    if place is not None:
+        documents.check_place(place, task_name)
+        kwargs = {"folder": str(place), **({"bare": True} if bare else {})}
+        config |= {"dataset_path": "local", "dataset_name": None, "dataset_kwargs": kwargs}
+        if bare:
+            config |= _bare_splits(place)
     text = yaml.safe_dump(config, sort_keys=False)
-    if folder is not None:
-        text += "custom_dataset: !function headcount.measure.tasks.local_dataset\n"
-    inner = _load(text, task_name, local=folder is not None)
-    return Task(task_name, inner, _notes(inner, folder), examples_split)
+    if place is not None:
+        text += "custom_dataset: !function headcount.measure.documents.local_dataset\n"
+    inner = _load(text, task_name, local=place is not None)
+    return Task(task_name, inner, _notes(inner, place), examples_split, protocol)
+
+
+def _place(name: str, data: Path | None) -> Path | None:
+    """Where a name's own documents lie, if it is a path, or a folder in --data."""
+    if name.endswith(".jsonl") or ("/" in name and Path(name).is_dir()):
+        if not Path(name).exists():
+            raise TaskError(f"there is no file {name}")
+        return Path(name).resolve()
+    return data / name if data is not None and (data / name).is_dir() else None
+
+
+def _is_users_own(name: str) -> bool:
+    return not name.endswith((".yaml", ".yml")) and not names.is_known(name)
+
+
+def _bare_splits(place: Path) -> dict[str, Any]:
+    """A single file is the evaluated split; lm-eval draws shots from it, without the document itself."""
+    has = {s: documents.has_split(place, s) for s in documents.SPLIT_FILES}
+    return {"training_split": "train" if has["train"] else None,
+            "validation_split": "validation" if has["validation"] or place.is_file() else None,
+            "test_split": "test" if has["test"] else None}
 
 
 def _load(text: str, name: str, *, local: bool) -> Any:
@@ -275,7 +347,10 @@ def _load(text: str, name: str, *, local: bool) -> Any:
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise TaskError(f"the documents of task {name!r} could not be had from the hub ({_first_line(error)}); "
                         "pass --data DIR with local files, or mend the connection") from error
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError) as error:
+    except ImportError as error:
+        raise TaskError(f"lm-eval's definition of task {name!r} needs a package that is not here "
+                        f"({_first_line(error)}): pip install it") from error
+    except _MISFITS as error:
         where = "the local files lack what" if local else "the hub's documents lack what"
         raise DataError(f"{where} the definition of task {name!r} reads "
                         f"({type(error).__name__}: {_first_line(error)})") from error
@@ -283,89 +358,30 @@ def _load(text: str, name: str, *, local: bool) -> Any:
         logger.setLevel(level)
 
 
-def local_dataset(folder: str, **_: object) -> dict[str, Any]:
-    """Read `folder/{train,validation,test}.jsonl` for lm-eval; validation stands in for a missing test split."""
-    splits = {s: _read_jsonl(Path(folder) / f"{s}.jsonl") for s in SPLIT_FILES if _has(Path(folder), s)}
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits["validation"]
-    found: dict[str, Any] = datasets.DatasetDict(splits)
-    return found
+def _notes(inner: Any, place: Path | None) -> list[str]:
+    notes = [note] if (note := (inner.config.metadata or {}).get("note")) else []
+    if place is not None and place.is_dir() and inner.has_test_docs() and not documents.has_split(place, "test"):
+        notes.append("test.jsonl is missing: validation.jsonl stands in for the test split")
+    return notes
 
 
-def _read_jsonl(path: Path) -> datasets.Dataset:
-    docs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            doc = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); mend that line") from error
-        if not isinstance(doc, dict):
-            raise DataError(f"{path}, line {number}: a document is a JSON object, not {type(doc).__name__}")
-        docs.append(doc)
-    if not docs:
-        raise DataError(f"{path} is empty; it needs one JSON object a line")
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    """Messages in the tokenizer's chat template; without the system's, where the template knows none."""
+    def written(turns: list[dict[str, str]]) -> str:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                                 continue_final_message=not add_generation_prompt))
+
     try:
-        return datasets.Dataset.from_list(docs)
-    except (TypeError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise DataError(f"{path}: documents differ in the type of a field ({_first_line(error)})") from error
-
-
-def _check_folder(folder: Path, name: str) -> None:
-    if not folder.is_dir():
-        known = ", ".join(sorted(p.name for p in folder.parent.glob("*") if p.is_dir())) or "none"
-        raise DataError(f"no folder {folder} with the documents of task {name!r}; --data holds: {known}")
-    if not _has(folder, "validation") and not _has(folder, "test"):
-        raise DataError(f"{folder} has neither validation.jsonl nor test.jsonl to evaluate on")
-
-
-def _has(folder: Path, split: str) -> bool:
-    return (folder / f"{split}.jsonl").is_file()
-
-
-def _notes(inner: Any, folder: Path | None) -> list[str]:
-    if folder is not None and inner.has_test_docs() and not _has(folder, "test"):
-        return ["test.jsonl is missing: validation.jsonl stands in for the test split"]
-    return []
-
-
-def _definition(name: str) -> Path:
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise TaskError(f"there is no task file {name}")
-        return Path(name).resolve()
-    known = _lm_eval_definitions()
-    if name not in known:
-        close = difflib.get_close_matches(name, [*known, *embedded_tasks(), "icl"], n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see lm-eval's list of tasks"
-        raise TaskError(f"no task is named {name!r}; {hint}")
-    return known[name]
-
-
-@functools.cache
-def _lm_eval_definitions() -> dict[str, Path]:
-    """Where lm-eval keeps the YAML file of each task; the files are searched as text, which takes under a second."""
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise TaskError("lm_eval is not installed; run pip install lm-eval")
-    pattern = re.compile(rb"^task:[ \t]*[\"']?([\w.\-+]+)[\"']?[ \t\r]*$", re.MULTILINE)
-    found: dict[str, Path] = {}
-    for path in sorted(Path(spec.submodule_search_locations[0], "tasks").rglob("*.yaml")):
-        if match := pattern.search(path.read_bytes()):
-            found.setdefault(match.group(1).decode(), path)
-    return found
-
-
-def _name_in(definition: Path) -> str:
-    match = re.search(r"^task:[ \t]*[\"']?([\w.\-+]+)", definition.read_text(encoding="utf-8"), re.MULTILINE)
-    if match is None:
-        raise TaskError(f"{definition} names no task; it needs a line `task: NAME`")
-    return match.group(1)
-
-
-def _icl_folder() -> Path:
-    return Path(__file__).parents[1] / "data" / "icl"
+        return written(list(messages))
+    except TemplateError:
+        pass
+    try:
+        return written([m for m in messages if m["role"] != "system"])
+    except TemplateError as error:
+        raise ModelError(f"the model's chat template refuses a prompt ({_first_line(error)}); leave out "
+                         "--apply-chat-template") from error
 
 
 def _first_line(error: BaseException) -> str:

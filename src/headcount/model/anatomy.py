@@ -5,7 +5,7 @@
 under the other four lists (DBRX's attention under a dotted name). Three things differ between families and are found
 by looking, not by the model's name: GPT-Neo nests one attention in another; OPT, XGLM and BioGPT have no FFN module
 (its two matrices lie in the block); a mixture of experts has no single down projection, so its whole routed block
-counts as the FFN's output.
+counts as the FFN's output, and where experts stand beside a dense FFN (Gemma-4), the norm of their sum.
 
 Widths come from weights, counts from the config: d_head = out-projection's inputs // number of heads, because the
 config's arithmetic is wrong on Gemma-2 and Qwen3, and modules often carry no number of heads at all.
@@ -33,6 +33,9 @@ _FFN_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "ln_mlp", "ln_2"
 # In blocks that norm each branch's output (OLMo-2), `post_attention_layernorm` is attention's, not the FFN's.
 _FFN_OUTPUT_NORM = "post_feedforward_layernorm"
 _EXPERTS = ("experts", "router", "gate")
+# Experts in the block itself, beside a dense FFN (Gemma-4), with the norms of their own.
+_BESIDE = ("experts", "router", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_1",
+           "post_feedforward_layernorm_2")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class LayerAnatomy:
         block: The whole layer.
         attention: Its attention.
         out_proj: The attention's output projection; slice h of its input is head h's output.
-        ffn: The module that the FFN's input enters; None where its matrices lie in the block, or experts are routed.
+        ffn: The module that the FFN's input enters; None where its matrices lie in the block, or experts are routed or
+            stand beside it.
         ffn_output: The module whose (first) output is the FFN's: the down projection, or the routed block of experts.
         routed: Whether the FFN is a routed block of experts.
         num_heads: Query heads.
@@ -229,6 +233,11 @@ def _ffn(block: nn.Module, where: str, names: Names) -> tuple[nn.Module | None, 
         if output is None:
             raise _not_found(block, where, "FFN", "ffn", (*names.ffn, *names.down_proj))
         return None, output
+    if hasattr(block, _BESIDE[0]):
+        # The two are summed nowhere but before this norm, which leaves nothing of nothing.
+        _, both = _child(block, (_FFN_OUTPUT_NORM,))
+        if both is not None:
+            return None, both
     _, output = _child(ffn, names.down_proj)
     if output is None and any(hasattr(ffn, name) for name in _EXPERTS):
         output = ffn
@@ -294,6 +303,9 @@ def _attention_parameters(
         groups = groups_said or _size(keys[0])[1] // d_head
         query = sum(_parameters(m) for name, m in linear if name not in (*_KEYS, *_VALUES))
         return query // heads, sum(_parameters(m) for m in keys + values) // groups, groups
+    if [name for name, _ in linear] == ["q_proj"]:
+        # Keys and values are an earlier layer's (Gemma-4).
+        return _parameters(linear[0][1]) // heads, 0, groups_said or heads
     outputs = sum(_size(m)[1] for _, m in linear)
     total = sum(_parameters(m) for _, m in linear)
     # Fused: (heads + 2 groups) * d_head outputs.
@@ -306,7 +318,10 @@ def _attention_parameters(
 
 
 def _ffn_parameters(block: nn.Module, ffn: nn.Module | None, attention: nn.Module, config: PreTrainedConfig) -> int:
-    if ffn is None:
+    if ffn is None and hasattr(block, _BESIDE[0]):
+        parts: list[nn.Module] = [m for name in ("mlp", *_BESIDE) if (m := getattr(block, name, None)) is not None]
+        own = sum(p.numel() for m in parts for p in m.parameters())
+    elif ffn is None:
         own = sum(_parameters(m) for m in block.children() if hasattr(m, "in_features"))
     else:
         linear = [m for m in ffn.modules() if hasattr(m, "in_features") or hasattr(m, "nx")]

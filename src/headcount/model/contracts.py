@@ -3,7 +3,9 @@
 1. Identity. With all heads and FFNs gated to 0, every block hands on its input plus the bias of the attention's output
    projection: what is left of a block is what the removal of its heads and FFN leaves. A norm on a branch's output
    (Gemma-2, OLMo-2) turns the bias into norm(bias) and an FFN's zero into norm(0); where the norm follows the residual
-   add (OPT-350M), the block is norm(norm(x + bias)). A factor on the branches (Granite) scales the bias.
+   add (OPT-350M), the block is norm(norm(x + bias)). A factor on the branches (Granite) scales the bias, one on the
+   whole block (Gemma-4) everything. What a branch adds that is neither attention nor FFN (Gemma-4's per-layer
+   embeddings) stays, and is told by the norm that it ends with.
 2. Head slice. Slice h of the output projection's input depends on head h's attention probabilities alone: in the
    gradient of slice h, the part of every other head is exactly 0, and its own is not. For this the model runs eager
    attention, a few tokens long, and gets its own kernel back.
@@ -32,6 +34,9 @@ from headcount.model.load import LoadedModel
 _TOKENS = 8
 # Rounding of a few additions, in units of the dtype's precision at the largest value.
 _ROUNDINGS = 32
+# The last norm of a branch that is neither attention nor FFN.
+_OTHER_BRANCHES = ("post_per_layer_input_norm",)
+_SMALLEST_SCALE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,14 @@ def _tokens(model: PreTrainedModel) -> Int[Tensor, "batch pos"]:
 
 @dataclass
 class _Trace:
-    """A block's input and output, and the norms on its own level in the order they ran, each with input and output."""
+    """A block's input and output, the norms on its own level in the order they ran, each with input and output, and
+    what branches put out that are neither attention nor FFN.
+    """
 
     entered: Tensor
     left: Tensor
     norms: list[tuple[Tensor, Tensor]]
+    others: list[Tensor]
 
 
 def _identity(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:
@@ -119,6 +127,7 @@ def _trace_block(
     part: LayerAnatomy, index: int, traces: dict[int, _Trace]
 ) -> Iterator[torch.utils.hooks.RemovableHandle]:
     norms: list[tuple[Tensor, Tensor]] = []
+    others: list[Tensor] = []
     entered: list[Tensor] = []
 
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -132,9 +141,15 @@ def _trace_block(
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         out = output[0] if isinstance(output, (tuple, list)) else output
-        traces[index] = _Trace(entered[-1], out.clone(), norms)
+        traces[index] = _Trace(entered[-1], out.clone(), norms, others)
 
-    for child in part.block.children():
+    def beside(module: nn.Module, args: Any, output: Tensor) -> None:
+        others.append(output.clone())
+
+    for name, child in part.block.named_children():
+        if name in _OTHER_BRANCHES:
+            yield child.register_forward_hook(beside)
+            continue
         own = list(child.parameters(recurse=False))
         if child is not part.attention and own and all(p.dim() == 1 for p in own):
             yield child.register_forward_hook(normed)
@@ -166,12 +181,16 @@ def _identity_error(trace: _Trace, bias: Tensor | None) -> float:
             norm_of_zero = norm_of_zero + after
         elif torch.equal(before, b.expand_as(x)):
             added = after
+    norm_of_zero = sum((other.double() for other in trace.others), norm_of_zero)
     left_over = out - x - norm_of_zero
     # What the block multiplies its branches with, found by least squares; it cannot hide what depends on x.
     square = (added * added).sum()
     factor = (left_over * added).sum() / square if square > 0 else torch.ones(()).to(x)
-    plain = _relative(out, x + norm_of_zero + added)
-    return min(plain, _relative(out, x + norm_of_zero + factor * added))
+    whole = x + norm_of_zero + added
+    errors = [_relative(out, whole), _relative(out, x + norm_of_zero + factor * added)]
+    # A factor of the whole block; a block that hands on nothing (its residual was gated too) is none of it.
+    scale = float((out * whole).sum() / (whole * whole).sum())
+    return min(*errors, _relative(out, scale * whole) if abs(scale) > _SMALLEST_SCALE else 1.0)
 
 
 def _relative(a: Float[Tensor, "*_"], b: Float[Tensor, "*_"]) -> float:

@@ -64,6 +64,7 @@ class LoadedModel:
         fingerprint: Hexadecimal; equal for equal config, weights and dtypes.
         notes: To be shown beside every result.
         provenance: What was loaded and with what; goes into JSON as it is.
+        apply_chat_template: Whether prompts are put into the tokenizer's chat template, as lm-eval does.
     """
 
     name: str
@@ -73,6 +74,12 @@ class LoadedModel:
     fingerprint: str
     notes: tuple[str, ...]
     provenance: Mapping[str, object]
+    apply_chat_template: bool = False
+
+    @property
+    def chat(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, if its chat template is wanted."""
+        return self.tokenizer if self.apply_chat_template else None
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +121,7 @@ def load(
     revision: str | None = None,
     tokenizer: str | None = None,
     names: Names | None = None,
+    apply_chat_template: bool = False,
 ) -> LoadedModel:
     """Load a decoder-only language model and its tokenizer.
 
@@ -127,6 +135,7 @@ def load(
         revision: Branch, tag or commit on the hub.
         tokenizer: Hub id or folder, where the model's own is not wanted.
         names: Names of the model's parts, where they are not found.
+        apply_chat_template: Put prompts into the tokenizer's chat template, as lm-eval does.
 
     Raises:
         ModelError: If the model cannot be found or loaded, or is no decoder-only model with attention in every layer.
@@ -142,6 +151,8 @@ def load(
         if source.gguf is not None and chosen == "auto":
             chosen = torch.float32
         reader = _tokenizer(str(name), source, tokenizer, common)
+        if apply_chat_template and not reader.chat_template:
+            raise ModelError(f"the tokenizer of {name} has no chat template: leave out --apply-chat-template")
         # The config is passed on because reading a GGUF file's takes seconds.
         options = {**common, "config": config, "dtype": chosen, "device_map": where,
                    "attn_implementation": attn_implementation}
@@ -151,8 +162,10 @@ def load(
         # The weights are no longer quantised; with this left on, the model could not be saved.
         quantizer.remove_quantization_config(model)
     told = {"source": source.place if source.gguf is None else str(source.gguf), "revision": revision,
-            "commit": getattr(config, "_commit_hash", None), "trust_remote_code": trust_remote_code}
-    return _loaded(str(name), model, reader, names or Names(), source.notes, told)
+            "commit": getattr(config, "_commit_hash", None), "trust_remote_code": trust_remote_code,
+            "apply_chat_template": apply_chat_template}
+    loaded = _loaded(str(name), model, reader, names or Names(), source.notes, told)
+    return dataclasses.replace(loaded, apply_chat_template=apply_chat_template)
 
 
 def wrap(

@@ -1,0 +1,120 @@
+"""Batches through the unmodified model: log-likelihoods of targets, and nothing computed that is not needed.
+
+The model's output layer is given the hidden states of scored positions only: a hook gathers them before it, and
+whatever the model does to logits afterwards (caps, scales) applies to them as they come out. So a log-likelihood is
+`log softmax(logits at the position before)[target]`, summed over a continuation's tokens.
+
+A batch of token trees needs its own attention mask: position i sees j where j is i itself or stands above it in the
+tree. Attention windows count in tokens of a prompt, so in a tree they count in depths: a sliding window of w lets i
+see j where `depth_i - depth_j < w`, a chunk of c where `depth_i // c == depth_j // c`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headcount.measure.packing import Batch
+from headcount.model.load import LoadedModel
+
+Progress = Callable[[int], None]
+# How a model takes the mask of a tree: one for all layers, without or with the window, or one per type of layer.
+TreeMask = Literal["plain", "windowed", "by type"]
+
+
+@torch.no_grad()
+def loglikelihood(
+    loaded: LoadedModel, packed: Sequence[Batch], num_requests: int, progress: Progress | None = None,
+    tree_mask: TreeMask = "plain",
+) -> tuple[Float[np.ndarray, " request"], Int[np.ndarray, " request"]]:
+    """Log-likelihood (nats) of every request, and 1 where greedy decoding would give its continuation."""
+    total = torch.zeros(num_requests, dtype=torch.float64)
+    greedy = torch.ones(num_requests, dtype=torch.int64)
+    for batch in packed:
+        logprobs, best = target_logprobs(loaded, batch, tree_mask)
+        owners = torch.from_numpy(batch.requests)
+        total.index_add_(0, owners, logprobs.double().cpu())
+        greedy.scatter_reduce_(0, owners, best.long().cpu(), "amin")
+        if progress is not None:
+            progress(batch.tokens)
+    return total.numpy(), greedy.numpy()
+
+
+def target_logprobs(
+    loaded: LoadedModel, batch: Batch, tree_mask: TreeMask = "plain"
+) -> tuple[Float[Tensor, " target"], Int[Tensor, " target"]]:
+    """Log-probability of every target of a batch, and 1 where it is the most probable token."""
+    device = loaded.device
+    # Targets at one position (one-token options) share its logits.
+    places, which = np.unique(np.stack([batch.rows, batch.positions]), axis=1, return_inverse=True)
+    rows, positions = (torch.from_numpy(p).to(device) for p in places)
+    with scored_only(loaded, rows, positions):
+        logits = loaded.model(**model_inputs(loaded, batch, tree_mask), use_cache=False).logits[0].float()
+    targets = torch.from_numpy(batch.targets).to(logits.device)
+    index = torch.from_numpy(which.reshape(-1)).to(logits.device)
+    logprobs = logits[index, targets] - logits.logsumexp(-1)[index]
+    return logprobs, (logits.argmax(-1)[index] == targets).long()
+
+
+def model_inputs(
+    loaded: LoadedModel, batch: Batch, tree_mask: TreeMask = "plain"
+) -> dict[str, Tensor | dict[str, Tensor]]:
+    """The model's keyword arguments for a batch: ids, and the mask that its rows need."""
+    device = loaded.device
+    ids = torch.from_numpy(batch.ids).to(device)
+    if not batch.is_tree:
+        real = torch.arange(ids.shape[1])[None] < torch.from_numpy(batch.lengths)[:, None]
+        return {"input_ids": ids, "attention_mask": real.long().to(device)}
+    depths = torch.from_numpy(batch.depths).to(device)
+    masks = {kind: _additive(allowed, loaded.model.dtype) for kind, allowed in _allowed(loaded, batch, depths).items()}
+    whole = masks["full_attention"]
+    # A model has one window for all its layers, or types of layers that it names.
+    windowed = masks.get("sliding_attention", masks.get("chunked_attention", whole))
+    chosen = masks if tree_mask == "by type" else windowed if tree_mask == "windowed" else whole
+    return {"input_ids": ids, "attention_mask": chosen, "position_ids": depths}
+
+
+def _allowed(
+    loaded: LoadedModel, batch: Batch, depths: Int[Tensor, "batch pos"]
+) -> dict[str, Bool[Tensor, "batch pos pos"]]:
+    """Which positions see which, by transformers' name of the type of attention."""
+    ends = torch.from_numpy(batch.ends).to(depths.device)
+    index = torch.arange(depths.shape[1], device=depths.device)
+    tree = (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < ends[:, None, :])
+    config = loaded.model.config.get_text_config()
+    found = {"full_attention": tree}
+    if window := getattr(config, "sliding_window", None):
+        found["sliding_attention"] = tree & (depths[:, :, None] - depths[:, None, :] < window)
+    if chunk := getattr(config, "attention_chunk_size", None):
+        found["chunked_attention"] = tree & (depths[:, :, None] // chunk == depths[:, None, :] // chunk)
+    return found
+
+
+def _additive(allowed: Bool[Tensor, "batch pos pos"], dtype: torch.dtype) -> Float[Tensor, "batch one pos pos"]:
+    """Added to attention scores, in the model's type: right for eager attention, which adds masks, and for SDPA."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+@contextlib.contextmanager
+def scored_only(
+    loaded: LoadedModel, rows: Int[Tensor, " scored"], positions: Int[Tensor, " scored"]
+) -> Iterator[None]:
+    """Give the output layer the scored positions' hidden states only, as one row."""
+
+    def gather(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden[rows.to(hidden.device), positions.to(hidden.device)][None], *args[1:])
+
+    output_layer: torch.nn.Module = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    handle = output_layer.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,103 @@
+"""Token trees on every family of the table, in every kernel it has: found right by the probe, and right when used."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from families import FAMILIES, SINGLE_ROWS, VOCAB, reader, tiny
+from headcount.measure.encoding import Request
+from headcount.measure.forward import loglikelihood
+from headcount.measure.layout import layout, probe
+from headcount.measure.packing import batches, pack
+from headcount.model.load import LoadedModel, wrap
+
+
+def kernels(family: str) -> list[str]:
+    """What the family's attention can be computed with."""
+    model, found = tiny(family), []
+    for kernel in ("sdpa", "eager"):
+        try:
+            model.set_attn_implementation(kernel)
+        except ValueError:
+            continue
+        found += [kernel] if model.config._attn_implementation == kernel else []
+    return found
+
+
+def with_kernel(family: str, kernel: str) -> LoadedModel:
+    model = tiny(family)
+    model.set_attn_implementation(kernel)
+    return wrap(model, reader(), name=family)
+
+
+def documents(rng: np.random.Generator) -> list[list[Request]]:
+    """Prompts of 3 to 40 tokens that share their beginnings, well past the tiny models' windows of 4."""
+    shots = rng.integers(4, VOCAB, 12)
+    found = []
+    for length in (0, 1, 9, 20):
+        context = np.concatenate([shots, rng.integers(4, VOCAB, length)])
+        options = [rng.integers(4, VOCAB, n) for n in (1, 1, 3, 8)]
+        found.append([Request(np.concatenate([context, o])[:-1], o) for o in options])
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trees_are_used_where_they_are_right(family: str) -> None:
+    assert kernels(family)
+    for kernel in kernels(family):
+        loaded = with_kernel(family, kernel)
+        config = loaded.model.config.to_dict()
+        found = layout(loaded)
+        assert found.trees == (family not in SINGLE_ROWS), f"{kernel}: {found}"
+        assert loaded.model.config.to_dict() == config, "the probe's short windows are gone"
+        docs = documents(np.random.default_rng(0))
+        number = sum(map(len, docs))
+        expected, _ = loglikelihood(loaded, batches(pack(docs, row_tokens=1, trees=False), 1), number)
+        rows = pack(docs, row_tokens=200, trees=found.trees, tree_tokens=found.tree_tokens)
+        scores, _ = loglikelihood(loaded, batches(rows, 400), number, tree_mask=found.tree_mask)
+        np.testing.assert_allclose(scores, expected, atol=2e-4, err_msg=kernel)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "olmo3", "llama4", "gpt_oss", "qwen2-window"])
+def test_a_tree_without_the_window_would_be_wrong(family: str) -> None:
+    """So the test above can fail."""
+    loaded = with_kernel(family, kernels(family)[-1])
+    docs = documents(np.random.default_rng(0))
+    number = sum(map(len, docs))
+    expected, _ = loglikelihood(loaded, batches(pack(docs, row_tokens=1, trees=False), 1), number)
+    wrong, _ = loglikelihood(loaded, batches(pack(docs, row_tokens=200), 400), number, tree_mask="plain")
+    assert np.abs(wrong - expected).max() > 1e-2
+
+
+def test_a_model_that_takes_no_such_mask_gets_single_rows() -> None:
+    loaded = with_kernel("llama", "sdpa")
+    original = loaded.model.forward
+
+    def picky(*args: object, attention_mask: torch.Tensor, position_ids: object = None, **kwargs: object) -> object:
+        if attention_mask.ndim == 4:
+            raise ValueError("two dimensions, please")
+        return original(*args, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    loaded.model.forward = picky
+    found = probe(loaded)
+    assert (found.trees, found.reason) == (False, "the model does not take a tree's mask (ValueError)")
+
+
+def test_a_window_that_cannot_be_cut_short_is_not_trusted() -> None:
+    """A kernel that keeps its window to itself: trees then stay within the window."""
+    loaded = with_kernel("llama", "sdpa")
+    loaded.model.config.sliding_window = 40
+    found = probe(loaded)
+    assert (found.trees, found.tree_mask, found.tree_tokens) == (True, "plain", 40)
+
+
+def test_half_precision_is_told_from_a_wrong_mask() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for family in ("llama", "mistral", "bloom"):
+            model = tiny(family).to(dtype)
+            loaded = dataclasses.replace(wrap(model, reader()), name=family)
+            assert probe(loaded).trees == (family != "bloom")
