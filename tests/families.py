@@ -148,6 +148,19 @@ _UNFIT: dict[str, tuple[str, dict[str, Any]]] = {
                                  "activation_sparsity_pattern": [0.0] * 2}),  # four streams, a branch per layer
     "granitemoeshared": ("granitemoeshared", {**_GQA, **_MOE, "shared_intermediate_size": 16}),  # a second FFN
 }
+# Families with layers that have no attention heads: refused by their block's name.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1},
+    "jamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "intermediate_size": 48},
+    "lfm2": {**_GQA, "layer_types": ["conv", "full_attention"]},
+    "nemotron_h": {"vocab_size": 64, "hidden_size": 32},
+    "qwen3_next": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "intermediate_size": 48},
+    "recurrent_gemma": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                        "intermediate_size": 48, "lru_width": 32},
+    "rwkv": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1},
+}
 FAMILIES = list(_TABLE)
 UNFIT = list(_UNFIT)
 CORE = ("opt", "opt-350m", "llama", "gpt2", "gpt_neox")
@@ -180,6 +193,13 @@ def reader() -> PreTrainedTokenizerBase:
     model.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                                    unk_token="<unk>", model_max_length=64)
+
+
+def hybrid(kind: str) -> PreTrainedModel:
+    """A model without weights: it is refused before they are read."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **HYBRIDS[kind]))
+    return model
 
 
 def tokens(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:

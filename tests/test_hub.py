@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from headcount.model.load import fingerprint
+from headcount.model.fingerprint import fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 COPA = [
@@ -81,6 +81,7 @@ print(json.dumps({{
     "notes": task.notes,
     "examples": [p.doc for p in task.prompts("examples")],
     "evaluation": [{{"pairs": p.pairs, "gold": p.gold}} for p in task.prompts("evaluation")],
+    "other_config": refusal(get_tasks, ["wic"]),
     "refusal": refusal(load, "org/own"),
     "own": told("org/own", trust_remote_code=True),
     "own_again": told("org/own", trust_remote_code=True),
@@ -128,9 +129,9 @@ def tiny() -> LlamaForCausalLM:
 
 def write_checkpoint(folder: Path) -> Path:
     tiny().save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"?": 0, "the": 1, "dog": 2}, unk_token="?"))  # noqa: S106
+    words = Tokenizer(models.WordLevel({"?": 0, "the": 1, "dog": 2}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)  # noqa: S106
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
     return folder
 
 
@@ -184,3 +185,66 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("empty")
     write_own_code(folder / "own")
     return outcome(EMPTY, folder, folder / "home")
+
+
+def assert_refused(told: dict[str, Any], kind: str, *parts: str) -> None:
+    assert told["kind"] == kind
+    assert "\n" not in told["message"]
+    assert all(part in told["message"] for part in parts), told["message"]
+
+
+def test_a_cached_model_is_loaded_by_its_hub_id(cached: dict[str, Any]) -> None:
+    for told in (cached["model"], cached["revised"]):
+        assert told["fingerprint"] == fingerprint(tiny())
+        assert told["heads"] == [4, 4]
+        assert told["ids"] == [1, 2]
+        assert (told["name"], told["source"]) == ("org/tiny", "org/tiny")
+        assert told["trust_remote_code"] is False
+    assert cached["model"]["revision"] is None
+    assert cached["revised"]["revision"] == COMMIT
+
+
+@pytest.mark.parametrize("which", ["model", "revised", "own"])
+def test_the_provenance_names_the_commit(cached: dict[str, Any], which: str) -> None:
+    assert cached[which]["commit"] == COMMIT
+
+
+def test_a_revision_that_is_not_cached_is_not_replaced_by_another(cached: dict[str, Any]) -> None:
+    assert_refused(cached["revision"], "ModelError", "org/tiny")
+
+
+def test_a_cached_data_set_is_found(cached: dict[str, Any]) -> None:
+    assert cached["sizes"] == {"train": 2, "validation": 1}
+    assert cached["notes"] == []
+    assert cached["examples"] == TRAINING
+    # Spaces and small letters are lm-eval's.
+    pairs = [["The dog barked because", "  the tree grew."], ["The dog barked because", "  the bell rang."]]
+    assert cached["evaluation"] == [{"pairs": pairs, "gold": 1}]
+
+
+def test_a_data_set_that_is_not_cached_asks_for_data(empty: dict[str, Any]) -> None:
+    assert_refused(empty["task"], "TaskError", "'copa'", "--data")
+
+
+def test_a_configuration_that_is_not_cached_asks_for_data(cached: dict[str, Any]) -> None:
+    # WiC is another configuration of the data set that COPA is in; datasets then raises another error.
+    assert_refused(cached["other_config"], "TaskError", "'wic'", "--data")
+
+
+def test_a_model_that_is_not_cached_is_told_so(empty: dict[str, Any]) -> None:
+    assert_refused(empty["model"], "ModelError", "org/absent is no local folder", "local folder, a GGUF file")
+
+
+@pytest.mark.parametrize(("process", "name"), [("cached", "org/own"), ("empty", "own")])
+def test_own_code_is_run_when_it_is_trusted(request: pytest.FixtureRequest, process: str, name: str) -> None:
+    told = request.getfixturevalue(process)
+    assert_refused(told["refusal"], "ModelError", name, "--trust-remote-code")
+    assert told["refusal"]["own_code_ran"] is False
+    assert told["own"]["trust_remote_code"] is True
+    assert (told["own"]["class"], told["own"]["model_type"]) == ("OwnForCausalLM", "own")
+    assert told["own"]["heads"] == [4, 4]
+
+
+def test_trust_is_not_remembered(cached: dict[str, Any]) -> None:
+    assert cached["own_again"] == cached["own"]
+    assert_refused(cached["refusal_again"], "ModelError", "org/own", "--trust-remote-code")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +62,15 @@ def test_trees_are_used_where_they_are_right(family: str) -> None:
         rows = pack(docs, row_tokens=200, trees=found.trees, tree_tokens=found.tree_tokens)
         scores, _ = loglikelihood(loaded, batches(rows, 400), number, tree_mask=found.tree_mask)
         np.testing.assert_allclose(scores, expected, atol=2e-4, err_msg=kernel)
+
+
+def test_the_page_of_models_is_up_to_date() -> None:
+    """docs/models.md says what is found; `make models` writes it."""
+    root = Path(__file__).resolve().parents[1]
+    spec = importlib.util.spec_from_file_location("models_page", root / "tools" / "models_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (root / "docs" / "models.md").read_text(encoding="utf-8") == module.page()
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral", "olmo3", "llama4", "gpt_oss", "qwen2-window"])

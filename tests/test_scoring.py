@@ -31,21 +31,6 @@ def slow_loglikelihood(loaded: LoadedModel, context: str, continuation: str) -> 
     return float(logprobs.gather(1, targets[:, None]).sum()), bool((logprobs.argmax(-1) == targets).all())
 
 
-def hflm_loglikelihoods(loaded: LoadedModel, task: Task, k: int, limit: int) -> list[list[tuple[float, bool]]]:
-    """lm-eval's HF backend on lm-eval's own requests."""
-    from lm_eval.models.huggingface import HFLM
-
-    backend = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4, max_length=loaded.max_length)
-    task.inner.set_fewshot_seed(1234)
-    task.inner.set_config("num_fewshot", k)
-    task.inner.build_all_requests(limit=limit, rank=0, world_size=1)
-    results = backend.loglikelihood(task.inner.instances, disable_tqdm=True)
-    grouped: dict[int, list[tuple[float, bool]]] = {}
-    for instance, result in zip(task.inner.instances, results, strict=True):
-        grouped.setdefault(instance.doc_id, []).append(result)
-    return list(grouped.values())
-
-
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
     return get_tasks(["piqa"], data=tiny.write_task(tmp_path))["piqa"]
@@ -106,34 +91,6 @@ def test_results_do_not_hang_on_rows_and_batches(task: Task) -> None:
         found = evaluate(loaded, task, num_fewshot=2, trees=trees, row_tokens=row_tokens, batch_tokens=batch_tokens)
         np.testing.assert_allclose(found.gold_loglikelihood, expected.gold_loglikelihood, atol=TOLERANCE)
         assert (found.correct == expected.correct).all()
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("k", [0, 2])
-def test_parity_with_lm_eval(task: Task, family: str, k: int) -> None:
-    loaded = tiny.loaded(family)
-    theirs = hflm_loglikelihoods(loaded, task, k, 5)
-    ours = evaluate(loaded, task, num_fewshot=k, limit=5)
-    gold = [results[g][0] for results, g in zip(theirs, ours.gold, strict=True)]
-    np.testing.assert_allclose(ours.gold_loglikelihood[0], gold, atol=1e-3)
-    assert ours.prediction[0].tolist() == [int(np.argmax([x for x, _ in results])) for results in theirs]
-
-
-@pytest.mark.parametrize("name", ["copa", "piqa", "arc_easy"])
-@pytest.mark.parametrize("k", [0, 5])
-def test_parity_with_lm_eval_on_smollm2(smollm2: LoadedModel, shared: Path, name: str, k: int) -> None:
-    task = get_tasks([name], data=shared)[name]
-    limit = 4
-    theirs = hflm_loglikelihoods(smollm2, task, k, limit)
-    ours = evaluate(smollm2, task, num_fewshot=k, limit=limit)
-    unpacked = evaluate(smollm2, task, num_fewshot=k, limit=limit, trees=False)
-    gold = [results[g][0] for results, g in zip(theirs, ours.gold, strict=True)]
-    np.testing.assert_allclose(ours.gold_loglikelihood[0], gold, atol=1e-3)
-    np.testing.assert_allclose(ours.gold_loglikelihood, unpacked.gold_loglikelihood, atol=1e-3)
-    clear = np.abs(ours.margin[0]) > 2e-3  # closer than that, two right computations may differ
-    predictions = np.array([int(np.argmax([x for x, _ in results])) for results in theirs])
-    assert (ours.prediction[0] == predictions)[clear].all()
-    assert (ours.correct == unpacked.correct)[0][clear].all()
 
 
 def test_long_prompts_are_cut_as_lm_eval_cuts_them(task: Task) -> None:

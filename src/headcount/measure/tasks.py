@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import logging
+import random
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ class Task:
             if limit is not None and len(prompts) >= limit:
                 break
             if doc not in shots:
-                with self._sampling(shots, doc if own_pool else None):
+                with self._sampling(shots, doc if own_pool else None, doc_id):
                     prompts.append(self._prompt(doc_id, doc, num_fewshot, template))
         return prompts
 
@@ -237,10 +238,10 @@ class Task:
         return sampler.df if sampler is not None else []
 
     @contextlib.contextmanager
-    def _sampling(self, shots: Sequence[Any], excluded: Mapping[str, Any] | None) -> Iterator[None]:
+    def _sampling(self, shots: Sequence[Any], excluded: Mapping[str, Any] | None, doc_id: int) -> Iterator[None]:
         original = getattr(self.inner, "sampler", None)
         if shots or excluded is not None:
-            self.inner.sampler = _Shots(shots, excluded, original)
+            self.inner.sampler = _Shots(shots, excluded, doc_id, original)
         try:
             yield
         finally:
@@ -250,15 +251,24 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class _Shots:
-    """Stands in for lm-eval's sampler: gives fixed shots, or draws without one document."""
+    """Stands in for lm-eval's sampler: gives fixed shots, or lm-eval's own draw without one document.
+
+    lm-eval leaves a document out of its own shots only where both come from the test split by name. Here another takes
+    its place, drawn apart, so that all other documents keep the shots that lm-eval gives them.
+    """
 
     shots: Sequence[Any]
     excluded: Mapping[str, Any] | None
+    doc_id: int
     sampler: Any
 
     def sample(self, n: int, eval_doc: Any = None) -> Sequence[Any]:
-        drawn = self.shots or self.sampler.sample(n, eval_doc=self.excluded)
-        return drawn[:n]
+        drawn = list(self.shots[:n] or self.sampler.sample(n, eval_doc=eval_doc))
+        if self.excluded is None or self.excluded not in drawn:
+            return drawn
+        kept = [doc for doc in drawn if doc != self.excluded]
+        others = [doc for doc in self.sampler.df if doc != self.excluded and doc not in kept]
+        return [*kept, *random.Random(self.doc_id).sample(others, n - len(kept))]  # noqa: S311
 
 
 def get_tasks(
@@ -336,26 +346,34 @@ def _bare_splits(place: Path) -> dict[str, Any]:
 
 
 def _load(text: str, name: str, *, local: bool) -> Any:
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # what it warns of here is what was asked for
+    loggers = [logging.getLogger(library) for library in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)  # what they warn of here is what was asked for
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "task.yaml"
             path.write_text(text, encoding="utf-8")
             return TaskManager(include_defaults=False).load(str(path))["tasks"][name]
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise TaskError(f"the documents of task {name!r} could not be had from the hub ({_first_line(error)}); "
-                        "pass --data DIR with local files, or mend the connection") from error
+        raise _not_to_be_had(name, error) from error
     except ImportError as error:
         raise TaskError(f"lm-eval's definition of task {name!r} needs a package that is not here "
                         f"({_first_line(error)}): pip install it") from error
     except _MISFITS as error:
+        if str(error).startswith("Couldn't find cache for"):  # another part of the data set is there
+            raise _not_to_be_had(name, error) from error
         where = "the local files lack what" if local else "the hub's documents lack what"
         raise DataError(f"{where} the definition of task {name!r} reads "
                         f"({type(error).__name__}: {_first_line(error)})") from error
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _not_to_be_had(name: str, error: BaseException) -> TaskError:
+    return TaskError(f"the documents of task {name!r} could not be had from the hub ({_first_line(error)}); pass "
+                     "--data DIR with local files, or mend the connection")
 
 
 def _notes(inner: Any, place: Path | None) -> list[str]:

@@ -83,9 +83,7 @@ def _tokens(model: PreTrainedModel) -> Int[Tensor, "batch pos"]:
 
 @dataclass
 class _Trace:
-    """A block's input and output, the norms on its own level in the order they ran, each with input and output, and
-    what branches put out that are neither attention nor FFN.
-    """
+    """A block's input and output; its norms in the order they ran, with input and output; other branches' output."""
 
     entered: Tensor
     left: Tensor
@@ -203,8 +201,8 @@ def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "bat
         with _projected(anatomy) as found:
             attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
         if attentions is None or any(a is None for a in attentions) or len(attentions) != anatomy.num_layers:
-            return ContractResult(name, False, float("inf"), "not tested: the model hands out no attention "
-                                  "probabilities of every layer; load it with --attn-implementation eager")
+            return ContractResult(name, False, float("inf"), "the model hands out no attention probabilities of every "
+                                  "layer: it has layers whose attention is not ordinary")
         worst, where = 0.0, ""
         for layer, (part, attention) in enumerate(zip(anatomy.layers, attentions, strict=True)):
             # Not as `captured` has it: the reshaping must not fail where the anatomy is wrong.

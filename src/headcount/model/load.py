@@ -1,4 +1,4 @@
-"""Models by name: a hub id, a local folder, a GGUF file, or `smollm2`; and what identifies one, its fingerprint.
+"""Models by name: a hub id, a local folder, a GGUF file, or `smollm2`.
 
 The kind of model is checked before any weight is read: from the config, then on a skeleton without weights (PyTorch's
 meta device), so that an encoder-decoder or a hybrid is refused in seconds, not after a download. Loading itself is
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import logging
 import os
 import warnings
@@ -23,11 +21,10 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import align_module_device
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -41,10 +38,8 @@ from transformers.utils import logging as transformers_logging
 
 from headcount.errors import ModelError, OptionError
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
+from headcount.model.fingerprint import fingerprint
 
-# Neither what the file was called, nor what the weights say better, changes what a model computes.
-_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_commit_hash"}
-_SAMPLED = 64
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
 _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -162,7 +157,7 @@ def load(
         # The weights are no longer quantised; with this left on, the model could not be saved.
         quantizer.remove_quantization_config(model)
     told = {"source": source.place if source.gguf is None else str(source.gguf), "revision": revision,
-            "commit": getattr(config, "_commit_hash", None), "trust_remote_code": trust_remote_code,
+            "commit": _commit(source), "trust_remote_code": trust_remote_code,
             "apply_chat_template": apply_chat_template}
     loaded = _loaded(str(name), model, reader, names or Names(), source.notes, told)
     return dataclasses.replace(loaded, apply_chat_template=apply_chat_template)
@@ -178,38 +173,6 @@ def wrap(
     """
     _check_config(name, model.config)
     return _loaded(name, model, tokenizer, names or Names(), (), {"source": "memory"})
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """64 hexadecimal digits that are equal for equal config, weights and dtypes.
-
-    Every parameter and persistent buffer goes in with name, shape, dtype, the exclusive-or of the bits of each of its
-    rows and columns, and 64 evenly spaced values; weights that were offloaded are fetched, a module at a time.
-    """
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
-    digest = hashlib.sha256(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
-    for prefix, module in model.named_modules():
-        with align_module_device(module), torch.no_grad():
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for name, tensor in own:
-                if name not in module._non_persistent_buffers_set:
-                    digest.update(f"{prefix}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                    digest.update(_content(tensor))
-    return digest.hexdigest()
-
-
-def _content(tensor: Tensor) -> bytes:
-    if tensor.numel() == 0:
-        return b""
-    if tensor.device.type not in ("cpu", "cuda"):
-        tensor = tensor.cpu()
-    if tensor.element_size() == 1:
-        # The hash knows no 8-bit floats.
-        tensor = tensor.contiguous().view(torch.uint8)
-    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-    spaced = torch.linspace(0, tensor.numel() - 1, _SAMPLED, dtype=torch.float64).long().to(tensor.device)
-    parts = (torch.hash_tensor(rows, 0), torch.hash_tensor(rows, 1), rows.reshape(-1)[spaced].double())
-    return b"".join(p.cpu().numpy().tobytes() for p in parts)
 
 
 def _loaded(
@@ -334,6 +297,14 @@ def _check_kind(name: str, config: PreTrainedConfig, names: Names, trust_remote_
         find_anatomy(skeleton, names)
     except ModelError as e:
         raise ModelError(f"{name} ({config.model_type}): {e}") from e
+
+
+def _commit(source: _Source) -> str | None:
+    """The hub's commit that the files are of, told by the folder they lie in; None for files not from the hub."""
+    if source.gguf is not None or Path(source.place).is_dir():
+        return None
+    file = try_to_load_from_cache(source.place, "config.json", revision=source.keywords.get("revision"))
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def _tokenizer(

@@ -1,0 +1,47 @@
+"""What identifies a model: a hash of its config, its weights and their types."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Neither what the file was called, nor what the weights say better, changes what a model computes.
+_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_commit_hash"}
+_SAMPLED = 64
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """64 hexadecimal digits that are equal for equal config, weights and dtypes.
+
+    Every parameter and persistent buffer goes in with name, shape, dtype, the exclusive-or of the bits of each of its
+    rows and columns, and 64 evenly spaced values; weights that were offloaded are fetched, a module at a time.
+    """
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
+    digest = hashlib.sha256(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
+    for prefix, module in model.named_modules():
+        with align_module_device(module), torch.no_grad():
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in own:
+                if name not in module._non_persistent_buffers_set:
+                    digest.update(f"{prefix}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                    digest.update(_content(tensor))
+    return digest.hexdigest()
+
+
+def _content(tensor: Tensor) -> bytes:
+    if tensor.numel() == 0:
+        return b""
+    if tensor.device.type not in ("cpu", "cuda"):
+        tensor = tensor.cpu()
+    if tensor.element_size() == 1:
+        # The hash knows no 8-bit floats.
+        tensor = tensor.contiguous().view(torch.uint8)
+    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    spaced = torch.linspace(0, tensor.numel() - 1, _SAMPLED, dtype=torch.float64).long().to(tensor.device)
+    parts = (torch.hash_tensor(rows, 0), torch.hash_tensor(rows, 1), rows.reshape(-1)[spaced].double())
+    return b"".join(p.cpu().numpy().tobytes() for p in parts)

@@ -1,0 +1,121 @@
+"""docs/models.md, from the tiny models that the tests go through: `python tools/models_page.py` writes it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(_ROOT / "tests"))
+
+from families import FAMILIES, HYBRIDS, UNFIT, hybrid, reader, tiny
+from headcount.errors import ModelError
+from headcount.measure.layout import Layout, probe
+from headcount.model.anatomy import Anatomy, find_anatomy
+from headcount.model.contracts import verify
+from headcount.model.load import wrap
+
+_HEAD = """\
+# Models
+
+Written by `make models` from the table of tiny random models that the tests go through (`tests/families.py`), with
+transformers {version}. No family has code of its own: heads and FFNs are found under five short lists of names, and
+two contracts prove, on the model that is loaded, that they are where they seem to be.
+
+* *Identity*: with all heads and FFNs off, every block passes its input on, but for the bias of the output projection.
+* *Head slice*: what a head puts out depends on its own attention alone.
+
+A family that is not named here works if the contracts hold on it (`headcount anatomy MODEL --verify`); a model that
+fails one is refused, with the block's name, before anything is measured.
+
+*Prompts* says how they are laid out: as token trees, which compute each shared beginning once, or one request a row.
+That is found out on the loaded model, too, by scoring one random tree both ways. *Windows* are attention windows, which
+count in a tree's depths.
+
+| family | query heads | KV groups | FFN | contracts | prompts, sdpa | prompts, eager |
+|---|---|---|---|---|---|---|
+{rows}
+
+## Refused
+
+Layers without attention heads, heads that are not their own, and blocks that hold more than heads and one FFN.
+
+| family | what is said |
+|---|---|
+{refused}
+"""
+
+
+def rows() -> list[str]:
+    """One line per family."""
+    found = []
+    for family in FAMILIES:
+        model = tiny(family)
+        anatomy = find_anatomy(model)
+        contracts = ", ".join(name for name, result in zip(("identity", "head slice"), verify(model), strict=True)
+                              if result.holds)
+        heads, groups = (" + ".join(map(str, counts)) for counts in (
+            anatomy.heads_per_layer, [part.num_kv_heads for part in anatomy.layers]))
+        found.append(f"| {family} | {heads} | {groups} | {_ffns(anatomy)} | {contracts} | "
+                     f"{_prompts(family, 'sdpa')} | {_prompts(family, 'eager')} |")
+    return found
+
+
+def refused() -> list[str]:
+    """One line per family that cannot be measured."""
+    found = []
+    for family in UNFIT:
+        failed = next(result for result in verify(tiny(family)) if not result.holds)
+        # Which head or block is the worst hangs on the machine's last bits.
+        said = re.sub(r"^(?:L\d+H\d+|block \d+)", lambda m: "a head" if m[0][0] == "L" else "a block", failed.detail)
+        found.append(f"| {family} | {said} |")
+    for family in HYBRIDS:
+        try:
+            find_anatomy(hybrid(family))
+        except ModelError as error:
+            found.append(f"| {family} | {str(error).split(':')[0]} |")
+    return found
+
+
+def page() -> str:
+    """The whole page."""
+    return _HEAD.format(version=transformers.__version__, rows="\n".join(rows()), refused="\n".join(refused()))
+
+
+def _ffns(anatomy: Anatomy) -> str:
+    beside = any(part.ffn is None and part.ffn_output is getattr(part.block, "post_feedforward_layernorm", None)
+                 for part in anatomy.layers)
+    kinds = ["experts beside a dense one" if beside else "experts" if part.routed else "dense"
+             for part in anatomy.layers]
+    return " + ".join(dict.fromkeys(kinds))
+
+
+def _prompts(family: str, kernel: str) -> str:
+    model = tiny(family)
+    try:
+        model.set_attn_implementation(kernel)
+    except ValueError:
+        return ""
+    if model.config._attn_implementation != kernel:
+        return ""
+    found = probe(wrap(model, reader()))
+    return _told(found)
+
+
+def _told(found: Layout) -> str:
+    if not found.trees:
+        return "one request a row"
+    return {"plain": "trees", "windowed": "trees, one window", "by type": "trees, windows by layer"}[found.tree_mask]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    (_ROOT / "docs" / "models.md").write_text(page(), encoding="utf-8")
