@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from headcount.errors import DataError, HeadcountError, OptionError, TaskError
-from headcount.measure.names import embedded_tasks
-from headcount.measure.tasks import Task, get_tasks
+from headcount.measure.names import PAPER14, UNSEEN, embedded_tasks, expand
+from headcount.measure.tasks import Task, describe, get_tasks
 from tiny import write_task
 
 
@@ -175,3 +175,142 @@ def test_more_shots_than_documents_are_refused(tmp_path: Path) -> None:
     assert found.prompts("evaluation", num_fewshot=12, shared_shots=True)
     with pytest.raises(OptionError, match="ask for fewer"):
         found.prompts("evaluation", num_fewshot=13, shared_shots=True)
+
+
+@pytest.mark.parametrize("name", [*PAPER14, *UNSEEN])
+def test_every_task_of_the_paper_gives_lm_evals_prompts(shared: Path, name: str) -> None:
+    found = get_tasks([name], data=shared)[name]
+    assert found.metric == ("em" if name == "record" else "acc")
+    for k in (0, 5):
+        ours = found.prompts("evaluation", num_fewshot=k, limit=12)
+        assert [list(p.pairs) for p in ours] == lm_eval_pairs(found, k, 12)
+    if name != "lambada_openai":
+        assert found.prompts("examples", num_fewshot=5, limit=12)
+
+
+# What a reader of the passage answers, by document.
+MULTIRC = {0: "no", 176: "no", 194: "no", 605: "no", 813: "no", 882: "yes", 883: "no", 887: "yes", 889: "yes",
+           930: "yes"}
+RECORD = {0: ("Tracy Morgan", "Morgan"), 1: ("China",), 2: ("Manchester United", "United"), 4: ("Mar",), 5: ("Lago",),
+          6: ("Trump", "Donald Trump"), 7: ("Lago",), 8: ("Lago",), 10: ("Lago",), 11: ("Stephan Siegrist",)}
+
+
+def test_multircs_gold_is_what_a_reader_answers(shared: Path) -> None:
+    prompts = get_tasks(["multirc"], data=shared)["multirc"].prompts("evaluation", limit=931)
+    for doc_id, verdict in MULTIRC.items():
+        prompt = prompts[doc_id]
+        _, gold = prompt.pairs[prompt.gold]
+        assert gold == f" {prompt.doc['answer']}\nIs the answer correct? {verdict}"
+        assert prompt.num_options == 2
+
+
+def test_records_gold_is_what_a_reader_answers(shared: Path) -> None:
+    task = get_tasks(["record"], data=shared)["record"]
+    for doc_id, entities in RECORD.items():
+        prompt = task.prompts("evaluation", limit=12)[doc_id]
+        assert prompt.doc["entities"][prompt.gold] in entities
+        filled = prompt.doc["query"].replace("@placeholder", prompt.doc["entities"][prompt.gold])
+        assert prompt.pairs[prompt.gold][1] == f"   - {filled}"
+        right = [i for i in range(prompt.num_options)
+                 if task.metrics(prompt, [(float(i == j), False) for j in range(prompt.num_options)])["em"] == 1]
+        assert prompt.gold in right
+        assert len(right) < prompt.num_options
+
+
+def test_lm_evals_multirc_has_the_labels_the_wrong_way_round(shared: Path) -> None:
+    """When this fails, lm-eval has mended it and our own definition can go."""
+    from headcount.measure.names import _lm_eval
+
+    mistaken = get_tasks([str(_lm_eval()[0]["multirc"])], data=shared)["multirc"].prompts("evaluation", limit=40)
+    right = get_tasks(["multirc"], data=shared)["multirc"].prompts("evaluation", limit=40)
+    assert all(a.pairs[a.gold] != b.pairs[b.gold] for a, b in zip(mistaken, right, strict=True))
+    assert all(set(a.pairs) == set(b.pairs) for a, b in zip(mistaken, right, strict=True))
+
+
+def test_groups_are_expanded() -> None:
+    assert expand(["paper14"]) == list(PAPER14)
+    assert len(set(PAPER14)) == 14
+    assert expand(["paper14-unseen"]) == ["mathqa", "lambada_openai"]
+    assert expand(["icl"]) == embedded_tasks()
+    assert expand(["copa", "paper14"])[0] == "copa"
+    assert len(expand(["copa", "paper14"])) == 14
+    # lm-eval's own: a tag, and a group of groups.
+    assert expand(["ai2_arc"]) == ["arc_challenge", "arc_easy"]
+    assert len(expand(["mmlu"])) == 57
+
+
+def test_every_name_of_lm_evals_index_is_found() -> None:
+    from lm_eval.tasks import TaskManager
+
+    from headcount.measure.names import _lm_eval
+
+    ours, grouped = _lm_eval()
+    index = TaskManager().task_index
+    assert {name for name, entry in index.items() if entry.kind.name in ("TASK", "PY_TASK")} <= ours.keys()
+    assert {name for name, entry in index.items() if entry.kind.name in ("GROUP", "TAG")} <= grouped | ours.keys()
+
+
+BARE = [{"context": f"The number after {i} is", "options": [str(i + 1), str(i)], "gold": 0, "source": "counting"}
+        for i in range(6)]
+
+
+def bare(path: Path, docs: list[dict[str, object]] = BARE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
+    return path
+
+
+def test_bare_documents_by_folder_by_data_and_by_file(tmp_path: Path) -> None:
+    bare(tmp_path / "after" / "train.jsonl")
+    bare(tmp_path / "after" / "validation.jsonl", BARE[:4])
+    by_folder = get_tasks([str(tmp_path / "after")])["after"]
+    by_data = get_tasks(["after"], data=tmp_path)["after"]
+    for found in (by_folder, by_data):
+        prompts = found.prompts("evaluation", num_fewshot=2)
+        assert [p.gold for p in prompts] == [0] * 4
+        assert [c for _, c in prompts[3].pairs] == [" 4", " 3"]
+        assert prompts[3].pairs[0][0].endswith("\n\nThe number after 3 is")
+        assert len(found.documents("examples")) == 6
+        assert found.notes == ()
+    assert by_folder.fingerprint == by_data.fingerprint
+    alone = get_tasks([str(bare(tmp_path / "counting.jsonl"))])["counting"]
+    assert len(alone.documents("evaluation")) == 6
+    with pytest.raises(TaskError, match="--examples-split validation"):
+        alone.documents("examples")
+    for prompt in alone.prompts("evaluation", num_fewshot=5):
+        assert prompt.pairs[0][0].count(f"after {prompt.doc_id} is") == 1, "not among its own shots"
+
+
+@pytest.mark.parametrize(("doc", "said"), [
+    ({"context": "a", "options": ["b"]}, "no gold"),
+    ({"context": 3, "options": ["b"], "gold": 0}, "context is a text"),
+    ({"context": "a", "options": [], "gold": 0}, "options is a list"),
+    ({"context": "a", "options": "b", "gold": 0}, "options is a list"),
+    ({"context": "a", "options": ["b", " "], "gold": 0}, "options is a list"),
+    ({"context": "a", "options": ["b"], "gold": 1}, "0 to 0, not 1"),
+    ({"context": "a", "options": ["b", "c"], "gold": "c"}, "0 to 1, not \"c\""),
+    ({"context": "a", "options": ["b", "c"], "gold": True}, "0 to 1, not true"),
+])
+def test_malformed_bare_documents_are_told_by_line(tmp_path: Path, doc: dict[str, object], said: str) -> None:
+    path = bare(tmp_path / "mine.jsonl", [BARE[0], doc])
+    with pytest.raises(DataError, match=r"mine\.jsonl, line 2: .*") as error:
+        get_tasks([str(path)])
+    assert said in str(error.value)
+
+
+def test_a_task_whose_metric_is_no_number_per_document_is_refused(tmp_path: Path) -> None:
+    write_task(tmp_path)
+    definition = tmp_path / "f1.yaml"
+    definition.write_text("task: piqa\noutput_type: multiple_choice\nvalidation_split: validation\ndoc_to_text: goal\n"
+                          "doc_to_target: label\ndoc_to_choice: '{{[sol1, sol2]}}'\nmetric_list: [{metric: f1}]\n")
+    with pytest.raises(TaskError, match="measures f1; headcount needs"):
+        get_tasks([str(definition)], data=tmp_path)["piqa"].prompts("evaluation", limit=1)
+
+
+def test_what_a_task_offers_is_told(shared: Path) -> None:
+    assert describe("record", shared) == {
+        "task": "record", "train": 82, "validation": 133, "evaluated": "validation", "fewest": 4, "most": 23,
+        "chance": pytest.approx(0.105, abs=1e-3), "metric": "em", "notes": [describe("record", shared)["notes"][0]]}
+    found = describe("lambada_openai", shared)
+    assert (found["evaluated"], found["most"], found["chance"]) == ("test", 1, 0.0)
+    assert "--data" in describe("copa")["absent"]

@@ -99,6 +99,31 @@ def curve(spec: Spec) -> None:
 
 
 @app.command
+def tasks(
+    names: tuple[str, ...] = ("paper14", "paper14-unseen", "icl"), *, data: Path | None = None,
+) -> None:
+    """Tasks, with documents per split, options, chance and metric.
+
+    Args:
+        names: Tasks, groups or files, as for a study; by default the paper's tasks and the embedded suite.
+        data: Folder with TASK/{train,validation,test}.jsonl to read instead of the hub.
+    """
+    from headcount import terminal
+
+    with terminal.reporter() as reporter:
+        reporter.stage("reading tasks")
+        from headcount.measure.names import expand
+        from headcount.measure.tasks import describe
+
+        expanded = expand(names)
+        rows: list[dict[str, object]] = []
+        for name in expanded:
+            reporter.stage("reading tasks", len(rows), len(expanded))
+            rows.append(describe(name, data))
+    terminal.print_tasks(rows)
+
+
+@app.command
 def report(folder: Path) -> None:
     """Write the report of a study folder again.
 

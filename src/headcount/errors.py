@@ -13,6 +13,10 @@ class TaskError(HeadcountError):
     """The task is unknown, or does not offer what was asked of it."""
 
 
+class UnavailableError(TaskError):
+    """A task's documents are not here, and the hub does not give them."""
+
+
 class DataError(HeadcountError):
     """A data file is missing, empty or malformed."""
 

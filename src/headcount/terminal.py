@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from headcount.ledger import Ledger
     from headcount.masks import Component
@@ -89,6 +89,31 @@ def print_plan(jobs: Sequence[PlannedJob], ledger: Ledger) -> None:
     left = [p for p in jobs if not ledger.has(p.job)]
     _out.print(f"{len(jobs)} jobs, {len(left)} to do, about {sum(p.tokens for p in left):,.0f} tokens through the "
                "model. Nothing was measured.", highlight=False)
+
+
+def print_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Tasks with what they offer; below, notes and what could not be read."""
+    table = _table("task", "train|r", "validation|r", "test|r", "options|r", "chance|r", "metric")
+    for row in rows:
+        if "absent" in row:
+            table.add_row(row["task"], *[""] * 6)
+            continue
+        sizes = [f"{row[split]:,}{'*' * (split == row['evaluated'])}" if split in row else ""
+                 for split in ("train", "validation", "test")]
+        fewest, most = row["fewest"], row["most"]
+        options = "" if most == 1 else str(most) if fewest == most else f"{fewest} to {most}"
+        table.add_row(row["task"], *sizes, options, f"{row['chance']:.3f}", row["metric"])
+    _out.print(table)
+    _out.print("* these documents are evaluated; importance is measured on train", highlight=False)
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.get("notes", []):
+            notes.setdefault(note, []).append(row["task"])
+    for note, tasks in notes.items():
+        _out.print(f"{', '.join(tasks)}: {note}", highlight=False)
+    if absent := [row for row in rows if "absent" in row]:
+        _out.print(f"{len(absent)} of {len(rows)} tasks could not be read; the first: {absent[0]['absent']}",
+                   highlight=False)
 
 
 def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:

@@ -32,7 +32,7 @@ from headcount.measure.encoding import Request, encode
 from headcount.measure.forward import Progress, model_inputs, scored_only
 from headcount.measure.packing import Batch, batches, pack
 from headcount.measure.scoring import BATCH_TOKENS, ROW_TOKENS, evaluate
-from headcount.measure.tasks import LM_EVAL_SEED, Task
+from headcount.measure.tasks import LM_EVAL_SEED, Split, Task
 from headcount.model.gates import captured, frozen
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations, Importance, Score
@@ -175,10 +175,14 @@ def oracle_importance(
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> Importance:
-    """What the task's metric loses, on training documents, when one FFN is off; options as in `evaluate`."""
+    """What the task's metric loses, on training documents, when one FFN is off; options as in `evaluate`.
+
+    Under protocol "paper" on the evaluated documents, as in the paper's code.
+    """
     full = Mask.full(loaded.anatomy.heads_per_layer)
     masks = [full, *(full.without_ffns([layer]) for layer in range(loaded.anatomy.num_layers))]
-    measured = evaluate(loaded, task, masks, num_fewshot=num_fewshot, limit=limit, split="examples", seed=seed,
+    split: Split = "evaluation" if task.protocol == "paper" else "examples"
+    measured = evaluate(loaded, task, masks, num_fewshot=num_fewshot, limit=limit, split=split, seed=seed,
                         shared_shots=shared_shots, trees=trees, row_tokens=row_tokens, batch_tokens=batch_tokens,
                         progress=progress)
     return oracle_from(measured)
@@ -206,8 +210,9 @@ def order_of(importance: Importance, score: Score | None = None) -> list[int]:
 
     Args:
         importance: Heads or FFNs.
-        score: For gradient importance, "position" (default) or "example".
+        score: For gradient importance, "position" (default) or "example"; for the oracle "accuracy", to leave ties in
+            the order of layers, as the paper's code does.
     """
-    if importance.method == "oracle":
+    if importance.method == "oracle" and score is None:
         return removal_order(importance.scores["accuracy"], importance.scores["gold_loglikelihood"])
     return removal_order(importance.scores[score or "position"])

@@ -45,15 +45,14 @@ def embedded_folder(name: str) -> Path | None:
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Names with each group replaced by its tasks.
+    """Names with each group replaced by its tasks; a task of several groups counts once.
 
     Raises:
-        TaskError: If a task is named twice.
+        TaskError: If a name is given twice.
     """
-    expanded = [task for name in names for task in _members(name)]
-    if repeated := {n for n in expanded if expanded.count(n) > 1}:
+    if repeated := {n for n in names if list(names).count(n) > 1}:
         raise TaskError(f"task {min(repeated)!r} is named twice")
-    return expanded
+    return list(dict.fromkeys(task for name in names for task in _members(name)))
 
 
 def definition(name: str) -> Path:
@@ -104,9 +103,7 @@ def _members(name: str) -> list[str]:
         return list(ours[name])
     if "/" in name or "." in name or is_known(name) or name not in _lm_eval()[1]:
         return [name]
-    from lm_eval.tasks import TaskManager
-
-    index = TaskManager().task_index
+    index = _groups_of_lm_eval()
     members = list(dict.fromkeys(_leaves(index, name))) if name in index else []
     if not members:
         raise TaskError(f"lm-eval's group {name!r} holds no tasks by name; name its tasks themselves")
@@ -127,6 +124,13 @@ def _leaves(index: dict[str, Any], name: str) -> Iterator[str]:
             raise TaskError(f"lm-eval's group {name!r} defines tasks in itself ({str(member)[:60]}); name the tasks "
                             "that are wanted")
         yield from _leaves(index, inner)
+
+
+@functools.cache
+def _groups_of_lm_eval() -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    return dict(TaskManager().task_index)
 
 
 @functools.cache

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import logging
-import random
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
+import numpy as np
 import yaml
-from jinja2.exceptions import TemplateError, UndefinedError
+from jaxtyping import Int
+from jinja2.exceptions import UndefinedError
 from lm_eval.tasks import TaskManager
 
-from headcount.errors import DataError, ModelError, OptionError, TaskError
+from headcount.errors import DataError, OptionError, TaskError, UnavailableError
 from headcount.measure import documents, names
+from headcount.measure.shots import Shots, rendered
+from headcount.stats import chance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +121,13 @@ class Task:
         used = dict.fromkeys(s for s in (config.training_split, config.validation_split, config.test_split) if s)
         return {split: len(self.inner.dataset[split]) for split in used if split in self.inner.dataset}
 
+    @property
+    def num_options(self) -> Int[np.ndarray, " doc"]:
+        """How many options each evaluated document has; 1 where a continuation must be produced."""
+        if self.inner.OUTPUT_TYPE == "loglikelihood":
+            return np.ones(len(self.documents("evaluation")), np.int64)
+        return np.array([len(self.inner.doc_to_choice(doc)) for doc in self.documents("evaluation")], np.int64)
+
     def documents(self, split: Split) -> Sequence[Mapping[str, Any]]:
         """The evaluated documents (lm-eval's choice of split), or the examples that importance is measured on.
 
@@ -167,7 +177,7 @@ class Task:
         self._check_pool(num_fewshot, excluding=not shared_shots and (own_pool or self._lm_eval_excludes))
         self.inner.set_fewshot_seed(seed)
         shots = self.inner.sampler.sample(num_fewshot) if shared_shots and num_fewshot else []
-        template = functools.partial(_rendered, chat) if chat is not None else None
+        template = functools.partial(rendered, chat) if chat is not None else None
         prompts: list[Prompt] = []
         for doc_id, doc in enumerate(found):
             if limit is not None and len(prompts) >= limit:
@@ -241,34 +251,12 @@ class Task:
     def _sampling(self, shots: Sequence[Any], excluded: Mapping[str, Any] | None, doc_id: int) -> Iterator[None]:
         original = getattr(self.inner, "sampler", None)
         if shots or excluded is not None:
-            self.inner.sampler = _Shots(shots, excluded, doc_id, original)
+            self.inner.sampler = Shots(shots, excluded, doc_id, original)
         try:
             yield
         finally:
             if original is not None:
                 self.inner.sampler = original
-
-
-@dataclass(frozen=True, eq=False)
-class _Shots:
-    """Stands in for lm-eval's sampler: gives fixed shots, or lm-eval's own draw without one document.
-
-    lm-eval leaves a document out of its own shots only where both come from the test split by name. Here another takes
-    its place, drawn apart, so that all other documents keep the shots that lm-eval gives them.
-    """
-
-    shots: Sequence[Any]
-    excluded: Mapping[str, Any] | None
-    doc_id: int
-    sampler: Any
-
-    def sample(self, n: int, eval_doc: Any = None) -> Sequence[Any]:
-        drawn = list(self.shots[:n] or self.sampler.sample(n, eval_doc=eval_doc))
-        if self.excluded is None or self.excluded not in drawn:
-            return drawn
-        kept = [doc for doc in drawn if doc != self.excluded]
-        others = [doc for doc in self.sampler.df if doc != self.excluded and doc not in kept]
-        return [*kept, *random.Random(self.doc_id).sample(others, n - len(kept))]  # noqa: S311
 
 
 def get_tasks(
@@ -299,6 +287,21 @@ def get_tasks(
             raise TaskError(f"two of the tasks are named {task.name!r}; rename one")
         loaded[task.name] = task
     return loaded
+
+
+def describe(name: str, data: str | Path | None = None) -> dict[str, Any]:
+    """What a task offers, for people: documents per split, which of them are evaluated, options, chance, metric, notes.
+
+    Where its documents cannot be had, the name and the reason under "absent".
+    """
+    try:
+        (task,) = get_tasks([name], data=data).values()
+    except (UnavailableError, DataError) as error:
+        return {"task": name, "absent": str(error)}
+    options = task.num_options
+    return {"task": task.name, **task.split_sizes, "evaluated": "test" if task.inner.has_test_docs() else "validation",
+            "fewest": int(options.min()), "most": int(options.max()), "chance": chance(options),
+            "metric": task.metric, "notes": list(task.notes)}
 
 
 def _get_task(name: str, data: Path | None, examples_split: str, protocol: Protocol) -> Task:
@@ -346,7 +349,7 @@ def _bare_splits(place: Path) -> dict[str, Any]:
 
 
 def _load(text: str, name: str, *, local: bool) -> Any:
-    loggers = [logging.getLogger(library) for library in ("lm_eval", "datasets")]
+    loggers = [logging.getLogger(library) for library in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)  # what they warn of here is what was asked for
@@ -371,9 +374,9 @@ def _load(text: str, name: str, *, local: bool) -> Any:
             logger.setLevel(level)
 
 
-def _not_to_be_had(name: str, error: BaseException) -> TaskError:
-    return TaskError(f"the documents of task {name!r} could not be had from the hub ({_first_line(error)}); pass "
-                     "--data DIR with local files, or mend the connection")
+def _not_to_be_had(name: str, error: BaseException) -> UnavailableError:
+    return UnavailableError(f"the documents of task {name!r} could not be had from the hub ({_first_line(error)}); "
+                            "pass --data DIR with local files, or mend the connection")
 
 
 def _notes(inner: Any, place: Path | None) -> list[str]:
@@ -381,25 +384,6 @@ def _notes(inner: Any, place: Path | None) -> list[str]:
     if place is not None and place.is_dir() and inner.has_test_docs() and not documents.has_split(place, "test"):
         notes.append("test.jsonl is missing: validation.jsonl stands in for the test split")
     return notes
-
-
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
-) -> str:
-    """Messages in the tokenizer's chat template; without the system's, where the template knows none."""
-    def written(turns: list[dict[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt,
-                                                 continue_final_message=not add_generation_prompt))
-
-    try:
-        return written(list(messages))
-    except TemplateError:
-        pass
-    try:
-        return written([m for m in messages if m["role"] != "system"])
-    except TemplateError as error:
-        raise ModelError(f"the model's chat template refuses a prompt ({_first_line(error)}); leave out "
-                         "--apply-chat-template") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -181,6 +181,7 @@ def _loaded(
 ) -> LoadedModel:
     model.eval()  # type: ignore[no-untyped-call]
     anatomy = find_anatomy(model, names)
+    notes = (*notes, *_tokenizer_notes(tokenizer))
     provenance = {
         "name": name, **told, "model_type": model.config.model_type, "class": type(model).__name__,
         "parameters": anatomy.num_parameters, "dtype": str(model.dtype).removeprefix("torch."),
@@ -189,6 +190,14 @@ def _loaded(
         "transformers": transformers.__version__, "notes": list(notes),
     }
     return LoadedModel(name, model, tokenizer, anatomy, fingerprint(model), notes, provenance)
+
+
+def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    end = tokenizer.eos_token_id
+    if end is None or list(tokenizer("a")["input_ids"])[-1:] != [end]:
+        return ()
+    return ("the tokenizer ends every text with its end-of-sequence token, so that by lm-eval's rule of encoding, which "
+            "is followed here, continuations are scored without their first token",)
 
 
 def _dtype(name: str) -> str | torch.dtype:
