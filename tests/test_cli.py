@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,3 +177,52 @@ def test_an_encoder_decoder_and_a_state_space_model_are_refused(tmp_path: Path) 
         assert done.returncode == 2, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert config.model_type in done.stderr.lower()
+
+
+def test_prompts_that_are_cut_are_told(model_folder: Path, tmp_path: Path) -> None:
+    """The tiny model reads 512 tokens; 40 shots of about 15 do not fit."""
+    data = tiny.write_task(tmp_path / "data", train=50)
+    done = headcount("evaluate", model_folder, "--tasks", "piqa", "--shots", "40", "--limit", "3", "--data", data)
+    assert done.returncode == 0, done.stderr
+    assert "40-shot: 6 requests were longer than the model's window" in done.stdout
+    done = headcount("heads", model_folder, "--tasks", "piqa", "--shots", "40", "--importance-limit", "4",
+                     "--data", data)
+    assert "40-shot: 4 requests were longer" in done.stdout
+
+
+def test_ones_own_documents_from_a_file_to_a_report(model_folder: Path, tmp_path: Path) -> None:
+    for split, n in (("train", 8), ("validation", 6)):
+        path = tmp_path / "after" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"context": f"The number after {i} is", "options": [f"{i + 1}", f"{i}"],
+                                            "gold": 0}) + "\n" for i in range(n)))
+    done = headcount("study", model_folder, "--tasks", path.parent, "--shots", "0", "2", "--fractions", "0.5",
+                     "--protocol", "paper", "--out", tmp_path / "study")
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "study" / "report.html").read_text()
+    assert "protocol = paper" in report
+    assert "Measured as the paper" in done.stdout
+
+
+def test_a_chat_template_must_be_there(model_folder: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", model_folder, "--tasks", "piqa", "--shots", "0", "--limit", "2", "--data",
+                 tiny.write_task(tmp_path / "data")]
+    raw, chat = headcount(*arguments), headcount(*arguments, "--apply-chat-template")
+    assert (raw.returncode, chat.returncode) == (0, 0), chat.stderr
+    plain = tmp_path / "plain"
+    shutil.copytree(model_folder, plain)
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((plain / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(settings))
+    done = headcount("evaluate", plain, *arguments[2:], "--apply-chat-template")
+    assert done.returncode == 2
+    assert "no chat template" in done.stderr
+
+
+def test_tasks_are_listed(tmp_path: Path) -> None:
+    done = headcount("tasks", "icl_plural", "piqa", "--data", tiny.write_task(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"icl_plural +80 +60\* +4 +0\.250 +acc", done.stdout)
+    assert re.search(r"piqa +12 +8\* +2 +0\.500 +acc", done.stdout)
+    assert headcount("tasks", "pika").returncode == 2

@@ -223,12 +223,12 @@ def test_a_cached_data_set_is_found(cached: dict[str, Any]) -> None:
 
 
 def test_a_data_set_that_is_not_cached_asks_for_data(empty: dict[str, Any]) -> None:
-    assert_refused(empty["task"], "TaskError", "'copa'", "--data")
+    assert_refused(empty["task"], "UnavailableError", "'copa'", "--data")
 
 
 def test_a_configuration_that_is_not_cached_asks_for_data(cached: dict[str, Any]) -> None:
     # WiC is another configuration of the data set that COPA is in; datasets then raises another error.
-    assert_refused(cached["other_config"], "TaskError", "'wic'", "--data")
+    assert_refused(cached["other_config"], "UnavailableError", "'wic'", "--data")
 
 
 def test_a_model_that_is_not_cached_is_told_so(empty: dict[str, Any]) -> None:

@@ -199,12 +199,13 @@ def _with_config(
     app.config = ()
     if config is not None:
         try:
-            tomllib.loads(config.read_text(encoding="utf-8"))
+            options = tomllib.loads(config.read_text(encoding="utf-8"))
         except OSError as error:
             raise OptionError(f"--config {config} cannot be read ({error.strerror})") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise OptionError(f"--config {config} is not TOML: {error}") from error
-        app.config = (cyclopts.config.Toml(config, must_exist=True, use_commands_as_keys=False),)
+        # Under the verb's name: read as the program's own, an option that is called as a verb is (tasks) would be lost.
+        app.config = (cyclopts.config.Dict({tokens[0]: options} if tokens else {}, source=str(config)),)
     app(tokens, exit_on_error=False, print_error=False)
 
 

@@ -70,6 +70,7 @@ class Importance:
             "position" and "example", the oracle "accuracy" and "gold_loglikelihood" (both as what is lost).
         stderrs: The standard errors of these means over examples.
         num_examples: Over how many training documents.
+        truncated: How many of their prompts were longer than the model's window and lost their beginning.
     """
 
     task: str
@@ -80,6 +81,7 @@ class Importance:
     scores: Mapping[Score, Float[np.ndarray, " component"]]
     stderrs: Mapping[Score, Float[np.ndarray, " component"]]
     num_examples: int
+    truncated: int = 0
 
     @property
     def positions(self) -> list[Head]:

@@ -219,7 +219,7 @@ class Runner:
             progress=lambda n: self.reporter.advance(float(GRADIENT_PASSES * n)),
         )
         table = pd.concat([importance_table(found["head"]), importance_table(found["ffn"])], ignore_index=True)
-        return table, {"num_examples": found["head"].num_examples}
+        return table, {"num_examples": found["head"].num_examples, "truncated": found["head"].truncated}
 
     def _oracle(self, needs: Sequence[Job]) -> tuple[pd.DataFrame, dict[str, Any]]:
         from headcount.measure.importance import oracle_from

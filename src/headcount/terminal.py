@@ -155,13 +155,15 @@ def _print_contracts(loaded: LoadedModel) -> bool:
 
 def print_accuracy(folder: Path) -> None:
     """The full model's accuracy per task and number of shots."""
-    curves = _study(folder).curves()
+    study = _study(folder)
+    curves = study.curves()
     full = curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"])
     table = _table("task", "shots|r", "accuracy|r", "95 % interval|r", "documents|r")
     for row in full.to_dict("records"):
         table.add_row(row["task"], str(row["num_fewshot"]), f"{row['accuracy']:.3f}",
                       f"{row['low']:.3f} to {row['high']:.3f}", str(row["documents"]))
     _out.print(table)
+    _print_truncations(study)
 
 
 def print_importance(folder: Path, component: Component) -> None:
@@ -181,13 +183,15 @@ def print_importance(folder: Path, component: Component) -> None:
             table.add_row(*((str(task), str(k), name_of(component, row["layer"], row["head"]),
                              f"{row['importance']:.4g}", f"{row['stderr']:.2g}") if row else ("", "", "...", "", "")))
     _out.print(table)
+    _print_truncations(study)
 
 
 def print_curves(folder: Path) -> None:
     """Accuracy along every curve."""
     from headcount.view.analysis import groups
 
-    curves = _study(folder).curves()
+    study = _study(folder)
+    curves = study.curves()
     fractions = sorted(curves["fraction"].unique())
     table = _table("task", "shots|r", "removed", "order", *(f"{100 * f:.0f} %|r" for f in fractions))
     for (task, k, component, order), curve in groups(curves, "task", "num_fewshot", "component", "order"):
@@ -195,6 +199,7 @@ def print_curves(folder: Path) -> None:
         table.add_row(task, str(k), f"{component}s", order,
                       *(f"{at[f]:.3f}" if f in at else "" for f in fractions))
     _out.print(table)
+    _print_truncations(study)
 
 
 def print_summary(folder: Path, report: Path) -> None:
@@ -211,6 +216,13 @@ def print_summary(folder: Path, report: Path) -> None:
         for sentence in cautions:
             _out.print(f"- {sentence}", highlight=False)
     _out.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
+
+
+def _print_truncations(study: Study) -> None:
+    from headcount.view import sentences
+
+    for sentence in sentences.truncations(study):
+        _out.print(sentence, highlight=False)
 
 
 def _study(folder: Path) -> Study:

@@ -96,7 +96,7 @@ def gradient_importance(
         kinds: tuple[Score, Score] = ("position", "example")
         return Importance(task.name, num_fewshot, component, "gradient", loaded.anatomy.heads_per_layer,
                           dict(zip(kinds, scores.mean(axis=1), strict=True)),
-                          dict(zip(kinds, spread, strict=True)), n)
+                          dict(zip(kinds, spread, strict=True)), n, sum(r.truncated for r in requests))
 
     return {"head": summary("head", heads), "ffn": summary("ffn", ffns)}
 
@@ -200,6 +200,7 @@ def oracle_from(measured: Evaluations) -> Importance:
         {kind: x.mean(axis=1) for kind, x in lost.items()},
         {kind: x.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(x), np.nan) for kind, x in lost.items()},
         n,
+        measured.truncated,
     )
 
 

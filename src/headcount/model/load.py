@@ -196,7 +196,7 @@ def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     end = tokenizer.eos_token_id
     if end is None or list(tokenizer("a")["input_ids"])[-1:] != [end]:
         return ()
-    return ("the tokenizer ends every text with its end-of-sequence token, so that by lm-eval's rule of encoding, which "
+    return ("the tokenizer ends every text with its end-of-sequence token; by lm-eval's rule of encoding, which "
             "is followed here, continuations are scored without their first token",)
 
 

@@ -148,17 +148,18 @@ class Study:
     def truncated(self) -> dict[tuple[str, int], int]:
         """How many requests were cut to fit the window, by (task, number of shots), where any were."""
         found: dict[tuple[str, int], int] = {}
-        for entry in self._ledger.entries("evaluation"):
+        for entry in self._ledger.entries():
             # Evaluated and training documents have entries of their own: neither may hide the other's count.
             key = (entry.job["task"], entry.job["num_fewshot"])
-            found[key] = max(found.get(key, 0), entry.info["truncated"])
+            found[key] = max(found.get(key, 0), entry.info.get("truncated", 0))
         return {key: n for key, n in sorted(found.items()) if n}
 
     @functools.cached_property
     def _points(self) -> dict[tuple[int, str], _Points]:
         """The evaluated documents of every (number of shots, task) that has its full model."""
         rows = self._evaluations
-        rows = rows[rows["split"] == "evaluation"]
+        # Under protocol "paper" the FFN oracle's evaluations are of these documents too; they are no curve.
+        rows = rows[(rows["split"] == "evaluation") & (rows["order"] != "single")]
         found = {(int(k), str(task)): _points(group) for (k, task), group in groups(rows, "num_fewshot", "task")
                  if (group["order"] == "none").any()}
         order = {name: i for i, name in enumerate(self.spec["tasks"])}

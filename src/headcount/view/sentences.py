@@ -120,10 +120,21 @@ def ranking(study: Study, component: str) -> pd.DataFrame:
     return mean.sort_values(["num_fewshot", "importance"], ascending=[True, False], kind="stable")
 
 
+def truncations(study: Study) -> Iterator[str]:
+    """Where prompts did not fit the model's window."""
+    for (task, k), n in study.truncated.items():
+        yield f"{task}, {k}-shot: {n} requests were longer than the model's window and lost their beginning."
+
+
 def cautions(study: Study) -> Iterator[str]:
     """What a reader must know before believing a figure."""
     spec = study.spec
     yield from (f"Model: {note}." for note in study.model.get("notes", ()))
+    if spec.get("protocol") == "paper":
+        yield ("Measured as the paper's code does (protocol paper): FFN oracles on the reported documents, the "
+               "last layer's heads by another denominator, text encoded otherwise; see docs/paper.md.")
+    if spec.get("apply_chat_template"):
+        yield "Prompts stand in the model's chat template."
     if spec["shared_shots"] and any(spec["shots"]):
         yield ("Shots are shared: one draw per task stands before all its documents, so results hang on that draw; "
                "intervals cover the choice of documents, not of shots.")
@@ -146,8 +157,7 @@ def cautions(study: Study) -> Iterator[str]:
         names = _listed(coarse, len(study.distinct_values), "FFN oracles")
         yield ("Gold log-likelihood decides much of the order of FFNs where an oracle found fewer than "
                f"{layers / 2:.0f} distinct accuracies: {names}.")
-    for (task, k), n in study.truncated.items():
-        yield f"{task}, {k}-shot: {n} requests were longer than the model's window and lost their beginning."
+    yield from truncations(study)
     unchanged = study.curves().query("fraction > 0 and changed == 0")
     if len(unchanged):
         yield (f"At {len(unchanged)} points of curves no document changed; their intervals of the difference have no "
