@@ -21,6 +21,8 @@ from headcount.errors import OptionError
 
 Component = Literal["head", "ffn"]
 Flags = Shaped[np.ndarray, " _"] | Sequence[bool]
+# What masks keep in one layer: the heads' booleans as bytes, and whether the FFN stays.
+Way = tuple[bytes, bool]
 
 
 class Head(NamedTuple):
@@ -170,6 +172,34 @@ def prune(heads_per_layer: Sequence[int], component: Component, order: Sequence[
     gone = order[: math.floor(fraction * n + 1e-9)]
     full = Mask.full(heads_per_layer)
     return full.without_heads(everything[i] for i in gone) if component == "head" else full.without_ffns(gone)
+
+
+def blocks_run(masks: Sequence[Mask]) -> int:
+    """How many times a layer is computed when all these masks are swept, sharing layers before their first difference.
+
+    Masks that part in a layer share its attention, so that one which only removes the FFN there costs nothing.
+    """
+    count = 0
+    groups: list[list[int]] = [list(range(len(masks)))]
+    for layer in range(len(masks[0].ffns) if masks else 0):
+        parted = [ways(masks, group, layer) for group in groups]
+        # Each way that keeps the FFN; where none does, the attention alone, if there are heads.
+        count += sum(sum(ffn for _, ffn in found) or int(any_head(found)) for found in parted)
+        groups = [members for found in parted for members in found.values()]
+    return count
+
+
+def ways(masks: Sequence[Mask], members: Iterable[int], layer: int) -> dict[Way, list[int]]:
+    """How some of the masks part in a layer: heads and FFN kept there, and the masks (by index) that keep these."""
+    found: dict[Way, list[int]] = {}
+    for i in members:
+        found.setdefault((masks[i].heads[layer].tobytes(), bool(masks[i].ffns[layer])), []).append(i)
+    return found
+
+
+def any_head(found: Iterable[Way]) -> bool:
+    """Whether any of the ways keeps a head."""
+    return any(any(heads) for heads, _ in found)
 
 
 def all_heads(heads_per_layer: Sequence[int]) -> list[Head]:

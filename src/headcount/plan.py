@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from headcount.ledger import Job, job_id
-from headcount.masks import Component
+from headcount.masks import Component, Mask, blocks_run
 from headcount.specs import StudySpec
 
 Part = Literal["evaluate", "heads", "ffns", "curve"]
@@ -49,14 +49,14 @@ class PlannedJob:
         job: Its description; its hash is its name.
         title: A few words for people.
         needs: Jobs whose entries it reads.
-        passes: Forward passes over its documents (a gradient counts two).
+        passes: Forward passes over its documents; a gradient counts two, masks that share layers less than one each.
         tokens: Estimated tokens through the model.
     """
 
     job: Job
     title: str
     needs: tuple[Job, ...] = ()
-    passes: int = 0
+    passes: float = 0
     tokens: float = 0.0
 
 
@@ -133,7 +133,7 @@ class _Planner:
                 "task_fingerprint": self.task.fingerprint, "num_fewshot": self.num_fewshot, "documents": documents,
                 **shots, **chat}
 
-    def _planned(self, job: Job, what: str, passes: int, tokens: str, *needs: Job) -> PlannedJob:
+    def _planned(self, job: Job, what: str, passes: float, tokens: str, *needs: Job) -> PlannedJob:
         per_document = self.task.tokens.get((self.num_fewshot, tokens), 0.0)
         title = f"{self.task.name}, {self.num_fewshot}-shot: {what}"
         return PlannedJob(job, title, needs, passes, passes * job["documents"] * per_document)
@@ -166,6 +166,11 @@ class _Planner:
             span = f"{fractions[0]:.0%} to {fractions[-1]:.0%}"
             yield self._planned(job, f"{what}, {span}", len(fractions), "evaluation", *needs)
 
+    def _shared(self, layers: Sequence[int]) -> float:
+        """What masks with one FFN off cost together, since they share the layers before it."""
+        full = Mask.full((1,) * self.num_layers)
+        return blocks_run([full.without_ffns([layer]) for layer in layers]) / self.num_layers
+
     def _oracle(self) -> list[PlannedJob]:
         split = reads(self.spec, ("ffns",))[0]
         documents = self.documents if split == "evaluation" else self.examples
@@ -173,7 +178,7 @@ class _Planner:
         singles = [
             self._planned({**self._base("evaluation", documents), "split": split,
                            "curve": {"order": "single", "component": "ffn", "layers": list(layers)}},
-                          f"one FFN off, layers {layers[0]} to {layers[-1]}", len(layers), split)
+                          f"one FFN off, layers {layers[0]} to {layers[-1]}", self._shared(layers), split)
             for layers in _chunks(range(self.num_layers), self.spec.masks_per_job)
         ]
         measured = [full.job, *(s.job for s in singles)]

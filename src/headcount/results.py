@@ -32,7 +32,8 @@ class Evaluations:
         num_options: How many options the document has.
         extra_metrics: Further metrics of the task that are plain numbers, such as "acc_norm".
         truncated: How many requests were longer than the model's window and lost their beginning.
-        tokens: Token positions computed by the model, summed over masks.
+        tokens: Token positions of all requests in all masks.
+        layer_tokens: Positions that layers computed, layers added up; less than tokens x layers where masks share them.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Evaluations:
     extra_metrics: Mapping[str, Float[np.ndarray, "mask doc"]] = field(default_factory=dict)
     truncated: int = 0
     tokens: int = 0
+    layer_tokens: int = 0
 
     @property
     def accuracy(self) -> Float[np.ndarray, " mask"]:

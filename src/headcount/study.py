@@ -173,6 +173,7 @@ class Runner:
                         "parameters_per_ffn": [anatomy.parameters_per_ffn(i) for i in layers]},
             "tasks": {**before, **{name: _merged(before.get(name, {}), known) for name, known in tasks.items()}},
             "layout": _layout_reason(self.loaded),
+            "masks": _masks_reason(self.loaded),
             "command": self.command,
             "created": old.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions(),
@@ -205,6 +206,7 @@ class Runner:
             "metric": measured.metric,
             "truncated": measured.truncated,
             "tokens": measured.tokens,
+            "layer_tokens": measured.layer_tokens,
             "masks": [{**label, "heads_removed": len(mask.heads_removed), "ffns_removed": len(mask.ffns_removed),
                        "parameters_removed": removed(mask), "mask": mask.to_json()} for mask, label in labelled],
         }
@@ -303,6 +305,13 @@ def _layout_reason(loaded: LoadedModel) -> str:
     from headcount.measure.layout import layout
 
     return str(layout(loaded))
+
+
+def _masks_reason(loaded: LoadedModel) -> str:
+    from headcount.measure.forward import sweep_contract
+
+    found = sweep_contract(loaded)
+    return "layers before the first difference are shared" if found.holds else f"one forward pass each: {found.detail}"
 
 
 def _previous(ledger: Ledger) -> dict[str, Any] | None:

@@ -54,6 +54,7 @@ def evaluations_from(
         extra_metrics={name: per_mask(name) for name in first.columns if name not in _COLUMNS},
         truncated=infos[0]["truncated"],
         tokens=sum(info["tokens"] for info in infos),
+        layer_tokens=sum(info.get("layer_tokens", 0) for info in infos),
     )
 
 

@@ -84,7 +84,7 @@ def print_plan(jobs: Sequence[PlannedJob], ledger: Ledger) -> None:
     table = _table("job", "passes|r", "documents|r", "tokens (about)|r", "done")
     for planned in jobs:
         done = "yes" if ledger.has(planned.job) else ""
-        table.add_row(planned.title, f"{planned.passes}", f"{planned.job['documents']}", f"{planned.tokens:,.0f}", done)
+        table.add_row(planned.title, f"{planned.passes:.3g}", f"{planned.job['documents']}", f"{planned.tokens:,.0f}", done)
     _out.print(table)
     left = [p for p in jobs if not ledger.has(p.job)]
     _out.print(f"{len(jobs)} jobs, {len(left)} to do, about {sum(p.tokens for p in left):,.0f} tokens through the "
@@ -141,6 +141,7 @@ def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:
 
 
 def _print_contracts(loaded: LoadedModel) -> bool:
+    from headcount.measure.forward import sweep_contract
     from headcount.measure.layout import layout
     from headcount.model.contracts import verify
 
@@ -150,6 +151,9 @@ def _print_contracts(loaded: LoadedModel) -> bool:
         _out.print(f"{verdict}  {result.name} (largest error {result.worst_error:.1e}) {result.detail}",
                    highlight=False)
     _out.print(f"prompts: {layout(loaded)}", highlight=False)
+    swept = sweep_contract(loaded)
+    _out.print("masks: " + ("layers before the first difference are shared" if swept.holds else
+                            f"one forward pass each: {swept.detail}"), highlight=False)
     return all(result.holds for result in results)
 
 

@@ -12,20 +12,43 @@ see j where `depth_i - depth_j < w`, a chunk of c where `depth_i // c == depth_j
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headcount.masks import Mask
 from headcount.measure.packing import Batch
+from headcount.model.contracts import ContractResult, verify_sweep
+from headcount.model.gates import ablated
 from headcount.model.load import LoadedModel
+from headcount.model.sweep import Sweep
 
 Progress = Callable[[int], None]
 # How a model takes the mask of a tree: one for all layers, without or with the window, or one per type of layer.
 TreeMask = Literal["plain", "windowed", "by type"]
+
+
+class Likelihoods(NamedTuple):
+    """Log-likelihoods (nats) and greedy matches of requests under masks, and the positions that layers computed."""
+
+    loglikelihoods: Float[np.ndarray, "mask request"]
+    greedy: Int[np.ndarray, "mask request"]
+    layer_tokens: int
+
+
+_proved: weakref.WeakKeyDictionary[LoadedModel, ContractResult] = weakref.WeakKeyDictionary()
+
+
+def sweep_contract(loaded: LoadedModel) -> ContractResult:
+    """Contract 3, tested once per loaded model: whether it can be run layer by layer."""
+    if loaded not in _proved:
+        _proved[loaded] = verify_sweep(loaded.model, loaded.anatomy)
+    return _proved[loaded]
 
 
 @torch.no_grad()
@@ -46,18 +69,59 @@ def loglikelihood(
     return total.numpy(), greedy.numpy()
 
 
+@torch.no_grad()
+def masked_loglikelihoods(
+    loaded: LoadedModel, packed: Sequence[Batch], num_requests: int, masks: Sequence[Mask],
+    progress: Progress | None = None, tree_mask: TreeMask = "plain",
+) -> Likelihoods:
+    """Log-likelihoods of every request under every mask: by layer sweep where the model allows it."""
+    if len(masks) == 1 or not sweep_contract(loaded).holds:
+        found = []
+        for mask in masks:
+            with ablated(loaded.anatomy, mask):
+                found.append(loglikelihood(loaded, packed, num_requests, progress, tree_mask))
+        layer_tokens = loaded.anatomy.num_layers * len(masks) * sum(b.tokens for b in packed)
+        return Likelihoods(np.stack([x for x, _ in found]), np.stack([g for _, g in found]), layer_tokens)
+    sweep = Sweep(loaded.model, loaded.anatomy)
+    totals = torch.zeros(len(masks), num_requests, dtype=torch.float64)
+    greedy = torch.ones(len(masks), num_requests, dtype=torch.int64)
+    for batch in packed:
+        rows, positions, which = _places(batch, loaded.device)
+        owners = torch.from_numpy(batch.requests)
+        for members, logits in sweep.logits(model_inputs(loaded, batch, tree_mask), masks, rows, positions):
+            logprobs, best = _of_targets(logits, batch, which)
+            for i in members:
+                totals[i].index_add_(0, owners, logprobs.double().cpu())
+                greedy[i].scatter_reduce_(0, owners, best.cpu(), "amin")
+            if progress is not None:
+                progress(batch.tokens * len(members))
+    return Likelihoods(totals.numpy(), greedy.numpy(), sweep.layer_tokens)
+
+
 def target_logprobs(
     loaded: LoadedModel, batch: Batch, tree_mask: TreeMask = "plain"
 ) -> tuple[Float[Tensor, " target"], Int[Tensor, " target"]]:
     """Log-probability of every target of a batch, and 1 where it is the most probable token."""
-    device = loaded.device
-    # Targets at one position (one-token options) share its logits.
-    places, which = np.unique(np.stack([batch.rows, batch.positions]), axis=1, return_inverse=True)
-    rows, positions = (torch.from_numpy(p).to(device) for p in places)
+    rows, positions, which = _places(batch, loaded.device)
     with scored_only(loaded, rows, positions):
         logits = loaded.model(**model_inputs(loaded, batch, tree_mask), use_cache=False).logits[0].float()
+    return _of_targets(logits, batch, which)
+
+
+def _places(
+    batch: Batch, device: torch.device
+) -> tuple[Int[Tensor, " place"], Int[Tensor, " place"], Int[np.ndarray, " target"]]:
+    """Rows and positions whose logits are wanted, and each target's among them: one-token options share one."""
+    places, which = np.unique(np.stack([batch.rows, batch.positions]), axis=1, return_inverse=True)
+    rows, positions = (torch.from_numpy(p).to(device) for p in places)
+    return rows, positions, which.reshape(-1)
+
+
+def _of_targets(
+    logits: Float[Tensor, "place vocabulary"], batch: Batch, which: Int[np.ndarray, " target"]
+) -> tuple[Float[Tensor, " target"], Int[Tensor, " target"]]:
     targets = torch.from_numpy(batch.targets).to(logits.device)
-    index = torch.from_numpy(which.reshape(-1)).to(logits.device)
+    index = torch.from_numpy(which).to(logits.device)
     logprobs = logits[index, targets] - logits.logsumexp(-1)[index]
     return logprobs, (logits.argmax(-1)[index] == targets).long()
 

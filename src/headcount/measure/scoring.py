@@ -1,7 +1,7 @@
 """Scoring: a task's metric, gold log-likelihoods and margins, for many masks.
 
-Prompts are built, encoded and laid out once (`prepare`); for each mask the batches run through the unmodified model
-under hooks (`model.gates`), and log-likelihoods become lm-eval's metrics (`score`).
+Prompts are built, encoded and laid out once (`prepare`); the batches run through the unmodified model under all masks
+(`measure.forward`), and log-likelihoods become lm-eval's metrics (`score`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from jaxtyping import Float, Int
 from headcount.errors import OptionError
 from headcount.masks import Mask
 from headcount.measure.encoding import encode
-from headcount.measure.forward import Progress, loglikelihood
+from headcount.measure.forward import Progress, masked_loglikelihoods
 from headcount.measure.layout import Layout, layout
 from headcount.measure.packing import Batch, batches, pack
 from headcount.measure.tasks import LM_EVAL_SEED, Prompt, Split, Task
-from headcount.model.gates import ablated
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations
 
@@ -130,17 +129,14 @@ def score(
     loaded: LoadedModel, prepared: Prepared, masks: Sequence[Mask], *, progress: Progress | None = None
 ) -> Evaluations:
     """Run prepared prompts under each mask and turn log-likelihoods into the task's metric."""
-    rows = []
-    for mask in masks:
-        with ablated(loaded.anatomy, mask):
-            loglikelihoods, greedy = loglikelihood(loaded, prepared.batches, sum(prepared.counts), progress,
-                                                    prepared.layout.tree_mask)
-        per_document = np.cumsum(prepared.counts)[:-1]
-        rows.append([
-            _score_document(prepared.task, *one)
-            for one in zip(prepared.prompts, np.split(loglikelihoods, per_document), np.split(greedy, per_document),
-                           strict=True)
-        ])
+    found = masked_loglikelihoods(loaded, prepared.batches, sum(prepared.counts), masks, progress,
+                                  prepared.layout.tree_mask)
+    splits = np.cumsum(prepared.counts)[:-1]
+    rows = [
+        [_score_document(prepared.task, *one) for one in zip(
+            prepared.prompts, np.split(loglikelihoods, splits), np.split(greedy, splits), strict=True)]
+        for loglikelihoods, greedy in zip(found.loglikelihoods, found.greedy, strict=True)
+    ]
     metric, task = prepared.task.metric, prepared.task
     extra = {name for row in rows for one in row for name in one.metrics} - {metric}
     measured = Evaluations(
@@ -159,6 +155,7 @@ def score(
                        for name in sorted(extra)},
         truncated=prepared.truncated,
         tokens=prepared.tokens * len(masks),
+        layer_tokens=found.layer_tokens,
     )
     if task.question is not None:
         return by_question(measured, [task.question(p.doc) for p in prepared.prompts])

@@ -1,4 +1,4 @@
-"""Proof, on the user's own model, that heads and FFNs are where the anatomy says: two contracts of meaning.
+"""Proof, on the user's own model, that heads and FFNs are where the anatomy says: contracts of meaning.
 
 1. Identity. With all heads and FFNs gated to 0, every block hands on its input plus the bias of the attention's output
    projection: what is left of a block is what the removal of its heads and FFN leaves. A norm on a branch's output
@@ -9,6 +9,9 @@
 2. Head slice. Slice h of the output projection's input depends on head h's attention probabilities alone: in the
    gradient of slice h, the part of every other head is exactly 0, and its own is not. For this the model runs eager
    attention, a few tokens long, and gets its own kernel back.
+
+3. Layer sweep (`headcount.model.sweep`): run block by block, sharing between masks, logits are those of the plain
+   pass. A model that fails this one is measured all the same, one plain pass for each mask.
 
 Shapes are not tested: a gate at the wrong place has the right shape (the FFN module's output on BLOOM and MPT).
 """
@@ -30,6 +33,7 @@ from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy, find_anatomy
 from headcount.model.gates import ablated, frozen
 from headcount.model.load import LoadedModel
+from headcount.model.sweep import Sweep
 
 _TOKENS = 8
 # Rounding of a few additions, in units of the dtype's precision at the largest value.
@@ -57,7 +61,7 @@ class ContractResult:
 
 
 def verify(model: LoadedModel | PreTrainedModel, anatomy: Anatomy | None = None) -> list[ContractResult]:
-    """Test both contracts in every layer of a model, with one short forward pass each.
+    """Test the first two contracts in every layer of a model, with one short forward pass each.
 
     Args:
         model: In eval mode.
@@ -68,6 +72,46 @@ def verify(model: LoadedModel | PreTrainedModel, anatomy: Anatomy | None = None)
     anatomy = anatomy or find_anatomy(model)
     ids = _tokens(model)
     return [_identity(model, anatomy, ids), _head_slices(model, anatomy, ids)]
+
+
+def verify_sweep(model: PreTrainedModel, anatomy: Anatomy) -> ContractResult:
+    """Test contract 3: masks that part from the full model in the first, last and some middle layers, and all at once.
+
+    Args:
+        model: In eval mode.
+        anatomy: Its heads and FFNs.
+    """
+    name = "run layer by layer, the model computes the same"
+    ids = _tokens(model)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    rows, positions = torch.zeros(2, dtype=torch.long), torch.tensor([_TOKENS // 2, _TOKENS - 1])
+    masks = _parting(anatomy)
+    worst, where = 0.0, ""
+    try:
+        with torch.no_grad():
+            for owners, logits in Sweep(model, anatomy).logits(inputs, masks, rows, positions):
+                for i in owners:
+                    with ablated(anatomy, masks[i]):
+                        expected = model(**inputs, use_cache=False).logits[0, positions].float()
+                    error = _relative(logits.double().cpu(), expected.double().cpu())
+                    if not error <= worst:
+                        worst, where = error, f"{masks[i]}"
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as failure:
+        return ContractResult(name, False, float("inf"), f"blocks cannot be called by themselves ({failure})")
+    holds = worst <= max(1e-5, 16 * torch.finfo(model.dtype).eps)
+    return ContractResult(name, holds, worst, "" if holds else f"it does not for {where}")
+
+
+def _parting(anatomy: Anatomy) -> list[Mask]:
+    full = Mask.full(anatomy.heads_per_layer)
+    last = anatomy.num_layers - 1
+    masks = [full]
+    for layer in sorted({0, last // 3, last // 2, max(last - 1, 0), last}):
+        heads = [(layer, h) for h in range(anatomy.heads_per_layer[layer])]
+        masks += [full.without_ffns([layer]), full.without_heads(heads[: (len(heads) + 1) // 2]),
+                  full.without_heads(heads), full.without_heads(heads).without_ffns([layer])]
+    everywhere = [(layer, 0) for layer, n in enumerate(anatomy.heads_per_layer) if n]
+    return [*masks, full.without_heads(everywhere), full.without_ffns(range(0, last + 1, 2))]
 
 
 def _tokens(model: PreTrainedModel) -> Int[Tensor, "batch pos"]:

@@ -34,14 +34,22 @@ def ablated(anatomy: Anatomy, mask: Mask) -> Iterator[None]:
         OptionError: If the mask describes a model of other numbers of heads.
     """
     anatomy.check(mask)
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as layers:
         for part, heads, ffn in zip(anatomy.layers, mask.heads, mask.ffns, strict=True):
-            if not heads.all():
-                gate = _head_gate(np.repeat(~heads, part.d_head))
-                hooks.callback(part.out_proj.register_forward_pre_hook(gate).remove)
-            if not ffn:
-                for handle in _ffn_gate(part):
-                    hooks.callback(handle.remove)
+            layers.enter_context(layer_ablated(part, heads, bool(ffn)))
+        yield
+
+
+@contextlib.contextmanager
+def layer_ablated(part: LayerAnatomy, heads: Bool[np.ndarray, " head"], ffn: bool) -> Iterator[None]:
+    """Run one layer without the heads that are false, and without its FFN where that is false."""
+    with contextlib.ExitStack() as hooks:
+        if not heads.all():
+            gate = _head_gate(np.repeat(~heads, part.d_head))
+            hooks.callback(part.out_proj.register_forward_pre_hook(gate).remove)
+        if not ffn:
+            for handle in _ffn_gate(part):
+                hooks.callback(handle.remove)
         yield
 
 

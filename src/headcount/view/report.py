@@ -230,6 +230,7 @@ def _provenance(study: Study) -> Iterator[tuple[str, str]]:
     for name, value in study.model.items():
         yield f"model: {name.replace('_', ' ')}", _plain(value)
     yield "prompts", description.get("layout", "")
+    yield "masks", description.get("masks", "one forward pass each")
     for task, known in study.tasks.items():
         yield f"task: {task}", (f"documents {known['fingerprint']}; {known['documents'] or 'none'} evaluated, "
                                 f"{known['examples'] or 'none'} for importance; metric {known['metric']}")

@@ -1,0 +1,152 @@
+"""The layer sweep computes what one hooked forward pass per mask computes, and no layer twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from families import FAMILIES, tokens
+from families import tiny as family_model
+from headcount.masks import Mask, blocks_run, prune, random_order
+from headcount.measure import forward
+from headcount.measure.forward import sweep_contract
+from headcount.measure.scoring import evaluate
+from headcount.measure.tasks import Task, get_tasks
+from headcount.model.anatomy import Anatomy, find_anatomy
+from headcount.model.contracts import ContractResult, verify_sweep
+from headcount.model.gates import ablated
+from headcount.model.sweep import Sweep
+
+ROWS, POSITIONS = torch.tensor([0, 0, 1]), torch.tensor([3, 8, 8])
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = tokens(2, 9)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def every_kind(anatomy: Anatomy) -> list[Mask]:
+    """Each head off, each FFN off, whole layers off, everything off, curves, and one mask twice."""
+    full = Mask.full(anatomy.heads_per_layer)
+    heads = [(layer, h) for layer, n in enumerate(anatomy.heads_per_layer) for h in range(n)]
+    layers = range(anatomy.num_layers)
+    masks = [full, *(full.without_heads([h]) for h in heads), *(full.without_ffns([layer]) for layer in layers)]
+    for layer in layers:
+        whole = full.without_heads(h for h in heads if h[0] == layer)
+        masks += [whole, whole.without_ffns([layer]), whole.without_ffns(layers)]
+    for component, n in (("head", anatomy.num_heads), ("ffn", anatomy.num_layers)):
+        masks += [prune(anatomy.heads_per_layer, component, random_order(n, 0), f) for f in (0.3, 0.6, 1.0)]
+    return [*masks, full.without_heads(heads).without_ffns(layers), full]
+
+
+def swept(model: torch.nn.Module, anatomy: Anatomy, masks: list[Mask]) -> tuple[list[torch.Tensor], Sweep]:
+    sweep = Sweep(model, anatomy)
+    found: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        for owners, logits in sweep.logits(inputs(), masks, ROWS, POSITIONS):
+            for i in owners:
+                assert i not in found, "every mask once"
+                found[i] = logits
+    return [found[i] for i in range(len(masks))], sweep
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sweep_is_one_forward_pass_per_mask(family: str) -> None:
+    model = family_model(family)
+    anatomy = find_anatomy(model)
+    masks = every_kind(anatomy)
+    found, sweep = swept(model, anatomy, masks)
+    for mask, logits in zip(masks, found, strict=True):
+        with torch.no_grad(), ablated(anatomy, mask):
+            expected = model(**inputs(), use_cache=False).logits[ROWS, POSITIONS]
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert sweep.layer_tokens == 18 * blocks_run(masks)
+    assert verify_sweep(model, anatomy).holds
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7])
+def test_the_oracles_share_what_the_design_says(layers: int) -> None:
+    anatomy = tiny.loaded("opt", layers=layers).anatomy
+    full = Mask.full(anatomy.heads_per_layer)
+    ffns = [full, *(full.without_ffns([layer]) for layer in range(layers))]
+    assert blocks_run(ffns) / layers == (layers + 1) / 2
+    heads = [full.without_heads([(layer, h)]) for layer in range(layers) for h in range(4)]
+    # Each head's branch begins at its layer's output projection; the trunk runs once.
+    assert blocks_run([full, *heads]) / layers == 4 * (layers + 1) / 2 + 1
+    assert blocks_run([full, full]) == layers
+    _, sweep = swept(tiny.loaded("opt", layers=layers).model, anatomy, ffns)
+    assert sweep.layer_tokens == 18 * layers * (layers + 1) / 2
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return get_tasks(["piqa"], data=tiny.write_task(tmp_path))["piqa"]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_evaluations_are_those_of_one_pass_per_mask(
+    task: Task, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tiny.loaded(family)
+    masks = every_kind(loaded.anatomy)
+    assert sweep_contract(loaded).holds
+    shared = evaluate(loaded, task, masks, num_fewshot=1, limit=4)
+    monkeypatch.setattr(forward, "sweep_contract", lambda _: ContractResult("", False, 1.0, "planted"))
+    plain = evaluate(loaded, task, masks, num_fewshot=1, limit=4)
+    np.testing.assert_allclose(shared.gold_loglikelihood, plain.gold_loglikelihood, atol=1e-4)
+    assert (shared.prediction == plain.prediction).all()
+    assert plain.layer_tokens == plain.tokens * loaded.anatomy.num_layers
+    assert shared.layer_tokens * len(masks) * 3 == plain.layer_tokens * blocks_run(masks)
+
+
+def test_a_model_that_cannot_be_swept_runs_a_pass_per_mask(task: Task) -> None:
+    """Blocks that keep what they saw for one another, outside their arguments, are found out."""
+    loaded = tiny.loaded("llama", seed=5)
+    first, last = loaded.anatomy.layers[0].block, loaded.anatomy.layers[-1].block
+    seen: list[torch.Tensor] = []
+
+    def remember(module: object, args: tuple[torch.Tensor, ...]) -> None:
+        seen[:] = [args[0]]
+
+    def recall(module: object, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + seen[0].mean()
+
+    handles = [loaded.anatomy.layers[1].block.register_forward_pre_hook(remember),
+               last.register_forward_hook(recall), first.register_forward_hook(lambda *_: None)]
+    try:
+        contract = sweep_contract(loaded)
+        assert not contract.holds
+        assert contract.worst_error > 1e-3
+        full = Mask.full(loaded.anatomy.heads_per_layer)
+        measured = evaluate(loaded, task, [full, full.without_ffns([0])], limit=2)
+        assert measured.layer_tokens == measured.tokens * 3
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_what_was_replaced_is_put_back(task: Task) -> None:
+    loaded = tiny.loaded("llama", seed=6)
+    block = loaded.anatomy.layers[1].block
+    own = block.forward
+
+    def forward_of_its_own(*args: object, **kwargs: object) -> object:
+        """As accelerate leaves one on a block."""
+        return own(*args, **kwargs)
+
+    block.forward = forward_of_its_own
+    masks = every_kind(loaded.anatomy)
+    evaluate(loaded, task, masks, limit=1)
+    assert block.__dict__["forward"] is forward_of_its_own
+    loaded.anatomy.layers[2].out_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(loaded, task, masks, limit=1)
+    assert block.__dict__["forward"] is forward_of_its_own
+    assert "forward" not in loaded.anatomy.layers[0].block.__dict__
+    assert "forward" not in loaded.anatomy.layers[2].attention.__dict__
