@@ -56,7 +56,7 @@ class PlannedJob:
     job: Job
     title: str
     needs: tuple[Job, ...] = ()
-    passes: float = 0
+    passes: float | int = 0
     tokens: float = 0.0
 
 
@@ -133,7 +133,7 @@ class _Planner:
                 "task_fingerprint": self.task.fingerprint, "num_fewshot": self.num_fewshot, "documents": documents,
                 **shots, **chat}
 
-    def _planned(self, job: Job, what: str, passes: float, tokens: str, *needs: Job) -> PlannedJob:
+    def _planned(self, job: Job, what: str, passes: float | int, tokens: str, *needs: Job) -> PlannedJob:
         per_document = self.task.tokens.get((self.num_fewshot, tokens), 0.0)
         title = f"{self.task.name}, {self.num_fewshot}-shot: {what}"
         return PlannedJob(job, title, needs, passes, passes * job["documents"] * per_document)

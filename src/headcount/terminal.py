@@ -84,7 +84,8 @@ def print_plan(jobs: Sequence[PlannedJob], ledger: Ledger) -> None:
     table = _table("job", "passes|r", "documents|r", "tokens (about)|r", "done")
     for planned in jobs:
         done = "yes" if ledger.has(planned.job) else ""
-        table.add_row(planned.title, f"{planned.passes:.3g}", f"{planned.job['documents']}", f"{planned.tokens:,.0f}", done)
+        table.add_row(planned.title, f"{planned.passes:.3g}", f"{planned.job['documents']}", f"{planned.tokens:,.0f}",
+                      done)
     _out.print(table)
     left = [p for p in jobs if not ledger.has(p.job)]
     _out.print(f"{len(jobs)} jobs, {len(left)} to do, about {sum(p.tokens for p in left):,.0f} tokens through the "
