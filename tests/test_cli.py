@@ -20,6 +20,7 @@ import pytest
 import tiny
 from headcount.cli import main
 from headcount.ledger import Ledger, job_id
+from headcount.view.analysis import open_study
 
 
 @pytest.fixture(scope="session")
@@ -226,3 +227,20 @@ def test_tasks_are_listed(tmp_path: Path) -> None:
     assert re.search(r"icl_plural +80 +60\* +4 +0\.250 +acc", done.stdout)
     assert re.search(r"piqa +12 +8\* +2 +0\.500 +acc", done.stdout)
     assert headcount("tasks", "pika").returncode == 2
+
+
+def test_the_oracle_of_heads_is_printed_beside_the_gradient(model_folder: Path, tmp_path: Path) -> None:
+    arguments = ["heads", model_folder, "--tasks", "piqa", "--shots", "0", "--importance-limit", "6", "--data",
+                 tiny.write_task(tmp_path / "data"), "--out", tmp_path / "study"]
+    assert headcount(*arguments).returncode == 0
+    done = headcount(*arguments, "--method", "oracle")
+    assert done.returncode == 0, done.stderr
+    assert "L2H3" in done.stdout
+    row = r"position +gold loglikelihood lost +piqa +0 +-?0\.\d\d +-?0\.\d\d to -?[01]\.\d\d +12"
+    assert re.search(row, done.stdout), done.stdout
+    sampled = headcount(*arguments, "--method", "oracle", "--sample", "4")
+    assert sampled.returncode == 0, sampled.stderr
+    assert headcount(*arguments, "--sample", "4").returncode == 2
+    study = open_study(tmp_path / "study")
+    table = study.importance().query("method == 'oracle' and score == 'accuracy'")
+    assert len(table) == 12, "a head of both the sample and the whole counts once"

@@ -192,3 +192,23 @@ def test_pruning_all_but_the_planted_circuit_changes_nothing(task: Task) -> None
     both = evaluate(loaded, task, [full, without, full.without_heads([positions[order[-1]]])])
     np.testing.assert_allclose(both.gold_loglikelihood[1], both.gold_loglikelihood[0], atol=1e-5)
     assert np.abs(both.gold_loglikelihood[2] - both.gold_loglikelihood[0]).max() > 1e-3
+
+
+def test_the_oracle_of_heads_is_one_evaluation_per_head(task: Task) -> None:
+    loaded = tiny.loaded("llama")
+    found = head_importance(loaded, task, method="oracle", num_fewshot=1, limit=6)
+    full = Mask.full(loaded.anatomy.heads_per_layer)
+    whole = evaluate(loaded, task, num_fewshot=1, limit=6, split="examples")
+    for i, head in enumerate(found.positions):
+        without = evaluate(loaded, task, [full.without_heads([head])], num_fewshot=1, limit=6, split="examples")
+        assert found.scores["accuracy"][i] == pytest.approx(whole.accuracy[0] - without.accuracy[0])
+        lost = whole.gold_loglikelihood[0].mean() - without.gold_loglikelihood[0].mean()
+        assert found.scores["gold_loglikelihood"][i] == pytest.approx(lost, abs=1e-5)
+    assert (found.component, found.method, found.num_examples) == ("head", "oracle", 6)
+    some = oracle_importance(loaded, task, component="head", heads=[(0, 1), (2, 3)], num_fewshot=1, limit=6)
+    measured = np.isfinite(some.scores["accuracy"])
+    assert [str(p) for p, m in zip(some.positions, measured, strict=True) if m] == ["L0H1", "L2H3"]
+    np.testing.assert_allclose(some.scores["gold_loglikelihood"][measured],
+                               found.scores["gold_loglikelihood"][measured], atol=1e-5)
+    with pytest.raises(OptionError, match="'oracle' or 'gradient'"):
+        head_importance(loaded, task, method="guess")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,3 +83,23 @@ def test_chance_and_the_constant_answer() -> None:
 def test_no_documents_no_interval() -> None:
     with pytest.raises(OptionError):
         stats.resampled_means(np.zeros((1, 0)))
+
+
+def test_rank_correlation_is_scipys_and_its_interval_covers() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=60)
+    y = x + rng.normal(size=60)
+    y[:5] = y[0]  # ties
+    rho, low, high = stats.rank_correlation(x, y)
+    assert rho == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    assert low < rho < high
+    # The true rank correlation of this pair of normals is 6/pi asin(rho/2), rho = 1/sqrt(2).
+    true = 6 / np.pi * np.arcsin(np.sqrt(0.5) / 2)
+    inside = 0
+    for _ in range(200):
+        x = rng.normal(size=100)
+        _, low, high = stats.rank_correlation(x, x + rng.normal(size=100), resamples=300)
+        inside += low <= true <= high
+    assert inside / 200 > 0.88
+    assert all(np.isnan(v) for v in stats.rank_correlation(np.ones(5), x[:5]))
+    assert all(np.isnan(v) for v in stats.rank_correlation(x[:2], x[:2]))

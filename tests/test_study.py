@@ -200,7 +200,7 @@ def test_parts_are_steps_of_the_same_study(tmp_path: Path) -> None:
 def test_the_plan_counts_its_passes(tmp_path: Path) -> None:
     facts = [TaskFacts(name, "f", {0: 100, 5: 100}, {0: 50, 5: 50}) for name in ("a", "b")]
     asked = StudySpec("m", tasks=("a", "b"), shots=(0, 5), out=tmp_path)
-    jobs = plan(asked, "model", 30, facts)
+    jobs = plan(asked, "model", (9,) * 30, facts)
     passes = sum(p.passes for p in jobs)
     # Ten FFNs off in a job share the layers before them: 255 + 165 + 75 of 30 layers each.
     assert passes == 2 * 2 * (2 + 1 + 4 * 9 + 1 + 16.5), "gradient, full, four curves, full on examples, oracle"
@@ -211,13 +211,13 @@ def test_the_plan_counts_its_passes(tmp_path: Path) -> None:
     assert len(seen) == len(jobs)
     singles = [i for p in jobs for i in p.job.get("curve", {}).get("layers", [])]
     assert sorted(singles) == sorted(list(range(30)) * 4)
-    without = plan(dataclasses.replace(asked, ffn_order="gradient", random_orders=0), "model", 30, facts)
+    without = plan(dataclasses.replace(asked, ffn_order="gradient", random_orders=0), "model", (9,) * 30, facts)
     assert sum(p.passes for p in without) == 2 * 2 * (2 + 1 + 2 * 9)
 
 
 def test_zero_shot_jobs_do_not_hang_on_the_seed() -> None:
     facts = [TaskFacts("a", "f", {0: 100, 5: 100}, {0: 50, 5: 50})]
-    first, other = (plan(StudySpec("m", tasks=("a",), shots=(0, 5), seed=s, random_orders=0), "model", 3, facts)
+    first, other = (plan(StudySpec("m", tasks=("a",), shots=(0, 5), seed=s, random_orders=0), "model", (4,) * 3, facts)
                     for s in (1, 2))
     shared = {job_id(p.job) for p in first} & {job_id(p.job) for p in other}
     assert shared == {job_id(p.job) for p in first if p.job["num_fewshot"] == 0}

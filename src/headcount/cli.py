@@ -11,7 +11,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -72,12 +72,25 @@ def evaluate(spec: Spec) -> None:
 
 
 @app.command
-def heads(spec: Spec) -> None:
-    """Importance of every head, by gradient."""
+def heads(
+    spec: Spec, *, method: Literal["gradient", "oracle"] = "gradient",
+    sample: Annotated[int | None, Parameter(help="For the oracle: score so many heads, drawn at random.")] = None,
+) -> None:
+    """Importance of every head, by gradient or by oracle: what is lost without that head alone.
+
+    Args:
+        method: The oracle costs about half as many evaluations as there are heads, and is printed with how well the
+            gradient's scores agree with it.
+        sample: For the oracle: score so many heads, drawn at random.
+    """
     from headcount import terminal
 
-    with _measured(spec, "heads") as folder:
-        terminal.print_importance(folder, "head")
+    if method == "oracle":
+        spec = dataclasses.replace(spec, head_sample=sample)
+    elif sample is not None:
+        raise OptionError("--sample is for --method oracle; the gradient scores all heads at once")
+    with _measured(spec, "head_oracle" if method == "oracle" else "heads") as folder:
+        terminal.print_importance(folder, "head", method)
 
 
 @app.command

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from headcount.ledger import Job, job_id
-from headcount.masks import Component, Mask, blocks_run
+from headcount.masks import Component, Mask, all_heads, blocks_run, random_order
 from headcount.specs import StudySpec
 
-Part = Literal["evaluate", "heads", "ffns", "curve"]
+# The oracle of heads is asked for by itself: of all heads of a large model it costs hundreds of evaluations.
+Part = Literal["evaluate", "heads", "ffns", "curve", "head_oracle"]
 PARTS: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
 T = TypeVar("T")
 # A gradient costs a forward and a backward pass through activations.
@@ -64,27 +65,29 @@ def reads(spec: StudySpec, parts: Sequence[Part]) -> tuple[str, ...]:
     """Which documents are needed, of "evaluation" and "examples"."""
     # The paper's code measures the oracle on the documents that it then reports.
     oracle = "evaluation" if spec.protocol == "paper" and spec.ffn_order == "oracle" else "examples"
-    needed = {"evaluate": {"evaluation"}, "heads": {"examples"}, "ffns": {oracle}, "curve": {"evaluation", "examples"}}
+    needed = {"evaluate": {"evaluation"}, "heads": {"examples"}, "ffns": {oracle}, "curve": {"evaluation", "examples"},
+              "head_oracle": {"examples", oracle}}
     wanted = set().union(*(needed[part] for part in parts))
     return tuple(split for split in ("evaluation", "examples") if split in wanted)
 
 
 def plan(
-    spec: StudySpec, model: str, num_layers: int, tasks: Sequence[TaskFacts], parts: Sequence[Part] = PARTS
+    spec: StudySpec, model: str, heads_per_layer: Sequence[int], tasks: Sequence[TaskFacts],
+    parts: Sequence[Part] = PARTS,
 ) -> list[PlannedJob]:
     """All jobs of a study in an order in which they can be done.
 
     Args:
         spec: What was asked.
         model: The model's fingerprint.
-        num_layers: The model's number of layers.
+        heads_per_layer: The model's number of heads of every layer.
         tasks: What is known of each task.
         parts: What of the study is wanted; a curve brings the importance that orders it.
     """
     jobs: dict[str, PlannedJob] = {}
     for task in tasks:
         for num_fewshot in spec.shots:
-            for planned in _Planner(spec, model, num_layers, task, num_fewshot).jobs(parts):
+            for planned in _Planner(spec, model, tuple(heads_per_layer), task, num_fewshot).jobs(parts):
                 jobs.setdefault(job_id(planned.job), planned)
     return list(jobs.values())
 
@@ -95,7 +98,7 @@ class _Planner:
 
     spec: StudySpec
     model: str
-    num_layers: int
+    heads_per_layer: tuple[int, ...]
     task: TaskFacts
     num_fewshot: int
 
@@ -110,6 +113,9 @@ class _Planner:
     def jobs(self, parts: Sequence[Part]) -> Iterator[PlannedJob]:
         if "evaluate" in parts or "curve" in parts:
             yield self._full("evaluation")
+        if "head_oracle" in parts:
+            yield self._gradient()
+            yield from self._oracle("head")
         if not {"heads", "ffns", "curve"} & set(parts):
             return
         gradient = self._gradient()
@@ -119,7 +125,7 @@ class _Planner:
             yield from self._curves("head", gradient)
         ffns = gradient
         if self.spec.ffn_order == "oracle" and ("ffns" in parts or "curve" in parts):
-            *singles, ffns = self._oracle()
+            *singles, ffns = self._oracle("ffn")
             yield from [*singles, ffns]
         elif "ffns" in parts:
             yield gradient
@@ -166,24 +172,40 @@ class _Planner:
             span = f"{fractions[0]:.0%} to {fractions[-1]:.0%}"
             yield self._planned(job, f"{what}, {span}", len(fractions), "evaluation", *needs)
 
-    def _shared(self, layers: Sequence[int]) -> float:
-        """What masks with one FFN off cost together, since they share the layers before it."""
-        full = Mask.full((1,) * self.num_layers)
-        return blocks_run([full.without_ffns([layer]) for layer in layers]) / self.num_layers
+    def _shared(self, masks: Sequence[Mask]) -> float:
+        """What masks cost together, in forward passes, since they share the layers before they differ."""
+        return blocks_run(masks) / len(self.heads_per_layer)
 
-    def _oracle(self) -> list[PlannedJob]:
+    def _oracle(self, component: Component) -> list[PlannedJob]:
         split = reads(self.spec, ("ffns",))[0]
         documents = self.documents if split == "evaluation" else self.examples
         full = self._full(split)
-        singles = [
-            self._planned({**self._base("evaluation", documents), "split": split,
-                           "curve": {"order": "single", "component": "ffn", "layers": list(layers)}},
-                          f"one FFN off, layers {layers[0]} to {layers[-1]}", self._shared(layers), split)
-            for layers in _chunks(range(self.num_layers), self.spec.masks_per_job)
-        ]
+        singles = [*self._heads_off(split, documents)] if component == "head" else [*self._ffns_off(split, documents)]
         measured = [full.job, *(s.job for s in singles)]
         job = {**self._base("importance", documents), "method": "oracle"}
-        return [full, *singles, self._planned(job, "FFN oracle", 0, split, *measured)]
+        if component == "head":
+            job |= {"component": "head", "sample": self.spec.head_sample}
+        title = "head oracle" if component == "head" else "FFN oracle"
+        return [full, *singles, self._planned(job, title, 0, split, *measured)]
+
+    def _ffns_off(self, split: str, documents: int) -> Iterator[PlannedJob]:
+        full = Mask.full(self.heads_per_layer)
+        for layers in _chunks(range(len(self.heads_per_layer)), self.spec.masks_per_job):
+            job = {**self._base("evaluation", documents), "split": split,
+                   "curve": {"order": "single", "component": "ffn", "layers": list(layers)}}
+            passes = self._shared([full.without_ffns([layer]) for layer in layers])
+            yield self._planned(job, f"one FFN off, layers {layers[0]} to {layers[-1]}", passes, split)
+
+    def _heads_off(self, split: str, documents: int) -> Iterator[PlannedJob]:
+        heads, full = all_heads(self.heads_per_layer), Mask.full(self.heads_per_layer)
+        if self.spec.head_sample is not None:
+            drawn = random_order(len(heads), self.spec.seed)[: self.spec.head_sample]
+            heads = [heads[i] for i in sorted(drawn)]
+        for chosen in _chunks(heads, self.spec.masks_per_job):
+            job = {**self._base("evaluation", documents), "split": split,
+                   "curve": {"order": "single", "component": "head", "heads": [list(head) for head in chosen]}}
+            passes = self._shared([full.without_heads([head]) for head in chosen])
+            yield self._planned(job, f"one head off, {chosen[0]} to {chosen[-1]}", passes, split)
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

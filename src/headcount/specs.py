@@ -84,6 +84,9 @@ class StudySpec(ModelSpec):
     head_score: Literal["position", "example"] = "position"
     """Which gradient score orders the heads: per position (the paper's) or per example (Michel et al.)."""
 
+    head_sample: int | None = None
+    """The oracle of heads on so many of them, drawn at random; all by default."""
+
     ffn_order: Literal["oracle", "gradient"] = "oracle"
     """What orders the FFNs: accuracy lost without each (the paper's), or the gradient score."""
 
@@ -108,7 +111,7 @@ class StudySpec(ModelSpec):
         _check(list(self.fractions) == sorted(set(self.fractions)),
                f"--fractions rise from one to the next: {_listed(self.fractions)} do not")
         _check(0 <= self.margin <= 1, f"--margin lies between 0 and 1, not {self.margin}")
-        for name in ("limit", "importance_limit", "masks_per_job", "row_tokens", "batch_tokens"):
+        for name in ("limit", "importance_limit", "masks_per_job", "head_sample", "row_tokens", "batch_tokens"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"--{name.replace('_', '-')} is at least 1, not {value}")
         _check(self.random_orders >= 0, f"--random-orders is at least 0, not {self.random_orders}")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.stats import rankdata
 
 from headcount.errors import OptionError
 
@@ -73,6 +74,28 @@ def free_fraction(
             break
         free = float(fraction)
     return free
+
+
+def rank_correlation(
+    x: Float[np.ndarray, " component"], y: Float[np.ndarray, " component"], *, seed: int = 0,
+    resamples: int = RESAMPLES, level: float = LEVEL,
+) -> tuple[float, float, float]:
+    """Spearman's correlation of two scores, with a percentile interval over components drawn with replacement.
+
+    NaN where one of the scores has a single value, or there are fewer than three components.
+    """
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan"), float("nan"), float("nan")
+    draws = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
+    found = _pearson(rankdata(x[draws], axis=1), rankdata(y[draws], axis=1))
+    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(_pearson(rankdata(x)[None], rankdata(y)[None])[0]), float(low), float(high)
+
+
+def _pearson(x: Float[np.ndarray, "row component"], y: Float[np.ndarray, "row component"]) -> Float[np.ndarray, " row"]:
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a draw of equal values has no correlation
+        return np.asarray((x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1)))
 
 
 def chance(num_options: Int[np.ndarray, " doc"]) -> float:

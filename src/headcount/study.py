@@ -19,7 +19,7 @@ import pandas as pd
 
 from headcount.errors import ModelError, OptionError, StudyError
 from headcount.ledger import Job, Ledger
-from headcount.masks import Mask, prune, random_order
+from headcount.masks import Component, Mask, prune, random_order
 from headcount.plan import GRADIENT_PASSES, PARTS, Part, PlannedJob, TaskFacts, plan, reads
 from headcount.specs import StudySpec
 from headcount.tables import evaluation_table, evaluations_from, importance_table, stored_order
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from headcount.model.load import LoadedModel
 
 # Options that do not change what an entry means; all others must be the same whenever a folder is used.
-_FREE = ("tasks", "shots", "out", "data", "device", "device_map", "margin", "row_tokens", "batch_tokens", "model")
+_FREE = ("tasks", "shots", "out", "data", "head_sample", "device", "device_map", "margin", "row_tokens", "batch_tokens",
+         "model")
 # Documents that the cost of a job is estimated from.
 _SAMPLE = 8
 _PACKAGES = ("headcount", "torch", "transformers", "lm_eval", "tokenizers", "numpy")
@@ -113,7 +114,7 @@ class Runner:
             self.facts.append(self._facts(task))
         _same_data(previous, self.loaded.fingerprint, {f.name: f.fingerprint for f in self.facts}, self.ledger.folder)
         self.previous = previous
-        self.jobs = plan(spec, self.loaded.fingerprint, self.loaded.anatomy.num_layers, self.facts, parts)
+        self.jobs = plan(spec, self.loaded.fingerprint, self.loaded.anatomy.heads_per_layer, self.facts, parts)
 
     def run(self) -> Path:
         """Do all jobs that are not done; returns the study folder."""
@@ -188,7 +189,7 @@ class Runner:
         elif job["method"] == "gradient":
             table, info = self._gradient(task, job)
         else:
-            table, info = self._oracle(planned.needs)
+            table, info = self._oracle(planned.needs, job.get("component", "ffn"))
         info |= {"seconds": round(time.monotonic() - started, 3), "versions": versions()}
         self.ledger.write(job, table, info)
 
@@ -223,12 +224,13 @@ class Runner:
         table = pd.concat([importance_table(found["head"]), importance_table(found["ffn"])], ignore_index=True)
         return table, {"num_examples": found["head"].num_examples, "truncated": found["head"].truncated}
 
-    def _oracle(self, needs: Sequence[Job]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    def _oracle(self, needs: Sequence[Job], component: Component) -> tuple[pd.DataFrame, dict[str, Any]]:
         from headcount.measure.importance import oracle_from
 
         entries = [self.ledger.read(job) for job in needs]
-        found = oracle_from(evaluations_from([e.table for e in entries], [e.info for e in entries], needs[0]))
-        distinct = len(np.unique(found.scores["accuracy"]))
+        measured = evaluations_from([e.table for e in entries], [e.info for e in entries], needs[0])
+        found = oracle_from(measured, component)
+        distinct = len(np.unique(found.scores["accuracy"][np.isfinite(found.scores["accuracy"])]))
         return importance_table(found), {"num_examples": found.num_examples, "distinct_values": distinct}
 
     def _masks(self, curve: Mapping[str, Any], needs: Sequence[Job]) -> list[tuple[Mask, dict[str, Any]]]:
@@ -239,6 +241,9 @@ class Runner:
             return [(full, label)]
         label["component"] = curve["component"]
         if curve["order"] == "single":
+            if curve["component"] == "head":
+                return [(full.without_heads([(layer, head)]), {**label, "layer": layer})
+                        for layer, head in curve["heads"]]
             return [(full.without_ffns([i]), {**label, "layer": i}) for i in curve["layers"]]
         if curve["order"] == "random":
             label["order_seed"] = curve["order_seed"]

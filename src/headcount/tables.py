@@ -59,9 +59,9 @@ def evaluations_from(
 
 
 def importance_table(importance: Importance) -> pd.DataFrame:
-    """One row per component and kind of score."""
+    """One row per component and kind of score; components that were not measured have none."""
     positions = importance.positions
-    return pd.concat([
+    table = pd.concat([
         pd.DataFrame({
             "component": importance.component,
             "layer": [p.layer for p in positions],
@@ -72,6 +72,7 @@ def importance_table(importance: Importance) -> pd.DataFrame:
         })
         for score, values in importance.scores.items()
     ], ignore_index=True)
+    return table[table["importance"].notna()].reset_index(drop=True)
 
 
 def stored_order(table: pd.DataFrame, component: Component, score: str | None) -> list[int]:

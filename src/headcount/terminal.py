@@ -171,13 +171,13 @@ def print_accuracy(folder: Path) -> None:
     _print_truncations(study)
 
 
-def print_importance(folder: Path, component: Component) -> None:
+def print_importance(folder: Path, component: Component, method: str = "gradient") -> None:
     """The most and the least important heads, or every FFN, per task and number of shots."""
     from headcount.view.analysis import groups, name_of
 
     study = _study(folder)
     importance = study.importance()
-    score = study.spec["head_score"] if component == "head" else "accuracy"
+    score = study.spec["head_score"] if component == "head" and method == "gradient" else "accuracy"
     rows = importance[(importance["component"] == component) & (importance["score"] == score)]
     if rows.empty:
         rows = importance[(importance["component"] == component) & (importance["score"] == "position")]
@@ -188,6 +188,8 @@ def print_importance(folder: Path, component: Component) -> None:
             table.add_row(*((str(task), str(k), name_of(component, row["layer"], row["head"]),
                              f"{row['importance']:.4g}", f"{row['stderr']:.2g}") if row else ("", "", "...", "", "")))
     _out.print(table)
+    if component == "head" and method == "oracle":
+        _print_agreement(study)
     _print_truncations(study)
 
 
@@ -221,6 +223,14 @@ def print_summary(folder: Path, report: Path) -> None:
         for sentence in cautions:
             _out.print(f"- {sentence}", highlight=False)
     _out.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
+
+
+def _print_agreement(study: Study) -> None:
+    table = _table("gradient score", "oracle", "task", "shots|r", "Spearman|r", "95 % interval|r", "heads|r")
+    for row in study.agreement().query("component == 'head'").to_dict("records"):
+        table.add_row(row["score"], f"{row['oracle'].replace('_', ' ')} lost", row["task"], str(row["num_fewshot"]),
+                      f"{row['correlation']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}", str(row["components"]))
+    _out.print(table)
 
 
 def _print_truncations(study: Study) -> None:

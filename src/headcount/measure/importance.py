@@ -1,4 +1,4 @@
-"""Importance of heads and FFNs: by gradient, all at once, and of FFNs by oracle, one ablation each.
+"""Importance of heads and FFNs: by gradient, all at once, and by oracle, one ablation each.
 
 Gradient (Michel et al. 2019; Molchanov et al. 2017): with z[l,h,t] the slice h of the input of layer l's attention
 output projection at position t, and L_n the mean cross-entropy (nats) of example n's gold continuation,
@@ -13,13 +13,14 @@ For an FFN z is the output of its down-projection. Every example is a row of its
 a sum over examples; the loss is summed over rows, so that no score depends on the batch. Parameters are frozen: one
 forward pass and one backward pass through activations alone.
 
-Oracle: I[l] = P(full) - P(without FFN l) on the same documents, P the task's metric; beside it the mean gold
-log-likelihood that is lost, which decides between equal P.
+Oracle: I[l] = P(full) - P(without FFN l) on the same documents, P the task's metric, and the same for one head off;
+beside it the mean gold log-likelihood that is lost, which decides between equal P.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headcount.errors import OptionError
-from headcount.masks import Component, Mask, removal_order
+from headcount.masks import Component, Mask, all_heads, removal_order
 from headcount.measure.encoding import Request, encode
 from headcount.measure.forward import Progress, model_inputs, scored_only
 from headcount.measure.packing import Batch, batches, pack
@@ -38,9 +39,13 @@ from headcount.model.load import LoadedModel
 from headcount.results import Evaluations, Importance, Score
 
 
-def head_importance(loaded: LoadedModel, task: Task, **options: object) -> Importance:
-    """Importance of every head by gradient; options and result are those of `gradient_importance`."""
-    return gradient_importance(loaded, task, **options)["head"]  # type: ignore[arg-type]
+def head_importance(loaded: LoadedModel, task: Task, *, method: str = "gradient", **options: object) -> Importance:
+    """Importance of every head by "gradient" (see `gradient_importance`) or "oracle" (see `oracle_importance`).
+
+    Raises:
+        OptionError: For another method.
+    """
+    return _importance(loaded, task, "head", method, options)
 
 
 def ffn_importance(loaded: LoadedModel, task: Task, *, method: str = "oracle", **options: object) -> Importance:
@@ -49,11 +54,17 @@ def ffn_importance(loaded: LoadedModel, task: Task, *, method: str = "oracle", *
     Raises:
         OptionError: For another method.
     """
+    return _importance(loaded, task, "ffn", method, options)
+
+
+def _importance(
+    loaded: LoadedModel, task: Task, component: Component, method: str, options: Mapping[str, Any]
+) -> Importance:
     if method == "oracle":
-        return oracle_importance(loaded, task, **options)  # type: ignore[arg-type]
+        return oracle_importance(loaded, task, component=component, **options)
     if method == "gradient":
-        return gradient_importance(loaded, task, **options)["ffn"]  # type: ignore[arg-type]
-    raise OptionError(f"FFN importance is measured by 'oracle' or 'gradient', not {method!r}")
+        return gradient_importance(loaded, task, **options)[component]
+    raise OptionError(f"importance is measured by 'oracle' or 'gradient', not {method!r}")
 
 
 def gradient_importance(
@@ -166,6 +177,8 @@ def oracle_importance(
     loaded: LoadedModel,
     task: Task,
     *,
+    component: Component = "ffn",
+    heads: Sequence[tuple[int, int]] | None = None,
     num_fewshot: int = 0,
     limit: int | None = 2500,
     seed: int = LM_EVAL_SEED,
@@ -175,30 +188,58 @@ def oracle_importance(
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> Importance:
-    """What the task's metric loses, on training documents, when one FFN is off; options as in `evaluate`.
+    """What the task's metric loses, on training documents, when one head or FFN is off.
 
-    Under protocol "paper" on the evaluated documents, as in the paper's code.
+    All FFNs cost about half a forward pass each, all heads together about H(L+1)/2 with H heads a layer. Under protocol
+    "paper" it is measured on the evaluated documents, as in the paper's code.
+
+    Args:
+        loaded: The model.
+        task: From `get_tasks`.
+        component: Whether heads or FFNs are scored.
+        heads: Which heads, as (layer, head); None scores all. Others have NaN for a score.
+        num_fewshot: As in `evaluate`, like the further options.
+        limit: The first so many documents; None takes all.
+        seed: Of the sampler of shots.
+        shared_shots: Whether one draw of shots serves all documents.
+        trees: Whether prompts share their prefixes in token trees.
+        row_tokens: A row takes further documents up to this many tokens.
+        batch_tokens: A batch takes further rows up to this many tokens.
+        progress: Called with the number of tokens after each batch.
     """
     full = Mask.full(loaded.anatomy.heads_per_layer)
-    masks = [full, *(full.without_ffns([layer]) for layer in range(loaded.anatomy.num_layers))]
+    chosen = all_heads(loaded.anatomy.heads_per_layer) if heads is None else list(heads)
+    singles = ([full.without_heads([head]) for head in chosen] if component == "head"
+               else [full.without_ffns([layer]) for layer in range(loaded.anatomy.num_layers)])
     split: Split = "evaluation" if task.protocol == "paper" else "examples"
-    measured = evaluate(loaded, task, masks, num_fewshot=num_fewshot, limit=limit, split=split, seed=seed,
+    measured = evaluate(loaded, task, [full, *singles], num_fewshot=num_fewshot, limit=limit, split=split, seed=seed,
                         shared_shots=shared_shots, trees=trees, row_tokens=row_tokens, batch_tokens=batch_tokens,
                         progress=progress)
-    return oracle_from(measured)
+    return oracle_from(measured, component)
 
 
-def oracle_from(measured: Evaluations) -> Importance:
-    """Oracle importance from evaluations whose first mask is the full model and whose l-th next is without FFN l."""
+def oracle_from(measured: Evaluations, component: Component = "ffn") -> Importance:
+    """Oracle importance from evaluations whose first mask is the full model and all others lack one head (FFN) each."""
     n = len(measured.doc_ids)
-    lost: dict[Score, Float[np.ndarray, "ffn doc"]] = {
+    counts = measured.masks[0].heads_per_layer
+    places = {tuple(head): i for i, head in enumerate(all_heads(counts))}
+    where = [places[tuple(*mask.heads_removed)] if component == "head" else int(*mask.ffns_removed)
+             for mask in measured.masks[1:]]
+    lost: dict[Score, Float[np.ndarray, "component doc"]] = {
         "accuracy": measured.correct[0] - measured.correct[1:],
         "gold_loglikelihood": measured.gold_loglikelihood[0] - measured.gold_loglikelihood[1:],
     }
+
+    def placed(values: Float[np.ndarray, " measured"]) -> Float[np.ndarray, " component"]:
+        found = np.full(len(places) if component == "head" else len(counts), np.nan)
+        found[where] = values
+        return found
+
     return Importance(
-        measured.task, measured.num_fewshot, "ffn", "oracle", measured.masks[0].heads_per_layer,
-        {kind: x.mean(axis=1) for kind, x in lost.items()},
-        {kind: x.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(x), np.nan) for kind, x in lost.items()},
+        measured.task, measured.num_fewshot, component, "oracle", counts,
+        {kind: placed(x.mean(axis=1)) for kind, x in lost.items()},
+        {kind: placed(x.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(x), np.nan))
+         for kind, x in lost.items()},
         n,
         measured.truncated,
     )

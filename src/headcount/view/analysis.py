@@ -7,6 +7,7 @@ over tasks, its interval from documents drawn within each task. Several random o
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ _CURVE = ["task", "num_fewshot", "component", "order", "fraction", "removed", "p
           "documents", "changed"]
 _IMPORTANCE = ["task", "num_fewshot", "component", "layer", "head", "method", "score", "importance", "stderr",
                "num_examples"]
+_AGREEMENT = ["task", "num_fewshot", "component", "score", "oracle", "correlation", "low", "high", "components"]
 
 
 def open_study(folder: str | Path) -> Study:
@@ -75,10 +77,10 @@ class Study:
 
         Columns: task; num_fewshot; split ("evaluation", or "examples" for the oracle's training documents); component
         ("none", "head", "ffn"); order ("none" for the full model, "gradient", "oracle", "random", or "single" for one
-        FFN off); order_seed (-1 where not random); fraction removed; layer (of "single", else -1); heads_removed,
-        ffns_removed, parameters_removed (counts); doc_id (position in its split); correct (the task's metric, 0..1);
-        gold_loglikelihood and margin (nats; NaN where there is one option); prediction and gold (option index);
-        num_options; and further metrics of the task, such as acc_norm.
+        head or FFN alone off); order_seed (-1 where not random); fraction removed; layer (of "single", else -1);
+        heads_removed, ffns_removed, parameters_removed (counts); doc_id (position in its split); correct (the task's
+        metric, 0..1); gold_loglikelihood and margin (nats; NaN where there is one option); prediction and gold (option
+        index); num_options; and further metrics of the task, such as acc_norm.
         """
         return self._evaluations.copy()
 
@@ -90,6 +92,26 @@ class Study:
         importance; stderr (over examples); num_examples.
         """
         return self._importance.copy()
+
+    def agreement(self) -> pd.DataFrame:
+        """How well gradient scores rank components as their oracle does: one row per task, shots, component and score.
+
+        Columns: task; num_fewshot; component; score ("position", "example"); oracle ("accuracy" or
+        "gold_loglikelihood" lost); correlation (Spearman) with its 95 % interval low, high, over components; components
+        (how many both methods scored). The oracle's own noise, few documents and few distinct values, lowers it.
+        """
+        rows: list[dict[str, Any]] = []
+        for (task, k, component), of_task in groups(self._importance, "task", "num_fewshot", "component"):
+            wide = of_task.pivot_table(index=["layer", "head"], columns=["method", "score"], values="importance",
+                                       dropna=False).dropna(axis=1, how="all")
+            for score, lost in itertools.product(("position", "example"), ("accuracy", "gold_loglikelihood")):
+                if ("gradient", score) in wide and ("oracle", lost) in wide:
+                    both = wide[[("gradient", score), ("oracle", lost)]].dropna().to_numpy()
+                    rho, low, high = stats.rank_correlation(both[:, 0], both[:, 1])
+                    rows.append({"task": task, "num_fewshot": k, "component": component, "score": score,
+                                 "oracle": lost, "correlation": rho, "low": low, "high": high,
+                                 "components": len(both)})
+        return pd.DataFrame(rows, columns=_AGREEMENT)
 
     def curves(self) -> pd.DataFrame:
         """One row per task, number of shots, component, order and fraction; task "mean" is the mean over tasks.
@@ -134,6 +156,8 @@ class Study:
         if not frames:
             return pd.DataFrame(columns=_IMPORTANCE)
         table = pd.concat(frames, ignore_index=True)[_IMPORTANCE]
+        # Oracles of a sample of heads and of all of them may both be there.
+        table = table.drop_duplicates(["task", "num_fewshot", "component", "layer", "head", "method", "score"])
         table["head"] = table["head"].astype("Int64").where(table["component"] == "head")
         return table
 
@@ -141,7 +165,8 @@ class Study:
     def distinct_values(self) -> dict[tuple[str, int], int]:
         """How many distinct accuracies each FFN oracle found, by (task, number of shots)."""
         found = {(e.job["task"], e.job["num_fewshot"]): e.info["distinct_values"]
-                 for e in self._ledger.entries("importance") if e.job["method"] == "oracle"}
+                 for e in self._ledger.entries("importance")
+                 if e.job["method"] == "oracle" and e.job.get("component", "ffn") == "ffn"}
         return dict(sorted(found.items()))
 
     @functools.cached_property
