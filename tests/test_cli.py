@@ -236,7 +236,7 @@ def test_the_oracle_of_heads_is_printed_beside_the_gradient(model_folder: Path, 
     done = headcount(*arguments, "--method", "oracle")
     assert done.returncode == 0, done.stderr
     assert "L2H3" in done.stdout
-    row = r"position +gold loglikelihood lost +piqa +0 +-?0\.\d\d +-?0\.\d\d to -?[01]\.\d\d +12"
+    row = r"position +log-likelihood +piqa +0 +-?0\.\d\d +-?0\.\d\d to -?[01]\.\d\d +12"
     assert re.search(row, done.stdout), done.stdout
     sampled = headcount(*arguments, "--method", "oracle", "--sample", "4")
     assert sampled.returncode == 0, sampled.stderr

@@ -226,10 +226,13 @@ def print_summary(folder: Path, report: Path) -> None:
 
 
 def _print_agreement(study: Study) -> None:
-    table = _table("gradient score", "oracle", "task", "shots|r", "Spearman|r", "95 % interval|r", "heads|r")
+    names = {"accuracy": "accuracy", "gold_loglikelihood": "log-likelihood"}
+    table = _table("gradient score", "what is lost", "task", "shots|r", "Spearman|r", "95 % interval|r", "heads|r")
     for row in study.agreement().query("component == 'head'").to_dict("records"):
-        table.add_row(row["score"], f"{row['oracle'].replace('_', ' ')} lost", row["task"], str(row["num_fewshot"]),
-                      f"{row['correlation']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}", str(row["components"]))
+        known = row["correlation"] == row["correlation"]
+        table.add_row(row["score"], names[row["oracle"]], row["task"], str(row["num_fewshot"]),
+                      f"{row['correlation']:.2f}" if known else "none",
+                      f"{row['low']:.2f} to {row['high']:.2f}" if known else "all equal", str(row["components"]))
     _out.print(table)
 
 
