@@ -218,9 +218,16 @@ def page(rows: list[dict[str, Any]], dtypes: list[dict[str, Any]], loaded: Loade
         model=f"SmolLM2-135M-Instruct ({loaded.notes[0]}), computed in float32",
         requests=f"{sum(r['requests'] for r in rows):,}", worst=f"{max(r['worst'] for r in rows):.1e}",
         clear=sum(len(set(r["different"]) - set(r["close"])) for r in rows),
-        rows="\n".join(_PARITY_ROW.format(**{**r, "different": len(r["different"]), "close": len(r["close"])})
+        listed=_listed(rows), rows="\n".join(_PARITY_ROW.format(**{**r, "different": len(r["different"]), "close": len(r["close"])})
                        for r in rows),
         dtypes="\n".join(_DTYPE_ROW.format(**r) for r in dtypes))
+
+
+def _listed(rows: list[dict[str, Any]]) -> str:
+    """Documents that differ, by their position in the evaluated split."""
+    found = [f"{r['task']}, {r['num_fewshot']}-shot: {', '.join(map(str, r['different']))}" for r in rows
+             if r["different"]]
+    return f"Documents that differ, by position: {'; '.join(found)}." if found else "No document differs."
 
 
 _PARITY_ROW = ("| {task} | {num_fewshot} | {documents} | {requests} | {truncated} | {worst:.1e} | {greedy_differs} | "
@@ -247,6 +254,8 @@ Over {requests} requests the largest difference is {worst} nats; {clear} documen
 | task | shots | documents | requests | cut to the window | worst | greedy | lm-eval | headcount | different | close |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|
 {rows}
+
+{listed}
 
 ## Other types of weights against float32
 

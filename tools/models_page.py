@@ -18,9 +18,10 @@ from families import FAMILIES, HYBRIDS, UNFIT, hybrid, reader, tiny
 from headcount.errors import ModelError
 from headcount.measure.layout import Layout, probe
 from headcount.model.anatomy import Anatomy, find_anatomy
-from headcount.model.contracts import verify
+from headcount.model.contracts import verify, verify_sweep
 from headcount.model.load import wrap
 
+_CONTRACTS = ("identity", "head slice", "sweep")
 _HEAD = """\
 # Models
 
@@ -32,7 +33,8 @@ two contracts prove, on the model that is loaded, that they are where they seem 
 * *Head slice*: what a head puts out depends on its own attention alone.
 
 A family that is not named here works if the contracts hold on it (`headcount anatomy MODEL --verify`); a model that
-fails one is refused, with the block's name, before anything is measured.
+fails one is refused, with the block's name, before anything is measured. A third, *sweep*, says that a model may be run
+layer by layer, so that masks share what they have in common; one that fails it runs a forward pass for each mask.
 
 *Prompts* says how they are laid out: as token trees, which compute each shared beginning once, or one request a row.
 That is found out on the loaded model, too, by scoring one random tree both ways. *Windows* are attention windows, which
@@ -58,8 +60,8 @@ def rows() -> list[str]:
     for family in FAMILIES:
         model = tiny(family)
         anatomy = find_anatomy(model)
-        contracts = ", ".join(name for name, result in zip(("identity", "head slice"), verify(model), strict=True)
-                              if result.holds)
+        results = [*verify(model), verify_sweep(model, anatomy)]
+        contracts = ", ".join(name for name, result in zip(_CONTRACTS, results, strict=True) if result.holds)
         heads, groups = (" + ".join(map(str, counts)) for counts in (
             anatomy.heads_per_layer, [part.num_kv_heads for part in anatomy.layers]))
         found.append(f"| {family} | {heads} | {groups} | {_ffns(anatomy)} | {contracts} | "
