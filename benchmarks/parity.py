@@ -218,7 +218,8 @@ def page(rows: list[dict[str, Any]], dtypes: list[dict[str, Any]], loaded: Loade
         model=f"SmolLM2-135M-Instruct ({loaded.notes[0]}), computed in float32",
         requests=f"{sum(r['requests'] for r in rows):,}", worst=f"{max(r['worst'] for r in rows):.1e}",
         clear=sum(len(set(r["different"]) - set(r["close"])) for r in rows),
-        listed=_listed(rows), rows="\n".join(_PARITY_ROW.format(**{**r, "different": len(r["different"]), "close": len(r["close"])})
+        listed=_listed(rows),
+        rows="\n".join(_PARITY_ROW.format(**{**r, "different": len(r["different"]), "close": len(r["close"])})
                        for r in rows),
         dtypes="\n".join(_DTYPE_ROW.format(**r) for r in dtypes))
 
