@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check parity models format clean
+.PHONY: help setup demo test check parity bench models format clean
 
 help:
 	@echo "make demo    measure SmolLM2-135M on the embedded word tasks and write headcount-demo/report.html"
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy --strict"
 	@echo "make parity  hold SmolLM2 against lm-eval's HF backend on every task and write docs/parity.md (hours)"
+	@echo "make bench   time SmolLM2's measurements beside the obvious way and write docs/performance.md"
 	@echo "make models  write docs/models.md from the table of families that the tests go through"
 	@echo "make format  let ruff mend what it can"
 
@@ -37,6 +38,9 @@ check: setup
 
 parity: setup
 	$(BIN)/python benchmarks/parity.py
+
+bench: setup
+	$(BIN)/python benchmarks/bench.py
 
 models: setup
 	$(BIN)/python tools/models_page.py
