@@ -70,6 +70,29 @@ def test_the_sweep_is_one_forward_pass_per_mask(family: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("types", [["full_attention"] * 6, ["sliding_attention", "full_attention"] * 3])
+def test_branches_keep_what_later_layers_read_apart(types: list[str]) -> None:
+    """The last two of six layers use keys and values of earlier ones, which the model passes on in one object."""
+    from transformers import AutoModelForCausalLM, Gemma4TextConfig
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Gemma4TextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, global_head_dim=16, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=96, sliding_window=4, num_kv_shared_layers=2, layer_types=types)).eval()
+    anatomy = find_anatomy(model)
+    everything = every_kind(anatomy)
+    # Groups whose layers have no heads at all are no reason to skip what those layers keep.
+    headless = [mask for mask in everything if not mask.heads[3].any()]
+    assert len(headless) > 3
+    for masks in (everything, headless, everything[::-1], everything[5:9]):
+        found, _ = swept(model, anatomy, masks)
+        for mask, logits in zip(masks, found, strict=True):
+            with torch.no_grad(), ablated(anatomy, mask):
+                expected = model(**inputs(), use_cache=False).logits[ROWS, POSITIONS]
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("layers", [1, 2, 7])
 def test_the_oracles_share_what_the_design_says(layers: int) -> None:
     anatomy = tiny.loaded("opt", layers=layers).anatomy

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -159,18 +159,17 @@ class Sweep:
         """A hidden state in the kind of output that a block has: a tensor, a tuple or a list."""
         return _like(self._outputs[layer], hidden, keep=False)
 
-    def _through(
-        self, branch: _Branch, masks: Sequence[Mask], call: _Call
-    ) -> list[_Branch]:
+    def _through(self, branch: _Branch, masks: Sequence[Mask], call: _Call) -> list[_Branch]:
         """One block, once for each way in which the branch's masks treat it."""
         layer = branch.layer
         part = self.anatomy.layers[layer]
         parted = ways(masks, branch.masks, layer)
-        found = []
+        found: list[_Branch] = []
         shared = self._attention(branch, parted, call) if len(parted) > 1 or not any_head(parted) else None
         # The way that keeps the FFN comes first: it computes the attention, and counts.
         for (_, ffn), owners in sorted(parted.items(), key=lambda way: not way[0][1]):
-            state = branch.state if len(parted) == 1 else _copied(branch.state)
+            # What the attention, computed once, keeps for later layers is every way's.
+            state = branch.state if len(parted) == 1 else _copied(found[0].state if found else branch.state)
             heads = masks[owners[0]].heads[layer]
             args, kwargs = _owned(call, state)
             attended = shared is not None and shared.z is not None
@@ -182,10 +181,7 @@ class Sweep:
             found.append(_Branch(layer + 1, hidden, owners, state))
         return found
 
-
-    def _attention(
-        self, branch: _Branch, parted: Mapping[Way, Any], call: _Call
-    ) -> _Attention:
+    def _attention(self, branch: _Branch, parted: Mapping[Way, Any], call: _Call) -> _Attention:
         """The attention that ways share; of no heads nothing is computed, unless later layers may read it."""
         part, seen = self.anatomy.layers[branch.layer], self._attentions[branch.layer]
         attention = _Attention(part)
@@ -301,7 +297,7 @@ def _like(output: Any, first: Tensor, *, keep: bool = True) -> Any:
 
 
 def _is_mutable(value: Any) -> bool:
-    return isinstance(value, (dict, list))
+    return isinstance(value, (MutableMapping, MutableSequence))
 
 
 def _copied(state: dict[int, Any]) -> dict[int, Any]:
@@ -310,12 +306,12 @@ def _copied(state: dict[int, Any]) -> dict[int, Any]:
 
 def _copy(value: Any) -> Any:
     """Containers are copied, tensors in them are not: blocks put new ones in, they do not write into old ones."""
-    if isinstance(value, dict):
-        twin = copy.copy(value)
-        for key, item in value.items():
-            twin[key] = _copy(item)
-        return twin
-    return [_copy(item) for item in value] if isinstance(value, list) else value
+    if not _is_mutable(value):
+        return value
+    twin = copy.copy(value)
+    for key, item in value.items() if isinstance(value, MutableMapping) else enumerate(value):
+        twin[key] = _copy(item)
+    return twin
 
 
 def _device(embeddings: Any) -> torch.device:
