@@ -187,3 +187,19 @@ def test_table_has_a_row_per_layer():
     anatomy = find_anatomy(tiny("llama"))
     assert anatomy.table()[1] == {"layer": 1, "heads": 4, "kv_groups": 2, "d_head": 8, "parameters_per_head": 512,
                                   "parameters_per_ffn": 3 * 32 * 48 + 32}
+
+
+def test_layers_that_differ_in_kv_groups_are_counted_one_by_one():
+    from transformers import Gemma4TextConfig
+
+    # As Gemma-4-26B-A4B: layers of full attention have their own number of groups, and keys that serve as values.
+    model = AutoModelForCausalLM.from_config(Gemma4TextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_global_key_value_heads=1, attention_k_eq_v=True, head_dim=16, global_head_dim=16,
+        hidden_size_per_layer_input=0, vocab_size_per_layer_input=96, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"])).eval()
+    anatomy = find_anatomy(model)
+    assert anatomy.heads_per_layer == (4, 4)
+    assert [part.num_kv_heads for part in anatomy.layers] == [2, 1]
+    assert [part.kv_parameters for part in anatomy.layers] == [2 * 32 * 16, 32 * 16]
+    assert all(result.holds for result in verify(model, anatomy))

@@ -241,6 +241,10 @@ def test_the_oracle_of_heads_is_printed_beside_the_gradient(model_folder: Path, 
     sampled = headcount(*arguments, "--method", "oracle", "--sample", "4")
     assert sampled.returncode == 0, sampled.stderr
     assert headcount(*arguments, "--sample", "4").returncode == 2
+    spelt_out = headcount("heads", model_folder, *arguments[2:8], *arguments[8:10], "--method", "oracle",
+                          "--head-sample", "4")
+    assert spelt_out.returncode == 0, spelt_out.stderr
+    assert re.search(r"position +log-likelihood +piqa +0 .* 4$", spelt_out.stdout, re.MULTILINE)
     study = open_study(tmp_path / "study")
     table = study.importance().query("method == 'oracle' and score == 'accuracy'")
     assert len(table) == 12, "a head of both the sample and the whole counts once"

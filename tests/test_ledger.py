@@ -89,3 +89,15 @@ def test_damaged_study_json_is_told(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"spec": ')
     with pytest.raises(StudyError, match="damaged"):
         Ledger(tmp_path).read_json("study.json")
+
+
+def test_the_first_whole_entry_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may finish the same job between the look and the writing."""
+    ledger = Ledger(tmp_path)
+    ledger.write({"kind": "k"}, pd.DataFrame({"x": [1]}), {"who": "first"})
+    answers = iter([False])
+    whole = Ledger.has
+    monkeypatch.setattr(Ledger, "has", lambda self, job: next(answers, whole(self, job)))
+    ledger.write({"kind": "k"}, pd.DataFrame({"x": [2]}), {"who": "second"})
+    assert ledger.read({"kind": "k"}).info == {"who": "first"}
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -222,3 +223,20 @@ def test_smollm2(smollm2, tmp_path):
     again = load(tmp_path, device="cpu")
     assert again.fingerprint == smollm2.fingerprint
     assert all(result.holds for result in verify(smollm2))
+
+
+def test_the_identity_hangs_on_the_tokenizer_too():
+    model = tiny("llama")
+    plain, other = tokenizer(), tokenizer()
+    assert wrap(model, plain).identity == wrap(model, tokenizer()).identity
+    other.add_tokens(["more"])
+    assert wrap(model, other).identity != wrap(model, plain).identity
+    assert wrap(model, other).fingerprint == wrap(model, plain).fingerprint
+    begun = tokenizer()
+    begun.bos_token = "w1"  # noqa: S105
+    assert wrap(model, begun).identity != wrap(model, plain).identity
+    templated = tokenizer()
+    templated.chat_template = "{{ messages }}"
+    assert wrap(model, templated).identity == wrap(model, plain).identity, "it is not used"
+    assert (dataclasses.replace(wrap(model, templated), apply_chat_template=True).identity
+            != wrap(model, plain).identity)

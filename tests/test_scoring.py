@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import tiny
-from headcount.errors import TaskError
+from headcount.errors import ModelError, OptionError, TaskError
 from headcount.masks import Mask
 from headcount.measure.encoding import encode
 from headcount.measure.forward import loglikelihood
+from headcount.measure.importance import gradient_importance
 from headcount.measure.layout import layout, probe
 from headcount.measure.scoring import evaluate, prepare
 from headcount.measure.tasks import Task, get_tasks
@@ -190,3 +191,37 @@ def test_a_fixed_window_keeps_long_requests_out_of_trees(task: Task) -> None:
         assert any(b.is_tree for b in prepared.batches) == (k == 0)
         slow = [slow_loglikelihood(loaded, *p.pairs[p.gold])[0] for p in task.prompts("evaluation", num_fewshot=k)]
         np.testing.assert_allclose(evaluate(loaded, task, num_fewshot=k).gold_loglikelihood[0], slow, atol=TOLERANCE)
+
+
+def test_log_likelihoods_that_are_no_numbers_are_refused(task: Task) -> None:
+    """An overflow must not pass for the constant answer."""
+    loaded = tiny.loaded("llama", seed=8)
+    with torch.no_grad():
+        loaded.model.lm_head.weight[7] = float("nan")
+    with pytest.raises(ModelError, match=r"of 16 log-likelihoods of task 'piqa' are no numbers"):
+        evaluate(loaded, task)
+    with pytest.raises(ModelError, match="gradients overflow"):
+        gradient_importance(loaded, task)
+
+
+def test_trees_cannot_be_asked_of_a_model_that_does_not_take_them(task: Task) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    from headcount.model.load import wrap
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(tiny.tokenizer()), hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(OptionError, match="cannot be laid out as trees"):
+        evaluate(wrap(bloom, tiny.tokenizer()), task, trees=True)
+
+
+def test_a_context_without_tokens_is_refused() -> None:
+    class Deaf:
+        """Reads nothing in blanks."""
+
+        bos_token_id = eos_token_id = None
+
+        def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[] if "x" not in t else [1, 2] for t in texts]}
+
+    with pytest.raises(TaskError, match="has no tokens"):
+        encode(Deaf(), [("\u200b", "x")], 10)

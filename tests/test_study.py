@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -235,3 +236,31 @@ def test_the_public_names_work_as_the_readme_uses_them(tmp_path: Path) -> None:
     assert measured.correct.shape == (1, 3)
     assert not math.isnan(measured.accuracy[0])
     assert set(dir(hc)) >= {"load", "evaluate", "run_study", "open_study"}
+
+
+def test_a_model_passed_in_another_chat_setting_is_refused(tmp_path: Path) -> None:
+    chat = dataclasses.replace(tiny.loaded("llama"), apply_chat_template=True)
+    with pytest.raises(OptionError, match="apply_chat_template"):
+        Runner(spec(tmp_path), loaded=chat)
+
+
+def test_a_study_does_not_go_on_with_another_tokenizer(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    run_study(spec(tmp_path), loaded=loaded, parts=("evaluate",))
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.add_tokens(["quite-another-token"])
+    with pytest.raises(StudyError, match="tokenizer"):
+        run_study(spec(tmp_path), loaded=dataclasses.replace(loaded, tokenizer=tokenizer), parts=("evaluate",))
+
+
+def test_shots_that_use_up_all_documents_are_refused(tmp_path: Path) -> None:
+    asked = dataclasses.replace(spec(tmp_path), shots=(12,), shared_shots=True)
+    with pytest.raises(OptionError, match="all 12 documents of task 'piqa' are shots"):
+        Runner(asked, loaded=tiny.loaded("llama"))
+
+
+def test_what_a_kill_leaves_does_not_lock_the_folder(tmp_path: Path) -> None:
+    asked = spec(tmp_path)
+    asked.out.mkdir(parents=True)
+    (asked.out / ".study.json.1-abc.tmp").write_text("{")
+    Runner(asked, loaded=tiny.loaded("llama"))

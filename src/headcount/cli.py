@@ -73,8 +73,7 @@ def evaluate(spec: Spec) -> None:
 
 @app.command
 def heads(
-    spec: Spec, *, method: Literal["gradient", "oracle"] = "gradient",
-    sample: Annotated[int | None, Parameter(help="For the oracle: score so many heads, drawn at random.")] = None,
+    spec: Spec, *, method: Literal["gradient", "oracle"] = "gradient", sample: int | None = None,
 ) -> None:
     """Importance of every head, by gradient or by oracle: what is lost without that head alone.
 
@@ -85,9 +84,8 @@ def heads(
     """
     from headcount import terminal
 
-    if method == "oracle":
-        spec = dataclasses.replace(spec, head_sample=sample)
-    elif sample is not None:
+    spec = dataclasses.replace(spec, head_sample=sample if sample is not None else spec.head_sample)
+    if method == "gradient" and spec.head_sample is not None:
         raise OptionError("--sample is for --method oracle; the gradient scores all heads at once")
     with _measured(spec, "head_oracle" if method == "oracle" else "heads") as folder:
         terminal.print_importance(folder, "head", method)

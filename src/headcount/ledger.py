@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,7 @@ class Ledger:
         arrow = pa.Table.from_pandas(table, preserve_index=False)
         text = json.dumps({"format": FORMAT, "job": dict(job), "info": dict(info)})
         path = self.path(job)
-        with _replacing(path) as temporary:
+        with _replacing(path, unless=lambda: self.has(job)) as temporary:
             pq.write_table(arrow.replace_schema_metadata({"headcount": text}), temporary, compression="zstd")
 
     def read(self, job: Job) -> Entry:
@@ -130,15 +130,24 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; what is written there takes `path`'s place if the block succeeds."""
+def _replacing(path: Path, unless: Callable[[], bool] = lambda: False) -> Iterator[Path]:
+    """Give a temporary path beside `path`; what is written there takes `path`'s place if the block succeeds.
+
+    Args:
+        path: The file.
+        unless: Asked where the file has come to be meanwhile: whether it stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            os.link(temporary, path)
+        except OSError:  # it is there, or the file system knows no links
+            if not (path.exists() and unless()):
+                temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

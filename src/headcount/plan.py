@@ -63,12 +63,17 @@ class PlannedJob:
 
 def reads(spec: StudySpec, parts: Sequence[Part]) -> tuple[str, ...]:
     """Which documents are needed, of "evaluation" and "examples"."""
-    # The paper's code measures the oracle on the documents that it then reports.
-    oracle = "evaluation" if spec.protocol == "paper" and spec.ffn_order == "oracle" else "examples"
-    needed = {"evaluate": {"evaluation"}, "heads": {"examples"}, "ffns": {oracle}, "curve": {"evaluation", "examples"},
+    oracle = _oracle_split(spec)
+    ffns = oracle if spec.ffn_order == "oracle" else "examples"
+    needed = {"evaluate": {"evaluation"}, "heads": {"examples"}, "ffns": {ffns}, "curve": {"evaluation", "examples"},
               "head_oracle": {"examples", oracle}}
     wanted = set().union(*(needed[part] for part in parts))
     return tuple(split for split in ("evaluation", "examples") if split in wanted)
+
+
+def _oracle_split(spec: StudySpec) -> str:
+    """The paper's code measures the oracle on the documents that it then reports."""
+    return "evaluation" if spec.protocol == "paper" else "examples"
 
 
 def plan(
@@ -177,7 +182,7 @@ class _Planner:
         return blocks_run(masks) / len(self.heads_per_layer)
 
     def _oracle(self, component: Component) -> list[PlannedJob]:
-        split = reads(self.spec, ("ffns",))[0]
+        split = _oracle_split(self.spec)
         documents = self.documents if split == "evaluation" else self.examples
         full = self._full(split)
         singles = [*self._heads_off(split, documents)] if component == "head" else [*self._ffns_off(split, documents)]

@@ -85,7 +85,7 @@ class StudySpec(ModelSpec):
     """Which gradient score orders the heads: per position (the paper's) or per example (Michel et al.)."""
 
     head_sample: int | None = None
-    """The oracle of heads on so many of them, drawn at random; all by default."""
+    """For `heads --method oracle`, which also calls it --sample: score so many heads, drawn at random."""
 
     ffn_order: Literal["oracle", "gradient"] = "oracle"
     """What orders the FFNs: accuracy lost without each (the paper's), or the gradient score."""

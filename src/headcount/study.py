@@ -82,7 +82,7 @@ class Runner:
 
     Raises:
         HeadcountError: For anything in the options, model, tasks, data or folder that cannot work, before anything is
-            measured or written.
+            measured or written; of the documents, the first ones are tried.
     """
 
     def __init__(
@@ -106,15 +106,17 @@ class Runner:
         self._check_prompts()
         self.reporter.stage(f"loading {spec.model}")
         self.loaded = loaded or _load(spec)
+        if self.loaded.apply_chat_template != spec.apply_chat_template:
+            raise OptionError("the model that was passed and the options differ in apply_chat_template; give the same")
         _verified(self.loaded)
         self._prepared: dict[tuple[str, int, str], Prepared] = {}
         self.facts: list[TaskFacts] = []
         for task in self.tasks.values():
             self.reporter.stage("planning", len(self.facts), len(self.tasks))
             self.facts.append(self._facts(task))
-        _same_data(previous, self.loaded.fingerprint, {f.name: f.fingerprint for f in self.facts}, self.ledger.folder)
+        _same_data(previous, self.loaded.identity, {f.name: f.fingerprint for f in self.facts}, self.ledger.folder)
         self.previous = previous
-        self.jobs = plan(spec, self.loaded.fingerprint, self.loaded.anatomy.heads_per_layer, self.facts, parts)
+        self.jobs = plan(spec, self.loaded.identity, self.loaded.anatomy.heads_per_layer, self.facts, parts)
 
     def run(self) -> Path:
         """Do all jobs that are not done; returns the study folder."""
@@ -168,7 +170,7 @@ class Runner:
         }
         return {
             "spec": spec,
-            "model": {**self.loaded.provenance, "fingerprint": self.loaded.fingerprint},
+            "model": {**self.loaded.provenance, "fingerprint": self.loaded.identity},
             "anatomy": {"heads_per_layer": list(anatomy.heads_per_layer), "parameters": anatomy.num_parameters,
                         "parameters_per_head": [anatomy.parameters_per_head(i) for i in layers],
                         "parameters_per_ffn": [anatomy.parameters_per_ffn(i) for i in layers]},
@@ -236,13 +238,14 @@ class Runner:
     def _masks(self, curve: Mapping[str, Any], needs: Sequence[Job]) -> list[tuple[Mask, dict[str, Any]]]:
         heads = self.loaded.anatomy.heads_per_layer
         full = Mask.full(heads)
-        label = {"component": "none", "order": curve["order"], "order_seed": -1, "fraction": 0.0, "layer": -1}
+        label = {"component": "none", "order": curve["order"], "order_seed": -1, "fraction": 0.0, "layer": -1,
+                 "head": -1}
         if curve["order"] == "none":
             return [(full, label)]
         label["component"] = curve["component"]
         if curve["order"] == "single":
             if curve["component"] == "head":
-                return [(full.without_heads([(layer, head)]), {**label, "layer": layer})
+                return [(full.without_heads([(layer, head)]), {**label, "layer": layer, "head": head})
                         for layer, head in curve["heads"]]
             return [(full.without_ffns([i]), {**label, "layer": i}) for i in curve["layers"]]
         if curve["order"] == "random":
@@ -324,7 +327,7 @@ def _previous(ledger: Ledger) -> dict[str, Any] | None:
     if ledger.folder.is_file():
         raise StudyError(f"{ledger.folder} is a file; --out names a folder")
     previous = ledger.read_json("study.json")
-    if previous is None and ledger.folder.is_dir() and any(ledger.folder.iterdir()):
+    if previous is None and ledger.folder.is_dir() and any(not f.name.startswith(".") for f in ledger.folder.iterdir()):
         raise StudyError(f"{ledger.folder} is not empty and holds no study; choose another --out")
     return previous
 
@@ -348,8 +351,8 @@ def _same_data(
     if previous is None:
         return
     if previous["model"]["fingerprint"] != model:
-        raise StudyError(f"{folder} holds a study of another model ({previous['model'].get('name')}, other weights or "
-                         "type); choose another --out")
+        raise StudyError(f"{folder} holds a study of another model ({previous['model'].get('name')}, other weights, type "
+                         "or tokenizer); choose another --out")
     for name, fingerprint in tasks.items():
         known = previous["tasks"].get(name)
         if known is not None and known["fingerprint"] != fingerprint:

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headcount.errors import OptionError
+from headcount.errors import ModelError, OptionError
 from headcount.masks import Component, Mask, all_heads, removal_order
 from headcount.measure.encoding import Request, encode
 from headcount.measure.forward import Progress, model_inputs, scored_only
@@ -138,6 +138,9 @@ def example_scores(
         for batch in batches(rows, batch_tokens):
             examples = batch.requests[np.unique(batch.rows, return_index=True)[1]]
             heads[:, examples], ffns[:, examples] = _batch_scores(loaded, batch)
+            if not np.isfinite(heads[:, examples]).all() or not np.isfinite(ffns[:, examples]).all():
+                raise ModelError(f"gradients overflow in {str(loaded.model.dtype).removeprefix('torch.')}; use --dtype "
+                                 "bfloat16 or float32")
             if progress is not None:
                 progress(batch.tokens)
     return heads, ffns

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from headcount.errors import OptionError
+from headcount.errors import ModelError, OptionError, TaskError
 from headcount.masks import Mask
 from headcount.measure.encoding import encode
 from headcount.measure.forward import Progress, masked_loglikelihoods
@@ -114,11 +114,16 @@ def prepare(
         raise OptionError(f"rows and batches hold at least one token, not {min(row_tokens, batch_tokens)}")
     prompts = task.prompts(split, num_fewshot=num_fewshot, limit=limit, seed=seed, shared_shots=shared_shots,
                            chat=loaded.chat)
-    requests = encode(loaded.tokenizer, [pair for p in prompts for pair in p.pairs], loaded.max_length,
-                      apart=task.protocol == "paper")
+    try:
+        requests = encode(loaded.tokenizer, [pair for p in prompts for pair in p.pairs], loaded.max_length,
+                          apart=task.protocol == "paper")
+    except TaskError as error:
+        raise TaskError(f"task {task.name!r}: {error}") from error
     counts = [len(p.pairs) for p in prompts]
     by_document = [requests[end - n : end] for n, end in zip(counts, np.cumsum(counts), strict=True)]
     found = layout(loaded)
+    if trees and not found.trees:
+        raise OptionError(f"this model's prompts cannot be laid out as trees: {found.reason}")
     chosen = found if trees is None else dataclasses.replace(found, trees=trees, reason="asked for")
     rows = pack(by_document, row_tokens=row_tokens, trees=chosen.trees, tree_tokens=chosen.tree_tokens)
     return Prepared(task, num_fewshot, tuple(prompts), tuple(counts), chosen,
@@ -131,6 +136,11 @@ def score(
     """Run prepared prompts under each mask and turn log-likelihoods into the task's metric."""
     found = masked_loglikelihoods(loaded, prepared.batches, sum(prepared.counts), masks, progress,
                                   prepared.layout.tree_mask)
+    for mask, values in zip(masks, found.loglikelihoods, strict=True):
+        if bad := int((~np.isfinite(values)).sum()):
+            raise ModelError(f"{bad} of {len(values)} log-likelihoods of task {prepared.task.name!r} are no numbers "
+                             f"under {mask}: they overflow in {str(loaded.model.dtype).removeprefix('torch.')}; use "
+                             "--dtype bfloat16 or float32")
     splits = np.cumsum(prepared.counts)[:-1]
     rows = [
         [_score_document(prepared.task, *one) for one in zip(
@@ -164,6 +174,8 @@ def score(
 
 def by_question(measured: Evaluations, questions: Sequence[Hashable]) -> Evaluations:
     """One document per question: right if every answer to it is judged right (MultiRC in the paper's code).
+
+    A limit may cut the last question's answers short; it then counts by those that were evaluated.
 
     Gold log-likelihoods are averaged over a question's answers, its margin is the smallest, and judgements are numbered
     as the digits of one number, so that prediction, gold and the number of options keep their meaning.

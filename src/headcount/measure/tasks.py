@@ -40,6 +40,7 @@ SPLITS: tuple[Split, ...] = ("evaluation", "examples")
 # The seed lm-eval gives its few-shot sampler.
 LM_EVAL_SEED = 1234
 _METRICS = ("acc", "em", "exact_match")
+_NUMBERS = (int, float, np.number, np.bool_)
 # What a definition raises on documents that it was not written for.
 _MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError, UndefinedError)
 # The paper's variants: which training documents there are, and which documents are one question.
@@ -149,7 +150,10 @@ class Task:
     def size(self, split: Split, *, shared_shots: int = 0) -> int:
         """How many documents a split offers when so many shared shots, if they are drawn from it, are left out."""
         found = self.documents(split)
-        return len(found) - (shared_shots if shared_shots and self._drawn_from(found) else 0)
+        left = len(found) - (shared_shots if shared_shots and self._drawn_from(found) else 0)
+        if left < 1:
+            raise OptionError(f"all {len(found)} documents of task {self.name!r} are shots; ask for fewer with --shots")
+        return left
 
     def prompts(
         self, split: Split, *, num_fewshot: int = 0, limit: int | None = None, seed: int = LM_EVAL_SEED,
@@ -195,7 +199,7 @@ class Task:
             results: Log-likelihood in nats, and whether greedy decoding gives it, of every pair.
         """
         scores = self.inner.process_results(prompt.doc, list(results))
-        return {name: float(value) for name, value in scores.items() if isinstance(value, (int, float))}
+        return {name: float(value) for name, value in scores.items() if isinstance(value, _NUMBERS)}
 
     def _prompt(
         self, doc_id: int, doc: Mapping[str, Any], num_fewshot: int, template: Callable[..., str] | None
@@ -217,7 +221,7 @@ class Task:
         for i in range(options):
             results = [(0.0, True) if j == i else (-1e4, False) for j in range(pairs)]
             score = self.inner.process_results(doc, results).get(self.metric)
-            if not isinstance(score, (int, float)):
+            if not isinstance(score, _NUMBERS):
                 raise TaskError(f"task {self.name!r} measures {', '.join(self.inner.aggregation())}; headcount needs a "
                                 f"metric that gives each document a number, such as {' or '.join(_METRICS)}")
             if score == 1:
@@ -234,7 +238,7 @@ class Task:
 
     def _drawn_from(self, documents: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the shots are drawn from these documents (the first one tells: splits do not overlap in part)."""
-        return documents[0] in self._pool
+        return bool(documents) and documents[0] in self._pool
 
     @property
     def _lm_eval_excludes(self) -> bool:

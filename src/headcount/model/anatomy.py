@@ -201,7 +201,7 @@ def _layer(block: nn.Module, where: str, config: PreTrainedConfig, index: int, n
                          f"which the config's {heads} attention heads do not divide: attention of this kind is not "
                          "supported")
     d_head = width // heads
-    groups_said = getattr(config, "num_key_value_heads", None)
+    groups_said = _said(config, "num_key_value_heads", index)
     query, kv, groups = _attention_parameters(attention, out_proj, heads, d_head, groups_said)
     return LayerAnatomy(
         block=block, attention=attention, out_proj=out_proj, ffn=None if output is ffn else ffn, ffn_output=output,
@@ -266,13 +266,21 @@ def _not_found(parent: nn.Module, where: str, what: str, field: str, names: tupl
 
 def _num_heads(config: PreTrainedConfig, layer: int) -> int:
     for name in _HEAD_COUNTS:
-        value = getattr(config, name, None)
-        if isinstance(value, (list, tuple)):
-            value = value[layer]
-        if isinstance(value, int):
+        if (value := _said(config, name, layer)) is not None:
             return value
     raise ModelError(f"the config of model type {config.model_type!r} names no number of attention heads "
                      f"(looked for {', '.join(_HEAD_COUNTS)}): only models with attention heads can be measured")
+
+
+def _said(config: PreTrainedConfig, name: str, layer: int) -> int | None:
+    """A number that the config gives for all layers or for each; where layers differ it may refuse to give one."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:
+        value = getattr(config.per_layer_config[layer], name, None)
+    if isinstance(value, (list, tuple)):
+        value = value[layer]
+    return value if isinstance(value, int) else None
 
 
 def _size(projection: nn.Module) -> tuple[int, int]:
@@ -299,8 +307,12 @@ def _attention_parameters(
     keys = [m for name, m in linear if name in _KEYS]
     values = [m for name, m in linear if name in _VALUES]
     if keys:
-        # Latent and shared keys and values may leave one of the two out: the keys alone then tell the number of groups.
-        groups = groups_said or _size(keys[0])[1] // d_head
+        # Values are as wide as what heads put out. Gemma-4 has layers without, where keys serve as values.
+        groups, rest = divmod(_size((values or keys)[0])[1], d_head)
+        if rest or groups < 1 or heads % groups:
+            groups = groups_said or heads
+        if heads % groups:
+            raise ModelError(f"{heads} heads cannot share {groups} KV groups: attention of this kind is not supported")
         query = sum(_parameters(m) for name, m in linear if name not in (*_KEYS, *_VALUES))
         return query // heads, sum(_parameters(m) for m in keys + values) // groups, groups
     if [name for name, _ in linear] == ["q_proj"]:

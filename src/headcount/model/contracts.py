@@ -41,6 +41,8 @@ _ROUNDINGS = 32
 # The last norm of a branch that is neither attention nor FFN.
 _OTHER_BRANCHES = ("post_per_layer_input_norm",)
 _SMALLEST_SCALE = 1e-3
+# What a model raises whose parts are not what they seem to be.
+_FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def verify_sweep(model: PreTrainedModel, anatomy: Anatomy) -> ContractResult:
                     error = _relative(logits.double().cpu(), expected.double().cpu())
                     if not error <= worst:
                         worst, where = error, f"{masks[i]}"
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as failure:
+    except _FAILURES as failure:
         return ContractResult(name, False, float("inf"), f"blocks cannot be called by themselves ({failure})")
     holds = worst <= max(1e-5, 16 * torch.finfo(model.dtype).eps)
     return ContractResult(name, holds, worst, "" if holds else f"it does not for {where}")
@@ -141,7 +143,7 @@ def _identity(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch 
     try:
         with torch.no_grad(), ablated(anatomy, nothing), _traced(anatomy) as traces:
             model(input_ids=ids, use_cache=False)
-    except RuntimeError as failure:
+    except _FAILURES as failure:
         # A gate at a wrong place can leave shapes that do not fit.
         return ContractResult(name, False, float("inf"), "a block does not even run so: a head or FFN of it is not "
                               f"where the anatomy says ({failure})")

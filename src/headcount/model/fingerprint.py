@@ -1,4 +1,4 @@
-"""What identifies a model: a hash of its config, its weights and their types."""
+"""What identifies a model: a hash of its config, its weights and their types; and one of how it reads text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import json
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Neither what the file was called, nor what the weights say better, changes what a model computes.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_commit_hash"}
 _SAMPLED = 64
+# Text of many kinds: what a tokenizer makes of it tells its rules apart where vocabularies are equal.
+_PROBE = "The  cat's 3,141 naïve\n\tdéjà-vu 日本語 🙂 is_it(x) -> Answer: yes"
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -45,3 +47,17 @@ def _content(tensor: Tensor) -> bytes:
     spaced = torch.linspace(0, tensor.numel() - 1, _SAMPLED, dtype=torch.float64).long().to(tensor.device)
     parts = (torch.hash_tensor(rows, 0), torch.hash_tensor(rows, 1), rows.reshape(-1)[spaced].double())
     return b"".join(p.cpu().numpy().tobytes() for p in parts)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, max_length: int, *, chat: bool) -> str:
+    """16 hexadecimal digits that are equal for tokenizers that read alike: vocabulary, rules, special tokens, window.
+
+    Args:
+        tokenizer: The model's.
+        max_length: The window that prompts are cut to.
+        chat: Whether its chat template is used, and so counts.
+    """
+    ids = [list(tokenizer(_PROBE, add_special_tokens=special)["input_ids"]) for special in (True, False)]
+    known = [sorted(tokenizer.get_vocab().items()), ids, tokenizer.bos_token_id, tokenizer.eos_token_id, max_length,
+             tokenizer.chat_template if chat else None]
+    return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import logging
 import os
@@ -38,7 +39,7 @@ from transformers.utils import logging as transformers_logging
 
 from headcount.errors import ModelError, OptionError
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
-from headcount.model.fingerprint import fingerprint
+from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint
 
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
 _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
@@ -56,7 +57,7 @@ class LoadedModel:
         model: In eval mode.
         tokenizer: Its tokenizer.
         anatomy: Where its heads and FFNs are.
-        fingerprint: Hexadecimal; equal for equal config, weights and dtypes.
+        fingerprint: Hexadecimal; equal for equal config, weights and dtypes; see `identity`.
         notes: To be shown beside every result.
         provenance: What was loaded and with what; goes into JSON as it is.
         apply_chat_template: Whether prompts are put into the tokenizer's chat template, as lm-eval does.
@@ -70,6 +71,12 @@ class LoadedModel:
     notes: tuple[str, ...]
     provenance: Mapping[str, object]
     apply_chat_template: bool = False
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The fingerprints of model and tokenizer: equal where equal text gives equal numbers."""
+        reading = tokenizer_fingerprint(self.tokenizer, self.max_length, chat=self.apply_chat_template)
+        return f"{self.fingerprint}-{reading}"
 
     @property
     def chat(self) -> PreTrainedTokenizerBase | None:

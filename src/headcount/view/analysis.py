@@ -22,7 +22,7 @@ from headcount.errors import StudyError
 from headcount.ledger import Ledger
 
 MEAN = "mean"
-_LABELS = ("component", "order", "order_seed", "fraction", "layer", "heads_removed", "ffns_removed",
+_LABELS = ("component", "order", "order_seed", "fraction", "layer", "head", "heads_removed", "ffns_removed",
            "parameters_removed")
 _CURVE = ["task", "num_fewshot", "component", "order", "fraction", "removed", "parameters_removed",
           "parameters_removed_share", "accuracy", "low", "high", "difference", "difference_low", "difference_high",
@@ -77,7 +77,7 @@ class Study:
 
         Columns: task; num_fewshot; split ("evaluation", or "examples" for the oracle's training documents); component
         ("none", "head", "ffn"); order ("none" for the full model, "gradient", "oracle", "random", or "single" for one
-        head or FFN alone off); order_seed (-1 where not random); fraction removed; layer (of "single", else -1);
+        head or FFN alone off); order_seed (-1 where not random); fraction removed; layer, head (of "single", else -1);
         heads_removed, ffns_removed, parameters_removed (counts); doc_id (position in its split); correct (the task's
         metric, 0..1); gold_loglikelihood and margin (nats; NaN where there is one option); prediction and gold (option
         index); num_options; and further metrics of the task, such as acc_norm.
@@ -138,7 +138,7 @@ class Study:
     def _evaluations(self) -> pd.DataFrame:
         frames = []
         for entry in self._ledger.entries("evaluation"):
-            labels = pd.DataFrame([{name: mask[name] for name in _LABELS} for mask in entry.info["masks"]])
+            labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
             labels.insert(0, "mask", range(len(labels)))
             for name in ("split", "num_fewshot", "task"):
                 labels.insert(1, name, entry.job[name])
@@ -303,9 +303,15 @@ def mean_importance(table: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["num_fewshot", "component", "layer", "head", "method", "score"]
     groups = table.assign(square=table["stderr"] ** 2).groupby(keys, dropna=False, as_index=False, sort=False)
-    mean: pd.DataFrame = groups.agg(importance=("importance", "mean"), square=("square", "sum"), n=("square", "size"))
+    mean: pd.DataFrame = groups.agg(importance=("importance", "mean"), square=("square", _sum_known),
+                                    n=("square", "size"))
     mean["stderr"] = np.sqrt(mean["square"]) / mean["n"]
     return mean.drop(columns=["square", "n"]).assign(task=MEAN)
+
+
+def _sum_known(values: pd.Series) -> float:
+    """NaN where one of them is: an unknown error is not none."""
+    return float(values.sum(skipna=False))
 
 
 def constants(description: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -72,7 +72,7 @@ def _interval(row: pd.Series) -> str:
 
 
 def curve_sentence(study: Study, component: str) -> str:
-    """How far the measured order is above random at half of the components, at the most shots."""
+    """What the measured order and a random one leave near half of the components, at the most shots."""
     curves = study.curves()
     task = MEAN if (curves["task"] == MEAN).any() else study.spec["tasks"][0]
     rows = curves[(curves["task"] == task) & (curves["component"] == component)]
@@ -84,12 +84,12 @@ def curve_sentence(study: Study, component: str) -> str:
     both = measured.index.intersection(random.index)
     if len(both) < 2:
         return ""
-    gap = (measured.loc[both, "accuracy"] - random.loc[both, "accuracy"]).idxmax()
+    gap = min(both, key=lambda fraction: (abs(fraction - 0.5), fraction))
     one, other = measured.loc[gap], random.loc[gap]
     apart = "" if one["low"] > other["high"] else "; the two intervals overlap"
-    return (f"With {shots(int(one['num_fewshot']))} the measured order is furthest from a random one at "
-            f"{100 * gap:.0f} % of the {_NAMES[component][1]} removed: {one['accuracy']:.2f} "
-            f"({one['low']:.2f} to {one['high']:.2f}) against {other['accuracy']:.2f} "
+    return (f"With {shots(int(one['num_fewshot']))} and {100 * gap:.0f} % of the {_NAMES[component][1]} removed, the "
+            f"measured order leaves {one['accuracy']:.2f} "
+            f"({one['low']:.2f} to {one['high']:.2f}), a random one {other['accuracy']:.2f} "
             f"({other['low']:.2f} to {other['high']:.2f}){apart}.")
 
 
@@ -138,6 +138,8 @@ def cautions(study: Study) -> Iterator[str]:
     if spec["shared_shots"] and any(spec["shots"]):
         yield ("Shots are shared: one draw per task stands before all its documents, so results hang on that draw; "
                "intervals cover the choice of documents, not of shots.")
+    if spec["random_orders"] == 1:
+        yield "The random order is one draw; its interval covers the choice of documents, not other draws."
     for task, known in study.tasks.items():
         yield from (f"{task}: {note}." for note in known["notes"])
     counts = {t: known["documents"] for t, known in study.tasks.items() if known["documents"] is not None}
