@@ -351,8 +351,8 @@ def _same_data(
     if previous is None:
         return
     if previous["model"]["fingerprint"] != model:
-        raise StudyError(f"{folder} holds a study of another model ({previous['model'].get('name')}, other weights, type "
-                         "or tokenizer); choose another --out")
+        raise StudyError(f"{folder} holds a study of another model ({previous['model'].get('name')}, other weights, "
+                         "type or tokenizer); choose another --out")
     for name, fingerprint in tasks.items():
         known = previous["tasks"].get(name)
         if known is not None and known["fingerprint"] != fingerprint:
