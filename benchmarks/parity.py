@@ -123,7 +123,7 @@ def compare(loaded: LoadedModel, task: Task, num_fewshot: int, limit: int) -> Co
         if pair[0] != pair[1]:
             different.append(prompt.doc_id)
             best = sorted(x for x, _ in other[: prompt.num_options])[-2:]
-            if len(best) < 2 or best[1] - best[0] < 2 * TOLERANCE:
+            if len(best) == 2 and best[1] - best[0] < 2 * TOLERANCE:
                 close.append(prompt.doc_id)
     means = np.mean(metrics, axis=0)
     return Comparison(task.name, num_fewshot, len(prepared.prompts), len(scores), prepared.truncated, worst,

@@ -264,3 +264,24 @@ def test_what_a_kill_leaves_does_not_lock_the_folder(tmp_path: Path) -> None:
     asked.out.mkdir(parents=True)
     (asked.out / ".study.json.1-abc.tmp").write_text("{")
     Runner(asked, loaded=tiny.loaded("llama"))
+
+
+def test_two_runs_that_begin_together_keep_each_others_tasks(tmp_path: Path) -> None:
+    data = tiny.write_task(tmp_path / "data")
+    tiny.write_task(tmp_path / "data", "copa")  # piqa's fields; its own definition is given
+    definition = tmp_path / "other.yaml"
+    definition.write_text("task: copa\noutput_type: multiple_choice\ntraining_split: train\n"
+                          "validation_split: validation\ndoc_to_text: '{{goal}}'\ndoc_to_target: label\n"
+                          "doc_to_choice: '{{[sol1, sol2]}}'\nmetric_list: [{metric: acc}]\n")
+    asked = [dataclasses.replace(spec(tmp_path), data=data, tasks=(name,)) for name in ("piqa", str(definition))]
+    first, second = (Runner(one, loaded=tiny.loaded("llama"), parts=("evaluate",)) for one in asked)
+    first.run()
+    second.run()
+    assert list(hc.open_study(tmp_path / "study").tasks) == ["piqa", "copa"]
+    third = Runner(asked[0], loaded=tiny.loaded("llama"), parts=("evaluate",))
+    other = Runner(dataclasses.replace(asked[0], out=tmp_path / "new"), loaded=tiny.loaded("llama"))
+    late = Runner(dataclasses.replace(asked[0], out=tmp_path / "new", seed=7), loaded=tiny.loaded("llama"))
+    other.run()
+    with pytest.raises(StudyError, match="--seed"):
+        late.run()
+    assert third.jobs

@@ -95,8 +95,8 @@ class Runner:
         self.command = command
         self.reporter: Reporter = reporter or Silent()
         self.ledger = Ledger(spec.out)
-        previous = _previous(self.ledger)
-        _same_options(spec, previous, self.ledger.folder)
+        # Slips in the options are told before anything is loaded.
+        _same_options(spec, _previous(self.ledger), self.ledger.folder)
         # Tasks first: they load faster than models, and most slips of the pen are in their options.
         self.reporter.stage("loading tasks")
         from headcount.measure.tasks import SPLITS, get_tasks
@@ -114,12 +114,12 @@ class Runner:
         for task in self.tasks.values():
             self.reporter.stage("planning", len(self.facts), len(self.tasks))
             self.facts.append(self._facts(task))
-        _same_data(previous, self.loaded.identity, {f.name: f.fingerprint for f in self.facts}, self.ledger.folder)
-        self.previous = previous
+        self.previous = self._begun()
         self.jobs = plan(spec, self.loaded.identity, self.loaded.anatomy.heads_per_layer, self.facts, parts)
 
     def run(self) -> Path:
         """Do all jobs that are not done; returns the study folder."""
+        self.previous = self._begun()
         self.ledger.write_json("study.json", self._description())
         todo = [planned for planned in self.jobs if not self.ledger.has(planned.job)]
         self.reporter.begin(len(todo), len(self.jobs) - len(todo), sum(p.tokens for p in todo))
@@ -127,6 +127,13 @@ class Runner:
             self.reporter.job(planned.title)
             self._do(planned)
         return self.ledger.folder
+
+    def _begun(self) -> dict[str, Any] | None:
+        """What stands in the folder by now: another process may have begun the same study, or another one."""
+        previous = _previous(self.ledger)
+        _same_options(self.spec, previous, self.ledger.folder)
+        _same_data(previous, self.loaded.identity, {f.name: f.fingerprint for f in self.facts}, self.ledger.folder)
+        return previous
 
     def _check_prompts(self) -> None:
         for done, task in enumerate(self.tasks.values()):
