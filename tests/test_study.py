@@ -278,10 +278,8 @@ def test_two_runs_that_begin_together_keep_each_others_tasks(tmp_path: Path) -> 
     first.run()
     second.run()
     assert list(hc.open_study(tmp_path / "study").tasks) == ["piqa", "copa"]
-    third = Runner(asked[0], loaded=tiny.loaded("llama"), parts=("evaluate",))
     other = Runner(dataclasses.replace(asked[0], out=tmp_path / "new"), loaded=tiny.loaded("llama"))
     late = Runner(dataclasses.replace(asked[0], out=tmp_path / "new", seed=7), loaded=tiny.loaded("llama"))
     other.run()
     with pytest.raises(StudyError, match="--seed"):
         late.run()
-    assert third.jobs
