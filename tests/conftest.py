@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 # No test reaches the network; without this, every unknown name would wait for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# What is timed in tests is kept for the tests alone.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="headcount-tests-")
 
 import pytest
 import torch

@@ -21,6 +21,7 @@ from headcount.measure.importance import (
     oracle_importance,
     order_of,
 )
+from headcount.measure.packing import Budget
 from headcount.measure.scoring import evaluate
 from headcount.measure.tasks import Task, get_tasks
 from headcount.model.load import LoadedModel, wrap
@@ -84,7 +85,7 @@ def plain_autograd(loaded: LoadedModel, context: str, continuation: str, num_hea
 @pytest.mark.parametrize("k", [0, 2])
 def test_gradient_importance_equals_plain_autograd(task: Task, family: str, k: int) -> None:
     loaded = tiny.loaded(family)
-    found = gradient_importance(loaded, task, num_fewshot=k, limit=7, batch_tokens=150)
+    found = gradient_importance(loaded, task, num_fewshot=k, limit=7, budget=Budget(None, 150, 150))
     slow = [plain_autograd(loaded, *p.pairs[p.gold], num_heads=4)
             for p in task.prompts("examples", num_fewshot=k, limit=7)]
     for component, which in (("head", 0), ("ffn", 1)):
@@ -101,9 +102,9 @@ def test_scores_do_not_hang_on_the_batch(task: Task) -> None:
     loaded = tiny.loaded("llama")
     prompts = task.prompts("examples", num_fewshot=1)
     requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length)
-    one_by_one = example_scores(loaded, requests, batch_tokens=1)
+    one_by_one = example_scores(loaded, requests, budget=Budget(None, 1, 1))
     for batch_tokens in (60, 10_000):
-        together = example_scores(loaded, requests, batch_tokens=batch_tokens)
+        together = example_scores(loaded, requests, budget=Budget(None, batch_tokens, batch_tokens))
         for found, expected in zip(together, one_by_one, strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-8)
 

@@ -14,7 +14,7 @@ from families import FAMILIES, SINGLE_ROWS, VOCAB, reader, tiny
 from headcount.measure.encoding import Request
 from headcount.measure.forward import loglikelihood
 from headcount.measure.layout import layout, probe
-from headcount.measure.packing import batches, pack
+from headcount.measure.packing import Budget, batches, pack
 from headcount.model.load import LoadedModel, wrap
 
 
@@ -58,9 +58,9 @@ def test_trees_are_used_where_they_are_right(family: str) -> None:
         assert loaded.model.config.to_dict() == config, "the probe's short windows are gone"
         docs = documents(np.random.default_rng(0))
         number = sum(map(len, docs))
-        expected, _ = loglikelihood(loaded, batches(pack(docs, row_tokens=1, trees=False), 1), number)
-        rows = pack(docs, row_tokens=200, trees=found.trees, tree_tokens=found.tree_tokens)
-        scores, _ = loglikelihood(loaded, batches(rows, 400), number, tree_mask=found.tree_mask)
+        expected, _ = loglikelihood(loaded, batches(pack(docs, Budget(), trees=False), Budget(None, 1)), number)
+        rows = pack(docs, Budget(200), trees=found.trees, tree_tokens=found.tree_tokens)
+        scores, _ = loglikelihood(loaded, batches(rows, Budget(None, 400)), number, tree_mask=found.tree_mask)
         np.testing.assert_allclose(scores, expected, atol=2e-4, err_msg=kernel)
 
 
@@ -79,8 +79,8 @@ def test_a_tree_without_the_window_would_be_wrong(family: str) -> None:
     loaded = with_kernel(family, kernels(family)[-1])
     docs = documents(np.random.default_rng(0))
     number = sum(map(len, docs))
-    expected, _ = loglikelihood(loaded, batches(pack(docs, row_tokens=1, trees=False), 1), number)
-    wrong, _ = loglikelihood(loaded, batches(pack(docs, row_tokens=200), 400), number, tree_mask="plain")
+    expected, _ = loglikelihood(loaded, batches(pack(docs, Budget(), trees=False), Budget(None, 1)), number)
+    wrong, _ = loglikelihood(loaded, batches(pack(docs, Budget(200)), Budget(None, 400)), number, tree_mask="plain")
     assert np.abs(wrong - expected).max() > 1e-2
 
 

@@ -15,6 +15,7 @@ from headcount.measure.encoding import encode
 from headcount.measure.forward import loglikelihood
 from headcount.measure.importance import gradient_importance
 from headcount.measure.layout import layout, probe
+from headcount.measure.packing import Budget
 from headcount.measure.scoring import evaluate, prepare
 from headcount.measure.tasks import Task, get_tasks
 from headcount.model.load import LoadedModel
@@ -43,7 +44,7 @@ def task(tmp_path: Path) -> Task:
 def test_packed_equals_one_request_at_a_time(task: Task, family: str, k: int, row_tokens: int) -> None:
     loaded = tiny.loaded(family)
     assert layout(loaded).trees, layout(loaded).reason
-    prepared = prepare(loaded, task, num_fewshot=k, shared_shots=k > 0, row_tokens=row_tokens)
+    prepared = prepare(loaded, task, num_fewshot=k, shared_shots=k > 0, budget=Budget(row_tokens))
     found, greedy = loglikelihood(loaded, prepared.batches, sum(prepared.counts), tree_mask=prepared.layout.tree_mask)
     slow = [slow_loglikelihood(loaded, *pair) for p in prepared.prompts for pair in p.pairs]
     np.testing.assert_allclose(found, [x for x, _ in slow], atol=TOLERANCE)
@@ -87,9 +88,9 @@ def test_evaluations_say_what_the_loglikelihoods_say(task: Task) -> None:
 
 def test_results_do_not_hang_on_rows_and_batches(task: Task) -> None:
     loaded = tiny.loaded("gpt2")
-    expected = evaluate(loaded, task, num_fewshot=2, trees=False, batch_tokens=1)
+    expected = evaluate(loaded, task, num_fewshot=2, trees=False, budget=Budget(None, 1, 1))
     for row_tokens, batch_tokens, trees in ((1, 1, True), (200, 64, True), (1000, 4000, True), (1, 4000, False)):
-        found = evaluate(loaded, task, num_fewshot=2, trees=trees, row_tokens=row_tokens, batch_tokens=batch_tokens)
+        found = evaluate(loaded, task, num_fewshot=2, trees=trees, budget=Budget(row_tokens, batch_tokens))
         np.testing.assert_allclose(found.gold_loglikelihood, expected.gold_loglikelihood, atol=TOLERANCE)
         assert (found.correct == expected.correct).all()
 

@@ -15,6 +15,7 @@ import tiny
 from headcount.errors import ModelError
 from headcount.measure.encoding import encode
 from headcount.measure.importance import gradient_importance
+from headcount.measure.packing import Budget
 from headcount.measure.scoring import evaluate
 from headcount.measure.tasks import get_tasks
 from headcount.model.load import LoadedModel, wrap
@@ -127,6 +128,6 @@ def test_results_do_not_hang_on_the_padding(tmp_path: Path) -> None:
     loaded = model(TOKENIZERS["bos there, not added"]())
     assert loaded.tokenizer.pad_token is None
     task = get_tasks(["piqa"], data=tiny.write_task(tmp_path))["piqa"]
-    alone = evaluate(loaded, task, batch_tokens=1, trees=False)
-    together = evaluate(loaded, task, batch_tokens=100_000, trees=False)
+    alone = evaluate(loaded, task, budget=Budget(None, 1, 1), trees=False)
+    together = evaluate(loaded, task, budget=Budget(None, 100_000, 100_000), trees=False)
     np.testing.assert_allclose(together.gold_loglikelihood, alone.gold_loglikelihood, atol=2e-4)

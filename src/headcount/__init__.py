@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Budget": "measure.packing",
     "Evaluations": "results",
     "HeadcountError": "errors",
     "Importance": "results",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from headcount.masks import removal_order as removal_order
     from headcount.measure.importance import ffn_importance as ffn_importance
     from headcount.measure.importance import head_importance as head_importance
+    from headcount.measure.packing import Budget as Budget
     from headcount.measure.scoring import evaluate as evaluate
     from headcount.measure.tasks import get_tasks as get_tasks
     from headcount.model.load import load as load

@@ -96,11 +96,11 @@ class StudySpec(ModelSpec):
     masks_per_job: int = 10
     """Masks measured, and saved, together: fewer means that less is lost when the study is stopped."""
 
-    row_tokens: int = 256
-    """A row takes further documents up to this many tokens."""
+    row_tokens: int | None = None
+    """A row takes further documents up to this many tokens; by default as long as rows are cheapest on this device."""
 
-    batch_tokens: int = 2048
-    """A batch takes further rows up to this many tokens."""
+    batch_tokens: int | None = None
+    """A batch takes further rows up to this many tokens; by default what is fast and fits in memory."""
 
     def __post_init__(self) -> None:
         _check(bool(self.tasks), "--tasks names no task")

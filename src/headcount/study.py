@@ -25,6 +25,7 @@ from headcount.specs import StudySpec
 from headcount.tables import evaluation_table, evaluations_from, importance_table, stored_order
 
 if TYPE_CHECKING:
+    from headcount.measure.packing import Budget
     from headcount.measure.scoring import Prepared
     from headcount.measure.tasks import Split, Task
     from headcount.model.load import LoadedModel
@@ -109,6 +110,8 @@ class Runner:
         if self.loaded.apply_chat_template != spec.apply_chat_template:
             raise OptionError("the model that was passed and the options differ in apply_chat_template; give the same")
         _verified(self.loaded)
+        self.reporter.stage("timing rows and batches")
+        self.budget = _budget(self.loaded, spec, _previous(self.ledger))
         self._prepared: dict[tuple[str, int, str], Prepared] = {}
         self.facts: list[TaskFacts] = []
         for task in self.tasks.values():
@@ -184,6 +187,7 @@ class Runner:
             "tasks": {**before, **{name: _merged(before.get(name, {}), known) for name, known in tasks.items()}},
             "layout": _layout_reason(self.loaded),
             "masks": _masks_reason(self.loaded),
+            "budget": {"device": _device(self.loaded), **dataclasses.asdict(self.budget)},
             "command": self.command,
             "created": old.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions(),
@@ -227,7 +231,7 @@ class Runner:
 
         found = gradient_importance(
             self.loaded, task, num_fewshot=job["num_fewshot"], limit=job["documents"], seed=self.spec.seed,
-            shared_shots=self.spec.shared_shots, batch_tokens=self.spec.batch_tokens,
+            shared_shots=self.spec.shared_shots, budget=self.budget,
             progress=lambda n: self.reporter.advance(float(GRADIENT_PASSES * n)),
         )
         table = pd.concat([importance_table(found["head"]), importance_table(found["ffn"])], ignore_index=True)
@@ -270,7 +274,7 @@ class Runner:
             return self._prepared[key]
         prepared = prepare(self.loaded, task, num_fewshot=num_fewshot, limit=documents, split=split,
                            seed=self.spec.seed, shared_shots=self.spec.shared_shots,
-                           row_tokens=self.spec.row_tokens, batch_tokens=self.spec.batch_tokens)
+                           budget=self.budget)
         if keep:
             # Jobs of one task and number of shots follow one another: what went before is not needed again.
             self._prepared = {k: v for k, v in self._prepared.items() if k[:2] == key[:2]} | {key: prepared}
@@ -314,6 +318,26 @@ def _verified(loaded: LoadedModel) -> None:
         if not result.holds:
             raise ModelError(f"{loaded.name} cannot be measured: it fails the check '{result.name}' ({result.detail}); "
                              "headcount anatomy MODEL --verify shows more")
+
+
+def _budget(loaded: LoadedModel, spec: StudySpec, previous: Mapping[str, Any] | None) -> Budget:
+    """As before in this folder, so that equal jobs are laid out alike; what the options say goes first."""
+    from headcount.measure.budget import budget_of
+    from headcount.measure.packing import Budget, Cost
+
+    kept = (previous or {}).get("budget")
+    if kept is None or kept["device"] != _device(loaded):
+        return budget_of(loaded, spec.row_tokens, spec.batch_tokens)
+    found = Budget(spec.row_tokens, kept["batch_tokens"], kept["gradient_tokens"], Cost(**kept["cost"]))
+    if spec.batch_tokens is None:
+        return found
+    return dataclasses.replace(found, batch_tokens=spec.batch_tokens, gradient_tokens=spec.batch_tokens)
+
+
+def _device(loaded: LoadedModel) -> str:
+    from headcount.measure.budget import device_key
+
+    return device_key(loaded)
 
 
 def _layout_reason(loaded: LoadedModel) -> str:

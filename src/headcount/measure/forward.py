@@ -12,23 +12,29 @@ see j where `depth_i - depth_j < w`, a chunk of c where `depth_i // c == depth_j
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headcount.errors import ModelError
 from headcount.masks import Mask
-from headcount.measure.packing import Batch
+from headcount.measure.packing import Batch, halves
 from headcount.model.contracts import ContractResult, verify_sweep
 from headcount.model.gates import ablated
 from headcount.model.load import LoadedModel
 from headcount.model.sweep import Sweep
 
+T = TypeVar("T")
 Progress = Callable[[int], None]
+# Log-probability of every target of a batch, and 1 where it is the most probable token.
+Targets: TypeAlias = tuple[Float[Tensor, " target"], Int[Tensor, " target"]]
 # How a model takes the mask of a tree: one for all layers, without or with the window, or one per type of layer.
 TreeMask = Literal["plain", "windowed", "by type"]
 
@@ -57,16 +63,13 @@ def loglikelihood(
     tree_mask: TreeMask = "plain",
 ) -> tuple[Float[np.ndarray, " request"], Int[np.ndarray, " request"]]:
     """Log-likelihood (nats) of every request, and 1 where greedy decoding would give its continuation."""
-    total = torch.zeros(num_requests, dtype=torch.float64)
-    greedy = torch.ones(num_requests, dtype=torch.int64)
-    for batch in packed:
-        logprobs, best = target_logprobs(loaded, batch, tree_mask)
-        owners = torch.from_numpy(batch.requests)
-        total.index_add_(0, owners, logprobs.double().cpu())
-        greedy.scatter_reduce_(0, owners, best.long().cpu(), "amin")
+    sums = _Sums(1, num_requests)
+    for batch, targets in in_memory(packed, lambda batch: target_logprobs(loaded, batch, tree_mask)):
+        sums.add([0], batch, targets)
         if progress is not None:
             progress(batch.tokens)
-    return total.numpy(), greedy.numpy()
+    found, greedy = sums.found()
+    return found[0], greedy[0]
 
 
 @torch.no_grad()
@@ -83,24 +86,75 @@ def masked_loglikelihoods(
         layer_tokens = loaded.anatomy.num_layers * len(masks) * sum(b.tokens for b in packed)
         return Likelihoods(np.stack([x for x, _ in found]), np.stack([g for _, g in found]), layer_tokens)
     sweep = Sweep(loaded.model, loaded.anatomy)
-    totals = torch.zeros(len(masks), num_requests, dtype=torch.float64)
-    greedy = torch.ones(len(masks), num_requests, dtype=torch.int64)
-    for batch in packed:
+    sums = _Sums(len(masks), num_requests)
+
+    def swept(batch: Batch) -> list[tuple[list[int], Targets]]:
+        before, found = sweep.layer_tokens, []
+        tell = progress or (lambda tokens: None)
         rows, positions, which = _places(batch, loaded.device)
-        owners = torch.from_numpy(batch.requests)
-        for members, logits in sweep.logits(model_inputs(loaded, batch, tree_mask), masks, rows, positions):
-            logprobs, best = _of_targets(logits, batch, which)
-            for i in members:
-                totals[i].index_add_(0, owners, logprobs.double().cpu())
-                greedy[i].scatter_reduce_(0, owners, best.cpu(), "amin")
-            if progress is not None:
-                progress(batch.tokens * len(members))
-    return Likelihoods(totals.numpy(), greedy.numpy(), sweep.layer_tokens)
+        try:
+            for members, logits in sweep.logits(model_inputs(loaded, batch, tree_mask), masks, rows, positions):
+                found.append((members, _of_targets(logits, batch, which)))
+                tell(batch.tokens * len(members))
+        except RuntimeError:  # it will be done again, in halves
+            sweep.layer_tokens = before
+            tell(-batch.tokens * sum(len(members) for members, _ in found))
+            raise
+        return found
+
+    for batch, parts in in_memory(packed, swept):
+        for members, targets in parts:
+            sums.add(members, batch, targets)
+    return Likelihoods(*sums.found(), sweep.layer_tokens)
 
 
-def target_logprobs(
-    loaded: LoadedModel, batch: Batch, tree_mask: TreeMask = "plain"
-) -> tuple[Float[Tensor, " target"], Int[Tensor, " target"]]:
+def in_memory(packed: Sequence[Batch], work: Callable[[Batch], T]) -> Iterator[tuple[Batch, T]]:
+    """Every batch with what work makes of it; batches that memory is too small for are halved, and later ones too.
+
+    Raises:
+        ModelError: If a single row is too large.
+    """
+    waiting, limit = list(packed)[::-1], math.inf
+    while waiting:
+        batch = waiting.pop()
+        if batch.tokens > limit and len(batch.lengths) > 1:
+            waiting += halves(batch)[::-1]
+            continue
+        try:
+            done = work(batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if len(batch.lengths) == 1:
+                raise ModelError(f"memory is too small for one row of {batch.tokens} tokens; give --row-tokens less "
+                                 f"than that, take fewer shots, or another device ({error})") from error
+            limit = batch.tokens // 2
+            waiting.append(batch)
+            continue
+        yield batch, done
+
+
+class _Sums:
+    """Log-likelihoods of requests under masks, added up from targets'; kept where they are computed until the end."""
+
+    def __init__(self, num_masks: int, num_requests: int) -> None:
+        self.shape = (num_masks, num_requests)
+        self.parts: list[tuple[list[int], Batch, Targets]] = []
+
+    def add(self, masks: list[int], batch: Batch, targets: Targets) -> None:
+        self.parts.append((masks, batch, targets))
+
+    def found(self) -> tuple[Float[np.ndarray, "mask request"], Int[np.ndarray, "mask request"]]:
+        total, greedy = np.zeros(self.shape), np.ones(self.shape, np.int64)
+        for masks, batch, (logprobs, best) in self.parts:
+            values, hits = logprobs.double().cpu().numpy(), best.cpu().numpy()
+            for i in masks:
+                np.add.at(total[i], batch.requests, values)
+                np.minimum.at(greedy[i], batch.requests, hits)
+        return total, greedy
+
+
+def target_logprobs(loaded: LoadedModel, batch: Batch, tree_mask: TreeMask = "plain") -> Targets:
     """Log-probability of every target of a batch, and 1 where it is the most probable token."""
     rows, positions, which = _places(batch, loaded.device)
     with scored_only(loaded, rows, positions):

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Component, Mask, all_heads, removal_order
+from headcount.measure.budget import budget_of
 from headcount.measure.encoding import Request, encode
-from headcount.measure.forward import Progress, model_inputs, scored_only
-from headcount.measure.packing import Batch, batches, pack
-from headcount.measure.scoring import BATCH_TOKENS, ROW_TOKENS, evaluate
+from headcount.measure.forward import Progress, in_memory, model_inputs, scored_only
+from headcount.measure.packing import Batch, Budget, batches, pack
+from headcount.measure.scoring import evaluate
 from headcount.measure.tasks import LM_EVAL_SEED, Split, Task
 from headcount.model.gates import captured, frozen
 from headcount.model.load import LoadedModel
@@ -75,7 +76,7 @@ def gradient_importance(
     limit: int | None = 2500,
     seed: int = LM_EVAL_SEED,
     shared_shots: bool = False,
-    batch_tokens: int = BATCH_TOKENS,
+    budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> dict[Component, Importance]:
     """Gradient importance of all heads and all FFNs of a model, from one backward pass per batch.
@@ -87,7 +88,7 @@ def gradient_importance(
         limit: The first so many training documents (the paper's 2,500); None takes all.
         seed: Of the sampler of shots.
         shared_shots: Whether one draw of shots serves all examples; those documents are left out.
-        batch_tokens: A batch takes further examples up to this many tokens.
+        budget: How large batches may be; None asks `budget_of`, which looks at the device's memory.
         progress: Called with the number of tokens after each batch.
 
     Returns:
@@ -97,7 +98,7 @@ def gradient_importance(
                            chat=loaded.chat)
     paper = task.protocol == "paper"
     requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length, apart=paper)
-    heads, ffns = example_scores(loaded, requests, batch_tokens=batch_tokens, progress=progress)
+    heads, ffns = example_scores(loaded, requests, budget=budget, progress=progress)
     if paper:
         heads[0] *= paper_weights(requests, loaded.anatomy.heads_per_layer)
 
@@ -126,18 +127,19 @@ def paper_weights(requests: Sequence[Request], heads_per_layer: Sequence[int]) -
 
 
 def example_scores(
-    loaded: LoadedModel, requests: Sequence[Request], *, batch_tokens: int = BATCH_TOKENS,
+    loaded: LoadedModel, requests: Sequence[Request], *, budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> tuple[Float[np.ndarray, "score example head"], Float[np.ndarray, "score example ffn"]]:
     """The two scores, "position" and "example", of every example; heads run by layer, then index."""
     n = len(requests)
     heads = np.zeros((2, n, loaded.anatomy.num_heads))
     ffns = np.zeros((2, n, loaded.anatomy.num_layers))
-    rows = pack([[r] for r in requests], row_tokens=1, trees=False)
+    budget = budget or budget_of(loaded)
+    packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
     with frozen(loaded.model):
-        for batch in batches(rows, batch_tokens):
+        for batch, scores in in_memory(packed, lambda batch: _batch_scores(loaded, batch)):
             examples = batch.requests[np.unique(batch.rows, return_index=True)[1]]
-            heads[:, examples], ffns[:, examples] = _batch_scores(loaded, batch)
+            heads[:, examples], ffns[:, examples] = scores
             if not np.isfinite(heads[:, examples]).all() or not np.isfinite(ffns[:, examples]).all():
                 raise ModelError(f"gradients overflow in {str(loaded.model.dtype).removeprefix('torch.')}; use --dtype "
                                  "bfloat16 or float32")
@@ -187,8 +189,7 @@ def oracle_importance(
     seed: int = LM_EVAL_SEED,
     shared_shots: bool = False,
     trees: bool | None = None,
-    row_tokens: int = ROW_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
+    budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> Importance:
     """What the task's metric loses, on training documents, when one head or FFN is off.
@@ -206,8 +207,7 @@ def oracle_importance(
         seed: Of the sampler of shots.
         shared_shots: Whether one draw of shots serves all documents.
         trees: Whether prompts share their prefixes in token trees.
-        row_tokens: A row takes further documents up to this many tokens.
-        batch_tokens: A batch takes further rows up to this many tokens.
+        budget: How long rows and how large batches may be.
         progress: Called with the number of tokens after each batch.
     """
     full = Mask.full(loaded.anatomy.heads_per_layer)
@@ -216,8 +216,7 @@ def oracle_importance(
                else [full.without_ffns([layer]) for layer in range(loaded.anatomy.num_layers)])
     split: Split = "evaluation" if task.protocol == "paper" else "examples"
     measured = evaluate(loaded, task, [full, *singles], num_fewshot=num_fewshot, limit=limit, split=split, seed=seed,
-                        shared_shots=shared_shots, trees=trees, row_tokens=row_tokens, batch_tokens=batch_tokens,
-                        progress=progress)
+                        shared_shots=shared_shots, trees=trees, budget=budget, progress=progress)
     return oracle_from(measured, component)
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from headcount.measure.encoding import Request
 from headcount.measure.forward import TreeMask, loglikelihood
-from headcount.measure.packing import batches, pack
+from headcount.measure.packing import Budget, batches, pack
 from headcount.model.load import LoadedModel
 
 # Trees and single rows must agree in log-likelihood, in nats: relative to what the type can hold.
@@ -82,9 +82,10 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     differences: dict[TreeMask, float] = {}
     refusal = ""
     with _short_windows(loaded):
-        rows = batches(pack(documents, row_tokens=1, trees=False), 10_000)
+        budget = Budget(row_tokens=10_000, batch_tokens=10_000)
+        rows = batches(pack(documents, budget, trees=False), budget)
         expected, _ = loglikelihood(loaded, rows, 6)
-        tree = batches(pack(documents, row_tokens=10_000), 10_000)
+        tree = batches(pack(documents, budget), budget)
         for kind in kinds:
             try:
                 found, _ = loglikelihood(loaded, tree, 6, tree_mask=kind)

@@ -8,17 +8,64 @@ attention in speculative decoding, e.g. SpecInfer, arXiv 2305.09781.)
 
 Sorting the requests lexicographically visits the trie depth-first: what a request adds to the row is what follows
 its longest common prefix with the one before it.
+
+How long rows should be is a matter of cost: a long row computes what its documents share once, but attention looks at
+all of it. A device's own numbers (`Cost`, measured by `headcount.measure.budget`) decide, for each task anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
+from headcount.errors import OptionError
 from headcount.measure.encoding import Request
+
+# Lengths of rows that are tried: from one step to the next about 1.4 times as long.
+_SHORTEST, _STEP = 64, 2**0.5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a batch costs on a device, counted in tokens of a short row.
+
+    Attributes:
+        batch: What a batch costs beside its tokens.
+        doubled: The length of rows at which a token costs twice as much as in a short one.
+    """
+
+    batch: float | int = 32
+    doubled: float | int = 2500
+
+    def of(self, rows: int, width: int) -> float:
+        """The cost of a batch of so many rows of that length."""
+        return self.batch + rows * width * (1 + width / self.doubled)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a model is given at once.
+
+    Attributes:
+        row_tokens: A row takes further documents up to this many tokens; None: as long as it costs least.
+        batch_tokens: A batch takes further rows up to this many tokens, padding included.
+        gradient_tokens: The same where gradients are wanted, which keep all activations.
+        cost: What decides where row_tokens is None, and which rows make a batch.
+    """
+
+    row_tokens: int | None = None
+    batch_tokens: int = 2048
+    gradient_tokens: int = 2048
+    cost: Cost = Cost()
+
+    def __post_init__(self) -> None:
+        for name in ("row_tokens", "batch_tokens", "gradient_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is at least 1, not {value}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +127,13 @@ class Batch:
 
 
 def pack(
-    documents: Sequence[Sequence[Request]], *, row_tokens: int, trees: bool = True, tree_tokens: int | None = None
+    documents: Sequence[Sequence[Request]], budget: Budget, *, trees: bool = True, tree_tokens: int | None = None
 ) -> list[Row]:
     """Lay the requests of documents out in rows.
 
     Args:
         documents: The requests of each document; requests are numbered through, in this order.
-        row_tokens: A row takes further documents up to this many nodes; it always takes one.
+        budget: How long rows may be; a row always takes one document.
         trees: Whether prefixes are shared; otherwise every request is a row of its own.
         tree_tokens: Rows of trees have at most so many nodes (attention windows that count columns); a document of more
             is laid out request by request.
@@ -103,8 +150,8 @@ def pack(
             continue
         grown.append(_Document(numbered, own, own - _common(before, requests[0].ids)))
         before = requests[0].ids
-    width = row_tokens if tree_tokens is None else min(row_tokens, tree_tokens)
-    return rows + [_row([r for d in group for r in d.requests], is_tree=True) for group in _level(grown, width)]
+    return rows + [_row([r for d in group for r in d.requests], is_tree=True)
+                   for group in _grouped(grown, budget, tree_tokens)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +161,29 @@ class _Document:
     requests: Sequence[tuple[int, Request]]
     own: int
     added: int
+
+
+def _grouped(
+    documents: Sequence[_Document], budget: Budget, tree_tokens: int | None
+) -> list[list[_Document]]:
+    """Documents that make up a row: up to the length asked for, or the one of all lengths tried that costs least."""
+    longest = budget.batch_tokens if tree_tokens is None else min(tree_tokens, budget.batch_tokens)
+    if budget.row_tokens is not None:
+        return _level(documents, min(budget.row_tokens, tree_tokens or budget.row_tokens))
+    if not documents:
+        return []
+    steps = int(np.log(max(1, longest / _SHORTEST)) / np.log(_STEP))
+    tried = [_level(documents, min(longest, round(_SHORTEST * _STEP**i))) for i in range(steps + 2)]
+    return min(tried, key=lambda groups: _cost_of(groups, budget))
+
+
+def _cost_of(groups: Sequence[Sequence[_Document]], budget: Budget) -> float:
+    lengths = sorted((_nodes(group) for group in groups), reverse=True)
+    return sum(budget.cost.of(stop - start, lengths[start]) for start, stop in _filled(lengths, budget.batch_tokens))
+
+
+def _nodes(group: Sequence[_Document]) -> int:
+    return group[0].own + sum(d.added for d in group[1:])
 
 
 def _level(documents: Sequence[_Document], row_tokens: int) -> list[list[_Document]]:
@@ -143,21 +213,64 @@ def _fill(documents: Sequence[_Document], row_tokens: int) -> list[list[_Documen
     return groups
 
 
-def batches(rows: Iterable[Row], batch_tokens: int) -> list[Batch]:
-    """Group rows of like length, so that rows x longest row stays under a number of tokens.
+def batches(rows: Sequence[Row], budget: Budget, *, gradients: bool = False) -> list[Batch]:
+    """Group rows of like length, so that rows x longest row stays under a number of tokens, and the cost is least.
 
     Args:
         rows: The rows; the longest come first in the result.
-        batch_tokens: Upper bound of padded tokens in a batch; a single row may exceed it.
+        budget: How many padded tokens a batch may have; a single row may exceed it.
+        gradients: Whether gradients will be wanted.
     """
-    grouped: list[list[Row]] = []
-    for row in sorted(rows, key=lambda r: (r.is_tree, -len(r))):
-        last = grouped[-1] if grouped else None
-        if last and last[0].is_tree == row.is_tree and (len(last) + 1) * len(last[0]) <= batch_tokens:
-            last.append(row)
-        else:
-            grouped.append([row])
-    return [_batch(group) for group in grouped]
+    limit = budget.gradient_tokens if gradients else budget.batch_tokens
+    made: list[Batch] = []
+    for is_tree in (False, True):
+        alike = sorted((r for r in rows if r.is_tree == is_tree), key=len, reverse=True)
+        spans = _cheapest(np.array([len(r) for r in alike], np.int64), limit, budget.cost)
+        made += [_batch(alike[start:stop]) for start, stop in spans]
+    return made
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """A batch of two rows or more as two batches, for memory that is too small for it."""
+    middle = len(batch.lengths) // 2
+    return _part(batch, 0, middle), _part(batch, middle, len(batch.lengths))
+
+
+def _part(batch: Batch, start: int, stop: int) -> Batch:
+    width = int(batch.lengths[start:stop].max())
+    own = (batch.rows >= start) & (batch.rows < stop)
+    return Batch(
+        ids=batch.ids[start:stop, :width], depths=batch.depths[start:stop, :width],
+        ends=batch.ends[start:stop, :width], lengths=batch.lengths[start:stop], requests=batch.requests[own],
+        rows=batch.rows[own] - start, positions=batch.positions[own], targets=batch.targets[own],
+        is_tree=batch.is_tree)
+
+
+def _filled(lengths: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Spans of rows, the longest first, each as many as the limit allows."""
+    spans, start = [], 0
+    while start < len(lengths):
+        stop = min(len(lengths), start + max(1, limit // lengths[start]))
+        spans.append((start, stop))
+        start = stop
+    return spans
+
+
+def _cheapest(lengths: Int[np.ndarray, " row"], limit: int, cost: Cost) -> list[tuple[int, int]]:
+    """Spans of rows, the longest first, that cost least in sum: best[i] is the least cost of the first i rows."""
+    best = np.zeros(len(lengths) + 1)
+    start = np.zeros(len(lengths) + 1, np.int64)
+    for stop in range(1, len(lengths) + 1):
+        first = np.arange(max(0, stop - max(1, limit // lengths[stop - 1])), stop)
+        first = first[((stop - first) * lengths[first] <= limit) | (first == stop - 1)]
+        total = best[first] + cost.batch + (stop - first) * lengths[first] * (1 + lengths[first] / cost.doubled)
+        chosen = int(total.argmin())
+        best[stop], start[stop] = total[chosen], first[chosen]
+    spans, stop = [], len(lengths)
+    while stop:
+        spans.append((int(start[stop]), stop))
+        stop = int(start[stop])
+    return spans[::-1]
 
 
 def _batch(rows: list[Row]) -> Batch:

@@ -16,17 +16,14 @@ from jaxtyping import Float, Int
 
 from headcount.errors import ModelError, OptionError, TaskError
 from headcount.masks import Mask
+from headcount.measure.budget import budget_of
 from headcount.measure.encoding import encode
 from headcount.measure.forward import Progress, masked_loglikelihoods
 from headcount.measure.layout import Layout, layout
-from headcount.measure.packing import Batch, batches, pack
+from headcount.measure.packing import Batch, Budget, batches, pack
 from headcount.measure.tasks import LM_EVAL_SEED, Prompt, Split, Task
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations
-
-# Rows of several documents up to this length, and batches up to this many tokens, were fastest on two CPU cores.
-ROW_TOKENS = 256
-BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +65,7 @@ def evaluate(
     seed: int = LM_EVAL_SEED,
     shared_shots: bool = False,
     trees: bool | None = None,
-    row_tokens: int = ROW_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
+    budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> Evaluations:
     """Measure a task under each mask.
@@ -84,15 +80,14 @@ def evaluate(
         seed: Of the sampler of shots.
         shared_shots: Whether one draw of shots serves all documents.
         trees: Whether prompts share their prefixes in token trees; None asks `layout`.
-        row_tokens: A row takes further documents up to this many tokens.
-        batch_tokens: A batch takes further rows up to this many tokens.
+        budget: How long rows and how large batches may be; None asks `budget_of`, which measures the device.
         progress: Called with the number of tokens after each batch.
 
     Returns:
         Metric, gold log-likelihood, margin and prediction per mask and document.
     """
     prepared = prepare(loaded, task, num_fewshot=num_fewshot, limit=limit, split=split, seed=seed,
-                       shared_shots=shared_shots, trees=trees, row_tokens=row_tokens, batch_tokens=batch_tokens)
+                       shared_shots=shared_shots, trees=trees, budget=budget)
     return score(loaded, prepared, masks or [Mask.full(loaded.anatomy.heads_per_layer)], progress=progress)
 
 
@@ -106,12 +101,9 @@ def prepare(
     seed: int = LM_EVAL_SEED,
     shared_shots: bool = False,
     trees: bool | None = None,
-    row_tokens: int = ROW_TOKENS,
-    batch_tokens: int = BATCH_TOKENS,
+    budget: Budget | None = None,
 ) -> Prepared:
     """Build, encode and pack a task's prompts; the options are those of `evaluate`."""
-    if min(row_tokens, batch_tokens) < 1:
-        raise OptionError(f"rows and batches hold at least one token, not {min(row_tokens, batch_tokens)}")
     prompts = task.prompts(split, num_fewshot=num_fewshot, limit=limit, seed=seed, shared_shots=shared_shots,
                            chat=loaded.chat)
     try:
@@ -125,9 +117,10 @@ def prepare(
     if trees and not found.trees:
         raise OptionError(f"this model's prompts cannot be laid out as trees: {found.reason}")
     chosen = found if trees is None else dataclasses.replace(found, trees=trees, reason="asked for")
-    rows = pack(by_document, row_tokens=row_tokens, trees=chosen.trees, tree_tokens=chosen.tree_tokens)
+    budget = budget or budget_of(loaded)
+    rows = pack(by_document, budget, trees=chosen.trees, tree_tokens=chosen.tree_tokens)
     return Prepared(task, num_fewshot, tuple(prompts), tuple(counts), chosen,
-                    tuple(batches(rows, batch_tokens)), sum(r.truncated for r in requests))
+                    tuple(batches(rows, budget)), sum(r.truncated for r in requests))
 
 
 def score(

@@ -184,7 +184,7 @@ class Sweep:
     def _attention(self, branch: _Branch, parted: Mapping[Way, Any], call: _Call) -> _Attention:
         """The attention that ways share; of no heads nothing is computed, unless later layers may read it."""
         part, seen = self.anatomy.layers[branch.layer], self._attentions[branch.layer]
-        attention = _Attention(part)
+        attention = _Attention(part, plain=seen is not None)
         if not any_head(parted) and seen is not None and not any(map(_is_mutable, (*call[0], *call[1].values()))):
             shape = (*branch.hidden.shape[:-1], part.num_heads * part.d_head)
             attention.z = branch.hidden.new_zeros(shape)
@@ -209,8 +209,9 @@ class _Caught(Exception):  # noqa: N818
 class _Attention:
     """One layer's attention: computed by the first branch, the others begin at its output projection."""
 
-    def __init__(self, part: LayerAnatomy) -> None:
+    def __init__(self, part: LayerAnatomy, *, plain: bool) -> None:
         self.part = part
+        self.plain = plain  # puts out its projection and nothing else
         self.z: Tensor | None = None
         self.projected: Tensor | None = None
         self.output: Any = None
@@ -250,7 +251,7 @@ class _Attention:
         def forward(*args: Any, **kwargs: Any) -> Any:
             projected = self.part.out_proj(self.z)  # through this branch's gate
             first = _first(self.output)
-            if self.projected is None or torch.equal(first, self.projected.reshape(first.shape)):
+            if self.plain:
                 own = projected.reshape(first.shape)
             else:  # attention that adds to its projection (BLOOM: the residual)
                 own = first + (projected - self.projected).reshape(first.shape)

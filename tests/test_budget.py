@@ -1,0 +1,164 @@
+"""What a model is given at once: batches that memory is too small for, timings that are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from headcount.errors import ModelError, OptionError
+from headcount.ledger import Ledger
+from headcount.masks import Mask
+from headcount.measure import budget as rooms
+from headcount.measure.forward import in_memory
+from headcount.measure.importance import gradient_importance
+from headcount.measure.packing import Batch, Budget, Cost
+from headcount.measure.scoring import evaluate, prepare
+from headcount.measure.tasks import Task, get_tasks
+from headcount.model.load import LoadedModel
+from headcount.specs import StudySpec
+from headcount.study import Runner
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return get_tasks(["piqa"], data=tiny.write_task(tmp_path / "data"))["piqa"]
+
+
+@contextlib.contextmanager
+def memory_of(loaded: LoadedModel, tokens: int) -> Iterator[list[int]]:
+    """A device whose memory ends in the second block when a batch has more tokens than that."""
+    failed = []
+
+    def full(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: object) -> None:
+        size = (args[0] if args else output[0]).shape[:-1].numel()
+        if size > tokens:
+            failed.append(size)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    # The down-projection is a module of its own in every way of running a block.
+    handle = loaded.anatomy.layers[1].ffn_output.register_forward_hook(full)
+    try:
+        yield failed
+    finally:
+        handle.remove()
+
+
+def masks(loaded: LoadedModel) -> list[Mask]:
+    full = Mask.full(loaded.anatomy.heads_per_layer)
+    return [full, full.without_heads([(1, 0)]), full.without_ffns([0])]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_batches_too_large_for_memory_are_halved(task: Task, many: bool) -> None:
+    loaded = tiny.loaded("llama")
+    budget = Budget(1, 3000)
+    asked = masks(loaded) if many else None
+    expected = evaluate(loaded, task, asked, num_fewshot=1, budget=budget)
+    told: list[int] = []
+    with memory_of(loaded, 200) as failed:
+        found = evaluate(loaded, task, asked, num_fewshot=1, budget=budget, progress=told.append)
+    assert failed, "memory was too small at least once"
+    np.testing.assert_allclose(found.gold_loglikelihood, expected.gold_loglikelihood, atol=1e-4)
+    assert (found.correct == expected.correct).all()
+    assert found.layer_tokens <= expected.layer_tokens, "what is done again is counted once; halves have less padding"
+    assert 0 < sum(told) <= found.tokens
+
+
+def test_later_batches_are_halved_before_they_fail(task: Task) -> None:
+    packed = prepare(tiny.loaded("llama"), task, num_fewshot=1, budget=Budget(1, 400)).batches * 5
+    failed: list[int] = []
+
+    def work(batch: Batch) -> int:
+        if batch.tokens > 150:
+            failed.append(batch.tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return batch.tokens
+
+    done = list(in_memory(packed, work))
+    assert [tokens for _, tokens in done] == [batch.tokens for batch, _ in done]
+    assert sorted(np.concatenate([b.requests for b, _ in done])) == sorted(np.concatenate([b.requests for b in packed]))
+    assert len(failed) == 2, "376 and 188 tokens fail once; the batches after them come in time"
+
+
+def test_gradients_are_halved_too(task: Task) -> None:
+    loaded = tiny.loaded("llama")
+    budget = Budget(gradient_tokens=3000)
+    expected = gradient_importance(loaded, task, budget=budget)
+    with memory_of(loaded, 150) as failed:
+        found = gradient_importance(loaded, task, budget=budget)
+    assert failed
+    for component in ("head", "ffn"):
+        for score, values in expected[component].scores.items():
+            np.testing.assert_allclose(found[component].scores[score], values, rtol=1e-4)
+
+
+def test_a_row_too_large_for_memory_is_said(task: Task) -> None:
+    loaded = tiny.loaded("llama")
+    with memory_of(loaded, 5), pytest.raises(ModelError, match=r"one row of \d+ tokens; give --row-tokens"):
+        evaluate(loaded, task)
+
+
+def test_other_errors_are_not_taken_for_memory(task: Task) -> None:
+    loaded = tiny.loaded("llama")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    handle = loaded.anatomy.layers[1].ffn_output.register_forward_hook(broken)
+    try:
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            evaluate(loaded, task)
+    finally:
+        handle.remove()
+
+
+def test_timings_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = rooms.budget_of(tiny.loaded("llama", seed=11))
+    assert found.row_tokens is None
+    assert found.cost.batch >= 0
+    assert found.cost.doubled >= 64
+    (kept,) = json.loads((tmp_path / "headcount" / "devices.json").read_text()).values()
+    assert Cost(**kept) == found.cost
+    # Another model of that shape: what is kept is taken, nothing is timed.
+    monkeypatch.setattr(rooms, "measure_cost", lambda loaded: pytest.fail("timed again"))
+    assert rooms.budget_of(tiny.loaded("llama", seed=12)).cost == found.cost
+    pinned = rooms.budget_of(tiny.loaded("llama", seed=12), 100, 1000)
+    assert pinned == Budget(100, 1000, 1000, found.cost)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"KEY": {"batch": 1}}', '{"KEY": {"speed": 1}}'])
+def test_what_cannot_be_read_is_timed_again(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loaded = tiny.loaded("gpt2", seed=13)
+    (tmp_path / "headcount").mkdir()
+    (tmp_path / "headcount" / "devices.json").write_text(content.replace("KEY", rooms.device_key(loaded)))
+    assert rooms.budget_of(loaded).batch_tokens > 0
+
+
+def test_a_folder_is_laid_out_alike_when_it_goes_on(tmp_path: Path) -> None:
+    spec = StudySpec("tiny", tasks=("piqa",), shots=(0,), out=tmp_path / "study", limit=4, importance_limit=4,
+                     fractions=(0.5,), data=tiny.write_task(tmp_path / "data"))
+    Runner(spec, parts=("evaluate",), loaded=tiny.loaded("llama")).run()
+    ledger = Ledger(tmp_path / "study")
+    description = ledger.read_json("study.json")
+    description["budget"] |= {"batch_tokens": 777, "cost": {"batch": 3.0, "doubled": 99.0}}
+    ledger.write_json("study.json", description)
+    again = Runner(spec, parts=("evaluate",), loaded=tiny.loaded("llama"))
+    assert (again.budget.batch_tokens, again.budget.cost) == (777, Cost(3.0, 99.0))
+    description["budget"]["device"] = "another"
+    ledger.write_json("study.json", description)
+    assert Runner(spec, parts=("evaluate",), loaded=tiny.loaded("llama")).budget.batch_tokens != 777
+
+
+@pytest.mark.parametrize("wrong", [{"row_tokens": 0}, {"batch_tokens": 0}, {"gradient_tokens": -1}])
+def test_a_budget_is_positive(wrong: dict[str, int]) -> None:
+    with pytest.raises(OptionError, match="is at least 1"):
+        Budget(**wrong)
