@@ -131,7 +131,7 @@ def test_timings_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(rooms, "measure_cost", lambda loaded: pytest.fail("timed again"))
     assert rooms.budget_of(tiny.loaded("llama", seed=12)).cost == found.cost
     pinned = rooms.budget_of(tiny.loaded("llama", seed=12), 100, 1000)
-    assert pinned == Budget(100, 1000, 1000, found.cost)
+    assert pinned == Budget(100, 1000, 1000, found.longest_row, found.cost)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"KEY": {"batch": 1}}', '{"KEY": {"speed": 1}}'])

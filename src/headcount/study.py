@@ -328,7 +328,8 @@ def _budget(loaded: LoadedModel, spec: StudySpec, previous: Mapping[str, Any] | 
     kept = (previous or {}).get("budget")
     if kept is None or kept["device"] != _device(loaded):
         return budget_of(loaded, spec.row_tokens, spec.batch_tokens)
-    found = Budget(spec.row_tokens, kept["batch_tokens"], kept["gradient_tokens"], Cost(**kept["cost"]))
+    found = Budget(spec.row_tokens, kept["batch_tokens"], kept["gradient_tokens"], kept["longest_row"],
+                   Cost(**kept["cost"]))
     if spec.batch_tokens is None:
         return found
     return dataclasses.replace(found, batch_tokens=spec.batch_tokens, gradient_tokens=spec.batch_tokens)

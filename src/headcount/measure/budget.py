@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import time
@@ -37,6 +38,7 @@ _SHORT, _LONG = 128, 1024
 _BLOCKS = 4
 _REPETITIONS = 3
 _FIRST_BATCH, _LARGEST_BATCH = 2048, 65536
+_LONGEST_ROW = 8192
 # A batch is so many times as large as what it costs beside its tokens: about 3 % are lost.
 _WORTH = 32
 # Of free memory; on a CPU there is no error to be caught when it is exceeded.
@@ -68,7 +70,11 @@ def _measured(loaded: LoadedModel) -> Budget:
     wanted = int(np.clip(_WORTH * cost.batch, _FIRST_BATCH, _LARGEST_BATCH))
     forward, gradient = _bytes_per_token(loaded)
     free = _free_memory(loaded) * _SHARE.get(loaded.device.type, 0.5)
-    return Budget(None, int(min(wanted, max(1, free // forward))), int(min(wanted, max(1, free // gradient))), cost)
+    return Budget(
+        batch_tokens=max(1, int(min(wanted, free / forward))),
+        gradient_tokens=max(1, int(min(wanted, free / gradient))),
+        longest_row=max(1, int(min(_LONGEST_ROW, free / forward, math.sqrt(free / _bytes_per_pair(loaded))))),
+        cost=cost)
 
 
 @torch.no_grad()
@@ -110,7 +116,7 @@ def _random_batch(loaded: LoadedModel, tokens: int, width: int) -> Batch:
     each = min(_SHORT if not found.trees else _SHORT // 2, loaded.max_length)
     rng = np.random.default_rng(0)
     documents = [[Request(ids, np.zeros(1, np.int64))] for ids in rng.integers(0, vocabulary, (tokens // each, each))]
-    made = Budget(width, 10**9, 10**9, Cost(10**9))
+    made = Budget(width, 10**9, 10**9, cost=Cost(10**9))
     (batch,) = batches(pack(documents, made, trees=found.trees), made)
     return batch
 
@@ -165,10 +171,14 @@ def _bytes_per_token(loaded: LoadedModel) -> tuple[float, float]:
     layers = loaded.anatomy.layers
     d_model, size = layers[0].d_model, loaded.model.dtype.itemsize
     inner = max(loaded.anatomy.parameters_per_ffn(i) for i in range(len(layers))) / (2 * d_model)
-    eager = loaded.model.config._attn_implementation == "eager"
-    seen = _LONG * (max(loaded.anatomy.heads_per_layer) * 3 if eager else 1)
-    one = size * (16 * d_model + 3 * inner + seen)
+    one = size * (16 * d_model + 3 * inner) + _LONG * _bytes_per_pair(loaded)
     return one, one * len(layers)
+
+
+def _bytes_per_pair(loaded: LoadedModel) -> int:
+    """About what two positions of a row take: the mask, and every head's scores where the kernel writes them out."""
+    eager = loaded.model.config._attn_implementation == "eager"
+    return loaded.model.dtype.itemsize * (3 * max(loaded.anatomy.heads_per_layer) if eager else 2)
 
 
 def _free_memory(loaded: LoadedModel) -> int:

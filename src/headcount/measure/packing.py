@@ -53,16 +53,18 @@ class Budget:
         row_tokens: A row takes further documents up to this many tokens; None: as long as it costs least.
         batch_tokens: A batch takes further rows up to this many tokens, padding included.
         gradient_tokens: The same where gradients are wanted, which keep all activations.
+        longest_row: No row is made longer than this to save tokens; it may be longer than batch_tokens.
         cost: What decides where row_tokens is None, and which rows make a batch.
     """
 
     row_tokens: int | None = None
     batch_tokens: int = 2048
     gradient_tokens: int = 2048
+    longest_row: int = 4096
     cost: Cost = Cost()
 
     def __post_init__(self) -> None:
-        for name in ("row_tokens", "batch_tokens", "gradient_tokens"):
+        for name in ("row_tokens", "batch_tokens", "gradient_tokens", "longest_row"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is at least 1, not {value}")
@@ -167,7 +169,7 @@ def _grouped(
     documents: Sequence[_Document], budget: Budget, tree_tokens: int | None
 ) -> list[list[_Document]]:
     """Documents that make up a row: up to the length asked for, or the one of all lengths tried that costs least."""
-    longest = budget.batch_tokens if tree_tokens is None else min(tree_tokens, budget.batch_tokens)
+    longest = min(tree_tokens or budget.longest_row, budget.longest_row)
     if budget.row_tokens is not None:
         return _level(documents, min(budget.row_tokens, tree_tokens or budget.row_tokens))
     if not documents:
