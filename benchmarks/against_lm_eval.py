@@ -1,0 +1,106 @@
+"""Tokens and time of scoring, beside lm-eval's HF backend: from encoded requests to log-likelihoods on both sides.
+
+lm-eval's side is the unchanged `lm_eval.models.huggingface.HFLM` on the same model object, given encoded requests, with
+the batch size that is fastest on a few documents of each task (it sorts requests by length, pads, shares the forward
+pass of one-token continuations, and computes logits of all positions). Its cost goes with the number of requests, so it
+is timed on every n-th document, evenly, and scaled up; with shots of each document's own the same documents are taken
+for ours. Shared shots serve all documents, so there ours is timed on all of them, packing included.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headcount.measure.budget import budget_of
+from headcount.measure.encoding import Request, encode
+from headcount.measure.forward import loglikelihood
+from headcount.measure.layout import layout
+from headcount.measure.names import PAPER14
+from headcount.measure.packing import batches, pack
+from headcount.measure.scoring import prepare
+from headcount.measure.tasks import Prompt, get_tasks
+from headcount.model.load import LoadedModel
+
+SETTINGS = {"0-shot": (0, False), "5-shot": (5, False), "5-shot, shared": (5, True)}
+# Padded tokens that lm-eval's side is timed on, about; and those that its batch size is chosen on.
+_TIMED, _TRIED = 24_000, 2_500
+_BATCH_SIZES = (1, 2, 4, 16)
+Row = dict[str, Any]
+
+
+def counts(loaded: LoadedModel, data: Path, limit: int = 100) -> list[Row]:
+    """Per task: tokens of all requests as single rows, trie nodes, and tokens that the model computes."""
+    rows = []
+    for name, (setting, (k, shared)) in itertools.product(PAPER14, SETTINGS.items()):
+        prepared = prepare(loaded, get_tasks([name], data=data)[name], num_fewshot=k, shared_shots=shared, limit=limit)
+        pairs = [pair for p in prepared.prompts for pair in p.pairs]
+        requests = encode(loaded.tokenizer, pairs, loaded.max_length)
+        rows.append({"task": name, "setting": setting, "documents": len(prepared.prompts),
+                     "requests": len(requests), "single": sum(len(r.ids) for r in requests),
+                     "nodes": sum(int(b.lengths.sum()) for b in prepared.batches), "tokens": prepared.tokens})
+    return rows
+
+
+def scoring(loaded: LoadedModel, data: Path, name: str, setting: str, limit: int = 100) -> Row:
+    """Seconds of one task on both sides; ours beside it in parts."""
+    k, shared = SETTINGS[setting]
+    task = get_tasks([name], data=data)[name]
+    started = time.perf_counter()
+    prompts = task.prompts("evaluation", num_fewshot=k, limit=limit, shared_shots=shared)
+    built = time.perf_counter() - started
+    tokens = [sum(len(r.ids) for r in requests) for requests in _encoded(loaded, prompts)]
+    every = max(1, round(sum(tokens) / _TIMED))
+    sample = prompts[::every]
+    theirs, batch_size = _lm_eval(loaded, sample)
+    ours = prompts if shared else sample
+    encoded = _encoded(loaded, ours)
+    budget, found = budget_of(loaded), layout(loaded)
+    started = time.perf_counter()
+    rows = pack(encoded, budget, trees=found.trees, tree_tokens=found.tree_tokens)
+    packed = batches(rows, budget)
+    between = time.perf_counter()
+    scores, _ = loglikelihood(loaded, packed, sum(map(len, encoded)), tree_mask=found.tree_mask)
+    forward = time.perf_counter() - between
+    scale = sum(tokens) / sum(tokens[::every])
+    return {"task": name, "setting": setting, "documents": len(prompts), "every": every, "batch_size": batch_size,
+            "built": built, "lm_eval": theirs * scale, "packing": (between - started) * (1 if shared else scale),
+            "forward": forward * (1 if shared else scale), "single": sum(tokens),
+            "finite": bool(np.isfinite(scores).all())}
+
+
+def _encoded(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[list[Request]]:
+    requests = iter(encode(loaded.tokenizer, [pair for p in prompts for pair in p.pairs], loaded.max_length))
+    return [list(itertools.islice(requests, len(p.pairs))) for p in prompts]
+
+
+def _lm_eval(loaded: LoadedModel, prompts: Sequence[Prompt]) -> tuple[float, int]:
+    """Seconds of lm-eval's side for these documents, and the batch size it was given."""
+    from lm_eval.models.huggingface import HFLM
+
+    backend = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1, max_length=loaded.max_length)
+    requests = [((context, continuation), *backend._encode_pair(context, continuation))
+                for p in prompts for context, continuation in p.pairs]
+
+    def timed(some: Sequence[Any], batch_size: int) -> float:
+        backend.batch_size_per_gpu = batch_size
+        started = time.perf_counter()
+        backend._loglikelihood_tokens(list(some), disable_tqdm=True)
+        return time.perf_counter() - started
+
+    few, size = [], 0
+    # Whole documents from all over, so that what shares a context stays together.
+    for document in np.random.default_rng(0).permutation(len(prompts)):
+        start = sum(len(p.pairs) for p in prompts[:document])
+        few += requests[start : start + len(prompts[document].pairs)]
+        size = sum(len(context) + len(continuation) for _, context, continuation in few)
+        if size > _TRIED:
+            break
+    times = {n: timed(few, n) for n in _BATCH_SIZES if n <= len(few)}
+    best = min(times, key=times.__getitem__)
+    return timed(requests, best), best

@@ -1,0 +1,193 @@
+"""What importance, oracles and many masks cost, beside the obvious way of having them.
+
+Times are medians of repetitions that alternate between the sides, with nothing else running.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headcount.masks import Mask, prune, random_order
+from headcount.measure.budget import budget_of
+from headcount.measure.encoding import encode
+from headcount.measure.forward import target_logprobs
+from headcount.measure.importance import example_scores
+from headcount.measure.packing import Batch, batches, pack
+from headcount.measure.scoring import prepare, score
+from headcount.measure.tasks import get_tasks
+from headcount.model.load import LoadedModel, load
+
+Row = dict[str, Any]
+
+
+def importance(loaded: LoadedModel, data: Path, limit: int = 12, repetitions: int = 3) -> list[Row]:
+    """One forward pass, all importances, and autograd with parameter gradients, over the same examples."""
+    task = get_tasks(["piqa"], data=data)["piqa"]
+    rows = []
+    for k in (0, 5):
+        prompts = task.prompts("examples", num_fewshot=k, limit=limit)
+        requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length)
+        budget = budget_of(loaded)
+        packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
+        sides: dict[str, Callable[[], Any]] = {
+            "forward": functools.partial(_forward, loaded, packed),
+            "gradient": functools.partial(example_scores, loaded, requests),
+            "parameters": functools.partial(_with_parameters, loaded, packed)}
+        if importlib.util.find_spec("transformer_lens") is not None:
+            sides["transformer_lens"] = functools.partial(_with_transformer_lens, _bridge(loaded), packed)
+        rows.append({"task": "piqa", "num_fewshot": k, "examples": len(requests), **_alternating(sides, repetitions)})
+    return rows
+
+
+@torch.no_grad()
+def _forward(loaded: LoadedModel, packed: list[Batch]) -> None:
+    for batch in packed:
+        target_logprobs(loaded, batch)
+
+
+def _with_parameters(loaded: LoadedModel, packed: list[Batch]) -> None:
+    """What plain autograd does: gradients of every parameter on the way to the heads' (the paper's code)."""
+    for parameter in loaded.model.parameters():
+        parameter.requires_grad_(True)
+    for batch in packed:
+        _loss(loaded.model(input_ids=torch.from_numpy(batch.ids), use_cache=False).logits, batch).backward()
+        loaded.model.zero_grad(set_to_none=True)
+    for parameter in loaded.model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _bridge(loaded: LoadedModel) -> Any:
+    """TransformerLens around the same model object; it reads a folder for what the object does not tell."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    folder = tempfile.mkdtemp()
+    loaded.model.config.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return TransformerBridge.boot_transformers(folder, hf_model=loaded.model, tokenizer=loaded.tokenizer, device="cpu")
+
+
+def _with_transformer_lens(bridge: Any, packed: list[Batch]) -> None:
+    """Activation x gradient of every head's and FFN's output, by hooks on the way forward and back."""
+    wanted = [name for name in bridge.hook_dict if name.endswith(("attn.hook_z", "hook_mlp_out"))]
+    for parameter in bridge.parameters():
+        parameter.requires_grad_(True)
+    forward: dict[str, torch.Tensor] = {}
+    backward: dict[str, torch.Tensor] = {}
+    there = [(name, lambda value, hook: forward.__setitem__(hook.name, value.detach())) for name in wanted]
+    back = [(name, lambda value, hook: backward.__setitem__(hook.name, value.detach())) for name in wanted]
+    for batch in packed:
+        with bridge.hooks(fwd_hooks=there, bwd_hooks=back):
+            _loss(bridge(torch.from_numpy(batch.ids)), batch).backward()
+        for name, value in backward.items():
+            (value * forward[name]).sum(-1)
+        bridge.zero_grad(set_to_none=True)
+    for parameter in bridge.parameters():
+        parameter.requires_grad_(False)
+
+
+def _loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    chosen = logits[torch.from_numpy(batch.rows), torch.from_numpy(batch.positions)].float()
+    return torch.nn.functional.cross_entropy(chosen, torch.from_numpy(batch.targets))
+
+
+def oracles(loaded: LoadedModel, data: Path, limit: int = 40) -> list[Row]:
+    """Wall time and layer-tokens of the FFN oracle and of the head oracle, by one evaluation's."""
+    full = Mask.full(loaded.anatomy.heads_per_layer)
+    layers, heads = loaded.anatomy.num_layers, loaded.anatomy.heads_per_layer[0]
+    rows = []
+    for name, num_fewshot, masks in (
+        ("all FFNs", 5, [full.without_ffns([layer]) for layer in range(layers)]),
+        ("one head of every layer", 5, [full.without_heads([(layer, 0)]) for layer in range(layers)]),
+        ("all heads", 0, [full.without_heads([(i, h)]) for i in range(layers) for h in range(heads)]),
+    ):
+        # All heads of 5-shot prompts are too long to be timed here.
+        task, documents = ("hellaswag", limit) if num_fewshot else ("copa", limit // 2)
+        prepared = prepare(loaded, get_tasks([task], data=data)[task], num_fewshot=num_fewshot, limit=documents)
+        before, _ = _timed(lambda prepared=prepared: score(loaded, prepared, [full]))
+        wall, measured = _timed(lambda prepared=prepared, masks=masks: score(loaded, prepared, masks))
+        after, _ = _timed(lambda prepared=prepared: score(loaded, prepared, [full]))
+        rows.append({"what": name, "task": task, "num_fewshot": num_fewshot, "masks": len(masks), "layers": layers,
+                     "documents": len(prepared.prompts), "evaluation": (before + after) / 2, "wall": wall,
+                     "passes": measured.layer_tokens / (prepared.tokens * layers)})
+    return rows
+
+
+def scaling(loaded: LoadedModel, data: Path) -> list[Row]:
+    """Seconds against number of masks, documents, layers and length of prompts; peak memory of a process each."""
+    base = {"masks": 1, "documents": 16, "layers": 30, "shots": 5}
+    cases = [base, *({**base, name: value} for name, values in
+                     (("masks", (10, 100)), ("documents", (32, 64)), ("layers", (10, 20)), ("shots", (0, 1, 10)))
+                     for value in values)]
+    with tempfile.TemporaryDirectory() as folder:
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        return [{**case, **_alone({**case, "model": folder, "data": str(data)})} for case in cases]
+
+
+def _alone(case: dict[str, Any]) -> dict[str, float]:
+    script = f"import against_the_obvious as a; a.measure_alone(**{case!r})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True,
+                          check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_alone(*, masks: int, documents: int, layers: int, shots: int, model: str, data: str) -> None:
+    """In a process of its own: measure a task of long prompts and print seconds, tokens and peak memory."""
+    torch.set_num_threads(2)
+    loaded = load(model, device="cpu")
+    if layers < loaded.anatomy.num_layers:
+        loaded = _shallow(loaded, layers)
+    prepared = prepare(loaded, get_tasks(["piqa"], data=Path(data))["piqa"], num_fewshot=shots, limit=documents)
+    heads = loaded.anatomy.heads_per_layer
+    chosen = [Mask.full(heads)] + [prune(heads, "head", random_order(sum(heads), i), 0.3) for i in range(1, masks)]
+    budget_of(loaded)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
+    before = _peak()
+    wall, measured = _timed(lambda: score(loaded, prepared, chosen))
+    sys.stdout.write(json.dumps({
+        "wall": wall, "tokens": prepared.tokens, "layer_tokens": measured.layer_tokens, "loaded": before,
+        "peak": _peak()}) + "\n")
+
+
+def _peak() -> float:
+    """The largest resident memory so far, in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def _shallow(loaded: LoadedModel, layers: int) -> LoadedModel:
+    """The same model without its upper layers."""
+    from headcount.model.load import wrap
+
+    model: Any = loaded.model
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    return wrap(model, loaded.tokenizer, "shallow")
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    found = work()
+    return time.perf_counter() - started, found
+
+
+def _alternating(sides: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repetitions + 1):
+        for name, work in sides.items():
+            seconds = _timed(work)[0]
+            if turn:  # the first warms up
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}

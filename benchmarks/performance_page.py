@@ -1,0 +1,112 @@
+"""docs/performance.md, from the sections that `bench.py` has kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from against_lm_eval import SETTINGS
+from headcount.measure.names import PAPER14
+
+Row = dict[str, Any]
+
+
+def page(kept: dict[str, dict[str, Any]]) -> str:
+    """The page: every section that was measured, in order."""
+    parts = [_HEAD]
+    for name, write in _SECTIONS.items():
+        if name in kept:
+            parts.append(f"{write(kept[name]['rows'])}\nMeasured {kept[name]['when']}.\n")
+    return "\n".join(parts)
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(ratios))))
+
+
+def _counts(rows: list[Row]) -> str:
+    lines = ["## Tokens", "", "The first 100 documents of every task. *Saved* is tokens of the requests as single rows "
+             "/ tokens through the model; *padding* is tokens through the model / nodes in rows.", "",
+             "| task | " + " | ".join(f"{s}: saved | padding" for s in SETTINGS) + " |",
+             "|---|" + "--:|--:|" * len(SETTINGS)]
+    for task in PAPER14:
+        of_task = {r["setting"]: r for r in rows if r["task"] == task}
+        lines.append(f"| {task} | " + " | ".join(
+            f"{of_task[s]['single'] / of_task[s]['tokens']:.2f} | {of_task[s]['tokens'] / of_task[s]['nodes']:.3f}"
+            for s in SETTINGS) + " |")
+    means = [_mean([r["single"] / r["tokens"] for r in rows if r["setting"] == s]) for s in SETTINGS]
+    worst = max(r["tokens"] / r["nodes"] for r in rows)
+    return "\n".join([*lines, "| geometric mean | " + " | ".join(f"{m:.2f} |" for m in means) + " |", "",
+                      f"The most padding: {worst:.3f}.", ""])
+
+
+def _scoring(rows: list[Row]) -> str:
+    lines = ["## Scoring, beside lm-eval's HF backend", "",
+             "Seconds from encoded requests to log-likelihoods of the first 100 documents (cb: 56), SmolLM2-135M in "
+             "float32 on both sides; lm-eval with the batch size in brackets, the fastest of 1, 2, 4 and 16. *Every* "
+             "says which documents were timed (every n-th, scaled up); with shared shots ours was timed on all. "
+             "*Built* is building the prompts, the same for both.", ""]
+    for setting in SETTINGS:
+        of_setting = {r["task"]: r for r in rows if r["setting"] == setting}
+        if not of_setting:
+            continue
+        lines += [f"### {setting}", "",
+                  "| task | lm-eval, s | headcount, s | of it packing | ratio | every | built, s |",
+                  "|---|--:|--:|--:|--:|--:|--:|"]
+        ratios = []
+        for task in PAPER14:
+            if (r := of_setting.get(task)) is None:
+                continue
+            ours = r["packing"] + r["forward"]
+            ratios.append(r["lm_eval"] / ours)
+            lines.append(f"| {task} | {r['lm_eval']:.1f} ({r['batch_size']}) | {ours:.1f} | {r['packing']:.2f} | "
+                         f"{ratios[-1]:.2f} | {r['every']} | {r['built']:.1f} |")
+        lines += [f"| geometric mean of {len(ratios)} | | | | **{_mean(ratios):.2f}** | | |", ""]
+    return "\n".join(lines)
+
+
+def _importance(rows: list[Row]) -> str:
+    bridge = all("transformer_lens" in r for r in rows)
+    beside = " TransformerLens / forward |" if bridge else ""
+    lines = ["## Importance by gradient", "", "All heads and FFNs of SmolLM2-135M, in forward passes over the same "
+             "examples (piqa); beside it autograd with parameter gradients, as the paper's code has it, and "
+             "TransformerLens's bridge around the same model (hooks on every head's and FFN's output, there and back).",
+             "", f"| shots | examples | forward, s | headcount / forward | parameter gradients / forward |{beside}",
+             "|--:|--:|--:|--:|--:|" + ("--:|" if bridge else "")]
+    return "\n".join([*lines, *(
+        f"| {r['num_fewshot']} | {r['examples']} | {r['forward']:.2f} | {r['gradient'] / r['forward']:.2f} | "
+        f"{r['parameters'] / r['forward']:.2f} |"
+        + (f" {r['transformer_lens'] / r['forward']:.2f} |" if bridge else "") for r in rows), ""])
+
+
+def _oracles(rows: list[Row]) -> str:
+    lines = ["## Oracles", "", "SmolLM2-135M; in evaluations of the full model. *Counted* is in layer-tokens, which do "
+             "not depend on the machine.", "",
+             "| what | task | shots | documents | masks | counted | wall / evaluation | the same, per mask |",
+             "|---|---|--:|--:|--:|--:|--:|--:|"]
+    return "\n".join([*lines, *(
+        f"| {r['what']} | {r['task']} | {r['num_fewshot']} | {r['documents']} | {r['masks']} | {r['passes']:.2f} | "
+        f"{r['wall'] / r['evaluation']:.2f} | {r['wall'] / r['evaluation'] / r['masks']:.3f} |" for r in rows), ""])
+
+
+def _scaling(rows: list[Row]) -> str:
+    lines = ["## Scaling", "", "piqa, 30 % of heads off at random in every mask but the first; each line in a process "
+             "of its own. *Peak* is the largest resident memory while measuring, *loaded* that before.", "",
+             "| masks | documents | layers | shots | tokens a pass | layer-tokens | wall, s | loaded, MiB | "
+             "peak, MiB | peak / first line's |", "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    return "\n".join([*lines, *(
+        f"| {r['masks']} | {r['documents']} | {r['layers']} | {r['shots']} | {r['tokens']:,} | {r['layer_tokens']:,} | "
+        f"{r['wall']:.1f} | {r['loaded']:.0f} | {r['peak']:.0f} | {r['peak'] / rows[0]['peak']:.2f} |"
+        for r in rows), ""])
+
+
+_SECTIONS: dict[str, Callable[[list[Row]], str]] = {
+    "counts": _counts, "scoring": _scoring, "importance": _importance, "oracles": _oracles, "scaling": _scaling}
+_HEAD = """\
+# Performance
+
+Written by `make bench` from measurements that are kept; ratios of one run, or counts.
+`python benchmarks/gpu.py` is for GPUs, where nothing has been measured yet.
+"""
