@@ -81,23 +81,47 @@ class Sweep:
     ) -> Iterator[tuple[list[int], Float[Tensor, "kept vocabulary"]]]:
         if not waiting:
             return
+        logits = self._after_blocks(torch.cat([kept for _, kept in waiting])).logits[:, 0].float()
+        for (owners, _), part in zip(waiting, logits.split([len(kept) for _, kept in waiting]), strict=True):
+            yield owners, part
+
+    def read_out(self, hidden: Float[Tensor, "vector d_model"]) -> Float[Tensor, "vector d_read"]:
+        """What the output layer is given where the last block puts out these vectors."""
+        caught: list[Tensor] = []
+
+        def stop(module: nn.Module, args: Any) -> None:
+            caught.append(args[0])
+            raise _Caught
+
+        if not self._outputs:
+            embeddings: Any = self.model.get_input_embeddings()
+            self._learn({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=_device(embeddings))})
+        output_layer: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        handle = output_layer.register_forward_pre_hook(stop)
+        try:
+            with contextlib.suppress(_Caught):
+                self._after_blocks(hidden)
+        finally:
+            handle.remove()
+        return caught[0].reshape(len(hidden), -1)
+
+    def _after_blocks(self, hidden: Float[Tensor, "vector d_model"]) -> Any:
+        """The model's output where the last block puts out these vectors, each at a position of its own."""
         # One token a row: no position is beyond the window, and models that reshape to their input's shape can.
-        hidden = torch.cat([kept for _, kept in waiting])[:, None]
+        rows = hidden[:, None]
         blocks = [part.block for part in self.anatomy.layers]
 
         def passed(layer: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                own = hidden if layer == len(blocks) - 1 else args[0] if args else kwargs["hidden_states"]
+                own = rows if layer == len(blocks) - 1 else args[0] if args else kwargs["hidden_states"]
                 return self._like_output(layer, own)
 
             return forward
 
         with _replaced({block: passed(i) for i, block in enumerate(blocks)}):
             embeddings: Any = self.model.get_input_embeddings()
-            first = torch.zeros(len(hidden), 1, dtype=torch.long, device=_device(embeddings))
-            logits = self.model(input_ids=first, use_cache=False).logits[:, 0].float()
-        for (owners, _), part in zip(waiting, logits.split([len(kept) for _, kept in waiting]), strict=True):
-            yield owners, part
+            first = torch.zeros(len(rows), 1, dtype=torch.long, device=_device(embeddings))
+            return self.model(input_ids=first, use_cache=False)
 
     def _leaves(
         self, inputs: Inputs, masks: Sequence[Mask]
@@ -144,7 +168,7 @@ class Sweep:
                     projections[layer] = output
 
                 def attended(module: nn.Module, args: Any, output: Any, layer: int = i) -> None:
-                    first = _first(output)
+                    first = first_of(output)
                     plain = torch.equal(first, projections[layer].reshape(first.shape))
                     self._attentions[layer] = output if plain else None
 
@@ -177,7 +201,7 @@ class Sweep:
                 output = part.block(branch.hidden.clone(), *args, **kwargs)
             if ffn or not attended:
                 self.layer_tokens += branch.hidden.shape[-3] * branch.hidden.shape[-2]
-            hidden = _first(output)
+            hidden = first_of(output)
             found.append(_Branch(layer + 1, hidden, owners, state))
         return found
 
@@ -236,7 +260,7 @@ class _Attention:
             self.projected = output.clone()
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self.output = _like(output, _first(output).clone())
+            self.output = _like(output, first_of(output).clone())
 
         # Before the gate, which stands there already: what it hands on is one branch's.
         handles = [out_proj.register_forward_pre_hook(before, prepend=True), out_proj.register_forward_hook(after),
@@ -250,7 +274,7 @@ class _Attention:
     def _branched(self, heads: Bool[np.ndarray, " head"]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             projected = self.part.out_proj(self.z)  # through this branch's gate
-            first = _first(self.output)
+            first = first_of(self.output)
             if self.plain:
                 own = projected.reshape(first.shape)
             else:  # attention that adds to its projection (BLOOM: the residual)
@@ -285,7 +309,8 @@ def _owned(call: _Call, state: dict[int, Any]) -> _Call:
     return tuple(own(a) for a in args), {name: own(v) for name, v in kwargs.items()}
 
 
-def _first(output: Any) -> Tensor:
+def first_of(output: Any) -> Tensor:
+    """The hidden state in what a block or an attention puts out: itself, or the first of several."""
     first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return first
 
