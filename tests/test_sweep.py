@@ -43,8 +43,10 @@ def every_kind(anatomy: Anatomy) -> list[Mask]:
     return [*masks, full.without_heads(heads).without_ffns(layers), full]
 
 
-def swept(model: torch.nn.Module, anatomy: Anatomy, masks: list[Mask]) -> tuple[list[torch.Tensor], Sweep]:
-    sweep = Sweep(model, anatomy)
+def swept(
+    model: torch.nn.Module, anatomy: Anatomy, masks: list[Mask], together: int = 0
+) -> tuple[list[torch.Tensor], Sweep]:
+    sweep = Sweep(model, anatomy, together)
     found: dict[int, torch.Tensor] = {}
     with torch.no_grad():
         for owners, logits in sweep.logits(inputs(), masks, ROWS, POSITIONS):
@@ -59,13 +61,15 @@ def test_the_sweep_is_one_forward_pass_per_mask(family: str) -> None:
     model = family_model(family)
     anatomy = find_anatomy(model)
     masks = every_kind(anatomy)
-    found, sweep = swept(model, anatomy, masks)
-    for mask, logits in zip(masks, found, strict=True):
+    # One branch at a time, three, and all of a layer together.
+    found = [swept(model, anatomy, masks, together) for together in (0, 54, 10_000)]
+    for i, mask in enumerate(masks):
         with torch.no_grad(), ablated(anatomy, mask):
             expected = model(**inputs(), use_cache=False).logits[ROWS, POSITIONS]
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    assert sweep.layer_tokens == 18 * blocks_run(masks)
-    assert verify_sweep(model, anatomy).holds
+        for logits, _ in found:
+            torch.testing.assert_close(logits[i], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert all(sweep.layer_tokens == 18 * blocks_run(masks) for _, sweep in found)
+    assert all(contract.holds for contract in verify_sweep(model, anatomy))
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -47,11 +47,15 @@ class Likelihoods(NamedTuple):
     layer_tokens: int
 
 
-_proved: weakref.WeakKeyDictionary[LoadedModel, ContractResult] = weakref.WeakKeyDictionary()
+_proved: weakref.WeakKeyDictionary[LoadedModel, tuple[ContractResult, ContractResult]] = weakref.WeakKeyDictionary()
 
 
 def sweep_contract(loaded: LoadedModel) -> ContractResult:
     """Contract 3, tested once per loaded model: whether it can be run layer by layer."""
+    return _sweep_contracts(loaded)[0]
+
+
+def _sweep_contracts(loaded: LoadedModel) -> tuple[ContractResult, ContractResult]:
     if loaded not in _proved:
         _proved[loaded] = verify_sweep(loaded.model, loaded.anatomy)
     return _proved[loaded]
@@ -75,9 +79,12 @@ def loglikelihood(
 @torch.no_grad()
 def masked_loglikelihoods(
     loaded: LoadedModel, packed: Sequence[Batch], num_requests: int, masks: Sequence[Mask],
-    progress: Progress | None = None, tree_mask: TreeMask = "plain",
+    progress: Progress | None = None, tree_mask: TreeMask = "plain", together: int = 0,
 ) -> Likelihoods:
-    """Log-likelihoods of every request under every mask: by layer sweep where the model allows it."""
+    """Log-likelihoods of every request under every mask: by layer sweep where the model allows it.
+
+    Branches of the sweep go through a layer together up to so many tokens.
+    """
     if len(masks) == 1 or not sweep_contract(loaded).holds:
         found = []
         for mask in masks:
@@ -85,7 +92,7 @@ def masked_loglikelihoods(
                 found.append(loglikelihood(loaded, packed, num_requests, progress, tree_mask))
         layer_tokens = loaded.anatomy.num_layers * len(masks) * sum(b.tokens for b in packed)
         return Likelihoods(np.stack([x for x, _ in found]), np.stack([g for _, g in found]), layer_tokens)
-    sweep = Sweep(loaded.model, loaded.anatomy)
+    sweep = Sweep(loaded.model, loaded.anatomy, together if _sweep_contracts(loaded)[1].holds else 0)
     sums = _Sums(len(masks), num_requests)
 
     def swept(batch: Batch) -> list[tuple[list[int], Targets]]:

@@ -3,7 +3,8 @@
 Masks are a tree: two masks that agree on the layers before l have one hidden state there. The sweep goes down that tree
 with one hidden state per distinct prefix, so that single FFNs off, in each of L layers, cost (L+1)/2 forward passes
 instead of L+1. Where masks part in a layer, its attention is computed once, and the branches start at its output
-projection; a removed FFN is not computed, and a branch that differs by nothing else costs nothing.
+projection; a removed FFN is not computed, and a branch that differs by nothing else costs nothing. Branches of small
+batches go through a layer together (`headcount.model.stack`), so that matrix products are large enough to be fast.
 
 transformers has no way to run one block, so blocks are called as the model calls them: a pass in which every block
 hands its input on catches the arguments that each is given, and after the last block a pass of one token, in which the
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 from headcount.masks import Mask, Way, any_head, ways
 from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.gates import layer_ablated
+from headcount.model.stack import can_stack, gated, instead, projection_inputs, tiled
 
 # Kept positions that pass the output layer together.
 _FINISHED = 256
@@ -44,12 +46,14 @@ class Sweep:
     Args:
         model: In eval mode.
         anatomy: Its heads and FFNs.
+        together: Branches go through a layer together up to so many tokens; 0: one by one.
         layer_tokens: Positions that blocks computed so far, layers added up; a branch that shares the attention and
             removes the FFN counts none.
     """
 
     model: PreTrainedModel
     anatomy: Anatomy
+    together: int = 0
     layer_tokens: int = 0
     _outputs: dict[int, Any] = field(default_factory=dict)
     _attentions: dict[int, Any] = field(default_factory=dict)
@@ -85,26 +89,6 @@ class Sweep:
         for (owners, _), part in zip(waiting, logits.split([len(kept) for _, kept in waiting]), strict=True):
             yield owners, part
 
-    def read_out(self, hidden: Float[Tensor, "vector d_model"]) -> Float[Tensor, "vector d_read"]:
-        """What the output layer is given where the last block puts out these vectors."""
-        caught: list[Tensor] = []
-
-        def stop(module: nn.Module, args: Any) -> None:
-            caught.append(args[0])
-            raise _Caught
-
-        if not self._outputs:
-            embeddings: Any = self.model.get_input_embeddings()
-            self._learn({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=_device(embeddings))})
-        output_layer: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        handle = output_layer.register_forward_pre_hook(stop)
-        try:
-            with contextlib.suppress(_Caught):
-                self._after_blocks(hidden)
-        finally:
-            handle.remove()
-        return caught[0].reshape(len(hidden), -1)
-
     def _after_blocks(self, hidden: Float[Tensor, "vector d_model"]) -> Any:
         """The model's output where the last block puts out these vectors, each at a position of its own."""
         # One token a row: no position is beyond the window, and models that reshape to their input's shape can.
@@ -128,13 +112,18 @@ class Sweep:
     ) -> Iterator[tuple[list[int], Float[Tensor, "batch pos d_model"]]]:
         """The last block's output of every distinct mask; the smallest branches first, so that few states wait."""
         hidden, calls = self._caught(inputs)
-        stack = [_Branch(0, hidden, list(range(len(masks))), {})]
-        while stack:
-            branch = stack.pop()
-            if branch.layer == self.anatomy.num_layers:
-                yield branch.masks, branch.hidden
+        # How many branches go together; blocks on several devices are called one branch at a time.
+        devices = set(getattr(self.model, "hf_device_map", {}).values())
+        size = max(1, self.together // hidden.shape[:-1].numel()) if len(devices) < 2 else 1
+        waiting = [[_Branch(0, hidden, list(range(len(masks))), {})]]
+        while waiting:
+            group = waiting.pop()
+            layer = group[0].layer
+            if layer == self.anatomy.num_layers:
+                yield from ((branch.masks, branch.hidden) for branch in group)
                 continue
-            stack += sorted(self._through(branch, masks, calls[branch.layer]), key=lambda b: -len(b.masks))
+            found = sorted(self._advanced(group, masks, calls[layer], size), key=lambda b: -len(b.masks))
+            waiting += [found[i : i + size] for i in range(0, len(found), size)]
 
     def _caught(self, inputs: Inputs) -> tuple[Tensor, list[_Call]]:
         """The embeddings, and the arguments that each block is given beside them."""
@@ -182,6 +171,45 @@ class Sweep:
     def _like_output(self, layer: int, hidden: Tensor) -> Any:
         """A hidden state in the kind of output that a block has: a tensor, a tuple or a list."""
         return _like(self._outputs[layer], hidden, keep=False)
+
+    def _advanced(
+        self, group: Sequence[_Branch], masks: Sequence[Mask], call: _Call, size: int
+    ) -> list[_Branch]:
+        """One block for all branches of a group: together where that can be done."""
+        part, parted = self.anatomy.layers[group[0].layer], [ways(masks, b.masks, group[0].layer) for b in group]
+        alone = size == 1 or sum(map(len, parted)) == 1 or self._attentions[group[0].layer] is None
+        if alone or not can_stack(part, group[0].hidden, call):
+            return [made for branch in group for made in self._through(branch, masks, call)]
+        return self._stacked(group, parted, masks, call, size)
+
+    def _stacked(
+        self, group: Sequence[_Branch], parted: Sequence[Mapping[Way, list[int]]], masks: Sequence[Mask], call: _Call,
+        size: int,
+    ) -> list[_Branch]:
+        """One block, once for all ways that keep the FFN and once for all that do not."""
+        layer = group[0].layer
+        part, seen = self.anatomy.layers[layer], self._attentions[layer]
+        rows, length = group[0].hidden.shape[:2]
+        attended = [i for i, way in enumerate(parted) if any_head(way)]
+        nothing = group[0].hidden.new_zeros(rows, length, part.num_heads * part.d_head)
+        z = dict.fromkeys(range(len(group)), nothing)
+        z |= zip(attended, projection_inputs(part, [group[i].hidden for i in attended], call), strict=True)
+        for i, way in enumerate(parted):
+            self.layer_tokens += rows * length * (sum(ffn for _, ffn in way) or int(i in attended))
+        every = np.ones(part.num_heads, bool)
+        found: list[_Branch] = []
+        for kept in (True, False):
+            own = [(i, owners) for i, way in enumerate(parted) for (_, ffn), owners in way.items() if ffn is kept]
+            for some in (own[i : i + size] for i in range(0, len(own), size)):
+                inputs_of = torch.cat([gated(z[i], masks[owners[0]].heads[layer]) for i, owners in some])
+                hidden = torch.cat([group[i].hidden for i, _ in some])
+                output = _like(seen, part.out_proj(inputs_of).reshape(hidden.shape), keep=False)
+                args, kwargs = tiled(call, len(some), rows)
+                with layer_ablated(part, every, kept), _replaced({part.attention: instead(output)}):
+                    left = first_of(part.block(hidden, *args, **kwargs))
+                found += [_Branch(layer + 1, out, owners, {})
+                          for out, (_, owners) in zip(torch.split(left, rows), some, strict=True)]
+        return found
 
     def _through(self, branch: _Branch, masks: Sequence[Mask], call: _Call) -> list[_Branch]:
         """One block, once for each way in which the branch's masks treat it."""

@@ -90,7 +90,7 @@ def own_values(
 def _affine(module: nn.Module, inputs: int, loaded: LoadedModel) -> Float[Tensor, "inputs outputs"]:
     eye = torch.eye(inputs, device=loaded.device, dtype=loaded.model.dtype)
     return torch.cat([(first_of(module(rows[None])) - first_of(module(torch.zeros_like(rows)[None])))[0].float()
-                      for rows in eye.split(_CHUNK)])
+                      for rows in torch.split(eye, _CHUNK)])
 
 
 def _odd(
@@ -105,7 +105,7 @@ def _odd(
         return [(a - b).float() / 2 for a, b in zip(f(rows), f(-rows), strict=True)]
 
     eye = _LENGTH * torch.eye(inputs, device=loaded.device, dtype=loaded.model.dtype)
-    chunks = [odd(rows) for rows in eye.split(_CHUNK)]
+    chunks = [odd(rows) for rows in torch.split(eye, _CHUNK)]
     matrices = [torch.cat(parts) / _LENGTH for parts in zip(*chunks, strict=True)]
     probe = _LENGTH * torch.randn(4, inputs, generator=torch.Generator().manual_seed(0)).to(eye)
     for found, matrix in zip(odd(probe), matrices, strict=True):
