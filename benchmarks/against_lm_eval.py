@@ -3,8 +3,8 @@
 lm-eval's side is the unchanged `lm_eval.models.huggingface.HFLM` on the same model object, given encoded requests, with
 the batch size that is fastest on a few documents of each task (it sorts requests by length, pads, shares the forward
 pass of one-token continuations, and computes logits of all positions). Its cost goes with the number of requests, so it
-is timed on every n-th document, evenly, and scaled up; with shots of each document's own the same documents are taken
-for ours. Shared shots serve all documents, so there ours is timed on all of them, packing included.
+is timed on every n-th document, evenly, and scaled up. Ours is timed on all documents, which may share beginnings,
+packing included; but with shots of each document's own on the same ones as lm-eval's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def scoring(loaded: LoadedModel, data: Path, name: str, setting: str, limit: int
     every = max(1, round(sum(tokens) / _TIMED))
     sample = prompts[::every]
     theirs, batch_size = _lm_eval(loaded, sample)
-    ours = prompts if shared else sample
+    ours = sample if k and not shared else prompts
     encoded = _encoded(loaded, ours)
     budget, found = budget_of(loaded), layout(loaded)
     started = time.perf_counter()
@@ -69,8 +69,8 @@ def scoring(loaded: LoadedModel, data: Path, name: str, setting: str, limit: int
     forward = time.perf_counter() - between
     scale = sum(tokens) / sum(tokens[::every])
     return {"task": name, "setting": setting, "documents": len(prompts), "every": every, "batch_size": batch_size,
-            "built": built, "lm_eval": theirs * scale, "packing": (between - started) * (1 if shared else scale),
-            "forward": forward * (1 if shared else scale), "single": sum(tokens),
+            "built": built, "lm_eval": theirs * scale, "packing": (between - started) * (scale if ours is sample else 1),
+            "forward": forward * (scale if ours is sample else 1), "single": sum(tokens),
             "finite": bool(np.isfinite(scores).all())}
 
 

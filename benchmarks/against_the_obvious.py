@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from headcount.ledger import Job, Ledger
 from headcount.masks import Mask, prune, random_order
 from headcount.measure.budget import budget_of
 from headcount.measure.encoding import encode
@@ -165,6 +166,54 @@ def _peak() -> float:
     """The largest resident memory so far, in MiB."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def demo(loaded: LoadedModel, data: Path) -> list[Row]:
+    """The whole demo in an empty folder, as a user runs it."""
+    del data
+    with tempfile.TemporaryDirectory() as folder:
+        before = _gflops(loaded)
+        wall, _ = _timed(lambda: subprocess.run([sys.executable, "-m", "headcount", "demo", "--out", f"{folder}/demo"],
+                                                check=True, capture_output=True))
+        after = _gflops(loaded)
+        kinds: dict[str, tuple[int, float, int]] = {}
+        work = 0.0
+        for entry in Ledger(Path(folder) / "demo").entries():
+            kind = _kind(entry.job)
+            n, seconds, tokens = kinds.get(kind, (0, 0.0, 0))
+            kinds[kind] = (n + 1, seconds + entry.info["seconds"], tokens + entry.info.get("layer_tokens", 0))
+            work += _operations(loaded, entry.info)
+    return [{"wall": wall, "measuring": sum(s for _, s, _ in kinds.values()), "kinds": kinds,
+             "gflops": (before, after), "floor": work / 1e9 / ((before + after) / 2)}]
+
+
+def _kind(job: Job) -> str:
+    if job["kind"] != "evaluation":
+        return f"{job['method']}"
+    curve = job["curve"]
+    return "full model" if curve["order"] == "none" else f"{curve['component']}s, {curve['order']}"
+
+
+def _operations(loaded: LoadedModel, info: dict[str, Any]) -> float:
+    """Of the blocks' matrix products in an evaluation, FFNs that are off left out; attention's own are not counted."""
+    if not info.get("layer_tokens"):
+        return 0.0
+    anatomy = loaded.anatomy
+    ffn = anatomy.parameters_per_ffn(0)
+    other = sum(p.numel() for p in anatomy.layers[0].block.parameters()) - ffn
+    kept = 1 - sum(m["ffns_removed"] for m in info["masks"]) / (len(info["masks"]) * anatomy.num_layers)
+    return 2.0 * float(info["layer_tokens"]) * (other + kept * ffn)
+
+
+def _gflops(loaded: LoadedModel) -> float:
+    """Matrix products of 256 rows by the FFN's first matrix, for a second."""
+    d_model = loaded.anatomy.layers[0].d_model
+    rows, weight = torch.randn(256, d_model), torch.randn(loaded.anatomy.parameters_per_ffn(0) // (3 * d_model), d_model)
+    started, n = time.perf_counter(), 0
+    while time.perf_counter() - started < 1:
+        torch.nn.functional.linear(rows, weight)
+        n += 1
+    return 2e-9 * n * rows.numel() * len(weight) / (time.perf_counter() - started)
 
 
 def _shallow(loaded: LoadedModel, layers: int) -> LoadedModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
 import synthetic_study as synthetic
 from headcount.errors import StudyError
@@ -167,6 +168,33 @@ def test_whatever_is_measured_so_far_can_be_shown(tmp_path: Path, seed: int) -> 
     for page, static in report._figures(study).values():
         assert "NaN" not in page().to_json() + static().to_json()
     assert all(table.rows for table in report._tables(study))
+
+
+def test_gradient_and_oracle_are_compared_where_both_scored(tmp_path: Path) -> None:
+    folder = synthetic.write(tmp_path / "study", tasks=("red",), shots=(5,))
+    rng = np.random.default_rng(0)
+    layers, heads = np.divmod(np.arange(24), 4)
+    lost = rng.normal(size=24)
+    lost[::3] = np.nan  # a sample of the heads
+    oracle = pd.concat([pd.DataFrame({"component": "head", "layer": layers, "head": heads, "score": score,
+                                      "importance": values, "stderr": 0.1})
+                        for score, values in (("accuracy", 0 * lost), ("gold_loglikelihood", lost))])
+    Ledger(folder).write({"kind": "importance", "task": "red", "num_fewshot": 5, "method": "oracle",
+                          "component": "head"}, oracle, {"num_examples": 50, "distinct_values": 1})
+    found = open_study(folder).agreement().set_index(["component", "score", "oracle"])
+    planted = 0.01 * (layers + 1) + 0.001 * heads
+    row = found.loc["head", "position", "gold_loglikelihood"]
+    seen = ~np.isnan(lost)
+    assert row["correlation"] == pytest.approx(spearmanr(planted[seen], lost[seen]).statistic)
+    assert row["components"] == seen.sum() == 16
+    assert row["low"] < row["correlation"] < row["high"]
+    assert np.isnan(found.loc["head", "example", "accuracy"]["correlation"]), "all heads lose the same"
+    ffns = spearmanr(np.arange(6), np.arange(6) // 3).statistic
+    assert found.loc["ffn", "example", "accuracy"]["correlation"] == pytest.approx(ffns)
+    page = report.write_report(folder).read_text()
+    assert f"{row['correlation']:.2f}" in page
+    assert "all equal" in page
+    assert (folder / "tables" / "agreement.csv").is_file()
 
 
 def test_a_folder_without_a_study_is_told(tmp_path: Path) -> None:

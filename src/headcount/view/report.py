@@ -80,7 +80,7 @@ def write_report(folder: str | Path, progress: Callable[[int, int], None] | None
     tables = list(_tables(study))
     (study.folder / "tables").mkdir(exist_ok=True)
     for name, frame in (("curves", study.curves()), ("free_fractions", study.free_fractions()),
-                        ("importance", study.importance())):
+                        ("importance", study.importance()), ("agreement", study.agreement())):
         frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
     path = study.folder / "report.html"
     path.write_text(_page(study, specs, captions, tables), encoding="utf-8")
@@ -208,6 +208,7 @@ def _tables(study: Study) -> Iterator[Table]:
             index=["task", "num_fewshot", "component", "order"], columns="percent", values="accuracy", sort=False)
         yield Table("Accuracy along the curves", "Share removed across; the measured orders and the random one.",
                     _plain_columns(wide.reset_index()))
+    yield from _agreement(study)
     for component, title in (("head", "heads"), ("ffn", "FFNs")):
         ranked = sentences.ranking(study, component)
         for k, of_k in groups(ranked, "num_fewshot"):
@@ -216,6 +217,22 @@ def _tables(study: Study) -> Iterator[Table]:
                                   "importance": most["importance"].tolist(), "least important": least["name"].tolist(),
                                   "importance ": least["importance"].tolist()})
             yield Table(f"Most and least important {title}, {sentences.shots(int(k))}", "Mean over tasks.", frame)
+
+
+def _agreement(study: Study) -> Iterator[Table]:
+    found = study.agreement()
+    if found.empty:
+        return
+    known = found["correlation"].notna()
+    frame = found.assign(
+        **{"what is lost": found["oracle"].map({"accuracy": "accuracy", "gold_loglikelihood": "gold log-likelihood"}),
+           "Spearman": [f"{x:.2f}" if k else "all equal" for x, k in zip(found["correlation"], known, strict=True)],
+           "95 % interval": [f"{a:.2f} to {b:.2f}" if k else ""
+                             for a, b, k in zip(found["low"], found["high"], known, strict=True)]})
+    columns = ["task", "num_fewshot", "component", "score", "what is lost", "Spearman", "95 % interval", "components"]
+    yield Table("Gradient and oracle", "How alike the gradient's scores and what is lost without each component alone "
+                "rank them; interval over components. Few documents, and few distinct values of what is lost, lower it.",
+                _plain_columns(frame[columns]))
 
 
 def _plain_columns(frame: pd.DataFrame) -> pd.DataFrame:
@@ -231,6 +248,8 @@ def _provenance(study: Study) -> Iterator[tuple[str, str]]:
         yield f"model: {name.replace('_', ' ')}", _plain(value)
     yield "prompts", description.get("layout", "")
     yield "masks", description.get("masks", "one forward pass each")
+    if budget := description.get("budget"):
+        yield "rows and batches", _plain(budget)
     for task, known in study.tasks.items():
         yield f"task: {task}", (f"documents {known['fingerprint']}; {known['documents'] or 'none'} evaluated, "
                                 f"{known['examples'] or 'none'} for importance; metric {known['metric']}")
