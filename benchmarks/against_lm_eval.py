@@ -68,9 +68,10 @@ def scoring(loaded: LoadedModel, data: Path, name: str, setting: str, limit: int
     scores, _ = loglikelihood(loaded, packed, sum(map(len, encoded)), tree_mask=found.tree_mask)
     forward = time.perf_counter() - between
     scale = sum(tokens) / sum(tokens[::every])
+    own = scale if ours is sample else 1
     return {"task": name, "setting": setting, "documents": len(prompts), "every": every, "batch_size": batch_size,
-            "built": built, "lm_eval": theirs * scale, "packing": (between - started) * (scale if ours is sample else 1),
-            "forward": forward * (scale if ours is sample else 1), "single": sum(tokens),
+            "built": built, "lm_eval": theirs * scale, "packing": (between - started) * own,
+            "forward": forward * own, "single": sum(tokens),
             "finite": bool(np.isfinite(scores).all())}
 
 

@@ -208,7 +208,8 @@ def _operations(loaded: LoadedModel, info: dict[str, Any]) -> float:
 def _gflops(loaded: LoadedModel) -> float:
     """Matrix products of 256 rows by the FFN's first matrix, for a second."""
     d_model = loaded.anatomy.layers[0].d_model
-    rows, weight = torch.randn(256, d_model), torch.randn(loaded.anatomy.parameters_per_ffn(0) // (3 * d_model), d_model)
+    rows = torch.randn(256, d_model)
+    weight = torch.randn(loaded.anatomy.parameters_per_ffn(0) // (3 * d_model), d_model)
     started, n = time.perf_counter(), 0
     while time.perf_counter() - started < 1:
         torch.nn.functional.linear(rows, weight)

@@ -106,8 +106,8 @@ def _demo(rows: list[Row]) -> str:
     (r,) = rows
     kinds = [f"| {kind} | {n} | {seconds:.0f} | {tokens:,} |" for kind, (n, seconds, tokens) in r["kinds"].items()]
     return "\n".join([
-        "## The demo", "", f"`headcount demo` in an empty folder: {r['wall']:.0f} s in all, {r['measuring']:.0f} s of them "
-        f"measuring; matrix products of this model's shape ran at {r['gflops'][0]:.0f} GFLOP/s before and "
+        "## The demo", "", f"`headcount demo` in an empty folder: {r['wall']:.0f} s in all, {r['measuring']:.0f} s of "
+        f"them measuring; matrix products of this model's shape ran at {r['gflops'][0]:.0f} GFLOP/s before and "
         f"{r['gflops'][1]:.0f} after. The blocks' matrix products alone, at that speed, take {r['floor']:.0f} s of the "
         "evaluations' time.", "",
         "| jobs | how many | seconds | layer-tokens |", "|---|--:|--:|--:|", *kinds, ""])

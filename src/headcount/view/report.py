@@ -231,7 +231,8 @@ def _agreement(study: Study) -> Iterator[Table]:
                              for a, b, k in zip(found["low"], found["high"], known, strict=True)]})
     columns = ["task", "num_fewshot", "component", "score", "what is lost", "Spearman", "95 % interval", "components"]
     yield Table("Gradient and oracle", "How alike the gradient's scores and what is lost without each component alone "
-                "rank them; interval over components. Few documents, and few distinct values of what is lost, lower it.",
+                "rank them; interval over components. Few documents, and few distinct values of what is lost, lower "
+                "it.",
                 _plain_columns(frame[columns]))
 
 
