@@ -224,11 +224,11 @@ def _agreement(study: Study) -> Iterator[Table]:
     if found.empty:
         return
     known = found["correlation"].notna()
-    frame = found.assign(
-        **{"what is lost": found["oracle"].map({"accuracy": "accuracy", "gold_loglikelihood": "gold log-likelihood"}),
-           "Spearman": [f"{x:.2f}" if k else "all equal" for x, k in zip(found["correlation"], known, strict=True)],
-           "95 % interval": [f"{a:.2f} to {b:.2f}" if k else ""
-                             for a, b, k in zip(found["low"], found["high"], known, strict=True)]})
+    frame = found.copy()
+    frame["what is lost"] = found["oracle"].map({"accuracy": "accuracy", "gold_loglikelihood": "gold log-likelihood"})
+    frame["Spearman"] = [f"{x:.2f}" if k else "all equal" for x, k in zip(found["correlation"], known, strict=True)]
+    frame["95 % interval"] = [f"{a:.2f} to {b:.2f}" if k else ""
+                              for a, b, k in zip(found["low"], found["high"], known, strict=True)]
     columns = ["task", "num_fewshot", "component", "score", "what is lost", "Spearman", "95 % interval", "components"]
     yield Table("Gradient and oracle", "How alike the gradient's scores and what is lost without each component alone "
                 "rank them; interval over components. Few documents, and few distinct values of what is lost, lower "
