@@ -19,6 +19,8 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
     for name, write in _SECTIONS.items():
         if name in kept:
             parts.append(f"{write(kept[name]['rows'])}\nMeasured {kept[name]['when']}.\n")
+    if absent := [name for name in _SECTIONS if name not in kept]:
+        parts.append(f"Not measured yet: {', '.join(absent)}.\n")
     return "\n".join(parts)
 
 

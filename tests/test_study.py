@@ -263,7 +263,7 @@ def test_what_a_kill_leaves_does_not_lock_the_folder(tmp_path: Path) -> None:
     asked = spec(tmp_path)
     asked.out.mkdir(parents=True)
     (asked.out / ".study.json.1-abc.tmp").write_text("{")
-    Runner(asked, loaded=tiny.loaded("llama"))
+    assert Runner(asked, loaded=tiny.loaded("llama")).jobs
 
 
 def test_two_runs_that_begin_together_keep_each_others_tasks(tmp_path: Path) -> None:

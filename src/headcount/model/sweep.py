@@ -4,7 +4,7 @@ Masks are a tree: two masks that agree on the layers before l have one hidden st
 with one hidden state per distinct prefix, so that single FFNs off, in each of L layers, cost (L+1)/2 forward passes
 instead of L+1. Where masks part in a layer, its attention is computed once, and the branches start at its output
 projection; a removed FFN is not computed, and a branch that differs by nothing else costs nothing. Branches of small
-batches go through a layer together (`headcount.model.stack`), so that matrix products are large enough to be fast.
+batches go through a layer together (`headcount.model.stack`), so that blocks are called less often.
 
 transformers has no way to run one block, so blocks are called as the model calls them: a pass in which every block
 hands its input on catches the arguments that each is given, and after the last block a pass of one token, in which the
@@ -157,7 +157,7 @@ class Sweep:
                     projections[layer] = output
 
                 def attended(module: nn.Module, args: Any, output: Any, layer: int = i) -> None:
-                    first = first_of(output)
+                    first = _first(output)
                     plain = torch.equal(first, projections[layer].reshape(first.shape))
                     self._attentions[layer] = output if plain else None
 
@@ -206,7 +206,7 @@ class Sweep:
                 output = _like(seen, part.out_proj(inputs_of).reshape(hidden.shape), keep=False)
                 args, kwargs = tiled(call, len(some), rows)
                 with layer_ablated(part, every, kept), _replaced({part.attention: instead(output)}):
-                    left = first_of(part.block(hidden, *args, **kwargs))
+                    left = _first(part.block(hidden, *args, **kwargs))
                 found += [_Branch(layer + 1, out, owners, {})
                           for out, (_, owners) in zip(torch.split(left, rows), some, strict=True)]
         return found
@@ -229,7 +229,7 @@ class Sweep:
                 output = part.block(branch.hidden.clone(), *args, **kwargs)
             if ffn or not attended:
                 self.layer_tokens += branch.hidden.shape[-3] * branch.hidden.shape[-2]
-            hidden = first_of(output)
+            hidden = _first(output)
             found.append(_Branch(layer + 1, hidden, owners, state))
         return found
 
@@ -288,7 +288,7 @@ class _Attention:
             self.projected = output.clone()
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self.output = _like(output, first_of(output).clone())
+            self.output = _like(output, _first(output).clone())
 
         # Before the gate, which stands there already: what it hands on is one branch's.
         handles = [out_proj.register_forward_pre_hook(before, prepend=True), out_proj.register_forward_hook(after),
@@ -302,7 +302,7 @@ class _Attention:
     def _branched(self, heads: Bool[np.ndarray, " head"]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             projected = self.part.out_proj(self.z)  # through this branch's gate
-            first = first_of(self.output)
+            first = _first(self.output)
             if self.plain:
                 own = projected.reshape(first.shape)
             else:  # attention that adds to its projection (BLOOM: the residual)
@@ -337,7 +337,7 @@ def _owned(call: _Call, state: dict[int, Any]) -> _Call:
     return tuple(own(a) for a in args), {name: own(v) for name, v in kwargs.items()}
 
 
-def first_of(output: Any) -> Tensor:
+def _first(output: Any) -> Tensor:
     """The hidden state in what a block or an attention puts out: itself, or the first of several."""
     first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return first
