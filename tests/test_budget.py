@@ -99,9 +99,19 @@ def test_gradients_are_halved_too(task: Task) -> None:
             np.testing.assert_allclose(found[component].scores[score], values, rtol=1e-4)
 
 
-def test_a_row_too_large_for_memory_is_said(task: Task) -> None:
+def test_a_row_too_large_for_memory_is_halved_by_its_requests(task: Task) -> None:
     loaded = tiny.loaded("llama")
-    with memory_of(loaded, 5), pytest.raises(ModelError, match=r"one row of \d+ tokens; give --row-tokens"):
+    expected = evaluate(loaded, task, num_fewshot=1, shared_shots=True, budget=Budget(1000, 1000))
+    with memory_of(loaded, 60) as failed:
+        found = evaluate(loaded, task, num_fewshot=1, shared_shots=True, budget=Budget(1000, 1000))
+    assert max(failed) > 150, "one row holds the task"
+    np.testing.assert_allclose(found.gold_loglikelihood, expected.gold_loglikelihood, atol=1e-4)
+    assert (found.correct == expected.correct).all()
+
+
+def test_a_prompt_too_large_for_memory_is_said(task: Task) -> None:
+    loaded = tiny.loaded("llama")
+    with memory_of(loaded, 5), pytest.raises(ModelError, match=r"one prompt of \d+ tokens; take fewer shots"):
         evaluate(loaded, task)
 
 

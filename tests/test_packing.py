@@ -138,3 +138,29 @@ def test_halves_hold_what_the_batch_held(drawn: list[list[tuple[list[int], int]]
                      for i in range(len(part.targets))]
             offset += len(part.lengths)
         assert seen == list(zip(batch.requests, batch.rows, batch.positions, batch.targets, strict=True))
+
+
+@given(documents)
+def test_halves_of_a_single_row_hold_half_its_requests(drawn: list[list[tuple[list[int], int]]]) -> None:
+    docs = requests(drawn)
+    (batch,) = batches(pack(docs, Budget(row_tokens=10_000)), Budget())
+    flat = [r for doc in docs for r in doc]
+    waiting, seen = [batch], []
+    while waiting:
+        part = waiting.pop()
+        both = halves(part)
+        if len(both) > 1:
+            waiting += both
+            assert {*both[0].requests} | {*both[1].requests} == {*part.requests}
+            assert not {*both[0].requests} & {*both[1].requests}
+            assert max(p.tokens for p in both) <= part.tokens
+            continue
+        (number,) = {*part.requests}
+        assert part.ids[0].tolist() == flat[number].ids.tolist()
+        assert part.depths[0].tolist() == list(range(part.tokens))
+        assert (part.ends[0] == part.tokens).all()
+        assert part.lengths.tolist() == [part.tokens]
+        assert part.positions.tolist() == np.arange(part.tokens)[flat[number].scored].tolist()
+        assert part.targets.tolist() == flat[number].targets.tolist()
+        seen.append(number)
+    assert sorted(seen) == list(range(len(flat)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 import tiny
 from families import FAMILIES, tokens
 from families import tiny as family_model
-from headcount.masks import Mask, blocks_run, prune, random_order
+from headcount.masks import Mask, all_heads, blocks_run, prune, random_order
 from headcount.measure import forward
 from headcount.measure.forward import sweep_contract
 from headcount.measure.scoring import evaluate
@@ -43,10 +46,8 @@ def every_kind(anatomy: Anatomy) -> list[Mask]:
     return [*masks, full.without_heads(heads).without_ffns(layers), full]
 
 
-def swept(
-    model: torch.nn.Module, anatomy: Anatomy, masks: list[Mask], together: int = 0
-) -> tuple[list[torch.Tensor], Sweep]:
-    sweep = Sweep(model, anatomy, together)
+def swept(model: torch.nn.Module, anatomy: Anatomy, masks: list[Mask]) -> tuple[list[torch.Tensor], Sweep]:
+    sweep = Sweep(model, anatomy)
     found: dict[int, torch.Tensor] = {}
     with torch.no_grad():
         for owners, logits in sweep.logits(inputs(), masks, ROWS, POSITIONS):
@@ -61,15 +62,13 @@ def test_the_sweep_is_one_forward_pass_per_mask(family: str) -> None:
     model = family_model(family)
     anatomy = find_anatomy(model)
     masks = every_kind(anatomy)
-    # One branch at a time, three, and all of a layer together.
-    found = [swept(model, anatomy, masks, together) for together in (0, 54, 10_000)]
+    found, sweep = swept(model, anatomy, masks)
     for i, mask in enumerate(masks):
         with torch.no_grad(), ablated(anatomy, mask):
             expected = model(**inputs(), use_cache=False).logits[ROWS, POSITIONS]
-        for logits, _ in found:
-            torch.testing.assert_close(logits[i], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    assert all(sweep.layer_tokens == 18 * blocks_run(masks) for _, sweep in found)
-    assert all(contract.holds for contract in verify_sweep(model, anatomy))
+        torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert sweep.layer_tokens == 18 * blocks_run(masks)
+    assert verify_sweep(model, anatomy).holds
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -109,6 +108,30 @@ def test_the_oracles_share_what_the_design_says(layers: int) -> None:
     assert blocks_run([full, full]) == layers
     _, sweep = swept(tiny.loaded("opt", layers=layers).model, anatomy, ffns)
     assert sweep.layer_tokens == 18 * layers * (layers + 1) / 2
+
+
+def test_few_hidden_states_wait_however_many_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny.loaded("opt", layers=6)
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    taken = Sweep._taken
+
+    def watched(self: Sweep, *args: Any) -> Any:
+        nonlocal most
+        branch = taken(self, *args)
+        made.append(weakref.ref(branch.hidden))
+        most = max(most, sum(ref() is not None for ref in made))
+        return branch
+
+    monkeypatch.setattr(Sweep, "_taken", watched)
+    full = Mask.full(loaded.anatomy.heads_per_layer)
+    heads = [full.without_heads([h]) for h in all_heads(loaded.anatomy.heads_per_layer)]
+    random = [prune(loaded.anatomy.heads_per_layer, "head", random_order(24, i), 0.5) for i in range(64)]
+    for masks in (heads, random, [*heads, *random, full]):
+        made.clear()
+        most = 0
+        swept(loaded.model, loaded.anatomy, masks)
+        assert 1 <= most <= 2 + math.log2(len(masks))
 
 
 @pytest.fixture

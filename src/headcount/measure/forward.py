@@ -37,6 +37,8 @@ Progress = Callable[[int], None]
 Targets: TypeAlias = tuple[Float[Tensor, " target"], Int[Tensor, " target"]]
 # How a model takes the mask of a tree: one for all layers, without or with the window, or one per type of layer.
 TreeMask = Literal["plain", "windowed", "by type"]
+# Logits that are exponentiated at once; on a CPU, what its caches hold.
+_EXPONENTIATED = {"cpu": 2**20}
 
 
 class Likelihoods(NamedTuple):
@@ -47,15 +49,11 @@ class Likelihoods(NamedTuple):
     layer_tokens: int
 
 
-_proved: weakref.WeakKeyDictionary[LoadedModel, tuple[ContractResult, ContractResult]] = weakref.WeakKeyDictionary()
+_proved: weakref.WeakKeyDictionary[LoadedModel, ContractResult] = weakref.WeakKeyDictionary()
 
 
 def sweep_contract(loaded: LoadedModel) -> ContractResult:
     """Contract 3, tested once per loaded model: whether it can be run layer by layer."""
-    return _sweep_contracts(loaded)[0]
-
-
-def _sweep_contracts(loaded: LoadedModel) -> tuple[ContractResult, ContractResult]:
     if loaded not in _proved:
         _proved[loaded] = verify_sweep(loaded.model, loaded.anatomy)
     return _proved[loaded]
@@ -79,12 +77,9 @@ def loglikelihood(
 @torch.no_grad()
 def masked_loglikelihoods(
     loaded: LoadedModel, packed: Sequence[Batch], num_requests: int, masks: Sequence[Mask],
-    progress: Progress | None = None, tree_mask: TreeMask = "plain", together: int = 0,
+    progress: Progress | None = None, tree_mask: TreeMask = "plain",
 ) -> Likelihoods:
-    """Log-likelihoods of every request under every mask: by layer sweep where the model allows it.
-
-    Branches of the sweep go through a layer together up to so many tokens.
-    """
+    """Log-likelihoods of every request under every mask: by layer sweep where the model allows it."""
     if len(masks) == 1 or not sweep_contract(loaded).holds:
         found = []
         for mask in masks:
@@ -92,7 +87,7 @@ def masked_loglikelihoods(
                 found.append(loglikelihood(loaded, packed, num_requests, progress, tree_mask))
         layer_tokens = loaded.anatomy.num_layers * len(masks) * sum(b.tokens for b in packed)
         return Likelihoods(np.stack([x for x, _ in found]), np.stack([g for _, g in found]), layer_tokens)
-    sweep = Sweep(loaded.model, loaded.anatomy, together if _sweep_contracts(loaded)[1].holds else 0)
+    sweep = Sweep(loaded.model, loaded.anatomy)
     sums = _Sums(len(masks), num_requests)
 
     def swept(batch: Batch) -> list[tuple[list[int], Targets]]:
@@ -116,10 +111,12 @@ def masked_loglikelihoods(
 
 
 def in_memory(packed: Sequence[Batch], work: Callable[[Batch], T]) -> Iterator[tuple[Batch, T]]:
-    """Every batch with what work makes of it; batches that memory is too small for are halved, and later ones too.
+    """Every batch with what work makes of it; those that memory is too small for are halved, and later ones too.
+
+    A single row, whose requests share a beginning, is halved only when it did not go.
 
     Raises:
-        ModelError: If a single row is too large.
+        ModelError: If a single request is too large.
     """
     waiting, limit = list(packed)[::-1], math.inf
     while waiting:
@@ -132,11 +129,12 @@ def in_memory(packed: Sequence[Batch], work: Callable[[Batch], T]) -> Iterator[t
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if len(batch.lengths) == 1:
-                raise ModelError(f"memory is too small for one row of {batch.tokens} tokens; give --row-tokens less "
-                                 f"than that, take fewer shots, or another device ({error})") from error
+            parts = halves(batch)
+            if len(parts) == 1:
+                raise ModelError(f"memory is too small for one prompt of {batch.tokens} tokens; take fewer shots, "
+                                 f"or another device ({error})") from error
             limit = batch.tokens // 2
-            waiting.append(batch)
+            waiting += parts[::-1]
             continue
         yield batch, done
 
@@ -165,7 +163,7 @@ def target_logprobs(loaded: LoadedModel, batch: Batch, tree_mask: TreeMask = "pl
     """Log-probability of every target of a batch, and 1 where it is the most probable token."""
     rows, positions, which = _places(batch, loaded.device)
     with scored_only(loaded, rows, positions):
-        logits = loaded.model(**model_inputs(loaded, batch, tree_mask), use_cache=False).logits[0].float()
+        logits = loaded.model(**model_inputs(loaded, batch, tree_mask), use_cache=False).logits[0]
     return _of_targets(logits, batch, which)
 
 
@@ -180,11 +178,14 @@ def _places(
 
 def _of_targets(
     logits: Float[Tensor, "place vocabulary"], batch: Batch, which: Int[np.ndarray, " target"]
-) -> tuple[Float[Tensor, " target"], Int[Tensor, " target"]]:
+) -> Targets:
     targets = torch.from_numpy(batch.targets).to(logits.device)
     index = torch.from_numpy(which).to(logits.device)
-    logprobs = logits[index, targets] - logits.logsumexp(-1)[index]
-    return logprobs, (logits.argmax(-1)[index] == targets).long()
+    # A few places at a time: all of them in float32, and exponentiated, would take twice the logits' memory.
+    parts = torch.split(logits, max(1, _EXPONENTIATED.get(logits.device.type, 2**26) // logits.shape[1]))
+    normaliser = torch.cat([part.float().logsumexp(-1) for part in parts])
+    best = torch.cat([part.argmax(-1) for part in parts])
+    return logits[index, targets].float() - normaliser[index], (best[index] == targets).long()
 
 
 def model_inputs(

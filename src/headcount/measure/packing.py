@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -40,8 +41,8 @@ class Cost:
     batch: float | int = 32
     doubled: float | int = 2500
 
-    def of(self, rows: int, width: int) -> float:
-        """The cost of a batch of so many rows of that length."""
+    def of(self, rows: Any, width: Any) -> Any:
+        """The cost of a batch of so many rows of that length; numbers, or arrays of them."""
         return self.batch + rows * width * (1 + width / self.doubled)
 
 
@@ -181,7 +182,8 @@ def _grouped(
 
 def _cost_of(groups: Sequence[Sequence[_Document]], budget: Budget) -> float:
     lengths = sorted((_nodes(group) for group in groups), reverse=True)
-    return sum(budget.cost.of(stop - start, lengths[start]) for start, stop in _filled(lengths, budget.batch_tokens))
+    spans = _filled(lengths, budget.batch_tokens)
+    return float(sum(budget.cost.of(stop - start, lengths[start]) for start, stop in spans))
 
 
 def _nodes(group: Sequence[_Document]) -> int:
@@ -232,10 +234,33 @@ def batches(rows: Sequence[Row], budget: Budget, *, gradients: bool = False) -> 
     return made
 
 
-def halves(batch: Batch) -> tuple[Batch, Batch]:
-    """A batch of two rows or more as two batches, for memory that is too small for it."""
-    middle = len(batch.lengths) // 2
-    return _part(batch, 0, middle), _part(batch, middle, len(batch.lengths))
+def halves(batch: Batch) -> tuple[Batch, ...]:
+    """A batch as two, for memory that is too small for it: half its rows each, or half its only row's requests.
+
+    What the requests of a row share is computed in both then. A batch of one request is returned as it is.
+    """
+    rows = len(batch.lengths)
+    if rows > 1:
+        return _part(batch, 0, rows // 2), _part(batch, rows // 2, rows)
+    requests = np.unique(batch.requests)
+    if len(requests) == 1 or not batch.is_tree:
+        return (batch,)
+    # In the order in which they stand in the row, so that neighbours stay together.
+    last = [batch.positions[batch.requests == r].max() for r in requests]
+    first, second = np.array_split(requests[np.argsort(last)], 2)
+    return _of_requests(batch, first), _of_requests(batch, second)
+
+
+def _of_requests(batch: Batch, requests: Int[np.ndarray, " some"]) -> Batch:
+    """A single row's nodes that stand above some of its requests' targets."""
+    own = np.isin(batch.requests, requests)
+    node, ends, positions = np.arange(batch.ids.shape[1])[:, None], batch.ends[0], batch.positions[own]
+    kept = ((node <= positions) & (positions < ends[:, None])).any(1)
+    before = np.concatenate([[0], np.cumsum(kept)])  # kept nodes before each node
+    return Batch(
+        ids=batch.ids[:, kept], depths=batch.depths[:, kept], ends=before[ends][kept][None],
+        lengths=np.array([kept.sum()]), requests=batch.requests[own], rows=batch.rows[own],
+        positions=before[positions], targets=batch.targets[own], is_tree=True)
 
 
 def _part(batch: Batch, start: int, stop: int) -> Batch:
@@ -265,7 +290,7 @@ def _cheapest(lengths: Int[np.ndarray, " row"], limit: int, cost: Cost) -> list[
     for stop in range(1, len(lengths) + 1):
         first = np.arange(max(0, stop - max(1, limit // lengths[stop - 1])), stop)
         first = first[((stop - first) * lengths[first] <= limit) | (first == stop - 1)]
-        total = best[first] + cost.batch + (stop - first) * lengths[first] * (1 + lengths[first] / cost.doubled)
+        total = best[first] + cost.of(stop - first, lengths[first])
         chosen = int(total.argmin())
         best[stop], start[stop] = total[chosen], first[chosen]
     spans, stop = [], len(lengths)

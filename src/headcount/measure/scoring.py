@@ -37,7 +37,6 @@ class Prepared:
         counts: How many requests each document has; requests follow one another in this order.
         layout: How they are laid out for the model.
         batches: What the model reads.
-        batch_tokens: How many tokens go through the model together.
         truncated: How many requests lost their beginning.
     """
 
@@ -47,7 +46,6 @@ class Prepared:
     counts: tuple[int, ...]
     layout: Layout
     batches: tuple[Batch, ...]
-    batch_tokens: int
     truncated: int
 
     @property
@@ -122,7 +120,7 @@ def prepare(
     budget = budget or budget_of(loaded)
     rows = pack(by_document, budget, trees=chosen.trees, tree_tokens=chosen.tree_tokens)
     return Prepared(task, num_fewshot, tuple(prompts), tuple(counts), chosen,
-                    tuple(batches(rows, budget)), budget.batch_tokens, sum(r.truncated for r in requests))
+                    tuple(batches(rows, budget)), sum(r.truncated for r in requests))
 
 
 def score(
@@ -130,7 +128,7 @@ def score(
 ) -> Evaluations:
     """Run prepared prompts under each mask and turn log-likelihoods into the task's metric."""
     found = masked_loglikelihoods(loaded, prepared.batches, sum(prepared.counts), masks, progress,
-                                  prepared.layout.tree_mask, prepared.batch_tokens)
+                                  prepared.layout.tree_mask)
     for mask, values in zip(masks, found.loglikelihoods, strict=True):
         if bad := int((~np.isfinite(values)).sum()):
             raise ModelError(f"{bad} of {len(values)} log-likelihoods of task {prepared.task.name!r} are no numbers "

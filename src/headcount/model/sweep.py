@@ -3,8 +3,10 @@
 Masks are a tree: two masks that agree on the layers before l have one hidden state there. The sweep goes down that tree
 with one hidden state per distinct prefix, so that single FFNs off, in each of L layers, cost (L+1)/2 forward passes
 instead of L+1. Where masks part in a layer, its attention is computed once, and the branches start at its output
-projection; a removed FFN is not computed, and a branch that differs by nothing else costs nothing. Branches of small
-batches go through a layer together (`headcount.model.stack`), so that blocks are called less often.
+projection; a removed FFN is not computed, and a branch that differs by nothing else costs nothing.
+
+The way of fewest masks is taken first, to its end, and the fork is forgotten before its last way: every fork that is
+kept has at least as many masks left as went on, so that for n masks no more than log2(n) hidden states wait.
 
 transformers has no way to run one block, so blocks are called as the model calls them: a pass in which every block
 hands its input on catches the arguments that each is given, and after the last block a pass of one token, in which the
@@ -21,18 +23,16 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Mutable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headcount.masks import Mask, Way, any_head, ways
 from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.gates import layer_ablated
-from headcount.model.stack import can_stack, gated, instead, projection_inputs, tiled
 
-# Kept positions that pass the output layer together.
+# Kept positions that pass the output layer together, unless one mask has more.
 _FINISHED = 256
 Inputs = Mapping[str, Any]
 # The arguments of a block beside the hidden state.
@@ -46,14 +46,12 @@ class Sweep:
     Args:
         model: In eval mode.
         anatomy: Its heads and FFNs.
-        together: Branches go through a layer together up to so many tokens; 0: one by one.
         layer_tokens: Positions that blocks computed so far, layers added up; a branch that shares the attention and
             removes the FFN counts none.
     """
 
     model: PreTrainedModel
     anatomy: Anatomy
-    together: int = 0
     layer_tokens: int = 0
     _outputs: dict[int, Any] = field(default_factory=dict)
     _attentions: dict[int, Any] = field(default_factory=dict)
@@ -73,11 +71,11 @@ class Sweep:
         held = 0
         for owners, hidden in self._leaves(inputs, masks):
             kept = hidden[rows.to(hidden.device), positions.to(hidden.device)]
-            waiting.append((owners, kept))
-            held += len(kept)
-            if held >= _FINISHED:
+            if held + len(kept) > _FINISHED:
                 yield from self._finished(waiting)
                 waiting, held = [], 0
+            waiting.append((owners, kept))
+            held += len(kept)
         yield from self._finished(waiting)
 
     def _finished(
@@ -85,7 +83,7 @@ class Sweep:
     ) -> Iterator[tuple[list[int], Float[Tensor, "kept vocabulary"]]]:
         if not waiting:
             return
-        logits = self._after_blocks(torch.cat([kept for _, kept in waiting])).logits[:, 0].float()
+        logits = self._after_blocks(torch.cat([kept for _, kept in waiting])).logits[:, 0]
         for (owners, _), part in zip(waiting, logits.split([len(kept) for _, kept in waiting]), strict=True):
             yield owners, part
 
@@ -110,20 +108,17 @@ class Sweep:
     def _leaves(
         self, inputs: Inputs, masks: Sequence[Mask]
     ) -> Iterator[tuple[list[int], Float[Tensor, "batch pos d_model"]]]:
-        """The last block's output of every distinct mask; the smallest branches first, so that few states wait."""
+        """The last block's output of every distinct mask."""
         hidden, calls = self._caught(inputs)
-        # How many branches go together; blocks on several devices are called one branch at a time.
-        devices = set(getattr(self.model, "hf_device_map", {}).values())
-        size = max(1, self.together // hidden.shape[:-1].numel()) if len(devices) < 2 else 1
-        waiting = [[_Branch(0, hidden, list(range(len(masks))), {})]]
-        while waiting:
-            group = waiting.pop()
-            layer = group[0].layer
-            if layer == self.anatomy.num_layers:
-                yield from ((branch.masks, branch.hidden) for branch in group)
-                continue
-            found = sorted(self._advanced(group, masks, calls[layer], size), key=lambda b: -len(b.masks))
-            waiting += [found[i : i + size] for i in range(0, len(found), size)]
+        forks = [self._fork(_Branch(0, hidden, list(range(len(masks))), {}), masks, calls[0])]
+        while forks:
+            branch = self._taken(forks[-1], masks, calls[forks[-1].branch.layer])
+            if not forks[-1].ways:
+                forks.pop()
+            if branch.layer == self.anatomy.num_layers:
+                yield branch.masks, branch.hidden
+            else:
+                forks.append(self._fork(branch, masks, calls[branch.layer]))
 
     def _caught(self, inputs: Inputs) -> tuple[Tensor, list[_Call]]:
         """The embeddings, and the arguments that each block is given beside them."""
@@ -172,75 +167,35 @@ class Sweep:
         """A hidden state in the kind of output that a block has: a tensor, a tuple or a list."""
         return _like(self._outputs[layer], hidden, keep=False)
 
-    def _advanced(
-        self, group: Sequence[_Branch], masks: Sequence[Mask], call: _Call, size: int
-    ) -> list[_Branch]:
-        """One block for all branches of a group: together where that can be done."""
-        part, parted = self.anatomy.layers[group[0].layer], [ways(masks, b.masks, group[0].layer) for b in group]
-        alone = size == 1 or sum(map(len, parted)) == 1 or self._attentions[group[0].layer] is None
-        if alone or not can_stack(part, group[0].hidden, call):
-            return [made for branch in group for made in self._through(branch, masks, call)]
-        return self._stacked(group, parted, masks, call, size)
-
-    def _stacked(
-        self, group: Sequence[_Branch], parted: Sequence[Mapping[Way, list[int]]], masks: Sequence[Mask], call: _Call,
-        size: int,
-    ) -> list[_Branch]:
-        """One block, once for all ways that keep the FFN and once for all that do not."""
-        layer = group[0].layer
-        part, seen = self.anatomy.layers[layer], self._attentions[layer]
-        rows, length = group[0].hidden.shape[:2]
-        attended = [i for i, way in enumerate(parted) if any_head(way)]
-        nothing = group[0].hidden.new_zeros(rows, length, part.num_heads * part.d_head)
-        z = dict.fromkeys(range(len(group)), nothing)
-        z |= zip(attended, projection_inputs(part, [group[i].hidden for i in attended], call), strict=True)
-        for i, way in enumerate(parted):
-            self.layer_tokens += rows * length * (sum(ffn for _, ffn in way) or int(i in attended))
-        every = np.ones(part.num_heads, bool)
-        found: list[_Branch] = []
-        for kept in (True, False):
-            own = [(i, owners) for i, way in enumerate(parted) for (_, ffn), owners in way.items() if ffn is kept]
-            for some in (own[i : i + size] for i in range(0, len(own), size)):
-                inputs_of = torch.cat([gated(z[i], masks[owners[0]].heads[layer]) for i, owners in some])
-                hidden = torch.cat([group[i].hidden for i, _ in some])
-                output = _like(seen, part.out_proj(inputs_of).reshape(hidden.shape), keep=False)
-                args, kwargs = tiled(call, len(some), rows)
-                with layer_ablated(part, every, kept), _replaced({part.attention: instead(output)}):
-                    left = _first(part.block(hidden, *args, **kwargs))
-                found += [_Branch(layer + 1, out, owners, {})
-                          for out, (_, owners) in zip(torch.split(left, rows), some, strict=True)]
-        return found
-
-    def _through(self, branch: _Branch, masks: Sequence[Mask], call: _Call) -> list[_Branch]:
-        """One block, once for each way in which the branch's masks treat it."""
-        layer = branch.layer
-        part = self.anatomy.layers[layer]
-        parted = ways(masks, branch.masks, layer)
-        found: list[_Branch] = []
+    def _fork(self, branch: _Branch, masks: Sequence[Mask], call: _Call) -> _Fork:
+        """The ways in which the branch's masks treat a layer, and what they share of it; counts what it will cost."""
+        parted = ways(masks, branch.masks, branch.layer)
         shared = self._attention(branch, parted, call) if len(parted) > 1 or not any_head(parted) else None
-        # The way that keeps the FFN comes first: it computes the attention, and counts.
-        for (_, ffn), owners in sorted(parted.items(), key=lambda way: not way[0][1]):
-            # What the attention, computed once, keeps for later layers is every way's.
-            state = branch.state if len(parted) == 1 else _copied(found[0].state if found else branch.state)
-            heads = masks[owners[0]].heads[layer]
-            args, kwargs = _owned(call, state)
-            attended = shared is not None and shared.z is not None
-            with layer_ablated(part, heads, ffn), shared.computed_once(heads) if shared else contextlib.nullcontext():
-                output = part.block(branch.hidden.clone(), *args, **kwargs)
-            if ffn or not attended:
-                self.layer_tokens += branch.hidden.shape[-3] * branch.hidden.shape[-2]
-            hidden = _first(output)
-            found.append(_Branch(layer + 1, hidden, owners, state))
-        return found
+        attended = shared is None or shared.z is None
+        self.layer_tokens += branch.hidden.shape[-3:-1].numel() * (sum(ffn for _, ffn in parted) or int(attended))
+        return _Fork(branch, shared, sorted(parted.items(), key=lambda way: -len(way[1])))
+
+    def _taken(self, fork: _Fork, masks: Sequence[Mask], call: _Call) -> _Branch:
+        """One block for the way of fewest masks, which is taken off the fork."""
+        (_, ffn), owners = fork.ways.pop()
+        branch, shared = fork.branch, fork.attention
+        part, heads = self.anatomy.layers[branch.layer], masks[owners[0]].heads[branch.layer]
+        first = shared is not None and shared.z is None
+        state = _copied(branch.state)
+        args, kwargs = _owned(call, state)
+        with layer_ablated(part, heads, ffn), shared.computed_once() if shared else contextlib.nullcontext():
+            output = part.block(branch.hidden.clone(), *args, **kwargs)
+        if first:  # what the attention, computed once, keeps for later layers is every way's
+            branch.state.update(_copied(state))
+        return _Branch(branch.layer + 1, _first(output), owners, state)
 
     def _attention(self, branch: _Branch, parted: Mapping[Way, Any], call: _Call) -> _Attention:
         """The attention that ways share; of no heads nothing is computed, unless later layers may read it."""
         part, seen = self.anatomy.layers[branch.layer], self._attentions[branch.layer]
         attention = _Attention(part, plain=seen is not None)
         if not any_head(parted) and seen is not None and not any(map(_is_mutable, (*call[0], *call[1].values()))):
-            shape = (*branch.hidden.shape[:-1], part.num_heads * part.d_head)
-            attention.z = branch.hidden.new_zeros(shape)
-            attention.output = _like(seen, part.out_proj(attention.z), keep=False)
+            attention.z = branch.hidden.new_zeros((*branch.hidden.shape[:-1], part.num_heads * part.d_head))
+            attention.output = _like(seen, branch.hidden, keep=False)
         return attention
 
 
@@ -254,41 +209,60 @@ class _Branch:
     state: dict[int, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class _Fork:
+    """A branch, the attention that its ways share in the next layer, and the ways left, most masks first."""
+
+    branch: _Branch
+    attention: _Attention | None
+    ways: list[tuple[Way, list[int]]]
+
+
 class _Caught(Exception):  # noqa: N818
     """Ends the pass that catches arguments."""
 
 
 class _Attention:
-    """One layer's attention: computed by the first branch, the others begin at its output projection."""
+    """One layer's attention: computed by the first branch, the others begin at its output projection.
+
+    Attributes:
+        z: What the output projection is given, once it is known.
+        output: What the attention puts out, with a hidden state of the right shape in it.
+        rest: What it adds to its projection (BLOOM: the residual); None if it is plain and adds nothing.
+    """
 
     def __init__(self, part: LayerAnatomy, *, plain: bool) -> None:
         self.part = part
-        self.plain = plain  # puts out its projection and nothing else
+        self.plain = plain
         self.z: Tensor | None = None
-        self.projected: Tensor | None = None
         self.output: Any = None
+        self.rest: Tensor | None = None
 
     @contextlib.contextmanager
-    def computed_once(self, heads: Bool[np.ndarray, " head"]) -> Iterator[None]:
+    def computed_once(self) -> Iterator[None]:
         if self.z is None:
             with self._watched():
                 yield
         else:
-            with _replaced({self.part.attention: self._branched(heads)}):
+            with _replaced({self.part.attention: self._branched}):
                 yield
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         attention, out_proj = self.part.attention, self.part.out_proj
+        projections: list[Tensor] = []
 
         def before(module: nn.Module, args: Any) -> None:
             self.z = args[0]
 
         def after(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.projected = output.clone()
+            projections.append(output)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self.output = _like(output, _first(output).clone())
+            first = _first(output)
+            if not self.plain:
+                self.rest = first - projections[0].reshape(first.shape)
+            self.output = _like(output, first.clone())
 
         # Before the gate, which stands there already: what it hands on is one branch's.
         handles = [out_proj.register_forward_pre_hook(before, prepend=True), out_proj.register_forward_hook(after),
@@ -299,17 +273,10 @@ class _Attention:
             for handle in handles:
                 handle.remove()
 
-    def _branched(self, heads: Bool[np.ndarray, " head"]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            projected = self.part.out_proj(self.z)  # through this branch's gate
-            first = _first(self.output)
-            if self.plain:
-                own = projected.reshape(first.shape)
-            else:  # attention that adds to its projection (BLOOM: the residual)
-                own = first + (projected - self.projected).reshape(first.shape)
-            return _like(self.output, own)
-
-        return forward
+    def _branched(self, *args: Any, **kwargs: Any) -> Any:
+        projected = self.part.out_proj(self.z)  # through this branch's gate
+        own = projected.reshape(_first(self.output).shape)
+        return _like(self.output, own if self.rest is None else own + self.rest)
 
 
 @contextlib.contextmanager
