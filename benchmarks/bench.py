@@ -1,7 +1,7 @@
 """What measuring costs, beside what people use today and the obvious way of doing it, in one run.
 
-`python benchmarks/bench.py SECTION ...` measures sections and keeps them in build/bench; the page docs/performance.md
-is written from what is kept. Sections:
+`python benchmarks/bench.py SECTION ...` measures sections and keeps them in benchmarks/results; the page
+docs/performance.md is written from what is kept. Sections:
 
 counts      tokens through the model / nodes of the prompts' tries, on every task of the paper
 scoring     wall time of lm-eval's HF backend / headcount, on every task of the paper; kept task by task
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(PAPER14), help="of the section scoring")
     parser.add_argument("--settings", nargs="+", default=list(against_lm_eval.SETTINGS), help="of the section scoring")
     parser.add_argument("--data", type=Path, default=_ROOT.parent / "shared" / "benchmarks")
-    parser.add_argument("--kept", type=Path, default=_ROOT / "build" / "bench")
+    parser.add_argument("--kept", type=Path, default=_ROOT / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=_ROOT / "docs" / "performance.md")
     options = parser.parse_args()
     torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -15,13 +15,39 @@ Row = dict[str, Any]
 
 def page(kept: dict[str, dict[str, Any]]) -> str:
     """The page: every section that was measured, in order."""
-    parts = [_HEAD]
+    parts = [_HEAD, _goals({name: section["rows"] for name, section in kept.items()})]
     for name, write in _SECTIONS.items():
         if name in kept:
             parts.append(f"{write(kept[name]['rows'])}\nMeasured {kept[name]['when']}.\n")
     if absent := [name for name in _SECTIONS if name not in kept]:
         parts.append(f"Not measured yet: {', '.join(absent)}.\n")
     return "\n".join(parts)
+
+
+def _goals(kept: dict[str, list[Row]]) -> str:
+    """What was set out for, and what was reached; only of what was measured."""
+    found: list[tuple[str, float, float, str]] = []  # figure, measured, goal, which side of it is right
+    if rows := kept.get("counts"):
+        found.append(("tokens through the model / nodes, the worst task", max(r["tokens"] / r["nodes"] for r in rows),
+                      1.10, "at most"))
+    for setting, goal in (("0-shot", 2.0), ("5-shot, shared", 6.0)):
+        if rows := [r for r in kept.get("scoring", []) if r["setting"] == setting]:
+            ratios = [r["lm_eval"] / (r["packing"] + r["forward"]) for r in rows]
+            found.append((f"lm-eval's wall time / ours, {setting}", _mean(ratios), goal, "at least"))
+    found += [(f"importance of all heads and FFNs / one forward pass, {r['num_fewshot']} shots",
+               r["gradient"] / r["forward"], 2.3, "at most") for r in kept.get("importance", [])]
+    for r in kept.get("oracles", []):
+        goal = 0.55 * r["layers"] if r["masks"] == r["layers"] else 0.6 * r["masks"] * (1 + 1 / r["layers"])
+        found.append((f"oracle of {r['what']} / one evaluation, wall time", r["wall"] / r["evaluation"], goal, "at most"))
+    if rows := kept.get("scaling"):
+        peaks = {r["masks"]: r["peak"] for r in rows}
+        found.append(("peak memory, 100 masks / 1", peaks[100] / rows[0]["peak"], 1.5, "at most"))
+    found += [("the demo, minutes", r["wall"] / 60, 5, "at most") for r in kept.get("demo", [])]
+    lines = ["| figure | goal | measured | |", "|---|--:|--:|---|"]
+    for figure, measured, goal, side in found:
+        reached = measured <= goal if side == "at most" else measured >= goal
+        lines.append(f"| {figure} | {side} {goal:.4g} | {measured:.2f} | {'' if reached else 'not reached'} |")
+    return "\n".join(["## Goals", "", *lines, ""])
 
 
 def _mean(ratios: Sequence[float]) -> float:
@@ -111,7 +137,8 @@ def _demo(rows: list[Row]) -> str:
         "## The demo", "", f"`headcount demo` in an empty folder: {r['wall']:.0f} s in all, {r['measuring']:.0f} s of "
         f"them measuring; matrix products of this model's shape ran at {r['gflops'][0]:.0f} GFLOP/s before and "
         f"{r['gflops'][1]:.0f} after. The blocks' matrix products alone, at that speed, take {r['floor']:.0f} s of the "
-        "evaluations' time.", "",
+        "evaluations' time; gradients, the output layer and attention come on top, so that five minutes are out of reach "
+        "at this speed.", "",
         "| jobs | how many | seconds | layer-tokens |", "|---|--:|--:|--:|", *kinds, ""])
 
 

@@ -60,7 +60,7 @@ def rows() -> list[str]:
     for family in FAMILIES:
         model = tiny(family)
         anatomy = find_anatomy(model)
-        results = [*verify(model), verify_sweep(model, anatomy)[0]]
+        results = [*verify(model), verify_sweep(model, anatomy)]
         contracts = ", ".join(name for name, result in zip(_CONTRACTS, results, strict=True) if result.holds)
         heads, groups = (" + ".join(map(str, counts)) for counts in (
             anatomy.heads_per_layer, [part.num_kv_heads for part in anatomy.layers]))
