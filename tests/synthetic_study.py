@@ -28,7 +28,8 @@ def spec(tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...] = (0, 5), docume
     return {
         "spec": {"model": "planted", "tasks": list(tasks), "shots": list(shots), "limit": documents,
                  "importance_limit": 50, "shared_shots": True, "seed": 1, "fractions": FRACTIONS, "random_orders": 1,
-                 "ffn_order": "oracle", "head_score": "position", "margin": 0.02},
+                 "ffn_order": "oracle", "head_score": "position", "margin": 0.02,
+                 "prefix_threshold": 0.3, "copying_threshold": 0.5, "measure": ["curves"]},
         "model": {"name": "planted <model>", "fingerprint": "abc", "notes": ["weights are made up"]},
         "anatomy": {"heads_per_layer": HEADS_PER_LAYER, "parameters": PARAMETERS,
                     "parameters_per_head": [PARAMETERS_PER_HEAD] * LAYERS,
@@ -43,7 +44,7 @@ def spec(tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...] = (0, 5), docume
 def _rows(right: int, documents: int, mask: int) -> pd.DataFrame:
     ids = np.arange(documents)
     correct = (ids < right * documents // 100).astype(float)
-    return pd.DataFrame({"mask": mask, "doc_id": ids, "correct": correct, "gold_loglikelihood": -1.0, "margin": 0.5,
+    return pd.DataFrame({"mask": mask, "doc_id": ids, "passage": ids, "correct": correct, "gold_loglikelihood": -1.0, "margin": 0.5,
                          "prediction": 0, "gold": ids % 4, "num_options": 4})
 
 

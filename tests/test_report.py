@@ -66,7 +66,8 @@ def test_a_browser_draws_every_chart(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("parts", [{"evaluations": False}, {"importance": False}, {"tasks": ("red",), "shots": (5,)}])
 def test_an_unfinished_or_small_study_has_a_page(tmp_path: Path, parts: dict[str, object]) -> None:
     text = write_report(synthetic.write(tmp_path, **parts)).read_text(encoding="utf-8")  # type: ignore[arg-type]
-    assert ("Not measured in this study" in text) == ("tasks" not in parts)
+    assert ("Not measured in this study" in text) == (parts.get("evaluations") is False)
+    assert ("Which heads matter" in text) == ("importance" not in parts)
 
 
 def test_no_study_no_page(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
-"""Intervals against loops, and against what they promise."""
+"""Intervals and tests against loops and scipy, and against what they promise, in simulated studies."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headcount import stats
+from headcount import ranks, stats
 from headcount.errors import OptionError
 
 
@@ -103,3 +105,255 @@ def test_rank_correlation_is_scipys_and_its_interval_covers() -> None:
     assert inside / 200 > 0.88
     assert all(np.isnan(v) for v in stats.rank_correlation(np.ones(5), x[:5]))
     assert all(np.isnan(v) for v in stats.rank_correlation(x[:2], x[:2]))
+
+
+def test_passages_are_drawn_whole() -> None:
+    values = np.array([[0.0, 1.0, 2.0, 7.0, 5.0]])
+    passages = np.array([9, 4, 4, 2, 9])
+    samples = stats.resampled_means(values, clusters=passages, seed=3, resamples=5000)[0]
+    whole = [[7.0], [1.0, 2.0], [0.0, 5.0]]
+    possible = {round(float(np.mean([v for c in drawn for v in c])), 6) for drawn in itertools.product(whole, repeat=3)}
+    assert {round(float(s), 6) for s in samples} == possible
+    one_each = np.arange(40)
+    values = np.random.default_rng(0).random((2, 40))
+    plain = stats.resampled_means(values, seed=5)
+    np.testing.assert_array_equal(stats.resampled_means(values, clusters=one_each, seed=5), plain)
+    # As before there were clusters: the same draws, the same bits.
+    counts = np.random.default_rng(5).multinomial(40, np.full(40, 1 / 40), size=2000)
+    np.testing.assert_array_equal(plain, values @ counts.T / 40)
+    with pytest.raises(OptionError, match="each document has one cluster"):
+        stats.resampled_means(values, clusters=np.arange(3))
+
+
+@pytest.mark.parametrize("difference", [False, True])
+def test_documents_of_one_passage_are_not_so_many_documents(difference: bool) -> None:
+    rng = np.random.default_rng(0)
+    trials, plain, clustered = 300, 0, 0
+    for _ in range(trials):
+        sizes = rng.integers(1, 10, 80)
+        passages = np.repeat(np.arange(80), sizes)
+        # Passages are easy or hard (mean accuracy .7); pruning loses 15 % of them altogether.
+        full = (rng.random(len(passages)) < rng.beta(1.4, 0.6, 80)[passages]).astype(float)
+        values = np.stack([full, np.where((rng.random(80) < 0.15)[passages], 0.0, full)])
+        truth = -0.7 * 0.15 if difference else 0.7
+        for clusters in (None, passages):
+            samples = stats.resampled_means(values, clusters=clusters, seed=int(rng.integers(1 << 30)), resamples=400)
+            low, high = stats.interval(samples[1:] - samples[:1] if difference else samples[:1])
+            inside = bool(low[0] <= truth <= high[0])
+            plain, clustered = plain + (inside and clusters is None), clustered + (inside and clusters is not None)
+    assert plain / trials < 0.82
+    assert 0.90 <= clustered / trials <= 0.98
+
+
+STEPS = [i / 10 for i in range(10)]
+
+
+def _curve(rng: np.random.Generator, n: int, loss: np.ndarray, churn: np.ndarray) -> np.ndarray:
+    """Right answers of the full model (.7 of them) and nine steps, which lose and, to an extent of churn, win some."""
+    full = rng.random(n) < 0.7
+    # Half of a step's documents are lost in other steps too.
+    luck = np.where(rng.random((10, n)) < 0.5, rng.random((10, n)), rng.random(n))
+    lost, won = full & (luck < ((loss + churn) / 0.7)[:, None]), ~full & (luck < (churn / 0.3)[:, None])
+    return np.where(lost, 0.0, np.where(won, 1.0, full))
+
+
+@pytest.mark.parametrize("documents", [50, 100, 400])
+@pytest.mark.parametrize("loss", [
+    [0, 0, 0, 0.003, 0.006, 0.01, 0.03, 0.08, 0.2, 0.4],
+    [0, 0, 0, 0, 0, 0, 0.15, 0.3, 0.4, 0.45],
+    [0, 0.019, 0.019, 0.019, 0.019, 0.019, 0.2, 0.2, 0.2, 0.4],  # five steps just above the margin
+    [0, 0, 0, 0, 0, 0, 0.021, 0.021, 0.021, 0.4],  # and three just below
+], ids=["smooth", "sharp", "just above", "just below"])
+def test_the_free_fractions_interval_holds_the_true_one(documents: int, loss: list[float]) -> None:
+    rng = np.random.default_rng(0)
+    churn = np.array([0, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.05, 0.06, 0.08])
+    truth = stats.free_fraction(STEPS, [-x for x in loss], 0.02)
+    assert truth == 0.5
+    trials, inside = 150, 0
+    for _ in range(trials):
+        values = _curve(rng, documents, np.array(loss), churn)
+        samples = stats.resampled_means(values, seed=int(rng.integers(1 << 30)), resamples=1000)
+        low, high = stats.free_fraction_interval(STEPS, samples - samples[0], 0.02)
+        assert low == stats.free_fraction(STEPS, stats.interval(samples - samples[0])[0].tolist(), 0.02) <= high
+        inside += low <= truth <= high
+    assert inside / trials >= 0.93
+
+
+def test_where_losses_are_rare_the_free_fraction_is_too_sure() -> None:
+    # Known and said: of 50 documents, none of the 2 % that are lost is seen in a third of studies.
+    rng = np.random.default_rng(0)
+    loss, lows = np.array([0, 0.021]), []
+    for _ in range(300):
+        full = rng.random(50) < 0.7
+        values = np.stack([full, full & (rng.random(50) >= loss[1] / 0.7)]).astype(float)
+        samples = stats.resampled_means(values, seed=int(rng.integers(1 << 30)), resamples=500)
+        lows.append(stats.free_fraction_interval([0, 0.1], samples - samples[0], 0.02)[0])
+    assert 0.25 < np.mean(np.array(lows) > 0) < 0.45
+
+
+def test_the_ends_of_the_free_fractions_interval() -> None:
+    differences = np.stack([np.linspace(low, high, 1001) for low, high in
+                            ((0, 0), (-0.01, 0.01), (-0.1, 0.05), (-0.3, -0.05), (-0.01, 0.01))])
+    steps = [0, 0.1, 0.2, 0.3, 0.4]
+    assert stats.free_fraction_interval(steps, differences, 0.02) == (0.1, 0.2)
+    assert stats.free_fraction_interval(steps, differences, 0.5) == (0.4, 0.4)
+    assert stats.free_fraction_interval([0], differences[:1], 0.02) == (0, 0)
+
+
+def test_mcnemar_is_scipys_binomial_test() -> None:
+    rng = np.random.default_rng(0)
+    full = (rng.random(80) < 0.7).astype(float)
+    pruned = np.where(rng.random((30, 80)) < np.linspace(0, 0.6, 30)[:, None], rng.integers(0, 2, (30, 80)), full)
+    for p, row in zip(stats.mcnemar(full, pruned), pruned, strict=True):
+        fell, rose = int(((full == 1) & (row == 0)).sum()), int(((full == 0) & (row == 1)).sum())
+        expected = scipy.stats.binomtest(rose, fell + rose).pvalue if fell + rose else 1.0
+        assert p == pytest.approx(expected)
+    # Partial scores: signs of differences; 0.1 + 0.2 against 0.3 is a tie.
+    full, pruned = np.array([0.3, 0.5, 0.5, 1.0]), np.array([[0.1 + 0.2, 0.4, 0.0, 0.9]])
+    assert stats.mcnemar(full, pruned)[0] == pytest.approx(2 * 0.5**3)
+
+
+def test_mcnemar_counts_a_passage_once() -> None:
+    passages = np.repeat(np.arange(4), 10)
+    full, pruned = np.ones(40), np.zeros((1, 40))
+    pruned[0, passages == 3] = 1
+    assert stats.mcnemar(full, pruned)[0] < 1e-8
+    assert stats.mcnemar(full, pruned, clusters=passages)[0] == pytest.approx(2 * 0.5**3)
+
+
+def test_mcnemar_is_wrong_no_more_often_than_it_says() -> None:
+    rng = np.random.default_rng(2)
+    full = (rng.random(150) < 0.7).astype(float)
+    # As many answers are lost as won, on average.
+    swapped = np.where(full == 1, rng.random((2000, 150)) >= 0.1 / full.mean(), rng.random((2000, 150)) < 0.1
+                       / (1 - full.mean())).astype(float)
+    assert (stats.mcnemar(full, swapped) < 0.05).mean() <= 0.05
+
+
+@given(st.lists(st.one_of(st.just(float("nan")), st.floats(0, 1)), max_size=12))
+def test_holm_goes_down_step_by_step(values: list[float]) -> None:
+    found = stats.holm(np.array(values, dtype=float))
+    known = sorted(v for v in values if not np.isnan(v))
+    for value, corrected in zip(values, found, strict=True):
+        if np.isnan(value):
+            assert np.isnan(corrected)
+            continue
+        # The worst of all smaller ones, each times the number that are no smaller by rank.
+        last = max(i for i, v in enumerate(known) if v == value)
+        candidates = [known[i] * (len(known) - i) for i in range(last + 1)]
+        assert corrected == pytest.approx(min(1.0, max(candidates)))
+
+
+def test_holm_by_hand() -> None:
+    np.testing.assert_allclose(stats.holm(np.array([0.04, np.nan, 0.01, 0.03])), [0.06, np.nan, 0.03, 0.06])
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
+def test_overlap_of_sets_by_counting_them(total: int, a: int, b: int) -> None:
+    a, b = min(a, total), min(b, total)
+    first = set(range(a))
+    shared = [len(first & set(second)) for second in itertools.combinations(range(total), b)]
+    for common in set(shared):
+        p, expected = stats.hypergeometric_overlap(total, a, b, common)
+        assert p == pytest.approx(np.mean([s >= common for s in shared]))
+        assert expected == pytest.approx(np.mean(shared))
+    with pytest.raises(OptionError, match="in common"):
+        stats.hypergeometric_overlap(total, a, b, max(shared) + 1)
+
+
+def test_degenerate_results_are_marked() -> None:
+    rng = np.random.default_rng(0)
+    gold = rng.integers(0, 2, 200)
+    options = np.full(200, 2)
+    right = np.where(rng.random(200) < 0.9, gold, 1 - gold)
+    assert stats.degenerate((right == gold).astype(float), right, gold, options, low=0.85) == []
+    constant = np.where(np.arange(200) < 192, 1, 0)  # 96 %
+    correct = (constant == gold).astype(float)
+    reasons = stats.degenerate(correct, constant, gold, options, low=0.45)
+    assert reasons[0] == "option 2 is the answer to 96 % of the documents, whatever they say"
+    assert reasons[1].startswith(f"accuracy {correct.mean():.2f} (at least 0.45) is not above")
+    few = stats.degenerate((right == gold).astype(float), right, gold, options, low=0.85, clusters=np.arange(200) // 5)
+    assert few == ["40 passages, fewer than 50: intervals are wide and rough"]
+    assert stats.degenerate(np.ones(49), gold[:49], gold[:49], options[:49], low=1.0)[0].startswith("49 documents,")
+    # One option each: the answer is produced, and there is nothing to be constant about.
+    assert stats.degenerate(np.ones(60), np.zeros(60, int), np.zeros(60, int), np.ones(60, int), low=1.0) == []
+
+
+def test_the_predicted_option_and_the_baseline() -> None:
+    assert stats.most_predicted(np.array([2, 2, 0, 0, 0]), np.array([4, 4, 4, 1, 1])) == (2, pytest.approx(2 / 3))
+    assert stats.most_predicted(np.array([0]), np.array([1])) == (-1, 0.0)
+    assert stats.baseline(np.array([0, 1, 1, 1]), np.array([2, 2, 2, 2])) == 0.75
+    assert stats.baseline(np.array([0, 0, 0]), np.array([2, 4, 4])) == pytest.approx(1 / 3)
+    assert stats.baseline(np.array([0]), np.array([1])) == 0
+
+
+def test_an_oracle_with_few_values_is_marked() -> None:
+    assert stats.few_distinct(15, 30) == []
+    assert stats.few_distinct(14, 30) == ["the oracle found 14 distinct values for 30 components, so that ties decide "
+                                          "the order"]
+
+
+def test_rank_numbers_are_scipys() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 9, (2, 40)).astype(float)
+    assert ranks.spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    assert np.isnan(ranks.spearman(x[:2], y[:2]))
+    lists = np.argsort(x, kind="stable"), np.argsort(y, kind="stable")
+    assert ranks.argsort_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(*lists).statistic)
+    assert ranks.reliability(0.5) == pytest.approx(2 / 3)
+    assert ranks.reliability(-0.2) == -0.2
+    assert np.isnan(ranks.ceiling(-0.2, 0.5))
+    assert np.isnan(ranks.disattenuated(np.stack([x, -x]), np.stack([y, y])))
+    halves = np.stack([x, x])
+    assert ranks.disattenuated(halves, np.stack([y, y])) == pytest.approx(ranks.spearman(x, y))
+
+
+def test_an_interval_of_a_perfect_correlation_is_a_number() -> None:
+    low, high = ranks.document_interval(1.0, np.array([0.9, 1.0, 0.95]), 10)
+    assert 0.5 < low < 1
+    assert high == 1
+    assert np.isnan(ranks.document_interval(float("nan"), np.array([0.9, 1.0]), 10)).all()
+    assert np.isnan(ranks.document_interval(0.5, np.array([np.nan, 0.4]), 10)).all()
+
+
+# How alike the tasks are, how noisy documents are, and whether both scores are of the same documents.
+@pytest.mark.parametrize(("alike", "noise", "shared"), [(0.7, 1.0, False), (0.95, 1.0, False), (0.95, 1.8, False),
+                                                        (0.9, 1.0, True)])
+def test_rank_correlations_over_documents(alike: float, noise: float, shared: bool) -> None:
+    """Centred intervals cover what another study finds on average, percentiles do not; halves tell the noise."""
+    rng = np.random.default_rng(0)
+    components, documents, trials = 120, 100, 120
+    z = rng.normal(size=(2, components))
+    z[1] = alike * z[0] + np.sqrt(1 - alike**2) * z[1]
+    endless = ranks.spearman(z[0], z[1])
+
+    def study() -> np.ndarray:
+        """Two scores of every document; documents differ in scale, and noise has heavy tails."""
+        scale = np.exp(0.5 * rng.normal(size=(1 if shared else 2, documents, 1)))
+        common = noise * rng.normal(size=(1, documents, components)) if shared else 0.0
+        own = (0.5 if shared else 1) * noise * rng.normal(size=(2, documents, components))
+        return np.asarray(scale * np.exp(0.8 * z[:, None] + common + own))
+
+    def rho(scores: np.ndarray) -> float:
+        return ranks.spearman(scores[0].mean(axis=0), scores[1].mean(axis=0))
+
+    expected = np.mean([rho(study()) for _ in range(400)])
+    again = np.mean([ranks.spearman(study()[0].mean(axis=0), study()[0].mean(axis=0)) for _ in range(100)])
+    centred, percentile, reliabilities, clean = 0, 0, [], []
+    for _ in range(trials):
+        scores = study()
+        draws = rng.multinomial(documents, np.full(documents, 1 / documents), (2, 200))
+        if shared:
+            draws[1] = draws[0]
+        replicates = stats.pearson(*(ranks.ranks(d @ s) for d, s in zip(draws, scores, strict=True)))
+        low, high = ranks.document_interval(rho(scores), replicates, components)
+        centred += low <= expected <= high
+        low, high = np.quantile(replicates, [0.025, 0.975])
+        percentile += low <= expected <= high
+        halves = np.stack([scores[:, ::2].mean(axis=1), scores[:, 1::2].mean(axis=1)], axis=1)
+        reliabilities.append(ranks.reliability(ranks.spearman(*halves[0])))
+        clean.append(ranks.disattenuated(halves[0], halves[1]))
+    assert 0.84 <= centred / trials <= 0.99
+    assert percentile < centred
+    assert np.mean(reliabilities) == pytest.approx(again, abs=0.04)
+    assert abs(np.mean(clean) - endless) < max(0.02, abs(expected - endless) / 4)

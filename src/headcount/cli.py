@@ -18,7 +18,7 @@ from cyclopts import App, Parameter
 
 import headcount
 from headcount.errors import HeadcountError, OptionError
-from headcount.specs import ModelSpec, StudySpec
+from headcount.specs import PRESETS, ModelSpec, StudySpec
 
 app = App(
     name="headcount",
@@ -41,7 +41,8 @@ DEMO_TASKS = (
 def study(spec: Spec, *, dry_run: bool = False) -> None:
     """Measure importance, pruning curves and what is left, and write a report.
 
-    Stop it anywhere and run the same command again: it goes on where it stopped.
+    `--measure curves grid transfer induction` names more, `--preset opt66b-study` is all that the paper has. Stop it
+    anywhere and run the same command again: it goes on where it stopped.
 
     Args:
         dry_run: Print the jobs and what they cost, and measure nothing.
@@ -54,12 +55,18 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
         from headcount.study import Runner
 
         runner = Runner(spec, reporter=reporter, command=_command())
-        if not dry_run:
-            runner.run()
+        reporter.stage("timing the model")
+        todo = runner.todo()
+        speed = runner.tokens_per_second() if todo else float("nan")
     if dry_run:
         terminal.print_plan(runner.jobs, runner.ledger)
-    else:
-        _report(spec.out)
+    terminal.print_cost(todo, runner.loaded.anatomy.num_layers, speed)
+    if dry_run:
+        return
+    with terminal.reporter() as reporter:
+        runner.reporter = reporter
+        runner.run()
+    _report(spec.out)
 
 
 @app.command
@@ -107,6 +114,35 @@ def curve(spec: Spec) -> None:
 
     with _measured(spec, "curve") as folder:
         terminal.print_curves(folder)
+
+
+@app.command
+def induction(
+    spec: Annotated[ModelSpec, Parameter(name="*")], *, out: Path | None = None,
+    protocol: Literal["sound", "paper"] = "sound", seeds: int | None = None, seed: int = 1234,
+    prefix_threshold: float = 0.3, copying_threshold: float = 0.5,
+) -> None:
+    """Prefix matching and copying of every head, on random tokens: which are induction heads?
+
+    The same is measured with random weights of the same shape, to see what is found where nothing was learnt.
+
+    Args:
+        out: The study folder, new or one of this model; without it nothing is kept.
+        protocol: `paper` measures as the code of Bansal et al. does: docs/paper.md.
+        seeds: Random texts of each length; by default 14 of seven lengths (`paper`: one of each of its hundred).
+        seed: Of the draws.
+        prefix_threshold: A head that is high on prefix matching has at least this score.
+        copying_threshold: A head that is high on copying has at least this score; induction heads are high on both.
+    """
+    from headcount import terminal
+
+    chosen = StudySpec(**dataclasses.asdict(spec), tasks=(), measure=("induction",), out=out, protocol=protocol,
+                       seed=seed, induction_seeds=seeds, prefix_threshold=prefix_threshold,
+                       copying_threshold=copying_threshold)
+    with _measured(chosen, "induction") as folder:
+        terminal.print_induction(folder)
+        if out is not None:
+            _report(folder)
 
 
 @app.command
@@ -206,6 +242,8 @@ def _command() -> str:
 def _with_config(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Annotated[Path | None, Parameter(help="TOML file with options by name; the command line wins.")] = None,
+    preset: Annotated[str | None, Parameter(help="Options by one name: `opt66b-study` is the paper's whole analysis; "
+                                            "--config and the command line win.")] = None,
 ) -> None:
     app.config = ()
     if config is not None:
@@ -217,6 +255,11 @@ def _with_config(
             raise OptionError(f"--config {config} is not TOML: {error}") from error
         # Under the verb's name: read as the program's own, an option that is called as a verb is (tasks) would be lost.
         app.config = (cyclopts.config.Dict({tokens[0]: options} if tokens else {}, source=str(config)),)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise OptionError(f"--preset is one of {', '.join(PRESETS)}, not {preset!r}")
+        known = cyclopts.config.Dict({tokens[0]: PRESETS[preset]} if tokens else {}, source=f"--preset {preset}")
+        app.config = (*app.config, known)
     app(tokens, exit_on_error=False, print_error=False)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Raised when what an entry holds, or how it is computed, changes so that old entries must not be re-used.
-FORMAT = 1
+FORMAT = 2
 
 Job = Mapping[str, Any]
 
@@ -44,11 +44,13 @@ class Entry:
         job: What was asked.
         info: What else is known of it: masks, counts, versions.
         table: The result's rows.
+        format: Of the version that wrote it.
     """
 
     job: Job
     info: Mapping[str, Any]
     table: pd.DataFrame
+    format: int = FORMAT
 
 
 class Ledger:
@@ -102,9 +104,10 @@ class Ledger:
         return _read(self.path(job))
 
     def entries(self, kind: str | None = None) -> Iterator[Entry]:
-        """All entries, or those of one kind, by file name."""
+        """All entries, or those of one kind, by file name; those that another version wrote are passed over."""
         for path in sorted(self.entries_folder.glob(f"{kind or '*'}-*.parquet")):
-            yield _read(path)
+            if (entry := _read(path)).format == FORMAT:
+                yield entry
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one of the folder's JSON files, replacing an older one in one step."""
@@ -161,4 +164,4 @@ def _read(path: Path) -> Entry:
         content = json.loads(table.schema.metadata[b"headcount"])
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise StudyError(f"the entry {path} is damaged; delete that file and run the same command again") from error
-    return Entry(content["job"], content["info"], table.to_pandas(ignore_metadata=True))
+    return Entry(content["job"], content["info"], table.to_pandas(ignore_metadata=True), content["format"])

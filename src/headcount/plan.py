@@ -7,6 +7,8 @@ the importance it comes from; the number of documents stands for `--limit`; with
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -16,9 +18,13 @@ from headcount.masks import Component, Mask, all_heads, blocks_run, random_order
 from headcount.specs import StudySpec
 
 # The oracle of heads is asked for by itself: of all heads of a large model it costs hundreds of evaluations.
-Part = Literal["evaluate", "heads", "ffns", "curve", "head_oracle"]
-PARTS: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
+Part = Literal["evaluate", "heads", "ffns", "curve", "head_oracle", "grid", "transfer", "induction"]
+CURVES: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
+# The donor whose order is that of all tasks together, and of all but the one that is pruned.
+AGGREGATE, OTHERS, OWN = "mean", "mean without own", "own"
 T = TypeVar("T")
+# Texts of random tokens for induction scores, lengths of them, and a text's tokens on average: 4 repeats of 25 to 223.
+INDUCTION_TEXTS, INDUCTION_LENGTHS, INDUCTION_TOKENS = 98, 7, 500
 # A gradient costs a forward and a backward pass through activations.
 GRADIENT_PASSES = 2
 
@@ -33,6 +39,7 @@ class TaskFacts:
         documents: How many documents are evaluated, by number of shots (shared shots may be left out).
         examples: How many training documents importance is measured on, by number of shots.
         tokens: Estimated tokens of one document by (number of shots, "evaluation" | "examples" | "gradient").
+        unseen: Whether it is only pruned by the orders of other tasks.
     """
 
     name: str
@@ -40,6 +47,7 @@ class TaskFacts:
     documents: Mapping[int, int]
     examples: Mapping[int, int]
     tokens: Mapping[tuple[int, str], float] = field(default_factory=dict)
+    unseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,13 +69,20 @@ class PlannedJob:
     tokens: float = 0.0
 
 
+def parts_of(spec: StudySpec) -> tuple[Part, ...]:
+    """What of a study its options ask for."""
+    found: list[Part] = [*CURVES] if "curves" in spec.measure else ["evaluate"] if spec.tasks else []
+    return (*found, *(part for part in spec.measure if part != "curves"))
+
+
 def reads(spec: StudySpec, parts: Sequence[Part]) -> tuple[str, ...]:
     """Which documents are needed, of "evaluation" and "examples"."""
     oracle = _oracle_split(spec)
     ffns = oracle if spec.ffn_order == "oracle" else "examples"
-    needed = {"evaluate": {"evaluation"}, "heads": {"examples"}, "ffns": {ffns}, "curve": {"evaluation", "examples"},
-              "head_oracle": {"examples", oracle}}
-    wanted = set().union(*(needed[part] for part in parts))
+    both = {"evaluation", "examples"}
+    needed = {"evaluate": {"evaluation"}, "heads": {"examples"}, "ffns": {ffns}, "curve": both,
+              "head_oracle": {"examples", oracle}, "grid": both, "transfer": both, "induction": set()}
+    wanted: set[str] = set().union(*(needed[part] for part in parts))
     return tuple(split for split in ("evaluation", "examples") if split in wanted)
 
 
@@ -78,7 +93,7 @@ def _oracle_split(spec: StudySpec) -> str:
 
 def plan(
     spec: StudySpec, model: str, heads_per_layer: Sequence[int], tasks: Sequence[TaskFacts],
-    parts: Sequence[Part] = PARTS,
+    parts: Sequence[Part] = CURVES,
 ) -> list[PlannedJob]:
     """All jobs of a study in an order in which they can be done.
 
@@ -89,12 +104,28 @@ def plan(
         tasks: What is known of each task.
         parts: What of the study is wanted; a curve brings the importance that orders it.
     """
+    planners = [_Planner(spec, model, tuple(heads_per_layer), task, k) for task in tasks for k in spec.shots]
     jobs: dict[str, PlannedJob] = {}
-    for task in tasks:
-        for num_fewshot in spec.shots:
-            for planned in _Planner(spec, model, tuple(heads_per_layer), task, num_fewshot).jobs(parts):
-                jobs.setdefault(job_id(planned.job), planned)
+    wanted = [*(p.jobs(parts) for p in planners if not p.task.unseen)]
+    if "transfer" in parts:
+        wanted += [p.transfers([q for q in planners if q.num_fewshot == p.num_fewshot and not q.task.unseen], parts)
+                   for p in planners]
+    if "induction" in parts:
+        wanted.append(_inductions(spec, model))
+    for planned in itertools.chain.from_iterable(wanted):
+        jobs.setdefault(job_id(planned.job), planned)
     return list(jobs.values())
+
+
+def _inductions(spec: StudySpec, model: str) -> Iterator[PlannedJob]:
+    """Induction scores of the model, and of the same model with random weights."""
+    for weights in ("trained", "random"):
+        texts = INDUCTION_TEXTS if spec.induction_seeds is None else spec.induction_seeds * (
+            INDUCTION_TEXTS if spec.protocol == "paper" else INDUCTION_LENGTHS)
+        job = {"kind": "induction", "protocol": spec.protocol, "model": model, "weights": weights,
+               "seeds": spec.induction_seeds, "seed": spec.seed, "documents": texts}
+        # Prefix matching and copying read texts of their own.
+        yield PlannedJob(job, f"induction scores, {weights} weights", passes=2, tokens=2.0 * texts * INDUCTION_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -121,21 +152,32 @@ class _Planner:
         if "head_oracle" in parts:
             yield self._gradient()
             yield from self._oracle("head")
-        if not {"heads", "ffns", "curve"} & set(parts):
-            return
-        gradient = self._gradient()
-        if "heads" in parts or "curve" in parts:
-            yield gradient
+        wanted = set(parts)
+        if wanted & {"heads", "curve", "grid", "transfer"}:
+            yield self._gradient()
         if "curve" in parts:
-            yield from self._curves("head", gradient)
-        ffns = gradient
-        if self.spec.ffn_order == "oracle" and ("ffns" in parts or "curve" in parts):
-            *singles, ffns = self._oracle("ffn")
-            yield from [*singles, ffns]
-        elif "ffns" in parts:
-            yield gradient
+            yield from self._curves("head")
+        if wanted & {"ffns", "curve", "grid"} or ("transfer" in parts and "ffn" in self.spec.transfer_components):
+            yield from self._importance("ffn")
         if "curve" in parts:
-            yield from self._curves("ffn", ffns)
+            yield from self._curves("ffn")
+        if "grid" in parts:
+            yield from self._grid("curve" in parts)
+
+    def _importance(self, component: Component) -> list[PlannedJob]:
+        """What orders heads, or FFNs, and before it what it is made of."""
+        oracle = component == "ffn" and self.spec.ffn_order == "oracle"
+        return self._ffn_oracle if oracle else [self._gradient()]
+
+    def _order(self, component: Component) -> tuple[dict[str, Any], Job]:
+        """By what a component is ordered, as a curve's description has it, and the job that it is read from."""
+        importance = self._importance(component)[-1].job
+        order: dict[str, Any] = {"component": component, "order": importance["method"]}
+        if importance["method"] == "gradient":
+            order["score"] = self.spec.head_score
+        elif self.spec.protocol == "paper":
+            order["score"] = "accuracy"  # alone: equal accuracies stay in the order of layers
+        return order, importance
 
     def _base(self, kind: str, documents: int) -> dict[str, Any]:
         shots = {"seed": self.spec.seed, "shared_shots": self.spec.shared_shots} if self.num_fewshot else {}
@@ -158,28 +200,79 @@ class _Planner:
         job = {**self._base("evaluation", documents), "split": split, "curve": {"order": "none"}}
         return self._planned(job, f"full model, {split}", 1, split)
 
-    def _curves(self, component: Component, importance: PlannedJob) -> Iterator[PlannedJob]:
-        method = importance.job["method"]
-        measured: dict[str, Any] = {"component": component, "order": method, "importance": job_id(importance.job)}
-        if method == "gradient":
-            measured["score"] = self.spec.head_score
-        elif self.spec.protocol == "paper":
-            measured["score"] = "accuracy"  # alone: equal accuracies stay in the order of layers
-        yield from self._curve(measured, f"{component}s by {method}", importance.job)
+    def _curves(self, component: Component) -> Iterator[PlannedJob]:
+        order, importance = self._order(component)
+        yield from self._curve({**order, "importance": job_id(importance)}, f"{component}s by {order['order']}",
+                               self.spec.fractions, self.documents, importance)
         for i in range(self.spec.random_orders):
-            order = {"component": component, "order": "random", "order_seed": self.spec.seed + i}
-            yield from self._curve(order, f"{component}s at random")
+            yield from self._random(component, i, self.spec.fractions, self.documents)
 
-    def _curve(self, order: Mapping[str, Any], what: str, *needs: Job) -> Iterator[PlannedJob]:
-        for fractions in _chunks(self.spec.fractions, self.spec.masks_per_job):
-            job = {**self._base("evaluation", self.documents), "split": "evaluation",
+    def _random(
+        self, component: Component, number: int, fractions: Sequence[float], documents: int
+    ) -> Iterator[PlannedJob]:
+        order = {"component": component, "order": "random", "order_seed": self.spec.seed + number}
+        yield from self._curve(order, f"{component}s at random", fractions, documents)
+
+    def _curve(
+        self, order: Mapping[str, Any], what: str, steps: Sequence[float], documents: int, *needs: Job
+    ) -> Iterator[PlannedJob]:
+        for fractions in _chunks(steps, self.spec.masks_per_job):
+            job = {**self._base("evaluation", documents), "split": "evaluation",
                    "curve": {**order, "fractions": list(fractions)}}
             span = f"{fractions[0]:.0%} to {fractions[-1]:.0%}"
             yield self._planned(job, f"{what}, {span}", len(fractions), "evaluation", *needs)
 
+    def _grid(self, with_curves: bool) -> Iterator[PlannedJob]:
+        """Heads and FFNs pruned jointly, each by its own order; points that curves measure are left out."""
+        (heads, of_heads), (ffns, of_ffns) = self._order("head"), self._order("ffn")
+        steps = (0.0, *self.spec.grid_fractions)
+        points = [[h, f] for h in steps for f in steps
+                  if (h and f) or ((h or f) and not (with_curves and (h or f) in self.spec.fractions))]
+        documents = min(self.documents, self.spec.grid_limit or self.documents)
+        orders = {"heads": {**heads, "importance": job_id(of_heads)}, "ffns": {**ffns, "importance": job_id(of_ffns)}}
+        for chunk in _chunks(points, self.spec.masks_per_job):
+            job = {**self._base("evaluation", documents), "split": "evaluation",
+                   "curve": {"order": "grid", **orders, "points": list(chunk)}}
+            (h, f), (last_h, last_f) = chunk[0], chunk[-1]
+            title = f"grid, {h:.0%} of heads and {f:.0%} of FFNs to {last_h:.0%} and {last_f:.0%}"
+            yield self._planned(job, title, len(chunk), "evaluation", of_heads, of_ffns)
+
+    def transfers(self, donors: Sequence[_Planner], parts: Sequence[Part]) -> Iterator[PlannedJob]:
+        """This task pruned by the orders of all tasks at this number of shots, each and together."""
+        documents = min(self.documents, self.spec.transfer_limit or self.documents)
+        known = "curve" in parts and set(self.spec.transfer_fractions) <= set(self.spec.fractions)
+        if self.task.unseen:
+            yield self._full("evaluation")
+        for component in self.spec.transfer_components:
+            chosen: dict[str, Sequence[_Planner]] = {AGGREGATE: donors}
+            if self.task.unseen:
+                yield from self._random(component, 0, self.spec.transfer_fractions, documents)
+            else:
+                others = [d for d in donors if d.task.name != self.task.name]
+                chosen |= {d.task.name: [d] for d in others} | ({OTHERS: others} if others else {})
+                if not known:
+                    chosen[OWN] = [self]
+            for donor, members in chosen.items():
+                yield from self._transfer(component, donor, members, documents)
+
+    def _transfer(
+        self, component: Component, donor: str, members: Sequence[_Planner], documents: int
+    ) -> Iterator[PlannedJob]:
+        orders = [member._order(component) for member in members]
+        needs = [importance for _, importance in orders]
+        order = {**orders[0][0], "order": "transfer", "donor": donor, "importance": [job_id(job) for job in needs]}
+        if len(members) > 1:
+            order["aggregate"] = self.spec.aggregate
+        yield from self._curve(order, f"{component}s by the order of {donor}", self.spec.transfer_fractions, documents,
+                               *needs)
+
     def _shared(self, masks: Sequence[Mask]) -> float:
         """What masks cost together, in forward passes, since they share the layers before they differ."""
         return blocks_run(masks) / len(self.heads_per_layer)
+
+    @functools.cached_property
+    def _ffn_oracle(self) -> list[PlannedJob]:
+        return self._oracle("ffn")
 
     def _oracle(self, component: Component) -> list[PlannedJob]:
         split = _oracle_split(self.spec)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from headcount.errors import OptionError
+
+Measured = Literal["curves", "grid", "transfer", "induction"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class StudySpec(ModelSpec):
     shots: tuple[int, ...] = (0, 1, 5)
     """Numbers of shots."""
 
+    measure: tuple[Measured, ...] = ("curves",)
+    """curves: importance and pruning, one component at a time; grid: heads and FFNs pruned jointly; transfer: tasks
+    pruned by other tasks' orders and by the aggregate's; induction: prefix matching and copying of every head."""
+
     limit: int | None = None
     """Evaluated documents per task, the first N; all by default."""
 
@@ -90,6 +97,37 @@ class StudySpec(ModelSpec):
     ffn_order: Literal["oracle", "gradient"] = "oracle"
     """What orders the FFNs: accuracy lost without each (the paper's), or the gradient score."""
 
+    grid_fractions: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    """Shares of heads, and of FFNs, removed jointly; the paper's are 0.1 to 0.9. 0 is always there."""
+
+    grid_limit: int | None = None
+    """Evaluated documents per task of the grid, the first N; by default as many as for the curves."""
+
+    transfer_fractions: tuple[float, ...] = (0.3, 0.5, 0.7)
+    """Shares removed by other tasks' orders."""
+
+    transfer_limit: int | None = None
+    """Evaluated documents per task of transfer, the first N; by default as many as for the curves."""
+
+    transfer_components: tuple[Literal["head", "ffn"], ...] = ("head",)
+    """What is pruned by other tasks' orders: head, ffn or both."""
+
+    unseen: tuple[str, ...] = ()
+    """Tasks that no importance is measured on, pruned by the aggregate's order (`paper14-unseen`: the paper's)."""
+
+    induction_seeds: int | None = None
+    """Random texts of each length that induction scores are averaged over; by default 14 of seven lengths (protocol
+    `paper`: one each of its hundred)."""
+
+    prefix_threshold: float = 0.3
+    """A head that is high on prefix matching has at least this score."""
+
+    copying_threshold: float = 0.5
+    """A head that is high on copying has at least this score; induction heads are high on both."""
+
+    aggregate: Literal["mean", "ranks"] = "mean"
+    """How tasks' importances become one: the mean of the scores (the paper's), or of their ranks."""
+
     margin: float = 0.02
     """How much accuracy may be lost where a component counts as free."""
 
@@ -103,23 +141,49 @@ class StudySpec(ModelSpec):
     """A batch takes further rows up to this many tokens; by default what is fast and fits in memory."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.tasks), "--tasks names no task")
+        _check(bool(self.measure) or not self.tasks, "--measure names nothing to measure")
+        _check(bool(self.tasks) or self.measure == ("induction",), "--tasks names no task")
         _check(bool(self.shots) and min(self.shots) >= 0, f"--shots are numbers from 0 up, not {_listed(self.shots)}")
         _check(len(set(self.shots)) == len(self.shots), f"--shots names a number twice: {_listed(self.shots)}")
-        _check(bool(self.fractions) and all(0 < f < 1 for f in self.fractions),
-               f"--fractions lie between 0 and 1, both left out, not {_listed(self.fractions)}")
-        _check(list(self.fractions) == sorted(set(self.fractions)),
-               f"--fractions rise from one to the next: {_listed(self.fractions)} do not")
+        for name in ("fractions", "grid_fractions", "transfer_fractions"):
+            _check_fractions(name, getattr(self, name))
         _check(0 <= self.margin <= 1, f"--margin lies between 0 and 1, not {self.margin}")
-        for name in ("limit", "importance_limit", "masks_per_job", "head_sample", "row_tokens", "batch_tokens"):
+        for name in ("limit", "importance_limit", "grid_limit", "transfer_limit", "masks_per_job", "head_sample",
+                     "induction_seeds", "row_tokens", "batch_tokens"):
             value = getattr(self, name)
-            _check(value is None or value >= 1, f"--{name.replace('_', '-')} is at least 1, not {value}")
+            _check(value is None or value >= 1, f"{_option(name)} is at least 1, not {value}")
+        for name in ("grid_limit", "transfer_limit"):
+            value = getattr(self, name)
+            _check(value is None or self.limit is None or value <= self.limit,
+                   f"{_option(name)} is at most --limit ({self.limit}), not {value}")
         _check(self.random_orders >= 0, f"--random-orders is at least 0, not {self.random_orders}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for study.json."""
         return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
                 for k, v in dataclasses.asdict(self).items()}
+
+
+# Options that `--preset NAME` stands for; the command line and --config win.
+PRESETS: dict[str, dict[str, Any]] = {
+    "opt66b-study": {
+        "tasks": ["paper14"], "unseen": ["paper14-unseen"], "shots": [0, 1, 5],
+        "measure": ["curves", "grid", "transfer", "induction"],
+        "grid_fractions": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+        "transfer_fractions": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "transfer_components": ["head", "ffn"],
+    },
+}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_fractions(name: str, fractions: Sequence[float]) -> None:
+    _check(bool(fractions) and all(0 < f < 1 for f in fractions),
+           f"{_option(name)} lie between 0 and 1, both left out, not {_listed(tuple(fractions))}")
+    _check(list(fractions) == sorted(set(fractions)),
+           f"{_option(name)} rise from one to the next: {_listed(tuple(fractions))} do not")
 
 
 def _check(holds: bool, message: str) -> None:

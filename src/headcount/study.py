@@ -1,7 +1,6 @@
 """Running a study: jobs in order, each measured once and saved in the ledger; what is there already is not done again.
 
-A study folder belongs to one model, one data set and one set of options. Tasks and numbers of shots may be added to
-it; anything else that would change what a finished entry means is refused.
+What may be added to a study's folder, and what is refused there, is in `headcount.folder`.
 """
 
 from __future__ import annotations
@@ -17,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
-from headcount.errors import ModelError, OptionError, StudyError
+from headcount.errors import ModelError, OptionError
+from headcount.folder import check_data, check_options, merged, merged_spec, previous
 from headcount.ledger import Job, Ledger
-from headcount.masks import Component, Mask, prune, random_order
-from headcount.plan import GRADIENT_PASSES, PARTS, Part, PlannedJob, TaskFacts, plan, reads
+from headcount.masks import Component
+from headcount.plan import GRADIENT_PASSES, Part, PlannedJob, TaskFacts, parts_of, plan, reads
+from headcount.pruning import masks_of
 from headcount.specs import StudySpec
-from headcount.tables import evaluation_table, evaluations_from, importance_table, stored_order
+from headcount.tables import evaluation_table, evaluations_from, importance_table, induction_table
 
 if TYPE_CHECKING:
     from headcount.measure.packing import Budget
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from headcount.measure.tasks import Split, Task
     from headcount.model.load import LoadedModel
 
-# Options that do not change what an entry means; all others must be the same whenever a folder is used.
-_FREE = ("tasks", "shots", "out", "data", "head_sample", "device", "device_map", "margin", "row_tokens", "batch_tokens",
-         "model")
 # Documents that the cost of a job is estimated from.
 _SAMPLE = 8
 _PACKAGES = ("headcount", "torch", "transformers", "lm_eval", "tokenizers", "numpy")
@@ -76,7 +74,7 @@ class Runner:
 
     Args:
         spec: What was asked; it must name a folder.
-        parts: What of the study is wanted.
+        parts: What of the study is wanted; None: what its options say.
         reporter: Told of progress.
         command: The command line, kept as provenance.
         loaded: The model, where it is in memory already.
@@ -87,23 +85,29 @@ class Runner:
     """
 
     def __init__(
-        self, spec: StudySpec, *, parts: Sequence[Part] = PARTS, reporter: Reporter | None = None, command: str = "",
-        loaded: LoadedModel | None = None,
+        self, spec: StudySpec, *, parts: Sequence[Part] | None = None, reporter: Reporter | None = None,
+        command: str = "", loaded: LoadedModel | None = None,
     ) -> None:
         if spec.out is None:
             raise OptionError("a study needs a folder; name it with --out DIR")
         self.spec = spec
+        self.parts = parts_of(spec) if parts is None else tuple(parts)
         self.command = command
         self.reporter: Reporter = reporter or Silent()
         self.ledger = Ledger(spec.out)
         # Slips in the options are told before anything is loaded.
-        _same_options(spec, _previous(self.ledger), self.ledger.folder)
+        check_options(spec, previous(self.ledger), self.ledger.folder)
         # Tasks first: they load faster than models, and most slips of the pen are in their options.
         self.reporter.stage("loading tasks")
         from headcount.measure.tasks import SPLITS, get_tasks
 
-        self.splits: list[Split] = [s for s in SPLITS if s in reads(spec, parts)]
-        self.tasks = get_tasks(spec.tasks, data=spec.data, examples_split=spec.examples_split, protocol=spec.protocol)
+        self.splits: list[Split] = [s for s in SPLITS if s in reads(spec, self.parts)]
+        named = spec.tasks, spec.unseen if "transfer" in self.parts else ()
+        seen, unseen = (get_tasks(names, data=spec.data, examples_split=spec.examples_split, protocol=spec.protocol)
+                        for names in named)
+        if both := seen.keys() & unseen.keys():
+            raise OptionError(f"{', '.join(sorted(both))} cannot be among both --tasks and --unseen")
+        self.tasks, self.unseen = seen | unseen, frozenset(unseen)
         self._check_prompts()
         self.reporter.stage(f"loading {spec.model}")
         self.loaded = loaded or _load(spec)
@@ -111,46 +115,67 @@ class Runner:
             raise OptionError("the model that was passed and the options differ in apply_chat_template; give the same")
         _verified(self.loaded)
         self.reporter.stage("timing rows and batches")
-        self.budget = _budget(self.loaded, spec, _previous(self.ledger))
-        self._prepared: dict[tuple[str, int, str], Prepared] = {}
+        self.budget = _budget(self.loaded, spec, previous(self.ledger))
+        self._prepared: dict[tuple[str, int, str, int], Prepared] = {}
         self.facts: list[TaskFacts] = []
         for task in self.tasks.values():
             self.reporter.stage("planning", len(self.facts), len(self.tasks))
             self.facts.append(self._facts(task))
         self.previous = self._begun()
-        self.jobs = plan(spec, self.loaded.identity, self.loaded.anatomy.heads_per_layer, self.facts, parts)
+        self.jobs = plan(spec, self.loaded.identity, self.loaded.anatomy.heads_per_layer, self.facts,
+                         self.parts)
 
     def run(self) -> Path:
         """Do all jobs that are not done; returns the study folder."""
         self.previous = self._begun()
         self.ledger.write_json("study.json", self._description())
-        todo = [planned for planned in self.jobs if not self.ledger.has(planned.job)]
+        todo = self.todo()
         self.reporter.begin(len(todo), len(self.jobs) - len(todo), sum(p.tokens for p in todo))
         for planned in todo:
             self.reporter.job(planned.title)
             self._do(planned)
         return self.ledger.folder
 
+    def todo(self) -> list[PlannedJob]:
+        """The jobs that are not done yet."""
+        return [planned for planned in self.jobs if not self.ledger.has(planned.job)]
+
+    def tokens_per_second(self) -> float:
+        """How many tokens of the last task's first documents go through the model in a second; NaN without tasks."""
+        from headcount.measure.forward import loglikelihood
+
+        if not self.facts:
+            return float("nan")
+        task, k = self.tasks[self.facts[-1].name], self.spec.shots[-1]
+        prepared = self._prepare(task, k, self._splits(task)[0], _SAMPLE)
+        started = time.perf_counter()
+        loglikelihood(self.loaded, prepared.batches, sum(prepared.counts), tree_mask=prepared.layout.tree_mask)
+        return prepared.tokens / (time.perf_counter() - started)
+
     def _begun(self) -> dict[str, Any] | None:
         """What stands in the folder by now: another process may have begun the same study, or another one."""
-        previous = _previous(self.ledger)
-        _same_options(self.spec, previous, self.ledger.folder)
-        _same_data(previous, self.loaded.identity, {f.name: f.fingerprint for f in self.facts}, self.ledger.folder)
-        return previous
+        found = previous(self.ledger)
+        check_options(self.spec, found, self.ledger.folder)
+        check_data(found, self.loaded.identity, {f.name: f.fingerprint for f in self.facts}, self.ledger.folder)
+        return found
 
     def _check_prompts(self) -> None:
         for done, task in enumerate(self.tasks.values()):
             self.reporter.stage("checking prompts", done, len(self.tasks))
             for num_fewshot in self.spec.shots:
-                for split in self.splits:
+                for split in self._splits(task):
                     task.prompts(split, num_fewshot=num_fewshot, limit=1, seed=self.spec.seed,
                                  shared_shots=self.spec.shared_shots)
+
+    def _splits(self, task: Task) -> list[Split]:
+        """Which documents of a task are read; of an unseen one none for importance."""
+        return [s for s in self.splits if s == "evaluation" or task.name not in self.unseen]
 
     def _facts(self, task: Task) -> TaskFacts:
         counts: dict[Split, dict[int, int]] = {"evaluation": {}, "examples": {}}
         tokens: dict[tuple[int, str], float] = {}
         limits = {"evaluation": self.spec.limit, "examples": self.spec.importance_limit}
-        for split in self.splits:
+        for split in self._splits(task):
             for k in self.spec.shots:
                 available = task.size(split, shared_shots=k if self.spec.shared_shots else 0)
                 limit = limits[split]
@@ -160,31 +185,32 @@ class Runner:
                 if split == "examples":
                     longest = [int(b.depths.max(initial=0)) + 1 for b in sample.batches]
                     tokens[k, "gradient"] = sum(longest) / len(longest)
-        return TaskFacts(task.name, task.fingerprint, counts["evaluation"], counts["examples"], tokens)
+        return TaskFacts(task.name, task.fingerprint, counts["evaluation"], counts["examples"], tokens,
+                         task.name in self.unseen)
 
     def _description(self) -> dict[str, Any]:
         old = self.previous or {}
-        spec = self.spec.to_json()
-        old_spec = old.get("spec", {})
-        for key in ("tasks", "shots"):
-            spec[key] = list(dict.fromkeys([*old_spec.get(key, []), *(self.tasks if key == "tasks" else spec[key])]))
         anatomy = self.loaded.anatomy
         layers = range(anatomy.num_layers)
-        before = old.get("tasks", {})
-        tasks = {
+        known = {
             facts.name: {"fingerprint": facts.fingerprint, "metric": self.tasks[facts.name].metric,
                          "documents": min(facts.documents.values(), default=None),
                          "examples": min(facts.examples.values(), default=None),
                          "notes": list(self.tasks[facts.name].notes)}
             for facts in self.facts
         }
+        kept = {"tasks": old.get("tasks", {}), "unseen": old.get("unseen", {})}
+        for name, new in known.items():
+            of_kind = kept["unseen" if name in self.unseen else "tasks"]
+            of_kind[name] = merged(of_kind.get(name, {}), new)
         return {
-            "spec": spec,
+            "spec": merged_spec(self.spec, self.previous, [t for t in self.tasks if t not in self.unseen],
+                                [t for t in self.tasks if t in self.unseen]),
             "model": {**self.loaded.provenance, "fingerprint": self.loaded.identity},
             "anatomy": {"heads_per_layer": list(anatomy.heads_per_layer), "parameters": anatomy.num_parameters,
                         "parameters_per_head": [anatomy.parameters_per_head(i) for i in layers],
                         "parameters_per_ffn": [anatomy.parameters_per_ffn(i) for i in layers]},
-            "tasks": {**before, **{name: _merged(before.get(name, {}), known) for name, known in tasks.items()}},
+            **kept,
             "layout": _layout_reason(self.loaded),
             "masks": _masks_reason(self.loaded),
             "budget": {"device": _device(self.loaded), **dataclasses.asdict(self.budget)},
@@ -196,11 +222,12 @@ class Runner:
     def _do(self, planned: PlannedJob) -> None:
         started = time.monotonic()
         job = planned.job
-        task = self.tasks[job["task"]]
-        if job["kind"] == "evaluation":
-            table, info = self._evaluation(task, planned)
+        if job["kind"] == "induction":
+            table, info = self._induction(job)
+        elif job["kind"] == "evaluation":
+            table, info = self._evaluation(self.tasks[job["task"]], planned)
         elif job["method"] == "gradient":
-            table, info = self._gradient(task, job)
+            table, info = self._gradient(self.tasks[job["task"]], job)
         else:
             table, info = self._oracle(planned.needs, job.get("component", "ffn"))
         info |= {"seconds": round(time.monotonic() - started, 3), "versions": versions()}
@@ -210,7 +237,8 @@ class Runner:
         from headcount.measure.scoring import score
 
         job = planned.job
-        labelled = self._masks(job["curve"], planned.needs)
+        labelled = masks_of(job["curve"], self.loaded.anatomy.heads_per_layer,
+                            [self.ledger.read(need).table for need in planned.needs])
         prepared = self._prepare(task, job["num_fewshot"], job["split"], job["documents"], keep=True)
         planned_per_token = planned.tokens / max(1, prepared.tokens * len(labelled))
         measured = score(self.loaded, prepared, [mask for mask, _ in labelled],
@@ -246,30 +274,20 @@ class Runner:
         distinct = len(np.unique(found.scores["accuracy"][np.isfinite(found.scores["accuracy"])]))
         return importance_table(found), {"num_examples": found.num_examples, "distinct_values": distinct}
 
-    def _masks(self, curve: Mapping[str, Any], needs: Sequence[Job]) -> list[tuple[Mask, dict[str, Any]]]:
-        heads = self.loaded.anatomy.heads_per_layer
-        full = Mask.full(heads)
-        label = {"component": "none", "order": curve["order"], "order_seed": -1, "fraction": 0.0, "layer": -1,
-                 "head": -1}
-        if curve["order"] == "none":
-            return [(full, label)]
-        label["component"] = curve["component"]
-        if curve["order"] == "single":
-            if curve["component"] == "head":
-                return [(full.without_heads([(layer, head)]), {**label, "layer": layer, "head": head})
-                        for layer, head in curve["heads"]]
-            return [(full.without_ffns([i]), {**label, "layer": i}) for i in curve["layers"]]
-        if curve["order"] == "random":
-            label["order_seed"] = curve["order_seed"]
-            order = random_order(sum(heads) if curve["component"] == "head" else len(heads), curve["order_seed"])
-        else:
-            order = stored_order(self.ledger.read(needs[0]).table, curve["component"], curve.get("score"))
-        return [(prune(heads, curve["component"], order, f), {**label, "fraction": f}) for f in curve["fractions"]]
+    def _induction(self, job: Job) -> tuple[pd.DataFrame, dict[str, Any]]:
+        from headcount.measure.induction import induction_scores, randomised
+
+        loaded = self.loaded if job["weights"] == "trained" else randomised(self.loaded, job["seed"])
+        found = induction_scores(loaded, seeds=job["seeds"], seed=job["seed"], protocol=job["protocol"],
+                                 progress=lambda n: self.reporter.advance(float(n)))
+        info = {"sequences": found.sequences, "lengths": list(found.lengths), "repeats": found.repeats,
+                "reliability": dict(found.reliability), "notes": list(found.notes)}
+        return induction_table(found), info
 
     def _prepare(self, task: Task, num_fewshot: int, split: Split, documents: int, *, keep: bool = False) -> Prepared:
         from headcount.measure.scoring import prepare
 
-        key = (task.name, num_fewshot, split)
+        key = (task.name, num_fewshot, split, documents)
         if keep and key in self._prepared:
             return self._prepared[key]
         prepared = prepare(self.loaded, task, num_fewshot=num_fewshot, limit=documents, split=split,
@@ -282,7 +300,7 @@ class Runner:
 
 
 def run_study(
-    spec: StudySpec, *, parts: Sequence[Part] = PARTS, reporter: Reporter | None = None, command: str = "",
+    spec: StudySpec, *, parts: Sequence[Part] | None = None, reporter: Reporter | None = None, command: str = "",
     loaded: LoadedModel | None = None,
 ) -> Path:
     """Measure everything a study asks for that is not in its folder yet; returns the folder.
@@ -295,11 +313,6 @@ def run_study(
 def versions() -> dict[str, str]:
     """Versions of what a result hangs on."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known now; where this run did not look, what was known."""
-    return {key: old.get(key) if value is None else value for key, value in new.items()}
 
 
 def _load(spec: StudySpec) -> LoadedModel:
@@ -352,40 +365,3 @@ def _masks_reason(loaded: LoadedModel) -> str:
 
     found = sweep_contract(loaded)
     return "layers before the first difference are shared" if found.holds else f"one forward pass each: {found.detail}"
-
-
-def _previous(ledger: Ledger) -> dict[str, Any] | None:
-    """What study.json of an earlier run says; None in a folder that is new or empty."""
-    if ledger.folder.is_file():
-        raise StudyError(f"{ledger.folder} is a file; --out names a folder")
-    previous = ledger.read_json("study.json")
-    if previous is None and ledger.folder.is_dir() and any(not f.name.startswith(".") for f in ledger.folder.iterdir()):
-        raise StudyError(f"{ledger.folder} is not empty and holds no study; choose another --out")
-    return previous
-
-
-def _same_options(spec: StudySpec, previous: Mapping[str, Any] | None, folder: Path) -> None:
-    if previous is None:
-        return
-    before = previous["spec"]
-    defaults = {f.name: f.default for f in dataclasses.fields(spec)}
-    for name, value in spec.to_json().items():
-        # An option that a folder does not know came after it: it was measured as by default.
-        was = before.get(name, defaults[name])
-        if name not in _FREE and was != value:
-            raise StudyError(f"{folder} holds another study (--{name.replace('_', '-')} was {was}, "
-                             f"is {value}); choose another --out, or give the same options")
-
-
-def _same_data(
-    previous: Mapping[str, Any] | None, model: str, tasks: Mapping[str, str], folder: Path
-) -> None:
-    if previous is None:
-        return
-    if previous["model"]["fingerprint"] != model:
-        raise StudyError(f"{folder} holds a study of another model ({previous['model'].get('name')}, other weights, "
-                         "type or tokenizer); choose another --out")
-    for name, fingerprint in tasks.items():
-        known = previous["tasks"].get(name)
-        if known is not None and known["fingerprint"] != fingerprint:
-            raise StudyError(f"{folder} holds a study of other documents of task {name!r}; choose another --out")

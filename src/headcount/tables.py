@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from headcount.masks import Component, Mask, removal_order
-from headcount.results import Evaluations, Importance
+from headcount.results import Evaluations, Importance, InductionScores, Score
 
 _PER_MASK = ("correct", "gold_loglikelihood", "margin", "prediction")
 _PER_DOCUMENT = ("gold", "num_options")
-_COLUMNS = ("mask", "doc_id", *_PER_MASK, *_PER_DOCUMENT)
+_COLUMNS = ("mask", "doc_id", "passage", *_PER_MASK, *_PER_DOCUMENT)
+# Resampled means are kept as steps of their largest distance to the mean: a two hundred and fifty-fourth is enough.
+_STEPS = 127
 
 
 def evaluation_table(measured: Evaluations) -> pd.DataFrame:
@@ -22,6 +25,7 @@ def evaluation_table(measured: Evaluations) -> pd.DataFrame:
     return pd.DataFrame({
         "mask": np.repeat(np.arange(masks), docs),
         "doc_id": np.tile(measured.doc_ids, masks),
+        "passage": np.tile(np.arange(docs) if measured.passages is None else measured.passages, masks),
         **{name: getattr(measured, name).reshape(-1) for name in _PER_MASK},
         **{name: np.tile(getattr(measured, name), masks) for name in _PER_DOCUMENT},
         **{name: values.reshape(-1) for name, values in measured.extra_metrics.items()},
@@ -52,6 +56,7 @@ def evaluations_from(
         gold=first["gold"].to_numpy()[:docs],
         num_options=first["num_options"].to_numpy()[:docs],
         extra_metrics={name: per_mask(name) for name in first.columns if name not in _COLUMNS},
+        passages=first["passage"].to_numpy()[:docs],
         truncated=infos[0]["truncated"],
         tokens=sum(info["tokens"] for info in infos),
         layer_tokens=sum(info.get("layer_tokens", 0) for info in infos),
@@ -59,7 +64,11 @@ def evaluations_from(
 
 
 def importance_table(importance: Importance) -> pd.DataFrame:
-    """One row per component and kind of score; components that were not measured have none."""
+    """One row per component and kind of score; components that were not measured have none.
+
+    Columns: component, layer, head, score, importance, stderr, first_half, second_half, and where there are resampled
+    means: resampled, their distances to the importance as bytes, times spread.
+    """
     positions = importance.positions
     table = pd.concat([
         pd.DataFrame({
@@ -69,15 +78,49 @@ def importance_table(importance: Importance) -> pd.DataFrame:
             "score": score,
             "importance": values,
             "stderr": importance.stderrs[score],
+            **_spread(importance, score),
         })
         for score, values in importance.scores.items()
     ], ignore_index=True)
     return table[table["importance"].notna()].reset_index(drop=True)
 
 
+def _spread(importance: Importance, score: Score) -> dict[str, Any]:
+    if score not in importance.resampled:
+        return {}
+    away = (importance.resampled[score] - importance.scores[score]).T
+    spread = np.abs(away).max(axis=1)
+    steps = np.rint(_STEPS * away / np.where(spread > 0, spread, 1)[:, None])
+    return {"first_half": importance.halves[score][0], "second_half": importance.halves[score][1], "spread": spread,
+            "resampled": list(np.nan_to_num(steps).astype(np.int8))}
+
+
+def resampled_from(rows: pd.DataFrame) -> Float[np.ndarray, "resample component"]:
+    """The resampled means of an importance table's rows, one column per row."""
+    steps = np.stack(rows["resampled"].to_list()).astype(np.float64)
+    return np.asarray(rows["importance"].to_numpy() + steps.T * rows["spread"].to_numpy() / _STEPS)
+
+
+def induction_table(scores: InductionScores) -> pd.DataFrame:
+    """One row per head: layer, head, its scores, and the variances of those that are means over texts."""
+    return pd.DataFrame({
+        "layer": [p.layer for p in scores.positions],
+        "head": [p.head for p in scores.positions],
+        **{name: getattr(scores, name) for name in ("prefix_matching", "copying", "previous_token", "ov_copying")},
+        **{f"{name}_variance": values for name, values in scores.variances.items()},
+    })
+
+
 def stored_order(table: pd.DataFrame, component: Component, score: str | None) -> list[int]:
     """The removal order that a stored importance gives; without a score, the oracle's (accuracy, log-likelihood)."""
-    scores = [score] if score else ["accuracy", "gold_loglikelihood"]
+    return removal_order(*stored_scores(table, component, score))
+
+
+def stored_scores(
+    table: pd.DataFrame, component: Component, score: str | None
+) -> list[Float[np.ndarray, " component"]]:
+    """The scores that decide an order, the first one first, by layer, then head; `score` as in `stored_order`."""
     rows = table[table["component"] == component]
-    chosen = [rows[rows["score"] == s].sort_values(["layer", "head"]) for s in scores]
-    return removal_order(*(c["importance"].to_numpy() for c in chosen))
+    chosen = [rows[rows["score"] == s].sort_values(["layer", "head"])
+              for s in ([score] if score else ["accuracy", "gold_loglikelihood"])]
+    return [c["importance"].to_numpy(np.float64) for c in chosen]

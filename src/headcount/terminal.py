@@ -88,8 +88,21 @@ def print_plan(jobs: Sequence[PlannedJob], ledger: Ledger) -> None:
                       done)
     _out.print(table)
     left = [p for p in jobs if not ledger.has(p.job)]
-    _out.print(f"{len(jobs)} jobs, {len(left)} to do, about {sum(p.tokens for p in left):,.0f} tokens through the "
-               "model. Nothing was measured.", highlight=False)
+    _out.print(f"{len(jobs)} jobs, {len(left)} to do. Nothing was measured.", highlight=False)
+
+
+def print_cost(todo: Sequence[PlannedJob], layers: int, tokens_per_second: float) -> None:
+    """What jobs take: layer-tokens, and time at the speed that the model ran at just now."""
+    tokens = sum(p.tokens for p in todo)
+    seconds = tokens / tokens_per_second
+    time_left = "" if seconds != seconds else f", {_duration(seconds)} at {tokens_per_second:,.0f} tokens a second"
+    _out.print(f"about {tokens:,.0f} tokens through {layers} layers, {tokens * layers:.3g} layer-tokens{time_left}",
+               highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 
 def print_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -207,6 +220,27 @@ def print_curves(folder: Path) -> None:
                       *(f"{at[f]:.3f}" if f in at else "" for f in fractions))
     _out.print(table)
     _print_truncations(study)
+
+
+def print_induction(folder: Path, shown: int = 12) -> None:
+    """The heads highest on prefix matching, with all scores, and what they say together."""
+    from headcount.view import findings
+    from headcount.view.analysis import name_of
+
+    study = _study(folder)
+    found = study.induction()
+    table = _table("head", "prefix matching|r", "copying|r", "previous token|r", "OV copying|r", "induction head")
+    trained = found[found["weights"] == "trained"].sort_values("prefix_matching", ascending=False, kind="stable")
+    for row in trained.head(shown).to_dict("records"):
+        scores = (row[name] for name in ("prefix_matching", "copying", "previous_token", "ov_copying"))
+        table.add_row(name_of("head", row["layer"], row["head"]), *("" if x != x else f"{x:.3f}" for x in scores),
+                      "yes" if row["induction"] else "")
+    _out.print(table)
+    notes = study.induction_notes
+    told = [findings.induction_sentence(found, study.induction_thresholds),
+            findings.reliability_caution(notes.get("reliability", {})), *notes.get("notes", ())]
+    for sentence in filter(None, told):
+        _out.print(f"- {sentence}", highlight=False)
 
 
 def print_summary(folder: Path, report: Path) -> None:

@@ -19,12 +19,13 @@ beside it the mean gold log-likelihood that is lost, which decides between equal
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headcount.errors import ModelError, OptionError
@@ -33,6 +34,7 @@ from headcount.measure.budget import budget_of
 from headcount.measure.encoding import Request, encode
 from headcount.measure.forward import Progress, in_memory, model_inputs, scored_only
 from headcount.measure.packing import Batch, Budget, batches, pack
+from headcount.measure.passages import halves, resampled
 from headcount.measure.scoring import evaluate
 from headcount.measure.tasks import LM_EVAL_SEED, Split, Task
 from headcount.model.gates import captured, frozen
@@ -102,15 +104,28 @@ def gradient_importance(
     if paper:
         heads[0] *= paper_weights(requests, loaded.anatomy.heads_per_layer)
 
-    def summary(component: Component, scores: Float[np.ndarray, "score example component"]) -> Importance:
-        n = scores.shape[1]
-        spread = scores.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.full((2, scores.shape[2]), np.nan)
-        kinds: tuple[Score, Score] = ("position", "example")
-        return Importance(task.name, num_fewshot, component, "gradient", loaded.anatomy.heads_per_layer,
-                          dict(zip(kinds, scores.mean(axis=1), strict=True)),
-                          dict(zip(kinds, spread, strict=True)), n, sum(r.truncated for r in requests))
+    owners, doc_ids = task.passages("examples", prompts), np.array([p.doc_id for p in prompts], np.int64)
+    known = functools.partial(_importance_of, task.name, num_fewshot, method="gradient",
+                              heads_per_layer=loaded.anatomy.heads_per_layer, owners=owners, doc_ids=doc_ids,
+                              truncated=sum(r.truncated for r in requests))
+    return {"head": known(component="head", scores={"position": heads[0], "example": heads[1]}),
+            "ffn": known(component="ffn", scores={"position": ffns[0], "example": ffns[1]})}
 
-    return {"head": summary("head", heads), "ffn": summary("ffn", ffns)}
+
+def _importance_of(
+    task: str, num_fewshot: int, *, component: Component, method: Literal["gradient", "oracle"],
+    heads_per_layer: tuple[int, ...], scores: Mapping[Score, Float[np.ndarray, "doc component"]],
+    owners: Int[np.ndarray, " doc"], doc_ids: Int[np.ndarray, " doc"], truncated: int,
+) -> Importance:
+    """Means over documents of their scores, standard errors, halves and resampled means."""
+    n = len(doc_ids)
+    return Importance(
+        task, num_fewshot, component, method, heads_per_layer,
+        {kind: x.mean(0) for kind, x in scores.items()},
+        {kind: x.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.full(x.shape[1], np.nan) for kind, x in scores.items()},
+        n, truncated,
+        {kind: halves(x, owners, doc_ids, name=task) for kind, x in scores.items()},
+        {kind: resampled(x, owners, doc_ids, name=task) for kind, x in scores.items()})
 
 
 def paper_weights(requests: Sequence[Request], heads_per_layer: Sequence[int]) -> Float[np.ndarray, "example head"]:
@@ -222,29 +237,21 @@ def oracle_importance(
 
 def oracle_from(measured: Evaluations, component: Component = "ffn") -> Importance:
     """Oracle importance from evaluations whose first mask is the full model and all others lack one head (FFN) each."""
-    n = len(measured.doc_ids)
-    counts = measured.masks[0].heads_per_layer
+    n, counts = len(measured.doc_ids), measured.masks[0].heads_per_layer
     places = {tuple(head): i for i, head in enumerate(all_heads(counts))}
     where = [places[tuple(*mask.heads_removed)] if component == "head" else int(*mask.ffns_removed)
              for mask in measured.masks[1:]]
-    lost: dict[Score, Float[np.ndarray, "component doc"]] = {
-        "accuracy": measured.correct[0] - measured.correct[1:],
-        "gold_loglikelihood": measured.gold_loglikelihood[0] - measured.gold_loglikelihood[1:],
-    }
 
-    def placed(values: Float[np.ndarray, " measured"]) -> Float[np.ndarray, " component"]:
-        found = np.full(len(places) if component == "head" else len(counts), np.nan)
-        found[where] = values
+    def lost(values: Float[np.ndarray, "mask doc"]) -> Float[np.ndarray, "doc component"]:
+        found = np.full((n, len(places) if component == "head" else len(counts)), np.nan)
+        found[:, where] = (values[0] - values[1:]).T
         return found
 
-    return Importance(
-        measured.task, measured.num_fewshot, component, "oracle", counts,
-        {kind: placed(x.mean(axis=1)) for kind, x in lost.items()},
-        {kind: placed(x.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(x), np.nan))
-         for kind, x in lost.items()},
-        n,
-        measured.truncated,
-    )
+    return _importance_of(
+        measured.task, measured.num_fewshot, component=component, method="oracle", heads_per_layer=counts,
+        scores={"accuracy": lost(measured.correct), "gold_loglikelihood": lost(measured.gold_loglikelihood)},
+        owners=np.arange(n) if measured.passages is None else measured.passages, doc_ids=measured.doc_ids,
+        truncated=measured.truncated)
 
 
 def order_of(importance: Importance, score: Score | None = None) -> list[int]:

@@ -37,6 +37,7 @@ class Prepared:
         counts: How many requests each document has; requests follow one another in this order.
         layout: How they are laid out for the model.
         batches: What the model reads.
+        passages: Which documents share a passage: equal numbers.
         truncated: How many requests lost their beginning.
     """
 
@@ -46,6 +47,7 @@ class Prepared:
     counts: tuple[int, ...]
     layout: Layout
     batches: tuple[Batch, ...]
+    passages: Int[np.ndarray, " doc"]
     truncated: int
 
     @property
@@ -120,7 +122,7 @@ def prepare(
     budget = budget or budget_of(loaded)
     rows = pack(by_document, budget, trees=chosen.trees, tree_tokens=chosen.tree_tokens)
     return Prepared(task, num_fewshot, tuple(prompts), tuple(counts), chosen,
-                    tuple(batches(rows, budget)), sum(r.truncated for r in requests))
+                    tuple(batches(rows, budget)), task.passages(split, prompts), sum(r.truncated for r in requests))
 
 
 def score(
@@ -156,6 +158,7 @@ def score(
         num_options=np.array([p.num_options for p in prepared.prompts], np.int64),
         extra_metrics={name: np.array([[one.metrics.get(name, np.nan) for one in row] for row in rows])
                        for name in sorted(extra)},
+        passages=prepared.passages,
         truncated=prepared.truncated,
         tokens=prepared.tokens * len(masks),
         layer_tokens=found.layer_tokens,
@@ -187,6 +190,7 @@ def by_question(measured: Evaluations, questions: Sequence[Hashable]) -> Evaluat
     return dataclasses.replace(
         measured,
         doc_ids=np.array([measured.doc_ids[m[0]] for m in members]),
+        passages=measured.passages if measured.passages is None else measured.passages[[m[0] for m in members]],
         correct=reduced(measured.correct, np.min),
         gold_loglikelihood=reduced(measured.gold_loglikelihood, np.mean),
         margin=reduced(measured.margin, np.min),

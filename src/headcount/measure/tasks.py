@@ -28,6 +28,7 @@ from lm_eval.tasks import TaskManager
 
 from headcount.errors import DataError, OptionError, TaskError, UnavailableError
 from headcount.measure import documents, names
+from headcount.measure.passages import passages
 from headcount.measure.shots import Shots, rendered
 from headcount.stats import chance
 
@@ -97,6 +98,7 @@ class Task:
         paper = protocol == "paper"
         self.question = _QUESTIONS.get(name) if paper else None
         self._is_training = _TRAINING.get(name) if paper else None
+        self._texts: dict[tuple[Split, int], str] = {}
         if self._is_training is not None:
             inner.sampler.replace_df([doc for doc in inner.sampler.df if self._is_training(doc)])
 
@@ -190,6 +192,14 @@ class Task:
                 with self._sampling(shots, doc if own_pool else None, doc_id):
                     prompts.append(self._prompt(doc_id, doc, num_fewshot, template))
         return prompts
+
+    def passages(self, split: Split, prompts: Sequence[Prompt]) -> Int[np.ndarray, " doc"]:
+        """A number for every document, equal for those that share a passage; whatever the shots before them."""
+        for prompt in prompts:
+            if (split, prompt.doc_id) not in self._texts:
+                plain = self._prompt(prompt.doc_id, prompt.doc, 0, None)
+                self._texts[split, prompt.doc_id] = "".join(plain.pairs[plain.gold])
+        return passages([self._texts[split, prompt.doc_id] for prompt in prompts])
 
     def metrics(self, prompt: Prompt, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
         """lm-eval's own metrics of one document that are plain numbers.

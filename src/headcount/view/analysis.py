@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import functools
 import itertools
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from headcount import stats
 from headcount.errors import StudyError
 from headcount.ledger import Ledger
+from headcount.view.curves import curve_points, curve_table, free_table
+from headcount.view.joint import grid_table, transfer_table
+from headcount.view.points import MEAN as MEAN
+from headcount.view.points import Points
+from headcount.view.points import groups as groups
+from headcount.view.scores import among_important_table, correlation_table, retained_table, top_table
 
-MEAN = "mean"
-_LABELS = ("component", "order", "order_seed", "fraction", "layer", "head", "heads_removed", "ffns_removed",
-           "parameters_removed")
-_CURVE = ["task", "num_fewshot", "component", "order", "fraction", "removed", "parameters_removed",
-          "parameters_removed_share", "accuracy", "low", "high", "difference", "difference_low", "difference_high",
-          "documents", "changed"]
+_LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fraction", "layer", "head", "heads_removed",
+           "ffns_removed", "parameters_removed")
 _IMPORTANCE = ["task", "num_fewshot", "component", "layer", "head", "method", "score", "importance", "stderr",
                "num_examples"]
 _AGREEMENT = ["task", "num_fewshot", "component", "score", "oracle", "correlation", "low", "high", "components"]
@@ -76,13 +76,15 @@ class Study:
         """One row per document and mask.
 
         Columns: task; num_fewshot; split ("evaluation", or "examples" for the oracle's training documents); component
-        ("none", "head", "ffn"); order ("none" for the full model, "gradient", "oracle", "random", or "single" for one
-        head or FFN alone off); order_seed (-1 where not random); fraction removed; layer, head (of "single", else -1);
-        heads_removed, ffns_removed, parameters_removed (counts); doc_id (position in its split); correct (the task's
-        metric, 0..1); gold_loglikelihood and margin (nats; NaN where there is one option); prediction and gold (option
-        index); num_options; and further metrics of the task, such as acc_norm.
+        ("none", "head", "ffn", "both"); order ("none" for the full model, "gradient", "oracle", "random", "single" for
+        one head or FFN alone off, "grid" for heads and FFNs together, "transfer" for another task's order); donor (of
+        "transfer"); order_seed (-1 where not random); fraction removed (of "grid": of heads), ffn_fraction (of "grid");
+        layer, head (of "single", else -1); heads_removed, ffns_removed, parameters_removed (counts); doc_id (position
+        in its split); passage (equal for documents that belong together); correct (the task's metric, 0..1);
+        gold_loglikelihood and margin (nats; NaN where there is one option); prediction and gold (option index);
+        num_options; and further metrics of the task, such as acc_norm.
         """
-        return self._evaluations.copy()
+        return self._evaluations.drop(columns=["job", "members"])
 
     def importance(self) -> pd.DataFrame:
         """One row per component and score.
@@ -91,7 +93,7 @@ class Study:
         "oracle"); score ("position", "example" in nats; "accuracy" and "gold_loglikelihood" as what is lost);
         importance; stderr (over examples); num_examples.
         """
-        return self._importance.copy()
+        return self._importance[_IMPORTANCE].copy()
 
     def agreement(self) -> pd.DataFrame:
         """How well gradient scores rank components as their oracle does: one row per task, shots, component and score.
@@ -119,7 +121,8 @@ class Study:
         Columns: task; num_fewshot; component; order ("gradient", "oracle", "random"); fraction; removed (how many);
         parameters_removed and parameters_removed_share (of the model; means where several random orders are averaged);
         accuracy with its 95 % interval low, high; difference to the full model with its interval difference_low,
-        difference_high; documents; changed (how many documents' metric differs from the full model's). Fraction 0 is
+        difference_high; p (exact paired test that as many documents fell as rose, corrected for the curve's steps);
+        documents; changed (how many documents' metric differs from the full model's). Fraction 0 is
         the full model, repeated for each order; a study without curves has it once, with component and order "none".
         """
         return self._curves.copy()
@@ -127,23 +130,155 @@ class Study:
     def free_fractions(self) -> pd.DataFrame:
         """How much can go: one row per task (and "mean"), number of shots, component and measured order.
 
-        Columns: task; num_fewshot; component; order; free_fraction (NaN where not defined); reason (why not, or
+        Columns: task; num_fewshot; component; order; free_fraction (NaN where not defined), the lower end of a 95 %
+        interval for what endless documents would show, whose upper end is free_high; reason (why not, or
         empty); removed and parameters_removed (at that fraction); accuracy, difference_low, difference_high, changed
         (there; where fraction > 0 and changed is 0 the interval has no width and promises too much); full_accuracy,
         full_low; baseline (the better of chance and the best constant answer).
         """
         return self._free_fractions.copy()
 
+    def grid(self) -> pd.DataFrame:
+        """Heads and FFNs pruned jointly: one row per task (and "mean"), number of shots and pair of fractions.
+
+        Columns: task; num_fewshot; heads_fraction, ffns_fraction; heads_removed, ffns_removed (counts);
+        parameters_removed_share; accuracy with its 95 % interval low, high; difference to the full model with
+        difference_low, difference_high; p (paired test, one by one); documents; changed; within_margin (whether a loss
+        of the margin or more is ruled out).
+        """
+        return self._grid.copy()
+
+    def transfer(self) -> pd.DataFrame:
+        """Tasks pruned by other tasks' orders: one row per task (and "mean"), shots, component, donor and fraction.
+
+        Columns: task, the one that is pruned; num_fewshot; component; donor ("none" for the full model at fraction 0,
+        "own", another task, "mean" for the aggregate of all tasks, "mean without own", "random"); fraction; accuracy
+        with its 95 % interval low, high; difference to the own order (of an unseen task: to the full model) with
+        difference_low, difference_high; p (paired test, one by one); documents; changed; unseen. On the mean, a donor
+        serves all tasks but itself.
+        """
+        return self._transfer.copy()
+
+    def correlations(self) -> pd.DataFrame:
+        """Spearman's correlation of importance between tasks, and between numbers of shots; one row per ordered pair.
+
+        Columns: component; score (the one that orders it); and those of `headcount.view.relations.correlations`: task,
+        num_fewshot, other_task, other_shots, correlation with its 95 % interval low, high over documents, ceiling,
+        disattenuated, argsort_correlation (what the paper's code computes), kind ("tasks", "shots", "reliability").
+        """
+        return self._correlations.copy()
+
+    def top_sets(self) -> pd.DataFrame:
+        """How much the top heads, and FFNs, of different tasks have in common.
+
+        Columns: component; and those of `headcount.view.relations.top_sets`: num_fewshot, fraction, size, tasks,
+        common, share, expected, pair_mean_share, p.
+        """
+        return top_table(self._importance, self.ordering_scores)
+
+    def induction(self) -> pd.DataFrame:
+        """Induction scores of every head: one row per head and weights.
+
+        Columns: layer; head; prefix_matching, copying, previous_token (means over random texts, with
+        prefix_matching_variance, ... over texts); ov_copying (eigenvalue score, -1..1); induction (whether high on
+        both prefix matching and copying); weights ("trained", or "random" for the same model with random weights);
+        protocol; sequences (texts).
+        """
+        return self._induction.copy()
+
+    def retained(self) -> pd.DataFrame:
+        """Which share of prefix matching, and of copying, is left as heads go; `headcount.view.overlap.retained`.
+
+        Columns: task (and "mean"); num_fewshot; primitive; fraction of heads removed; retained; random_mean,
+        random_low, random_high (of random orders).
+        """
+        return self._retained.copy()
+
+    def induction_among_important(self) -> pd.DataFrame:
+        """How many induction heads are among the important ones; `headcount.view.overlap.induction_among_important`.
+
+        Columns: task (and "mean"); num_fewshot; fraction; important; induction_heads; common; expected; p.
+        """
+        return among_important_table(self._importance, self.ordering_scores["head"], self._induction)
+
+    @property
+    def ordering_scores(self) -> dict[str, str]:
+        """Which score orders heads, and which FFNs."""
+        return {"head": self.spec["head_score"],
+                "ffn": "accuracy" if self.spec["ffn_order"] == "oracle" else "position"}
+
+    @property
+    def induction_thresholds(self) -> dict[str, float]:
+        """From which score on a head is high on a primitive."""
+        return {name: self.spec[f"{name.split('_')[0]}_threshold"] for name in ("prefix_matching", "copying")}
+
+    @functools.cached_property
+    def induction_notes(self) -> dict[str, Any]:
+        """What else is known of the induction scores: reliability, lengths, sequences, notes; empty without them."""
+        found = [e.info for e in self._ledger.entries("induction") if e.job["weights"] == "trained"]
+        return dict(max(found, key=lambda info: info["sequences"])) if found else {}
+
+    def degenerate(self) -> pd.DataFrame:
+        """What says little: one row per reason. Columns: task; num_fewshot; reason."""
+        rows = [{"task": task, "num_fewshot": k, "reason": reason}
+                for (task, k), full in groups(self._full_models, "task", "num_fewshot")
+                for reason in stats.degenerate(
+                    full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(), full["gold"].to_numpy(),
+                    full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(),
+                    low=float(self._low(str(task), int(k))))]
+        layers = len(self.description["anatomy"]["heads_per_layer"])
+        rows += [{"task": task, "num_fewshot": k, "reason": reason} for (task, k), n in self.distinct_values.items()
+                 for reason in stats.few_distinct(n, layers)]
+        return pd.DataFrame(rows, columns=["task", "num_fewshot", "reason"])
+
+    def _low(self, task: str, k: int) -> float:
+        points = self._points[k][task]
+        samples = stats.resampled_means(points.full[None], clusters=points.passages, seed=points.seed)
+        return float(stats.interval(samples)[0][0])
+
+    @functools.cached_property
+    def _full_models(self) -> pd.DataFrame:
+        rows = self._evaluations
+        return rows[(rows["split"] == "evaluation") & (rows["order"] == "none") & rows["task"].isin(self.spec["tasks"])]
+
+    @functools.cached_property
+    def _correlations(self) -> pd.DataFrame:
+        return correlation_table(self._importance, self.ordering_scores, self.spec["seed"])
+
+    @functools.cached_property
+    def _retained(self) -> pd.DataFrame:
+        return retained_table(self._importance, self.ordering_scores["head"], self._induction, self.spec["seed"])
+
+    @functools.cached_property
+    def _induction(self) -> pd.DataFrame:
+        columns = ["layer", "head", "prefix_matching", "copying", "previous_token", "ov_copying", "induction",
+                   "weights", "protocol", "sequences"]
+        chosen: dict[str, Any] = {}
+        for entry in self._ledger.entries("induction"):  # of several numbers of texts the most
+            known = chosen.get(entry.job["weights"])
+            if known is None or known.info["sequences"] < entry.info["sequences"]:
+                chosen[entry.job["weights"]] = entry
+        if not chosen:
+            return pd.DataFrame(columns=columns)
+        table = pd.concat([entry.table.assign(weights=weights, protocol=entry.job["protocol"],
+                                              sequences=entry.info["sequences"])
+                           for weights, entry in sorted(chosen.items(), reverse=True)], ignore_index=True)
+        table["induction"] = np.logical_and.reduce([table[name] >= least
+                                                    for name, least in self.induction_thresholds.items()])
+        ordered: pd.DataFrame = table[[*columns, *(c for c in table if c not in columns)]]
+        return ordered
+
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
         frames = []
-        for entry in self._ledger.entries("evaluation"):
+        for number, entry in enumerate(self._ledger.entries("evaluation")):
             labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
             labels.insert(0, "mask", range(len(labels)))
             for name in ("split", "num_fewshot", "task"):
                 labels.insert(1, name, entry.job[name])
+            labels = labels.assign(job=number, members=len(entry.job["curve"].get("importance", ())))
             frames.append(labels.merge(entry.table, on="mask").drop(columns="mask"))
-        columns = ["task", "num_fewshot", "split", *_LABELS, "doc_id", "correct"]
+        columns = ["task", "num_fewshot", "split", *_LABELS, "job", "members", "doc_id", "passage", "correct"]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
 
     @functools.cached_property
@@ -155,7 +290,7 @@ class Study:
             frames.append(entry.table.assign(**known))
         if not frames:
             return pd.DataFrame(columns=_IMPORTANCE)
-        table = pd.concat(frames, ignore_index=True)[_IMPORTANCE]
+        table = pd.concat(frames, ignore_index=True)
         # Oracles of a sample of heads and of all of them may both be there.
         table = table.drop_duplicates(["task", "num_fewshot", "component", "layer", "head", "method", "score"])
         table["head"] = table["head"].astype("Int64").where(table["component"] == "head")
@@ -174,121 +309,36 @@ class Study:
         """How many requests were cut to fit the window, by (task, number of shots), where any were."""
         found: dict[tuple[str, int], int] = {}
         for entry in self._ledger.entries():
+            if entry.job["kind"] == "induction":
+                continue
             # Evaluated and training documents have entries of their own: neither may hide the other's count.
             key = (entry.job["task"], entry.job["num_fewshot"])
             found[key] = max(found.get(key, 0), entry.info.get("truncated", 0))
         return {key: n for key, n in sorted(found.items()) if n}
 
     @functools.cached_property
-    def _points(self) -> dict[tuple[int, str], _Points]:
-        """The evaluated documents of every (number of shots, task) that has its full model."""
-        rows = self._evaluations
-        # Under protocol "paper" the FFN oracle's evaluations are of these documents too; they are no curve.
-        rows = rows[(rows["split"] == "evaluation") & (rows["order"] != "single")]
-        found = {(int(k), str(task)): _points(group) for (k, task), group in groups(rows, "num_fewshot", "task")
-                 if (group["order"] == "none").any()}
-        order = {name: i for i, name in enumerate(self.spec["tasks"])}
-        return dict(sorted(found.items(), key=lambda item: (order.get(item[0][1], len(order)), item[0][0])))
+    def _points(self) -> dict[int, dict[str, Points]]:
+        return curve_points(self._evaluations, self.spec["tasks"])
 
     @functools.cached_property
     def _curves(self) -> pd.DataFrame:
-        rows: list[dict[str, Any]] = []
-        for (k, task), points in self._points.items():
-            rows += self._rows(task, k, [points])
-        for k in sorted({k for k, _ in self._points}):
-            of_k = [p for (other, _), p in self._points.items() if other == k]
-            if len(of_k) > 1:
-                rows += self._rows(MEAN, k, of_k)
-        return pd.DataFrame(rows, columns=_CURVE)
-
-    def _rows(self, task: str, k: int, tasks: Sequence[_Points]) -> Iterator[dict[str, Any]]:
-        """Curve rows of one task, or of the mean over tasks: points that every task has."""
-        keys = [key for key in tasks[0].values if all(key in t.values for t in tasks)]
-        # Entries come by file name, a hash: readers get heads before FFNs, and measured orders before random ones.
-        keys.sort(key=lambda key: (key[0] != "head", key[1] == "random", key))
-        stacked = [np.stack([t.full, *(t.values[key] for key in keys)]) for t in tasks]
-        draws = [stats.resampled_means(values, seed=t.seed) for values, t in zip(stacked, tasks, strict=True)]
-        samples = np.mean(draws, axis=0)
-        means = np.mean([values.mean(axis=1) for values in stacked], axis=0)
-        low, high = stats.interval(samples)
-        difference_low, difference_high = stats.interval(samples - samples[0])
-        parameters = self.description["anatomy"]["parameters"]
-        documents = sum(len(t.full) for t in tasks)
-
-        def row(component: str, order: str, fraction: float, i: int) -> dict[str, Any]:
-            removed = np.mean([t.removed.get((component, order, fraction), (0, 0)) for t in tasks], axis=0)
-            changed = sum(int((values[i] != values[0]).sum()) for values in stacked)
-            return dict(zip(_CURVE, (
-                task, k, component, order, fraction, int(removed[0]), float(removed[1]),
-                float(removed[1]) / parameters, means[i], low[i], high[i], means[i] - means[0], difference_low[i],
-                difference_high[i], documents, changed), strict=True))
-
-        curves = dict.fromkeys(key[:2] for key in keys)
-        if not curves:
-            yield row("none", "none", 0.0, 0)
-        for component, order in curves:
-            yield row(component, order, 0.0, 0)
-            steps = sorted((key[2], i) for i, key in enumerate(keys, 1) if key[:2] == (component, order))
-            for fraction, i in steps:
-                yield row(component, order, fraction, i)
+        return curve_table(self._points, self.description["anatomy"]["parameters"])
 
     @functools.cached_property
     def _free_fractions(self) -> pd.DataFrame:
-        curves = self._curves[~self._curves["order"].isin(["random", "none"])]
-        rows = [self._free(task, int(k), component, order, curve)
-                for (task, k, component, order), curve in groups(curves, "task", "num_fewshot", "component", "order")]
-        return pd.DataFrame(rows, columns=["task", "num_fewshot", "component", "order", "free_fraction", "reason",
-                                           "removed", "parameters_removed", "accuracy", "difference_low",
-                                           "difference_high", "changed", "full_accuracy", "full_low", "baseline"])
+        return free_table(self._curves, self._points, self.spec["margin"])
 
-    def _free(self, task: str, k: int, component: str, order: str, curve: pd.DataFrame) -> dict[str, Any]:
-        full = curve.iloc[0]
-        baseline = self.baseline(task, k)
-        found = {"task": task, "num_fewshot": k, "component": component, "order": order, "reason": "",
-                 "full_accuracy": full["accuracy"], "full_low": full["low"], "baseline": baseline}
-        if not full["low"] > baseline:
-            reason = (f"the full model's accuracy, {full['accuracy']:.2f} (at least {full['low']:.2f}), is not above "
-                      f"{baseline:.2f}, which guessing or a constant answer gets")
-            return {**found, "free_fraction": np.nan, "reason": reason}
-        free = stats.free_fraction(curve["fraction"].tolist(), curve["difference_low"].tolist(), self.spec["margin"])
-        at = curve[curve["fraction"] == free].iloc[0]
-        return {**found, "free_fraction": free,
-                **{name: at[name] for name in ("removed", "parameters_removed", "accuracy", "difference_low",
-                                               "difference_high", "changed")}}
+    @functools.cached_property
+    def _grid(self) -> pd.DataFrame:
+        return grid_table(self._evaluations, self.spec["margin"], self.description["anatomy"]["parameters"])
+
+    @functools.cached_property
+    def _transfer(self) -> pd.DataFrame:
+        return transfer_table(self._evaluations, list(self.description.get("unseen", ())))
 
     def baseline(self, task: str, k: int) -> float:
         """What chance, or the best constant answer where that is better, gets; for "mean" the mean over tasks."""
-        chosen = [p.baseline for (other, name), p in self._points.items() if other == k and task in (name, MEAN)]
-        return float(np.mean(chosen))
-
-
-class _Points:
-    """The metric of one task's evaluated documents at one number of shots: full model and every curve point."""
-
-    def __init__(self, full: Float[np.ndarray, " doc"], baseline: float, seed: int) -> None:
-        self.full, self.baseline, self.seed = full, baseline, seed
-        self.values: dict[tuple[str, str, float], Float[np.ndarray, " doc"]] = {}
-        self.removed: dict[tuple[str, str, float], tuple[float, float]] = {}
-
-
-def _points(rows: pd.DataFrame) -> _Points:
-    full = rows[rows["order"] == "none"].sort_values("doc_id")
-    options, gold = full["num_options"].to_numpy(), full["gold"].to_numpy()
-    # NaN where the options differ in number: then chance alone counts.
-    baseline = float(np.nanmax([stats.chance(options), stats.constant_answer(gold, options)]))
-    # The same documents are drawn for a task at every number of shots, other ones for another task.
-    found = _Points(full["correct"].to_numpy(np.float64), baseline, zlib.crc32(str(rows["task"].iloc[0]).encode()))
-    for (component, order, fraction), group in groups(rows[rows["order"] != "none"], "component", "order", "fraction"):
-        key = (str(component), str(order), float(fraction))
-        found.values[key] = group.groupby("doc_id")["correct"].mean().to_numpy(np.float64)
-        removed = group["heads_removed" if component == "head" else "ffns_removed"].mean()
-        found.removed[key] = (float(removed), float(group["parameters_removed"].mean()))
-    return found
-
-
-def groups(table: pd.DataFrame, *columns: str) -> Iterator[tuple[Any, pd.DataFrame]]:
-    """The rows of every combination of values of these columns, in the order in which they first stand there."""
-    yield from table.groupby(columns[0] if len(columns) == 1 else list(columns), sort=False)
+        return float(np.mean([p.baseline for name, p in self._points[k].items() if task in (name, MEAN)]))
 
 
 def name_of(component: str, layer: int, head: object) -> str:

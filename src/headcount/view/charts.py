@@ -6,6 +6,7 @@ hangs on colour alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,20 @@ import altair as alt
 import pandas as pd
 
 from headcount.view.analysis import MEAN, mean_importance, name_of
+from headcount.view.sentences import shots
 
 Chart = Any  # Altair's charts have many types, alike for us
 
 alt.data_transformers.disable_max_rows()
 
-_PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-_COMPONENTS = {"head": "attention heads", "ffn": "FFNs"}
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+COMPONENTS = {"head": "attention heads", "ffn": "FFNs"}
 _BY = {"gradient": "by importance", "oracle": "by importance", "random": "at random"}
-_LEGEND = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 260}
+LEGEND = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 260}
 _CONFIG = {
     "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
     "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "#e8e8e8"},
-    "legend": _LEGEND,
+    "legend": LEGEND,
     "title": {"fontSize": 13, "fontWeight": "bold", "anchor": "start"},
     "view": {"stroke": None},
 }
@@ -43,26 +45,27 @@ def headline(curves: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, floa
     rows = curves[curves["task"] == task]
     panels = [
         _curve_panel(rows[rows["component"] == c], free[(free["task"] == task) & (free["component"] == c)], baselines)
-        .properties(width=285, height=240, title=f"{_COMPONENTS[c][0].upper()}{_COMPONENTS[c][1:]} removed")
+        .properties(width=285, height=240, title=f"{COMPONENTS[c][0].upper()}{COMPONENTS[c][1:]} removed")
         for c in ("head", "ffn") if (rows["component"] == c).any()
     ]
-    return _dressed(alt.hconcat(*panels))
+    return dressed(alt.hconcat(*panels))
 
 
 def task_curves(curves: pd.DataFrame, component: str) -> Chart:
     """Accuracy of every task as one kind of component goes: small multiples, the mean first."""
     rows = _labelled(curves[(curves["component"] == component)])
     tasks = list(dict.fromkeys([*([MEAN] if (rows["task"] == MEAN).any() else []), *rows["task"]]))
-    x = alt.X("percent:Q", title=f"{_COMPONENTS[component]} removed (%)", scale=alt.Scale(domain=[0, 100]))
+    x = alt.X("percent:Q", title=f"{COMPONENTS[component]} removed (%)", scale=alt.Scale(domain=[0, 100]))
     base = alt.Chart().encode(x=x)
     band = base.transform_filter("datum.by != 'at random'").mark_area(opacity=0.15).encode(
-        y=alt.Y("low:Q", title="accuracy", scale=alt.Scale(domain=[0, 1])), y2="high:Q", color=_shots(rows))
-    line = base.mark_line(strokeWidth=1.8).encode(y="accuracy:Q", color=_shots(rows), strokeDash=_orders())
-    dots = base.mark_circle(size=16, opacity=1).encode(y="accuracy:Q", color=_shots(rows), tooltip=_curve_tooltip())
+        y=alt.Y("low:Q", title="accuracy", scale=alt.Scale(domain=[0, 1])), y2="high:Q", color=shots_colour(rows))
+    line = base.mark_line(strokeWidth=1.8).encode(y="accuracy:Q", color=shots_colour(rows), strokeDash=_orders())
+    dots = base.mark_circle(size=16, opacity=1).encode(y="accuracy:Q", color=shots_colour(rows),
+                                                       tooltip=_curve_tooltip())
     chart = alt.layer(band, line, dots, data=rows).properties(width=180, height=125).facet(
         facet=alt.Facet("task:N", title=None, sort=tasks, header=alt.Header(labelFontSize=12, labelFontWeight="bold")),
         columns=4)
-    return _dressed(chart).configure_legend(orient="top", **_LEGEND)
+    return dressed(chart).configure_legend(orient="top", **LEGEND)
 
 
 def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
@@ -80,7 +83,7 @@ def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
     # Tasks differ in scale; the colour is the share of the largest, so that panels can be compared.
     largest = rows.groupby(["task", "num_fewshot"])["importance"].transform("max")
     rows["share"] = (rows["importance"] / largest.where(largest > 0, 1)).round(4)
-    rows["shots"] = rows["num_fewshot"].map("{}-shot".format)
+    rows["shots"] = rows["num_fewshot"].map(shots)
     layers, heads = int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1
     size = max(4, min(20, 520 // max(layers, heads)))
     columns = ["task", "shots", "layer", "head", "name", "importance", "share", "stderr"]
@@ -93,8 +96,7 @@ def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
                  alt.Tooltip("importance:Q", format=".3g"),
                  alt.Tooltip("stderr:Q", title="standard error", format=".2g")],
     ).properties(width=size * heads, height=size * layers)
-    column = alt.Column("shots:N", title=None, header=alt.Header(labelFontSize=12))
-    return _dressed(_with_menu(_of_one_task(chart, rows, choose).facet(column=column), rows, choose))
+    return dressed(with_menu(of_one_task(chart, rows, choose).facet(column=shots_column(rows)), rows, choose))
 
 
 def ffn_bars(importance: pd.DataFrame, *, choose: bool) -> Chart:
@@ -102,7 +104,7 @@ def ffn_bars(importance: pd.DataFrame, *, choose: bool) -> Chart:
     rows = importance[(importance["component"] == "ffn") & importance["score"].isin(["accuracy", "position"])]
     rows = _with_mean(rows)
     rows["name"] = [f"L{layer}F" for layer in rows["layer"]]
-    rows["shots"] = rows["num_fewshot"].map("{}-shot".format)
+    rows["shots"] = rows["num_fewshot"].map(shots)
     rows["low"], rows["high"] = rows["importance"] - rows["stderr"], rows["importance"] + rows["stderr"]
     titles = {"accuracy": "accuracy lost without it", "position": "gradient score (nats)"}
     width = max(220, min(420, 9 * (int(rows["layer"].max()) + 1)))
@@ -113,16 +115,16 @@ def ffn_bars(importance: pd.DataFrame, *, choose: bool) -> Chart:
             continue
         x = alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True))
         base = alt.Chart().encode(x=x)
-        bars = base.mark_bar(color=_PALETTE[0]).properties(name=f"{score}_bars").encode(
+        bars = base.mark_bar(color=PALETTE[0]).properties(name=f"{score}_bars").encode(
             y=alt.Y("importance:Q", title=title),
             tooltip=[alt.Tooltip("name:N", title="FFN"), "task:N", "shots:N", alt.Tooltip("importance:Q", format=".3g"),
                      alt.Tooltip("stderr:Q", title="standard error", format=".2g")])
         errors = base.transform_filter("isValid(datum.stderr)").mark_rule(color="#333").encode(y="low:Q", y2="high:Q")
         columns = ["task", "shots", "layer", "name", "importance", "stderr", "low", "high"]
         layered = alt.layer(bars, errors, data=of_score[columns]).properties(width=width, height=150)
-        column = alt.Column("shots:N", title=None, header=alt.Header(labelFontSize=12))
-        panels.append(_of_one_task(layered, rows, choose).facet(column=column).resolve_scale(y="independent"))
-    return _dressed(_with_menu(alt.vconcat(*panels), rows, choose))
+        panels.append(of_one_task(layered, rows, choose).facet(column=shots_column(rows))
+                      .resolve_scale(y="independent"))
+    return dressed(with_menu(alt.vconcat(*panels), rows, choose))
 
 
 def save(chart: Chart, path: Path) -> list[Path]:
@@ -140,20 +142,20 @@ def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, fl
                                                     axis=alt.Axis(values=list(range(0, 101, 20)))))
     y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
     band = base.transform_filter("datum.by != 'at random'").mark_area(opacity=0.18).encode(
-        y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=_shots(labelled))
-    line = base.mark_line(strokeWidth=2).encode(y=y, color=_shots(labelled), strokeDash=_orders())
-    dots = base.mark_circle(size=30, opacity=1).encode(y=y, color=_shots(labelled), tooltip=_curve_tooltip())
+        y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=shots_colour(labelled))
+    line = base.mark_line(strokeWidth=2).encode(y=y, color=shots_colour(labelled), strokeDash=_orders())
+    dots = base.mark_circle(size=30, opacity=1).encode(y=y, color=shots_colour(labelled), tooltip=_curve_tooltip())
     guess = pd.DataFrame({"accuracy": sorted(set(baselines.values()))[:1]})
     chance = alt.Chart(guess).mark_rule(color="#888", strokeDash=[2, 3]).encode(y="accuracy:Q")
     word = alt.Chart(guess).mark_text(align="left", dx=4, color="#666", fontSize=10).encode(
         y="accuracy:Q", x=alt.datum(100), text=alt.value("guessing"))
     marks = free[free["free_fraction"] > 0].assign(
-        percent=lambda t: 100 * t["free_fraction"], shots=lambda t: t["num_fewshot"].map("{}-shot".format))
+        percent=lambda t: 100 * t["free_fraction"], shots=lambda t: t["num_fewshot"].map(shots))
     layers = [band, chance, word, line, dots]
     if len(marks):
         layers.append(alt.Chart(marks).mark_point(shape="diamond", size=190, filled=True, stroke="black",
                                                   strokeWidth=1.2, opacity=1).encode(
-            x="percent:Q", y="accuracy:Q", color=_shots(labelled),
+            x="percent:Q", y="accuracy:Q", color=shots_colour(labelled),
             tooltip=[alt.Tooltip("percent:Q", title="free (%)"), "shots:N", alt.Tooltip("accuracy:Q", format=".3f")]))
     return alt.layer(*layers)
 
@@ -163,13 +165,23 @@ def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
     columns = ["task", "accuracy", "low", "high", "removed", "parameters_removed", "difference"]
     return rows[columns].round(4).assign(
         percent=(100 * rows["fraction"]).round(2), by=rows["order"].map(_BY),
-        shots=rows["num_fewshot"].map("{}-shot".format))
+        shots=rows["num_fewshot"].map(shots))
 
 
-def _shots(rows: pd.DataFrame) -> alt.Color:
+def fewest_first(names: Iterable[str]) -> list[str]:
+    """Labels of numbers of shots (`no shots`, `1 shot`, `5 shots`), each once, in the order of the numbers."""
+    return sorted(set(names), key=lambda name: int(name.split()[0]) if name[0].isdigit() else 0)
+
+
+def shots_column(rows: pd.DataFrame) -> alt.Column:
+    """A panel per number of shots, few shots first."""
+    return alt.Column("shots:N", title=None, sort=fewest_first(rows["shots"]), header=alt.Header(labelFontSize=12))
+
+
+def shots_colour(rows: pd.DataFrame) -> alt.Color:
     """The same colour for the same number of shots in every panel; few shots first."""
-    names = sorted(set(rows["shots"]), key=lambda s: int(s.split("-")[0]))
-    return alt.Color("shots:N", title="shots", scale=alt.Scale(domain=names, range=_PALETTE[: len(names)]),
+    names = fewest_first(rows["shots"])
+    return alt.Color("shots:N", title="shots", scale=alt.Scale(domain=names, range=PALETTE[: len(names)]),
                      legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1))
 
 
@@ -193,12 +205,13 @@ def _with_mean(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([mean_importance(rows), rows], ignore_index=True)
 
 
-def _of_one_task(chart: Chart, rows: pd.DataFrame, choose: bool) -> Chart:
+def of_one_task(chart: Chart, rows: pd.DataFrame, choose: bool) -> Chart:
     """Show the task that the menu names, or the mean (the only task where there is one)."""
     return chart.transform_filter("datum.task == task" if choose else alt.datum.task == rows["task"].iloc[0])
 
 
-def _with_menu(chart: Chart, rows: pd.DataFrame, choose: bool) -> Chart:
+def with_menu(chart: Chart, rows: pd.DataFrame, choose: bool) -> Chart:
+    """Add the menu of tasks that `of_one_task` reads, where a figure has one."""
     tasks = list(dict.fromkeys(rows["task"]))
     menu = alt.param(name="task", value=tasks[0], bind=alt.binding_select(options=tasks, name="task "))
     return chart.add_params(menu) if choose else chart
@@ -209,5 +222,6 @@ def summary_task(curves: pd.DataFrame) -> str:
     return MEAN if (curves["task"] == MEAN).any() else str(curves["task"].iloc[0])
 
 
-def _dressed(chart: Chart) -> Chart:
+def dressed(chart: Chart) -> Chart:
+    """A finished figure in the report's fonts and sizes."""
     return chart.configure(**_CONFIG)

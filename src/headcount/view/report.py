@@ -18,16 +18,13 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from headcount.view import charts, sentences
+from headcount.view import charts, findings, sentences
 from headcount.view.analysis import MEAN, Study, constants, groups, open_study
+from headcount.view.sections import Section, sections
 
-_FIGURES = {
-    "headline": "How much can go",
-    "head_map": "Which heads matter",
-    "ffn_bars": "Which FFNs matter",
-    "head_curves": "Pruning heads, task by task",
-    "ffn_curves": "Pruning FFNs, task by task",
-}
+# Tables that are written as CSV: names of files, and of the study's methods.
+_CSV = ("curves", "free_fractions", "importance", "agreement", "grid", "correlations", "top_sets", "transfer",
+        "induction", "retained", "induction_among_important", "degenerate")
 _LISTED = 10
 
 
@@ -69,32 +66,34 @@ def write_report(folder: str | Path, progress: Callable[[int, int], None] | None
         StudyError: If there is no study in the folder.
     """
     study = open_study(folder)
-    captions = _captions(study)
-    specs = {}
-    figures = _figures(study)
-    for done, (name, (page, static)) in enumerate(figures.items()):
+    drawn: list[tuple[Section, dict[str, Any]]] = []
+    found = sections(study)
+    for done, section in enumerate(found):
         if progress is not None:
-            progress(done, len(figures))
-        specs[name] = page().to_dict()
-        charts.save(static(), study.folder / "figures" / name)
+            progress(done, len(found))
+        page, static = section.page(), section.static()
+        if page is not None and static is not None:
+            drawn.append((section, page.to_dict()))
+            charts.save(static, study.folder / "figures" / section.name)
     tables = list(_tables(study))
     (study.folder / "tables").mkdir(exist_ok=True)
-    for name, frame in (("curves", study.curves()), ("free_fractions", study.free_fractions()),
-                        ("importance", study.importance()), ("agreement", study.agreement())):
+    for name in _CSV:
+        frame: pd.DataFrame = getattr(study, name)()
         frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
     path = study.folder / "report.html"
-    path.write_text(_page(study, specs, captions, tables), encoding="utf-8")
+    path.write_text(_page(study, drawn, tables), encoding="utf-8")
     return path
 
 
-def _page(study: Study, specs: dict[str, Any], captions: dict[str, str], tables: list[Table]) -> str:
+def _page(study: Study, drawn: list[tuple[Section, dict[str, Any]]], tables: list[Table]) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    captions = {section.name: section.caption for section, _ in drawn}
 
     def figure(name: str) -> Markup:
-        if name not in specs:
+        if name not in captions:
             return Markup("<p class='what'>Not measured in this study.</p>")
         return Markup("<figure><div id='{0}' role='group' aria-label='{1}'></div><figcaption>{1}</figcaption></figure>"
-                      ).format(name, captions.get(name, ""))
+                      ).format(name, captions[name])
 
     spec = study.spec
     heads, ffns, parameters = constants(study.description)
@@ -106,67 +105,13 @@ def _page(study: Study, specs: dict[str, Any], captions: dict[str, str], tables:
              f"{100 * spec['margin']:.3g} points of accuracy or more must be ruled out for a share to be called free.",
         headline=sentences.headline(study),
         cautions=list(sentences.cautions(study)),
-        sections=[(n, heading) for n, heading in _FIGURES.items() if n != "headline"],
+        sections=[(section.name, section.heading) for section, _ in drawn if section.name != "headline"],
         tables=tables,
         provenance=list(_provenance(study)),
         figure=figure,
         bundle=Markup(_in_script(vl_convert.javascript_bundle())),  # type: ignore[call-arg]  # noqa: S704
-        charts=Markup(_in_script(json.dumps(specs))),  # noqa: S704
+        charts=Markup(_in_script(json.dumps({section.name: spec for section, spec in drawn}))),  # noqa: S704
     )
-
-
-def _figures(study: Study) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """How each figure that the study has data for is drawn: for the page, and as a file."""
-    curves, importance = study.curves(), study.importance()
-    score = study.spec["head_score"]
-    found: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
-    pruned = curves[curves["component"] != "none"]
-    if len(pruned):
-        task = charts.summary_task(pruned)
-        measured = pruned.loc[pruned["task"] == task, "num_fewshot"].unique()
-        baselines = {int(k): study.baseline(task, int(k)) for k in measured}
-        free = study.free_fractions()
-        found["headline"] = (lambda: charts.headline(pruned, free, baselines),) * 2
-    if (importance["component"] == "head").any():
-        found["head_map"] = (lambda: charts.head_map(importance, score, choose=True),
-                             lambda: charts.head_map(importance, score, choose=False))
-    if (importance["component"] == "ffn").any():
-        found["ffn_bars"] = (lambda: charts.ffn_bars(importance, choose=True),
-                             lambda: charts.ffn_bars(importance, choose=False))
-    if (pruned["component"] == "head").any():
-        found["head_curves"] = (lambda: charts.task_curves(pruned, "head"),) * 2
-    if (pruned["component"] == "ffn").any():
-        found["ffn_curves"] = (lambda: charts.task_curves(pruned, "ffn"),) * 2
-    return found
-
-
-def _captions(study: Study) -> dict[str, str]:
-    bands = "Bands are 95 % bootstrap intervals over documents; point at a mark for its numbers."
-    return {
-        "headline": f"Accuracy as the least important components go (solid) and as random ones go (dashed). {bands} "
-                    "A diamond marks the free fraction. " + sentences.curve_sentence(study, "head"),
-        "head_map": sentences.importance_sentence(study, "head") + " The colour is a head's gradient importance as a "
-                    "share of the largest in its panel; point at a head for its value.",
-        "ffn_bars": sentences.importance_sentence(study, "ffn") + " Above: accuracy lost on training documents when "
-                    "one FFN is off; below: the gradient score. Lines are plus and minus one standard error; every "
-                    "panel has its own scale.",
-        "head_curves": f"{_by_task(study, 'head')} {bands}",
-        "ffn_curves": f"{_by_task(study, 'ffn')} {sentences.curve_sentence(study, 'ffn')} {bands}",
-    }
-
-
-def _by_task(study: Study, component: str) -> str:
-    """How the free fraction differs between tasks, at the most shots at which it is defined."""
-    free = study.free_fractions()
-    free = free[(free["task"] != MEAN) & (free["component"] == component) & free["free_fraction"].notna()]
-    free = free[free["num_fewshot"] == free["num_fewshot"].max()]
-    if len(free) < 2:
-        return ""
-    shots = sentences.shots(int(free["num_fewshot"].iloc[0]))
-    least, most = free["free_fraction"].min(), free["free_fraction"].max()
-    none = int((free["free_fraction"] == 0).sum())
-    return (f"With {shots} the free fraction of single tasks lies between {100 * least:.0f} and {100 * most:.0f} %; "
-            f"for {none} of the {len(free)} tasks where it is defined no share is shown to be free.")
 
 
 def _mean_first(table: pd.DataFrame) -> pd.DataFrame:
@@ -209,6 +154,7 @@ def _tables(study: Study) -> Iterator[Table]:
         yield Table("Accuracy along the curves", "Share removed across; the measured orders and the random one.",
                     _plain_columns(wide.reset_index()))
     yield from _agreement(study)
+    yield from _compared(study)
     for component, title in (("head", "heads"), ("ffn", "FFNs")):
         ranked = sentences.ranking(study, component)
         for k, of_k in groups(ranked, "num_fewshot"):
@@ -217,6 +163,34 @@ def _tables(study: Study) -> Iterator[Table]:
                                   "importance": most["importance"].tolist(), "least important": least["name"].tolist(),
                                   "importance ": least["importance"].tolist()})
             yield Table(f"Most and least important {title}, {sentences.shots(int(k))}", "Mean over tasks.", frame)
+
+
+def _compared(study: Study) -> Iterator[Table]:
+    """What the grid, transfer, top sets and induction say in numbers."""
+    grid = study.grid()
+    if len(grid):
+        rows = _thousandths(_mean_first(grid), "accuracy", "difference_low", "difference_high",
+                            "parameters_removed_share")
+        yield Table("Heads and FFNs together", "Accuracy on the grid's documents; the difference to the full model's.",
+                    _plain_columns(rows[["task", "num_fewshot", "heads_fraction", "ffns_fraction",
+                                         "parameters_removed_share", "accuracy", "difference_low", "difference_high",
+                                         "within_margin", "documents"]]))
+    transfer = study.transfer()
+    if len(transfer):
+        rows = _thousandths(_mean_first(transfer), "accuracy", "difference", "difference_low", "difference_high")
+        yield Table("Pruned by other tasks' orders", "The difference is to the task's own order, of an unseen task to "
+                    "the full model. On the mean, a donor serves all tasks but itself.",
+                    _plain_columns(rows[["task", "num_fewshot", "component", "donor", "fraction", "accuracy",
+                                         "difference", "difference_low", "difference_high", "documents"]]))
+    if len(top := study.top_sets()):
+        yield Table("What top sets have in common", "Of the most important components of every task.",
+                    _plain_columns(top.drop(columns="p").round(3)))
+    if len(among := study.induction_among_important()):
+        yield Table("Induction heads among the important ones", "By chance, sets of this size would have as many in "
+                    "common as expected; p is that of at least so many.",
+                    _plain_columns(findings.among_important_table(among)))
+    if len(degenerate := study.degenerate()):
+        yield Table("Results that say little", "And why.", _plain_columns(degenerate))
 
 
 def _agreement(study: Study) -> Iterator[Table]:

@@ -1,0 +1,94 @@
+"""What stands in a study's folder already, and whether a study may go on there.
+
+A folder belongs to one model, one data set and one set of options. Tasks, numbers of shots and further measurements
+may be added; anything else that would change what a finished entry means is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headcount.errors import StudyError
+from headcount.ledger import Ledger
+from headcount.specs import ModelSpec, StudySpec
+
+# Options that do not change what an entry means; all others must be the same whenever a folder is used.
+_FREE = ("tasks", "shots", "measure", "unseen", "out", "data", "head_sample", "grid_fractions", "grid_limit",
+         "transfer_fractions", "transfer_limit", "transfer_components", "aggregate", "induction_seeds",
+         "prefix_threshold", "copying_threshold", "device", "device_map", "margin", "row_tokens", "batch_tokens",
+         "model")
+# What induction scores hang on: they are of a model, not of tasks.
+_OF_MODEL = (*(f.name for f in dataclasses.fields(ModelSpec)), "protocol", "seed")
+
+
+def previous(ledger: Ledger) -> dict[str, Any] | None:
+    """What study.json of an earlier run says; None in a folder that is new or empty.
+
+    Raises:
+        StudyError: If the folder is a file, or holds something else.
+    """
+    if ledger.folder.is_file():
+        raise StudyError(f"{ledger.folder} is a file; --out names a folder")
+    found = ledger.read_json("study.json")
+    if found is None and ledger.folder.is_dir() and any(not f.name.startswith(".") for f in ledger.folder.iterdir()):
+        raise StudyError(f"{ledger.folder} is not empty and holds no study; choose another --out")
+    return found
+
+
+def check_options(spec: StudySpec, before: Mapping[str, Any] | None, folder: Path) -> None:
+    """Refuse other options than the folder's.
+
+    Raises:
+        StudyError: Which names the option.
+    """
+    if before is None:
+        return
+    known = before["spec"]
+    defaults = {f.name: f.default for f in dataclasses.fields(spec)}
+    # Where either side has no tasks, options that are about tasks bind nobody.
+    of_model = not spec.tasks or not known["tasks"]
+    for name, value in spec.to_json().items():
+        # An option that a folder does not know came after it: it was measured as by default.
+        was = known.get(name, defaults[name])
+        if name not in _FREE and was != value and not (of_model and name not in _OF_MODEL):
+            raise StudyError(f"{folder} holds another study (--{name.replace('_', '-')} was {was}, "
+                             f"is {value}); choose another --out, or give the same options")
+
+
+def check_data(before: Mapping[str, Any] | None, model: str, tasks: Mapping[str, str], folder: Path) -> None:
+    """Refuse another model, or other documents, than the folder's; both by fingerprint.
+
+    Raises:
+        StudyError: Which names what differs.
+    """
+    if before is None:
+        return
+    if before["model"]["fingerprint"] != model:
+        raise StudyError(f"{folder} holds a study of another model ({before['model'].get('name')}, other weights, "
+                         "type or tokenizer); choose another --out")
+    for name, fingerprint in tasks.items():
+        known = before["tasks"].get(name) or before.get("unseen", {}).get(name)
+        if known is not None and known["fingerprint"] != fingerprint:
+            raise StudyError(f"{folder} holds a study of other documents of task {name!r}; choose another --out")
+
+
+def merged_spec(
+    spec: StudySpec, before: Mapping[str, Any] | None, tasks: Sequence[str], unseen: Sequence[str]
+) -> dict[str, Any]:
+    """The options to be kept: lists of what was ever asked for; where now no tasks are named, the others as before."""
+    new = spec.to_json() | {"tasks": list(tasks), "unseen": list(unseen)}
+    old = (before or {}).get("spec", {})
+    if old.get("tasks") and not tasks:
+        new |= {name: value for name, value in old.items() if name not in _OF_MODEL}
+    if not old.get("tasks") and tasks:
+        old = {name: value for name, value in old.items() if name == "measure"}
+    return new | {name: list(dict.fromkeys([*old.get(name, []), *new[name]]))
+                  for name in ("tasks", "shots", "unseen", "measure")}
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known now; where this run did not look, what was known."""
+    return {key: old.get(key) if value is None else value for key, value in new.items()}

@@ -1,0 +1,145 @@
+"""Copying: whether a head raises the logits of the token that it attends to most (Olsson et al. 2022).
+
+    score[t] = relu(logit - mean)[attended] / sum relu(logit - mean)
+
+over the tokens in view of position t, on a text of unique random tokens; the mean over t is the head's. A position's
+logits differ from log-probabilities by one normaliser, which cancels, so only the output layer's rows of tokens in view
+are ever read. Every logit is z . (W_O[h] . direction of the token): nothing of the size of heads x d_model is made.
+
+Protocol "sound": raw logits of what the head writes at t, c = z[l,h,t] . W_O[h], without bias, through the gain of a
+norm on the branch's output, where there is one, and of the final norm, centred where that is a LayerNorm. In view are
+positions 1 to t, BOS left out; t begins with the second token.
+
+Protocol "paper", as the code of Bansal et al. (2023) has it: every block is given the embeddings instead of the
+residual stream; logits are probabilities of the head's value of position t itself, through the output projection with
+its bias and the output layer, without final norm; BOS is in view, and t begins with the first token. That code knows
+OPT; here blocks of any family are run on these inputs, and once more in rows of one token, where a head's output is its
+value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headcount.model.attention import attention_seen, fed, one_logit
+from headcount.model.load import LoadedModel
+from headcount.model.weights import (
+    BranchNorm,
+    EndMaps,
+    branch_norms,
+    end_maps,
+    keys,
+    output_bias,
+    unembedding,
+    unembedding_bias,
+)
+
+# A head that writes nothing towards any token raises rounding errors: sums of them, relative to the largest logit.
+_FLOOR = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How a model's heads are read by its output layer.
+
+    Args:
+        loaded: The model, running eager attention.
+        told: What it must be told, so that attentions hand out their probabilities.
+        ends: What lies between the residual stream and its ends.
+        norms: Norms on attention's output, by layer.
+    """
+
+    loaded: LoadedModel
+    told: Mapping[str, bool]
+    ends: EndMaps
+    norms: Mapping[int, BranchNorm]
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, told: Mapping[str, bool]) -> Reading:
+        """Find out, with about two passes of d_model tokens without FFNs."""
+        return cls(loaded, told, end_maps(loaded.model, loaded.anatomy), branch_norms(loaded.model, loaded.anatomy))
+
+    def run(self, ids: Int[Tensor, "batch pos"]) -> None:
+        """One forward pass, for hooks to see."""
+        with one_logit(self.loaded.model):
+            self.loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **self.told)
+
+
+def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"], bos: int) -> Float[Tensor, "batch head"]:
+    """The score of every head of the model, by layer, then index; `bos` is the number of tokens to leave out first."""
+    directions = unembedding(reading.loaded.model, ids[:, bos:]) @ reading.ends.exit.T
+    found: dict[int, Tensor] = {}
+
+    def visit(layer: int, z: Tensor, attention: Tensor) -> None:
+        read = keys(reading.loaded.anatomy.layers[layer], directions, z, reading.norms.get(layer))
+        # One row at a time: each takes as much as its attention.
+        rows = []
+        for i in range(len(z)):
+            logits = torch.einsum("thd,shd->hts", z[i, bos:].float(), read[i])
+            attended = attention[i, :, bos:, bos:].argmax(-1)
+            rows.append(_ratio(logits, attended, _FLOOR)[:, 1:].mean(-1))
+        found[layer] = torch.stack(rows)
+
+    with attention_seen(reading.loaded.anatomy, visit):
+        reading.run(ids)
+    return torch.cat([found[layer].double().cpu() for layer in sorted(found)], -1)
+
+
+def paper_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
+    """The paper's score of every head of the model, by layer, then index."""
+    anatomy, model = reading.loaded.anatomy, reading.loaded.model
+    attended: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
+
+    def attend(layer: int, z: Tensor, attention: Tensor) -> None:
+        attended[layer] = attention.argmax(-1)
+
+    with fed(anatomy, None) as first, attention_seen(anatomy, attend):
+        reading.run(ids)
+    directions = unembedding(model, ids)
+    if directions.shape[-1] != anatomy.layers[0].d_model:  # a projection before the output layer (OPT-350M)
+        directions = directions @ reading.ends.exit.T
+    biases = unembedding_bias(model, ids)
+
+    def visit(layer: int, z: Tensor, attention: Tensor) -> None:
+        part = anatomy.layers[layer]
+        own = directions.to(z.device)
+        # Where an attention has sinks, a row of one token does not sum to 1.
+        values = (z[:, 0] / attention[:, :, 0, 0, None]).reshape(*ids.shape, *z.shape[2:]).float()
+        read = keys(part, own, z, None)
+        always = own @ output_bias(part, z) + biases.to(z.device)
+        rows = []
+        for i in range(len(ids)):
+            logits = torch.einsum("thd,shd->hts", values[i], read[i]) + always[i]
+            highest = logits.masked_fill(~_view(logits), -torch.inf).amax(-1, keepdim=True)
+            rows.append(_ratio((logits - highest).exp(), attended[layer][i])[:, 1:].mean(-1))
+        found[layer] = torch.stack(rows)
+
+    with fed(anatomy, first[0].reshape(ids.numel(), 1, -1)), attention_seen(anatomy, visit):
+        reading.run(ids.reshape(-1, 1))
+    return torch.cat([found[layer].double().cpu() for layer in sorted(found)], -1)
+
+
+def _ratio(
+    logits: Float[Tensor, "head pos pos"], attended: Int[Tensor, "head pos"], floor: float = 0.0
+) -> Float[Tensor, "head pos"]:
+    """The attended token's share of what lies above the mean of the tokens in view.
+
+    It is 0 where nothing lies above it, or no more than `floor` times the largest logit.
+    """
+    view = _view(logits)
+    logits = logits.masked_fill(~view, 0)
+    largest = torch.maximum(logits.amax(-1), -logits.amin(-1))
+    mean = logits.sum(-1, keepdim=True) / torch.arange(1, len(view) + 1, device=logits.device)[:, None]
+    raised = logits.sub_(mean).relu_().mul_(view)
+    own, total = raised.gather(-1, attended[..., None])[..., 0], raised.sum(-1)
+    return torch.where(total > floor * largest, own / total, 0)
+
+
+def _view(logits: Float[Tensor, "head pos pos"]) -> Tensor:
+    return torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).tril()

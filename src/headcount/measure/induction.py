@@ -1,0 +1,347 @@
+"""Induction heads: prefix matching and copying of every head (Olsson et al. 2022; Bansal et al. 2023, section 5).
+
+Prefix matching, on BOS and L unique random tokens that stand there R times, over the positions t of repeats 2 to R:
+
+    score = mean over t of the sum over earlier occurrences s of t's token of attention[t, s + 1]
+
+A token's earlier occurrences lie L, 2 L, ... positions back, so these entries are diagonals of the attention matrix;
+they are taken as soon as a layer's matrix is there. The paper's code (protocol "paper") counts attention to the first
+token besides, at the last position of every repeat. Copying (`headcount.measure.copying`) has texts of R L unique
+tokens. The previous-token score is the mean attention to the position before, BOS left out, in the repeated texts.
+
+Token ids are drawn, never text. The tokenizer's merges rank tokens by frequency: the first and last 4 % are left out. A
+text hangs on the seed, its length and its number alone, so that no score depends on batches. The protocol "paper" has
+the paper's lengths, one text of each of 25, 27, ... 223; the paper's draw had no seed, this one has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import dispatch_model
+from accelerate.utils.memory import should_reduce_batch_size
+from jaxtyping import Float, Int
+from scipy.stats import rankdata
+from torch import Tensor
+
+from headcount.errors import ModelError, OptionError
+from headcount.measure.copying import Reading, paper_copying, sound_copying
+from headcount.measure.forward import Progress
+from headcount.model.anatomy import Names
+from headcount.model.attention import attention_keywords, attention_seen, eager
+from headcount.model.load import LoadedModel, wrap
+from headcount.model.weights import ov_copying
+from headcount.results import InductionScores
+
+Protocol = Literal["sound", "paper"]
+LENGTHS = (25, 58, 91, 124, 157, 190, 223)
+PAPER_LENGTHS = tuple(range(25, 225, 2))
+SEEDS = 14
+_EXCLUDED = 0.04
+# Entries of one layer's attention that a batch may have; eager attention holds several copies.
+_ENTRIES = {"cpu": 2**23}
+_KINDS = ("prefix_matching", "previous_token", "copying")
+# A function from a batch of texts to scores per text and head.
+_Work = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "kind batch head"]]
+
+
+@torch.no_grad()
+def induction_scores(
+    loaded: LoadedModel,
+    *,
+    lengths: Sequence[int] | None = None,
+    repeats: int = 4,
+    seeds: int | None = None,
+    seed: int = 1234,
+    protocol: Protocol = "sound",
+    progress: Progress | None = None,
+) -> InductionScores:
+    """Prefix matching, copying, previous-token and OV copying scores of every head.
+
+    Args:
+        loaded: The model; it runs eager attention meanwhile.
+        lengths: Lengths of random sequences, in tokens; None takes seven from 25 to 223 ("paper": all odd ones). Those
+            that do not fit, repeated, into the model's window or vocabulary are left out, and the notes say so.
+        repeats: How often each sequence stands in a text of prefix matching.
+        seeds: How many texts of each length; None takes 14 ("paper": 1).
+        seed: Of the draws.
+        protocol: "sound" or "paper".
+        progress: Called with the number of tokens after each batch.
+
+    Raises:
+        OptionError: If an option is out of range, or no length fits.
+        ModelError: If the model hands out no attention probabilities, memory is too small for one text, or numbers
+            overflow.
+    """
+    chosen, seeds = _options(lengths, repeats, seeds, protocol)
+    tokens, notes = usable_tokens(loaded)
+    start = [] if loaded.tokenizer.bos_token_id is None else [int(loaded.tokenizer.bos_token_id)]
+    if not start:
+        notes.append("the tokenizer has no BOS token: texts begin with their first random token")
+    kept = _fitting(loaded, chosen, repeats, len(start), len(tokens), notes)
+    texts = _Texts(tokens, start, repeats, seed, [(length, number) for length in kept for number in range(seeds)])
+    with eager(loaded.model):
+        reading = Reading.of(loaded, attention_keywords(loaded.name, loaded.model, loaded.anatomy))
+        found = _measured(reading, texts, protocol, progress)
+        scores, straight = ov_copying(loaded.model, loaded.anatomy, reading.ends, reading.norms, reading.told)
+    lacking = [layer for layer, ok in enumerate(straight) if not ok.all()]
+    if lacking:
+        notes.append(f"the OV score is not defined in {len(lacking)} of {loaded.anatomy.num_layers} layers (the first "
+                     f"is {lacking[0]}): values there are no linear map of the residual stream")
+    return _summary(loaded, found, texts, protocol, torch.cat(scores).double().numpy(), notes)
+
+
+def _options(
+    lengths: Sequence[int] | None, repeats: int, seeds: int | None, protocol: Protocol
+) -> tuple[tuple[int, ...], int]:
+    if repeats < 2:
+        raise OptionError(f"a sequence must stand at least 2 times in a text, not {repeats}")
+    paper = protocol == "paper"
+    chosen = tuple(dict.fromkeys(lengths)) if lengths is not None else PAPER_LENGTHS if paper else LENGTHS
+    seeds = (1 if paper else SEEDS) if seeds is None else seeds
+    if not chosen or min(chosen) < 2 or seeds < 1:
+        raise OptionError("induction heads need lengths of at least 2 tokens, and at least 1 text of each")
+    return chosen, seeds
+
+
+def _fitting(
+    loaded: LoadedModel, lengths: Sequence[int], repeats: int, bos: int, tokens: int, notes: list[str]
+) -> list[int]:
+    """The lengths whose texts fit into the window, and whose copying texts have unique tokens."""
+    longest = min((loaded.max_length - bos) // repeats, tokens // repeats)
+    kept = [n for n in lengths if n <= longest]
+    limits = f"window of {loaded.max_length} tokens, {tokens} tokens to draw from"
+    if not kept:
+        raise OptionError(f"no random sequence fits, standing {repeats} times ({limits}): the shortest has "
+                          f"{min(lengths)} tokens, and {longest} would do")
+    if len(kept) < len(lengths):
+        notes.append(f"random sequences of more than {longest} tokens are left out ({limits})")
+    return kept
+
+
+def usable_tokens(loaded: LoadedModel) -> tuple[Int[np.ndarray, " token"], list[str]]:
+    """The ids that texts are drawn from, most frequent first where that is known, and notes.
+
+    Where the tokenizer has merges (BPE), they are ranked by frequency: tokens that merges make, without the 4 % of the
+    lowest and of the highest ranks. Otherwise every token but special and added ones.
+    """
+    tokenizer = loaded.tokenizer
+    known = tokenizer.get_vocab()
+    embeddings: Any = loaded.model.get_input_embeddings()
+    size = min(int(embeddings.num_embeddings), int(loaded.model.config.get_text_config().vocab_size))
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    # Several merges can make one token: its first rank counts.
+    ranked = list(dict.fromkeys(known[made] for made in _merged(tokenizer) if made in known))
+    notes = []
+    if ranked:
+        out = int(_EXCLUDED * len(ranked))
+        ranked = ranked[out : len(ranked) - out]
+    else:
+        ranked = sorted(known.values())
+        notes.append("the tokenizer has no merges that would rank its tokens by frequency: all but special ones are "
+                     "drawn from")
+    return np.array([i for i in ranked if i not in special and i < size], np.int64), notes
+
+
+def _merged(tokenizer: Any) -> list[str]:
+    """What the merges of a BPE tokenizer make, in their order; empty for other tokenizers."""
+    ranks = getattr(tokenizer, "bpe_ranks", None)
+    if ranks:
+        return ["".join(pair) for pair in sorted(ranks, key=ranks.__getitem__)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return []
+    model = json.loads(backend.to_str())["model"]
+    prefix = model.get("continuing_subword_prefix") or ""
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or ()]
+    return [left + right.removeprefix(prefix) for left, right in pairs]
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """What texts are made of.
+
+    Args:
+        tokens: Ids to draw from.
+        start: BOS, or nothing.
+        repeats: How often a sequence stands in a text, or how many times longer it is.
+        seed: Of the draws.
+        members: Length and number of each.
+    """
+
+    tokens: Int[np.ndarray, " token"]
+    start: list[int]
+    repeats: int
+    seed: int
+    members: Sequence[tuple[int, int]]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(length for length, _ in self.members))
+
+    def drawn(self, chosen: Sequence[int], *, repeated: bool) -> Int[Tensor, "batch pos"]:
+        """BOS and a sequence of unique tokens that is repeated, or one that is so many times longer."""
+        rows = []
+        for length, number in (self.members[i] for i in chosen):
+            generator = np.random.default_rng([self.seed, length, number, int(repeated)])
+            own = generator.choice(self.tokens, length if repeated else length * self.repeats, replace=False)
+            rows.append(np.concatenate([self.start, np.tile(own, self.repeats if repeated else 1)]).astype(np.int64))
+        return torch.from_numpy(np.stack(rows))
+
+    def batches(self, heads: int, entries: int) -> Iterator[list[int]]:
+        """Texts of one length each, so many that one layer's attention has that many entries."""
+        for length in self.lengths:
+            own = [i for i, member in enumerate(self.members) if member[0] == length]
+            most = max(1, entries // (heads * (length * self.repeats + 1) ** 2))
+            yield from (own[i : i + most] for i in range(0, len(own), most))
+
+
+def _measured(
+    reading: Reading, texts: _Texts, protocol: Protocol, progress: Progress | None
+) -> Float[np.ndarray, "kind text head"]:
+    """The scores of every text and head, in the order of `_KINDS`."""
+    loaded, bos = reading.loaded, len(texts.start)
+    found = np.zeros((len(_KINDS), len(texts.members), loaded.anatomy.num_heads))
+    entries = _ENTRIES.get(loaded.device.type, 2**28)
+    for batch in texts.batches(max(loaded.anatomy.heads_per_layer), entries):
+        prefix = _prefix_work(reading, texts.members[batch[0]][0], texts.repeats, bos, protocol)
+        for kinds, repeated, work in ((slice(0, 2), True, prefix),
+                                      (slice(2, 3), False, _copying_work(reading, bos, protocol))):
+            ids = texts.drawn(batch, repeated=repeated).to(loaded.device)
+            found[kinds, batch] = _halved(work, ids).numpy()
+            if progress is not None:
+                progress(ids.numel())
+    if not np.isfinite(found).all():
+        raise ModelError(f"attention overflows in {str(loaded.model.dtype).removeprefix('torch.')}; use --dtype "
+                         "bfloat16 or float32")
+    return found
+
+
+def _halved(work: _Work, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind batch head"]:
+    """A batch's scores; in halves where memory is too small for it."""
+    try:
+        return work(ids)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        if len(ids) == 1:
+            raise ModelError(f"memory is too small for one text of {ids.shape[1]} tokens with eager attention: pass "
+                             "shorter lengths") from error
+    return torch.cat([_halved(work, half) for half in ids.chunk(2)], 1)
+
+
+def _prefix_work(reading: Reading, length: int, repeats: int, bos: int, protocol: Protocol) -> _Work:
+    def work(ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind batch head"]:
+        found: dict[int, Tensor] = {}
+
+        def visit(layer: int, z: Tensor, attention: Tensor) -> None:
+            found[layer] = torch.stack([prefix_matching(attention, length, repeats, bos, protocol),
+                                        attention.diagonal(-1, -2, -1)[..., bos:].double().mean(-1)])
+
+        with attention_seen(reading.loaded.anatomy, visit):
+            reading.run(ids)
+        return torch.cat([found[layer].cpu() for layer in sorted(found)], -1)
+
+    return work
+
+
+def _copying_work(reading: Reading, bos: int, protocol: Protocol) -> _Work:
+    def work(ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind batch head"]:
+        return (paper_copying(reading, ids) if protocol == "paper" else sound_copying(reading, ids, bos))[None]
+
+    return work
+
+
+def prefix_matching(
+    attention: Float[Tensor, "batch head pos pos"], length: int, repeats: int, bos: int, protocol: Protocol = "sound"
+) -> Float[Tensor, "batch head"]:
+    """Mean over repeats 2 to `repeats` of the attention to tokens that followed earlier occurrences, in float64.
+
+    Args:
+        attention: Of `bos` tokens and a sequence of unique tokens that stands there `repeats` times.
+        length: Of the sequence.
+        repeats: How often it stands there.
+        bos: Tokens before it, 0 or 1.
+        protocol: "paper" adds attention to the first token at the last position of every repeat but the first.
+    """
+    counted = (repeats - 1) * length
+    # The token at j stood at j - back before, so that j - back + 1 followed.
+    total = torch.stack([attention.diagonal(1 - back, -2, -1)[..., bos + 1 :].double().sum(-1)
+                         for back in range(length, repeats * length, length)]).sum(0)
+    if protocol == "paper":
+        ends = [bos + n * length - 1 for n in range(2, repeats + 1)]
+        total = total + attention[..., ends, bos].double().sum(-1)
+    return total / counted
+
+
+def _summary(
+    loaded: LoadedModel, found: Float[np.ndarray, "kind text head"], texts: _Texts, protocol: Protocol,
+    ov: Float[np.ndarray, " head"], notes: Sequence[str],
+) -> InductionScores:
+    lengths = texts.lengths
+    # Halves alternate in each length and from one length to the next, so that both have all.
+    first = np.array([(lengths.index(length) + number) % 2 == 0 for length, number in texts.members])
+    scores = dict(zip(_KINDS, found, strict=True))
+    n = len(texts.members)
+    nothing = np.full(found.shape[2], np.nan)
+    halves = {kind: np.stack([x[half].mean(0) if half.any() else nothing for half in (first, ~first)])
+              for kind, x in scores.items()}
+    return InductionScores(
+        protocol, loaded.anatomy.heads_per_layer, lengths, texts.repeats, texts.seed, n,
+        prefix_matching=scores["prefix_matching"].mean(0), copying=scores["copying"].mean(0),
+        previous_token=scores["previous_token"].mean(0), ov_copying=ov,
+        variances={kind: x.var(0, ddof=1) if n > 1 else nothing for kind, x in scores.items()},
+        halves=halves, reliability={kind: split_half(x) for kind, x in halves.items()}, notes=tuple(notes))
+
+
+def split_half(halves: Float[np.ndarray, "2 head"]) -> float:
+    """Reliability of the mean of two halves: Spearman's correlation over heads, stepped up (Spearman-Brown).
+
+    NaN where a half is empty or has a single value.
+    """
+    if not np.isfinite(halves).all() or np.ptp(halves, axis=1).min() == 0:
+        return float("nan")
+    r = float(np.corrcoef(rankdata(halves, axis=1))[0, 1])
+    return 2 * r / (1 + abs(r))
+
+
+def randomised(loaded: LoadedModel, seed: int = 0, names: Names | None = None) -> LoadedModel:
+    """The same model with random weights, by its own initialisation, and the same tokenizer: a control.
+
+    It takes as much memory as the model, on the same devices. The random number generators are left as they were.
+
+    Args:
+        loaded: The model.
+        seed: Of the weights.
+        names: What `load` was given.
+
+    Raises:
+        ModelError: If the model is spread over devices and disk, or its class cannot be made from its config.
+    """
+    model = loaded.model
+    config = copy.deepcopy(model.config)
+    with contextlib.suppress(AttributeError):
+        del config.quantization_config
+    devices = getattr(model, "hf_device_map", {})
+    spread = len(set(devices.values())) > 1
+    if "disk" in devices.values():
+        raise ModelError(f"{loaded.name} lies partly on disk: the same model with random weights needs memory for all "
+                         "of it")
+    maker: Any = type(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        with torch.device("cpu" if spread else loaded.device):
+            made = maker._from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
+    if spread:
+        made = dispatch_model(made, devices)
+    note = f"all weights are random, by the model's own initialisation (seed {seed})"
+    control = wrap(made, loaded.tokenizer, f"{loaded.name} (random weights)", names)
+    return dataclasses.replace(control, notes=(*control.notes, note), apply_chat_template=loaded.apply_chat_template)

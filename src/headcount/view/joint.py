@@ -1,0 +1,137 @@
+"""Heads and FFNs pruned jointly (the grid), and tasks pruned by the orders of others (transfer)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from headcount.view.points import Points, compared, groups, points_of, removed_by, with_mean
+
+GRID = ["task", "num_fewshot", "heads_fraction", "ffns_fraction", "heads_removed", "ffns_removed",
+        "parameters_removed_share", "accuracy", "low", "high", "difference", "difference_low", "difference_high", "p",
+        "documents", "changed", "within_margin"]
+TRANSFER = ["task", "num_fewshot", "component", "donor", "fraction", "accuracy", "low", "high", "difference",
+            "difference_low", "difference_high", "p", "documents", "changed", "unseen"]
+OWN, RANDOM = "own", "random"
+# Orders of curves that are the task's own.
+_OWN = ["gradient", "oracle"]
+
+
+def grid_table(evaluations: pd.DataFrame, margin: float, parameters: int) -> pd.DataFrame:
+    """`Study.grid()`: points where one of the two is 0 come from the curves, on the grid's documents.
+
+    Args:
+        evaluations: `Study.evaluations()`.
+        margin: The loss of accuracy that must be ruled out for a point to be within it.
+        parameters: Of the whole model.
+    """
+    rows = evaluations[evaluations["split"] == "evaluation"]
+    by_shots: dict[int, dict[str, Points]] = {}
+    for (task, k), of_task in groups(rows[rows["order"] == "grid"], "task", "num_fewshot"):
+        same = rows[(rows["task"] == task) & (rows["num_fewshot"] == k)]
+        of_task = _fewest_documents(of_task)
+        points = points_of(of_task, same[same["order"] == "none"])
+        steps = (set(of_task["fraction"]), set(of_task["ffn_fraction"]))
+        curves = same[same["order"].isin(_OWN) & same["doc_id"].isin(of_task["doc_id"].unique())]
+        for (component, fraction), of_point in groups(curves, "component", "fraction"):
+            if fraction in steps[component == "ffn"]:
+                points.add((fraction, 0.0) if component == "head" else (0.0, fraction), of_point)
+        for (heads, ffns), of_point in groups(of_task, "fraction", "ffn_fraction"):
+            points.add((heads, ffns), of_point)
+        by_shots.setdefault(int(k), {})[str(task)] = points
+    found = [row for k, of_tasks in sorted(by_shots.items()) for task, members in with_mean(of_tasks)
+             for row in _grid_rows(task, k, members, margin, parameters)]
+    return pd.DataFrame(found, columns=GRID)
+
+
+def _grid_rows(
+    task: str, k: int, tasks: Sequence[Points], margin: float, parameters: int
+) -> list[dict[str, Any]]:
+    keys = sorted(set.intersection(*({*t.values} for t in tasks)))
+    found, _ = compared(tasks, [None, *keys])
+    rows = []
+    for key in [None, *keys]:
+        one, removed = found[key], removed_by(tasks, key)
+        heads, ffns = key or (0.0, 0.0)
+        rows.append({"task": task, "num_fewshot": k, "heads_fraction": heads, "ffns_fraction": ffns,
+                     "heads_removed": int(removed.heads), "ffns_removed": int(removed.ffns),
+                     "parameters_removed_share": removed.parameters / parameters, **vars(one),
+                     "within_margin": key is None or one.difference_low > -margin + 1e-9})
+    return rows
+
+
+def transfer_table(evaluations: pd.DataFrame, unseen: Sequence[str]) -> pd.DataFrame:
+    """`Study.transfer()`: differences are to the task's own order, of an unseen task to the full model.
+
+    Args:
+        evaluations: `Study.evaluations()`.
+        unseen: Tasks that have no order of their own.
+    """
+    rows = evaluations[evaluations["split"] == "evaluation"]
+    moved = rows[rows["order"] == "transfer"]
+    found: list[dict[str, Any]] = []
+    for (k, component), of_kind in groups(moved, "num_fewshot", "component"):
+        by_fraction: dict[float, dict[str, Points]] = {}
+        for task, of_task in groups(of_kind, "task"):
+            same = rows[(rows["task"] == task) & (rows["num_fewshot"] == k)]
+            points = _transfer_points(_largest_group(of_task), same, component)
+            for fraction in dict.fromkeys(key[1] for key in points.values):
+                by_fraction.setdefault(fraction, {})[str(task)] = points
+        for fraction, of_tasks in sorted(by_fraction.items()):
+            known = {task: points for task, points in of_tasks.items() if task not in unseen}
+            for task, members in with_mean(known):
+                found += _transfer_rows(task, int(k), component, fraction, members, unseen=False)
+            for task in (t for t in of_tasks if t in unseen):
+                found += _transfer_rows(task, int(k), component, fraction, [of_tasks[task]], unseen=True)
+    return pd.DataFrame(found, columns=TRANSFER).sort_values(["num_fewshot", "component"], kind="stable",
+                                                             ignore_index=True)
+
+
+def _transfer_points(moved: pd.DataFrame, same: pd.DataFrame, component: str) -> Points:
+    """The documents of one task, with what is left by (donor, fraction); its own and random orders from the curves."""
+    points = points_of(moved, same[same["order"] == "none"])
+    alike = same[(same["component"] == component) & same["doc_id"].isin(moved["doc_id"].unique())
+                 & same["fraction"].isin(moved["fraction"].unique())]
+    for name, orders in ((OWN, _OWN), (RANDOM, [RANDOM])):
+        for fraction, of_step in groups(alike[alike["order"].isin(orders)], "fraction"):
+            points.add((name, fraction), of_step)
+    for (donor, fraction), of_step in groups(moved, "donor", "fraction"):
+        points.add((donor, fraction), of_step)
+    return points
+
+
+def _transfer_rows(
+    task: str, k: int, component: str, fraction: float, tasks: Sequence[Points], *, unseen: bool
+) -> list[dict[str, Any]]:
+    own = None if unseen else (OWN, fraction)
+    if not unseen and not all(own in t.values for t in tasks):
+        return []
+    donors = dict.fromkeys(donor for t in tasks for donor, f in t.values if f == fraction)
+    rows = []
+    for key in (None, *((donor, fraction) for donor in donors)):
+        # A task is no donor to itself: on the mean it is one to all others.
+        members = [t for t in tasks if key is None or key in t.values]
+        found, _ = compared(members, [key], to=own)
+        rows.append({"task": task, "num_fewshot": k, "component": component, "donor": key[0] if key else "none",
+                     "fraction": fraction if key else 0.0, **vars(found[key]), "unseen": unseen})
+    return rows
+
+
+def _fewest_documents(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the documents that all points have: a grid may have been measured on more of them later."""
+    counts = rows.groupby(["fraction", "ffn_fraction"])["doc_id"].nunique()
+    fewest = sorted(rows["doc_id"].unique())[: int(counts.min())]
+    return rows[rows["doc_id"].isin(fewest)].drop_duplicates(["fraction", "ffn_fraction", "doc_id"])
+
+
+def _largest_group(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of every donor and fraction the rows of the most documents, and of aggregates those of the most tasks."""
+    kept = []
+    for _, of_step in groups(rows, "donor", "fraction"):
+        jobs = [job for _, job in groups(of_step, "job")]
+        kept.append(max(jobs, key=lambda job: (job["members"].iloc[0], len(job))))
+    together = pd.concat(kept)
+    shared = set.intersection(*({*job["doc_id"]} for job in kept))
+    return together[together["doc_id"].isin(shared)]

@@ -1,0 +1,115 @@
+"""Are the important heads those that can do induction? Importance against primitive scores (Bansal et al. 2023).
+
+Two views. `retained`: heads are removed, the least important first, and what is left of all prefix-matching (copying)
+score is counted, beside random orders. `induction_among_important`: how many of the induction heads are in the set of
+important ones, beside what chance would put there. Both go by the order that pruning uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from headcount import stats
+from headcount.errors import OptionError
+from headcount.masks import removal_order
+from headcount.view.relations import MEAN, Key, Scores, aggregates, count, top
+
+FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+DRAWS = 1000
+_RETAINED = ["task", "num_fewshot", "primitive", "fraction", "retained", "random_mean", "random_low", "random_high"]
+_INDUCTION = ["task", "num_fewshot", "fraction", "important", "induction_heads", "common", "expected", "p"]
+
+
+def retained(
+    scores: Scores, primitives: Mapping[str, Float[np.ndarray, " head"]],
+    fractions: Sequence[float | int] = FRACTIONS, *, seed: int = 0, draws: int = DRAWS,
+) -> pd.DataFrame:
+    """Which share of a primitive's total score is left as the least important heads go.
+
+    Args:
+        scores: Importance of all heads by (task, number of shots); their mean over tasks, where there are several, is
+            added as task "mean".
+        primitives: A score per head, never negative, by name ("prefix_matching", "copying").
+        fractions: Shares of heads to remove; `floor(fraction * n)` heads go.
+        seed: Of the random orders.
+        draws: How many random orders.
+
+    Returns:
+        Columns: task; num_fewshot; primitive; fraction; retained (0..1; NaN where the total is 0); random_mean (the
+        share of heads that is left: the expectation of a random order); random_low, random_high (what 95 % of random
+        orders leave; the same for every task).
+
+    Raises:
+        OptionError: If scores are missing or not of one model's heads, or a primitive is negative somewhere.
+    """
+    ordered = {key: removal_order(values) for key, values in _with_mean(scores, primitives).items()}
+    for name, values in primitives.items():
+        if values.min(initial=0) < 0:
+            raise OptionError(f"a share of {name} can only be told of scores that are never negative")
+    rows: list[dict[str, Any]] = []
+    for name, values in primitives.items():
+        n = len(values)
+        gone = [count(fraction, n) for fraction in fractions]
+        shuffled = np.random.default_rng(seed).permuted(np.tile(values, (draws, 1)), axis=1)
+        low, high = stats.interval(_left(shuffled, gone).T)
+        for (task, k), order in ordered.items():
+            left = _left(values[order][None], gone)[0]
+            rows += [dict(zip(_RETAINED, (task, k, name, fraction, left[i], 1 - gone[i] / n, low[i], high[i]),
+                              strict=True)) for i, fraction in enumerate(fractions)]
+    return pd.DataFrame(rows, columns=_RETAINED)
+
+
+def induction_among_important(
+    scores: Scores, induction_heads: Bool[np.ndarray, " head"], fractions: Sequence[float | int] = (0.1, 0.2, 0.3, 0.5)
+) -> pd.DataFrame:
+    """How many of the induction heads are among the most important ones.
+
+    Args:
+        scores: Importance of all heads by (task, number of shots); their mean over tasks, where there are several, is
+            added as task "mean".
+        induction_heads: True for every head that is high on both primitives.
+        fractions: Sizes of the important set, as shares of all heads: the last `floor(fraction * n)` of the order.
+
+    Returns:
+        Columns: task; num_fewshot; fraction; important (heads in the important set); induction_heads (how many there
+        are); common (in both); expected (by chance); p (the probability that a random set of this size holds at least
+        so many of them, hypergeometric; not corrected for the number of rows: see `stats.holm`).
+
+    Raises:
+        OptionError: If scores are missing or not of one model's heads.
+    """
+    total, there = len(induction_heads), int(induction_heads.sum())
+    everything = _with_mean(scores, {"induction": induction_heads.astype(np.float64)})
+    rows: list[dict[str, Any]] = []
+    for ((task, k), values), fraction in itertools.product(everything.items(), fractions):
+        size = count(fraction, total)
+        common = int((top(values, size) & induction_heads).sum())
+        p, expected = stats.hypergeometric_overlap(total, size, there, common)
+        rows.append(dict(zip(_INDUCTION, (task, k, fraction, size, there, common, expected, p), strict=True)))
+    return pd.DataFrame(rows, columns=_INDUCTION)
+
+
+def _left(ordered: Float[np.ndarray, "row head"], gone: Sequence[int]) -> Float[np.ndarray, "row step"]:
+    """Share of each row's sum that is left when so many of its first go; NaN where the sum is 0."""
+    # Summed from the end, so that nothing left is 0 and not a difference of sums.
+    sums = np.concatenate([np.cumsum(ordered[:, ::-1], axis=1)[:, ::-1], np.zeros((len(ordered), 1))], axis=1)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(sums[:, list(gone)] / sums[:, :1])
+
+
+def _with_mean(
+    scores: Scores, heads: Mapping[str, Float[np.ndarray, " head"]]
+) -> dict[Key, Float[np.ndarray, " head"]]:
+    """The scores and their mean over tasks, once they are known to be of the heads that the primitives score."""
+    lengths = {len(values) for values in (*scores.values(), *heads.values())}
+    if len(lengths) > 1:
+        raise OptionError(f"scores of one model's heads have one length, not {', '.join(map(str, sorted(lengths)))}")
+    if not all(np.isfinite(values).all() for values in (*scores.values(), *heads.values())):
+        raise OptionError("an order of all heads needs a score for each of them")
+    return {**scores, **{key: values for key, values in aggregates(scores).items() if key[0] == MEAN}}

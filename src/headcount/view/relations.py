@@ -1,0 +1,292 @@
+"""Does one order serve all? Importance compared between tasks, and between numbers of shots (Bansal et al. 2023).
+
+Everything here takes the scores of one kind of component and one kind of score, one array per (task, number of shots),
+and gives tables of Spearman's correlation of *scores*. The paper's code correlates argsort lists instead; what that
+would have given stands beside (see `headcount.ranks`).
+
+The documents of two tasks are independent; those of one task at two numbers of shots are the same ones. So resampled
+means and halves of one task must be made alike at every number of shots: the same draws of the same documents, and the
+same documents in each half.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from headcount import ranks, stats
+from headcount.errors import OptionError
+from headcount.masks import random_order, removal_order
+
+MEAN, MEAN_OF_RANKS, RANDOM = "mean", "mean of ranks", "random"
+# One array per (task, number of shots).
+Key = tuple[str, int]
+Scores = Mapping[Key, Float[np.ndarray, " _"]]
+Rows = Mapping[Key, Float[np.ndarray, "_ _"]]
+_CORRELATION = ["task", "num_fewshot", "other_task", "other_shots", "correlation", "low", "high", "ceiling",
+                "disattenuated", "argsort_correlation", "kind"]
+_TOP = ["num_fewshot", "fraction", "size", "tasks", "common", "share", "expected", "pair_mean_share", "p"]
+
+
+class _Measured(NamedTuple):
+    """One score: row 0 the mean over all documents, 1 and 2 over two halves (NaN if unknown), then over each draw."""
+
+    values: Float[np.ndarray, "row component"]
+    ranks: Float[np.ndarray, "row component"]
+
+
+def aggregates(scores: Scores) -> dict[Key, Float[np.ndarray, " component"]]:
+    """Importance over tasks, for each number of shots that two tasks or more have.
+
+    Args:
+        scores: Importance by (task, number of shots).
+
+    Returns:
+        By ("mean", k) the mean of the tasks' scores, which is the paper's and lets the task with the largest scores
+        decide; by ("mean of ranks", k) the mean of their ranks, scaled to 0..1 (least to most important for every
+        task). NaN for components that one of the tasks lacks.
+
+    Raises:
+        OptionError: If the arrays are not of one model's components.
+    """
+    _check(scores)
+    found: dict[Key, Float[np.ndarray, " component"]] = {}
+    for k, tasks in _by_shots(scores).items():
+        if len(tasks) > 1:
+            of_k = np.stack([scores[task, k] for task in tasks])
+            found[MEAN, k] = of_k.mean(axis=0)
+            known = np.isfinite(of_k).all(axis=0)
+            found[MEAN_OF_RANKS, k] = np.full(len(known), np.nan)
+            found[MEAN_OF_RANKS, k][known] = _scaled(ranks.ranks(of_k[:, known]).mean(axis=0))
+    return found
+
+
+def correlations(
+    scores: Scores, resampled: Rows | None = None, halves: Rows | None = None, *, seed: int = 0
+) -> pd.DataFrame:
+    """Spearman's correlation of importance between tasks, and between numbers of shots.
+
+    Args:
+        scores: Importance by (task, number of shots), means over training documents. Components that one of them
+            lacks (NaN: oracles may score a sample) are left out of all.
+        resampled: Bootstrap replicates of each (draw x component), for intervals.
+        halves: Its means over the two halves of the documents (2 x component), for reliabilities.
+        seed: Of the random order.
+
+    Returns:
+        One row for each ordered pair, so that a matrix is one pivot, of these kinds:
+
+        - "tasks": two tasks at one number of shots; "mean" and "mean of ranks" are the aggregates. An aggregate holds
+          the task it is compared with, which would correlate it with itself: **that task is left out of it**. The two
+          aggregates are compared as they are.
+        - "shots": two numbers of shots of a task, or of an aggregate (over the tasks that have both).
+        - "reliability", the diagonal of both: what the score would correlate with itself measured on as many other
+          documents (Spearman-Brown from the halves). Without halves NaN.
+
+        The task "random" is one random order of components: it has a row at every number of shots in "tasks", and
+        beside every task in "shots", where its number of shots is -1.
+
+        Columns: task; num_fewshot; other_task; other_shots; correlation; low, high (95 %, over documents, for studies
+        of as many documents; NaN without replicates; for "random" the band that holds 95 % of random orders); ceiling
+        (the most that can be expected of scores so noisy: the square root of the product of both reliabilities; noise
+        of shared documents, in "shots", may lift a correlation above it); disattenuated (estimate of what endless
+        documents would give); argsort_correlation (Spearman's correlation of argsort lists, as in the paper's code);
+        kind. No rows where fewer than three components are scored by all.
+
+    Raises:
+        OptionError: If the arrays are not of one model's components.
+    """
+    _check(scores, resampled, halves)
+    known = _known(scores)
+    if known.sum() < 3:
+        return pd.DataFrame(columns=_CORRELATION)
+    found = {key: _measured(key, scores, resampled, halves, known) for key in scores}
+    noise = _random(int(known.sum()), seed)
+    return pd.DataFrame([*_between_tasks(found, noise), *_between_shots(found, noise)], columns=_CORRELATION)
+
+
+def top_sets(scores: Scores, fractions: Sequence[float | int] = (0.1, 0.2, 0.3)) -> pd.DataFrame:
+    """How much the most important components of different tasks have in common.
+
+    Args:
+        scores: Importance by (task, number of shots). Components that one of them lacks are left out of all.
+        fractions: Sizes of the top sets, as shares of all components: the last `floor(fraction * n)` of each order.
+
+    Returns:
+        One row per number of shots that two tasks or more have, and fraction that is one component or more. Columns:
+        num_fewshot; fraction; size (of each top set); tasks (how many); common (components in the top set of *every*
+        task); share (common / size); expected (how many random top sets would have in common, n * (size / n)^tasks);
+        pair_mean_share (mean over pairs of tasks of their common share; of random sets size / n); p (where there are
+        two tasks: the probability that random sets have at least so many in common; else NaN).
+
+    Raises:
+        OptionError: If the arrays are not of one model's components.
+    """
+    _check(scores)
+    known = _known(scores)
+    n, rows = int(known.sum()), list[dict[str, Any]]()
+    for k, tasks in _by_shots(scores).items():
+        for fraction in fractions:
+            size = count(fraction, n)
+            if len(tasks) < 2 or size == 0:
+                continue
+            tops = np.stack([top(scores[task, k][known], size) for task in tasks])
+            common = int(tops.all(axis=0).sum())
+            pairs = [int((a & b).sum()) / size for a, b in itertools.combinations(tops, 2)]
+            p = stats.hypergeometric_overlap(n, size, size, common)[0] if len(tasks) == 2 else np.nan
+            rows.append(dict(zip(_TOP, (k, fraction, size, len(tasks), common, common / size,
+                                        n * (size / n) ** len(tasks), float(np.mean(pairs)), p), strict=True)))
+    return pd.DataFrame(rows, columns=_TOP)
+
+
+def count(fraction: float | int, n: int) -> int:
+    """How many of n components a fraction is: `floor(fraction * n)`, as orders are pruned.
+
+    Raises:
+        OptionError: If it is no fraction.
+    """
+    if not 0 <= fraction <= 1:
+        raise OptionError(f"a fraction lies between 0 and 1, not {fraction}")
+    # The small constant keeps 0.7 * 10 = 6.999... from losing a component.
+    return math.floor(fraction * n + 1e-9)
+
+
+def top(scores: Float[np.ndarray, " component"], size: int) -> Bool[np.ndarray, " component"]:
+    """True for so many of the most important components: those that go last."""
+    chosen = np.zeros(len(scores), bool)
+    chosen[removal_order(scores)[len(scores) - size :]] = True
+    return chosen
+
+
+def _between_tasks(found: Mapping[Key, _Measured], noise: _Measured) -> Iterator[dict[str, Any]]:
+    """Rows of the kinds "tasks" and "reliability", by number of shots."""
+    for k, tasks in _by_shots(found).items():
+        of_k = {task: found[task, k] for task in tasks}
+        whole = {name: how(of_k.values()) for name, how in _AGGREGATES.items()} if len(tasks) > 1 else {}
+        for name, one in (of_k | whole).items():
+            yield _reliability((name, k), one)
+        yield _reliability((RANDOM, k), noise)
+        for a, b in itertools.combinations(tasks, 2):
+            yield from _pair((a, k), (b, k), of_k[a], of_k[b], "tasks")
+        for name, task in itertools.product(whole, tasks):
+            others = _AGGREGATES[name](one for other, one in of_k.items() if other != task)
+            yield from _pair((task, k), (name, k), of_k[task], others, "tasks")
+        if whole:
+            yield from _pair((MEAN, k), (MEAN_OF_RANKS, k), whole[MEAN], whole[MEAN_OF_RANKS], "tasks")
+        for name, one in (of_k | whole).items():
+            yield from _pair((name, k), (RANDOM, k), one, noise, "tasks")
+
+
+def _between_shots(found: Mapping[Key, _Measured], noise: _Measured) -> Iterator[dict[str, Any]]:
+    """Rows of the kind "shots", by task, then aggregates."""
+    shots = sorted(_by_shots(found))
+    for task in dict.fromkeys(task for task, _ in found):
+        of_task = {k: found[task, k] for k in shots if (task, k) in found}
+        for a, b in itertools.combinations(of_task, 2):
+            yield from _pair((task, a), (task, b), of_task[a], of_task[b], "shots")
+        if len(of_task) > 1:
+            for k, one in of_task.items():
+                yield from _pair((task, k), (RANDOM, -1), one, noise, "shots")
+    compared: dict[Key, _Measured] = {}
+    for (a, b), (name, how) in itertools.product(itertools.combinations(shots, 2), _AGGREGATES.items()):
+        both = [task for task, k in found if k == a and (task, b) in found]
+        if len(both) > 1:
+            # An unfinished study may have other tasks at other numbers of shots: those would be compared, not shots.
+            one, other = (how(found[task, k] for task in both) for k in (a, b))
+            compared |= {(name, a): one, (name, b): other}
+            yield from _pair((name, a), (name, b), one, other, "shots")
+    for key, one in compared.items():
+        yield from _pair(key, (RANDOM, -1), one, noise, "shots")
+    if len(shots) > 1:
+        yield _reliability((RANDOM, -1), noise)
+
+
+def _pair(a: Key, b: Key, x: _Measured, y: _Measured, kind: str) -> Iterator[dict[str, Any]]:
+    """The rows (a, b) and (b, a) of two scores' correlation."""
+    rows, n = min(len(x.ranks), len(y.ranks)), x.ranks.shape[1]
+    rho = stats.pearson(x.ranks[:rows], y.ranks[:rows])
+    if RANDOM in (a[0], b[0]):
+        high = ranks.random_band(n)
+        low, most, endless = -high, np.nan, np.nan
+    else:
+        low, high = ranks.document_interval(float(rho[0]), rho[3:], n)
+        most = ranks.ceiling(_split_half(x), _split_half(y))
+        endless = ranks.disattenuated(x.values[1:3], y.values[1:3])
+    lists = ranks.argsort_correlation(x.values[0], y.values[0])
+    for one, other in ((a, b), (b, a)):
+        yield dict(zip(_CORRELATION, (*one, *other, float(rho[0]), low, high, most, endless, lists, kind), strict=True))
+
+
+def _reliability(key: Key, one: _Measured) -> dict[str, Any]:
+    """The diagonal; a random order is known without noise."""
+    found = 1.0 if key[0] == RANDOM else _split_half(one)
+    return dict(zip(_CORRELATION, (*key, *key, found, np.nan, np.nan, np.nan, np.nan, 1.0, "reliability"), strict=True))
+
+
+def _split_half(one: _Measured) -> float:
+    return ranks.reliability(float(stats.pearson(one.ranks[1:2], one.ranks[2:3])[0]))
+
+
+def _measured(
+    key: Key, scores: Scores, resampled: Rows | None, halves: Rows | None, known: Bool[np.ndarray, " component"]
+) -> _Measured:
+    unknown = np.full((2, len(known)), np.nan)
+    parts = [scores[key][None], (halves or {}).get(key, unknown), (resampled or {}).get(key, unknown[:0])]
+    return _ranked(np.concatenate(parts)[:, known])
+
+
+def _random(n: int, seed: int) -> _Measured:
+    """A random order as a score: each component's place in it."""
+    places = np.empty((1, n))
+    places[0, random_order(n, seed)] = np.arange(n)
+    return _ranked(places)
+
+
+def _ranked(values: Float[np.ndarray, "row component"]) -> _Measured:
+    return _Measured(values, ranks.ranks(values))
+
+
+def _mean(members: Iterable[_Measured]) -> _Measured:
+    found = [m.values for m in members]
+    rows = min(len(values) for values in found)
+    return _ranked(np.mean([values[:rows] for values in found], axis=0))
+
+
+def _mean_of_ranks(members: Iterable[_Measured]) -> _Measured:
+    found = [m.ranks for m in members]
+    rows = min(len(values) for values in found)
+    return _ranked(_scaled(np.mean([values[:rows] for values in found], axis=0)))
+
+
+_AGGREGATES: Mapping[str, Callable[[Iterable[_Measured]], _Measured]] = {MEAN: _mean, MEAN_OF_RANKS: _mean_of_ranks}
+
+
+def _scaled(places: Float[np.ndarray, "*rows component"]) -> Float[np.ndarray, "*rows component"]:
+    """Ranks 1..n as 0..1. Scaled last: sums of ranks are exact, so that equal means stay equal."""
+    return np.asarray((places - 1) / max(places.shape[-1] - 1, 1))
+
+
+def _by_shots(keys: Iterable[Key]) -> dict[int, list[str]]:
+    """The tasks of each number of shots, fewest shots first."""
+    found: dict[int, list[str]] = {}
+    for task, k in sorted(keys, key=lambda key: key[1]):
+        found.setdefault(k, []).append(task)
+    return found
+
+
+def _known(scores: Scores) -> Bool[np.ndarray, " component"]:
+    """Which components all of these have scored."""
+    return np.isfinite(np.stack(list(scores.values()))).all(axis=0) if scores else np.zeros(0, bool)
+
+
+def _check(scores: Scores, *more: Rows | None) -> None:
+    """Refuse arrays that do not have one number for each component of one model."""
+    lengths = {values.shape[-1] for table in (scores, *more) if table for values in table.values()}
+    if len(lengths) > 1:
+        raise OptionError(f"scores of one model have one length, not {', '.join(map(str, sorted(lengths)))}")

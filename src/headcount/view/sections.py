@@ -1,0 +1,172 @@
+"""The sections of a report, in the order of the paper: a heading, a figure, and a caption computed from the data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from headcount.view import charts, dots, findings, maps, sentences
+from headcount.view.analysis import Study
+from headcount.view.points import MEAN
+
+_BANDS = "Bands are 95 % bootstrap intervals over documents; point at a mark for its numbers."
+
+
+@dataclass(frozen=True)
+class Section:
+    """One figure with what is said of it.
+
+    Attributes:
+        name: Of its files.
+        heading: Of its part of the page.
+        caption: What it shows, in words.
+        page: Draws it for the page.
+        static: Draws it for PNG and PDF.
+    """
+
+    name: str
+    heading: str
+    caption: str
+    page: Callable[[], Any]
+    static: Callable[[], Any]
+
+
+def sections(study: Study) -> list[Section]:
+    """What the study has data for."""
+    found = [*_importance(study), *_curves(study), *_grid(study), *_comparisons(study), *_transfer(study),
+             *_induction(study)]
+    order = ["headline", "head_map", "depth", "ffn_bars", "head_curves", "ffn_curves", "grid", "cross_task_head",
+             "cross_task_ffn", "cross_shot", "transfer_head", "transfer_ffn", "unseen_head", "unseen_ffn",
+             "induction_maps", "induction_scatter", "retained"]
+    return sorted(found, key=lambda section: order.index(section.name))
+
+
+def _section(
+    name: str, heading: str, draw: Callable[[], Any], *caption: str, static: Callable[[], Any] | None = None
+) -> Section:
+    return Section(name, heading, " ".join(filter(None, caption)), draw, static or draw)
+
+
+def _importance(study: Study) -> Iterator[Section]:
+    importance, score = study.importance(), study.spec["head_score"]
+    if (importance["component"] == "head").any():
+        yield _section(
+            "head_map", "Which heads matter", lambda: charts.head_map(importance, score, choose=True),
+            sentences.importance_sentence(study, "head"), "The colour is a head's gradient importance as a share of "
+            "the largest in its panel; point at a head for its value.",
+            static=lambda: charts.head_map(importance, score, choose=False))
+        yield _section(
+            "depth", "Where important heads lie", lambda: dots.depth_bars(importance, score),
+            findings.depth_sentence(importance, score), "Bars: mean over tasks; dots: single tasks; lines: the share "
+            "that a third of the layers has of all heads.")
+    if (importance["component"] == "ffn").any():
+        yield _section(
+            "ffn_bars", "Which FFNs matter", lambda: charts.ffn_bars(importance, choose=True),
+            sentences.importance_sentence(study, "ffn"), "Above: accuracy lost on training documents when one FFN is "
+            "off; below: the gradient score. Lines are plus and minus one standard error; every panel has its own "
+            "scale.", static=lambda: charts.ffn_bars(importance, choose=False))
+
+
+def _curves(study: Study) -> Iterator[Section]:
+    curves = study.curves()
+    pruned = curves[curves["component"] != "none"]
+    if pruned.empty:
+        return
+    task = charts.summary_task(pruned)
+    measured = pruned.loc[pruned["task"] == task, "num_fewshot"].unique()
+    baselines = {int(k): study.baseline(task, int(k)) for k in measured}
+    yield _section(
+        "headline", "How much can go", lambda: charts.headline(pruned, study.free_fractions(), baselines),
+        "Accuracy as the least important components go (solid) and as random ones go (dashed).", _BANDS,
+        "A diamond marks the free fraction.", sentences.curve_sentence(study, "head"))
+    if (pruned["component"] == "head").any():
+        yield _section("head_curves", "Pruning heads, task by task", lambda: charts.task_curves(pruned, "head"),
+                       _by_task(study, "head"), _BANDS)
+    if (pruned["component"] == "ffn").any():
+        yield _section("ffn_curves", "Pruning FFNs, task by task", lambda: charts.task_curves(pruned, "ffn"),
+                       _by_task(study, "ffn"), sentences.curve_sentence(study, "ffn"), _BANDS)
+
+
+def _by_task(study: Study, component: str) -> str:
+    """How the free fraction differs between tasks, at the most shots at which it is defined."""
+    free = study.free_fractions()
+    free = free[(free["task"] != MEAN) & (free["component"] == component) & free["free_fraction"].notna()]
+    free = free[free["num_fewshot"] == free["num_fewshot"].max()]
+    if len(free) < 2:
+        return ""
+    shots = sentences.shots(int(free["num_fewshot"].iloc[0]))
+    least, most = free["free_fraction"].min(), free["free_fraction"].max()
+    none = int((free["free_fraction"] == 0).sum())
+    return (f"With {shots} the free fraction of single tasks lies between {100 * least:.0f} and {100 * most:.0f} %; "
+            f"for {none} of the {len(free)} tasks where it is defined no share is shown to be free.")
+
+
+def _grid(study: Study) -> Iterator[Section]:
+    grid = study.grid()
+    if grid.empty:
+        return
+    task = MEAN if (grid["task"] == MEAN).any() else str(grid["task"].iloc[0])
+    baselines = {int(k): study.baseline(task, int(k)) for k in grid.loc[grid["task"] == task, "num_fewshot"].unique()}
+    yield _section(
+        "grid", "Heads and FFNs together", lambda: maps.grid_map(grid, choose=True),
+        findings.grid_sentence(grid, study.spec["margin"], baselines),
+        f"Accuracy on the first documents of every task ({grid['documents'].max()} of all tasks); the line encloses "
+        "what lies within the margin of the full model.", static=lambda: maps.grid_map(grid, choose=False))
+
+
+def _comparisons(study: Study) -> Iterator[Section]:
+    found, top = study.correlations(), study.top_sets()
+    words = {"head": "heads", "ffn": "FFNs"}
+    for component, score in study.ordering_scores.items():
+        rows = found[(found["component"] == component) & (found["kind"] == "tasks")] if len(found) else found
+        if len(rows[~rows["task"].isin(["random"]) & ~rows["other_task"].isin(["random"])]):
+            yield _section(
+                f"cross_task_{component}", f"Do tasks need the same {words[component]}?",
+                functools.partial(maps.task_matrix, found, component, score=score),
+                findings.tasks_sentence(found, component, score=score),
+                findings.top_sets_sentence(top[top["component"] == "head"]) if component == "head" else "",
+                "Spearman's correlation of importance; the diagonal is what a score would correlate with itself, "
+                "measured on as many other documents. The means leave out the task that they stand beside.")
+    if len(found) and (found["kind"] == "shots").any():
+        yield _section("cross_shot", "Does the order hang on the number of shots?",
+                       lambda: dots.shots_dots(found, scores=study.ordering_scores),
+                       *(findings.shots_sentence(found, c, score=s) for c, s in study.ordering_scores.items()))
+
+
+def _transfer(study: Study) -> Iterator[Section]:
+    transfer = study.transfer()
+    for component, word in (("head", "heads"), ("ffn", "FFNs")):
+        rows = transfer[transfer["component"] == component]
+        if len(rows[~rows["unseen"].astype(bool)]):
+            yield _section(
+                f"transfer_{component}", f"Does the order of one task serve another? ({word})",
+                functools.partial(maps.transfer_map, transfer, component),
+                findings.transfer_sentence(transfer, component),
+                "Accuracy lost or won, in points, by pruning with another order than the task's own; bold where the "
+                "95 % interval leaves out 0. Intervals are not corrected for how many there are.")
+        if len(rows[rows["unseen"].astype(bool)]):
+            yield _section(
+                f"unseen_{component}", f"Does the order of all tasks serve an unseen one? ({word})",
+                functools.partial(dots.unseen_curves, transfer, component),
+                findings.unseen_sentence(transfer, component))
+
+
+def _induction(study: Study) -> Iterator[Section]:
+    induction = study.induction()
+    if induction.empty:
+        return
+    notes = study.induction_notes
+    told = [f"{note}." for note in notes.get("notes", ())]
+    yield _section("induction_maps", "Induction scores of every head", lambda: maps.induction_maps(induction),
+                   findings.induction_sentence(induction, study.induction_thresholds),
+                   findings.reliability_caution(notes.get("reliability", {})), *told)
+    yield _section("induction_scatter", "Heads high on both", lambda: dots.induction_scatter(
+        induction, study.induction_thresholds), "Lines are the thresholds; beside the model the same shape with random "
+        "weights, where nothing was learnt.")
+    retained = study.retained()
+    if len(retained):
+        yield _section("retained", "Do induction heads survive pruning?", lambda: dots.retained_curves(retained),
+                       findings.retained_sentence(retained),
+                       findings.among_important_sentence(study.induction_among_important()))

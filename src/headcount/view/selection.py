@@ -1,0 +1,131 @@
+"""Which rows of an analysis' tables figures and sentences speak of, and the small tables made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from headcount.view.analysis import MEAN, groups, mean_importance, name_of
+
+RANDOM = "random"
+MEAN_OF_RANKS = "mean of ranks"
+WITHOUT_OWN = "mean without own"
+SUMMARIES = (MEAN, MEAN_OF_RANKS, WITHOUT_OWN, RANDOM)  # the order of their rows, below the tasks
+PRIMITIVES = {"prefix_matching": "prefix matching", "copying": "copying"}
+THIRDS = ("early", "middle", "late")
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the mean over tasks, or of the only (else the first) task."""
+    if table.empty:
+        return table
+    return table[table["task"] == (MEAN if (table["task"] == MEAN).any() else table["task"].iloc[0])]
+
+
+def most_shots(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the most shots."""
+    rows: pd.DataFrame = table[table["num_fewshot"] == table["num_fewshot"].max()]
+    return rows
+
+
+def of_score(table: pd.DataFrame, component: str, score: str | None = None) -> pd.DataFrame:
+    """The rows of one kind of component and of one score, the first found unless told."""
+    rows = table[table["component"] == component]
+    if rows.empty:
+        return rows
+    return rows[rows["score"] == (rows["score"].iloc[0] if score is None else score)]
+
+
+def of_fraction(table: pd.DataFrame, fraction: float | None, near: float = 0.5) -> pd.DataFrame:
+    """The rows of one fraction: of the one nearest to `near`, the smaller of two, unless told."""
+    if table.empty:
+        return table
+    if fraction is None:
+        fraction = float(min(set(table["fraction"]), key=lambda f: (round(abs(f - near), 6), f)))
+    return table[np.isclose(table["fraction"], fraction)]
+
+
+def between_shots(correlations: pd.DataFrame) -> pd.DataFrame:
+    """One row per task and pair of numbers of shots, the fewer first."""
+    rows = correlations[(correlations["kind"] == "shots") & (correlations["task"] == correlations["other_task"])]
+    both = rows[["num_fewshot", "other_shots"]]
+    rows = rows.assign(num_fewshot=both.min(axis=1), other_shots=both.max(axis=1))
+    return rows.drop_duplicates(["component", "score", "task", "num_fewshot", "other_shots"])
+
+
+def tasks_first(names: Sequence[str] | pd.Series) -> list[str]:
+    """Every name once, as they come; then the mean, the mean of ranks, the mean without own, and random."""
+    found = list(dict.fromkeys(names))
+    return [n for n in found if n not in SUMMARIES] + [n for n in SUMMARIES if n in found]
+
+
+def reachable(cells: pd.DataFrame) -> pd.Series:
+    """Which cells of one grid are within the margin, and so is every step of some way to them from the full model."""
+    at = list(zip(cells["heads_fraction"], cells["ffns_fraction"], strict=True))
+    within = dict(zip(at, cells["within_margin"].astype(bool), strict=True))
+    heads, ffns = sorted({h for h, _ in at}), sorted({f for _, f in at})
+    found: set[tuple[float, float]] = set()
+    for i, h in enumerate(heads):
+        for j, f in enumerate(ffns):
+            before = {(heads[i - 1], f)} if i else set()
+            before |= {(h, ffns[j - 1])} if j else set()
+            if within.get((h, f)) and (not before or before & found):
+                found.add((h, f))
+    return pd.Series([cell in found for cell in at], index=cells.index, dtype=bool)
+
+
+def induction_heads(induction: pd.DataFrame) -> pd.DataFrame:
+    """The induction heads with their names, those highest on the lower of their two scores first."""
+    found = induction[induction["induction"].astype(bool)]
+    names = [name_of("head", layer, head) for layer, head in zip(found["layer"], found["head"], strict=True)]
+    lower = found[list(PRIMITIVES)].min(axis=1)
+    return found.assign(name=names).loc[lower.sort_values(ascending=False, kind="stable").index]
+
+
+def borderline(induction: pd.DataFrame, thresholds: Mapping[str, float]) -> int:
+    """How many heads a change of one standard deviation over seeds would make induction heads, or no longer such."""
+    scores = induction[list(PRIMITIVES)].to_numpy(float) - np.array([thresholds[p] for p in PRIMITIVES])
+    deviations = np.sqrt(induction[[f"{p}_variance" for p in PRIMITIVES]].to_numpy(float))
+    up, down = (scores + deviations >= 0).all(axis=1), (scores - deviations >= 0).all(axis=1)
+    return int((up != down).sum())
+
+
+def over_recipients(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per donor: the given mean over recipients, the only recipient, or the mean taken here, without interval.
+
+    Args:
+        rows: Of one number of shots and one fraction.
+    """
+    names = [t for t in dict.fromkeys(rows["task"]) if t != MEAN]
+    if len(names) == 1 or (rows["task"] == MEAN).any():
+        return summary(rows)
+    columns = ["num_fewshot", "fraction", "accuracy", "difference"]
+    mean: pd.DataFrame = rows.groupby("donor", sort=False, as_index=False)[columns].mean()
+    return mean.assign(task=MEAN, difference_low=np.nan, difference_high=np.nan)
+
+
+def depth(importance: pd.DataFrame, score: str, *, top: float = 0.2) -> pd.DataFrame:
+    """Share of the most important heads in each third of the layers, per task (and "mean") and number of shots.
+
+    Columns: task; num_fewshot; third ("early", "middle", "late"); share; expected (the third's share of all heads);
+    important (how many the most important are).
+
+    Args:
+        importance: `Study.importance()`.
+        score: Which score of importance.
+        top: Which share of all heads counts as the most important.
+    """
+    rows = importance[(importance["component"] == "head") & (importance["score"] == score)]
+    if rows["task"].nunique() > 1:
+        rows = pd.concat([mean_importance(rows), rows], ignore_index=True)
+    found = []
+    for (task, k), of_task in groups(rows, "task", "num_fewshot"):
+        third = of_task["layer"] * 3 // (of_task["layer"].max() + 1)
+        size = max(1, int(top * len(of_task) + 1e-9))
+        chosen = third[of_task["importance"].sort_values(ascending=False, kind="stable").index[:size]]
+        found += [{"task": task, "num_fewshot": k, "third": name, "share": float((chosen == i).mean()),
+                   "expected": float((third == i).mean()), "important": size}
+                  for i, name in enumerate(THIRDS) if (third == i).any()]
+    return pd.DataFrame(found, columns=["task", "num_fewshot", "third", "share", "expected", "important"])

@@ -1,0 +1,184 @@
+"""Sentences of the whole analysis: what they say is what was planted, hedged, and nothing where there is nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import synthetic_frames as frames
+from headcount.view import findings, selection
+
+ONE, TWO = frames.TASKS[:1], frames.TASKS[:2]
+MINUS = "\N{MINUS SIGN}"
+
+
+def grid(*within: tuple[float, float], tasks: tuple[str, ...] = TWO) -> pd.DataFrame:
+    """A grid in which these cells, by heads and FFNs removed, are within the margin."""
+    table = frames.grid(tasks, (0, 5))
+    cells = zip(table["heads_fraction"], table["ffns_fraction"], strict=True)
+    return table.assign(within_margin=[cell in {(0.0, 0.0), *within} for cell in cells])
+
+
+def test_the_grid_counts_only_what_is_reached_step_by_step() -> None:
+    text = findings.grid_sentence(grid((0.2, 0.0), (0.2, 0.2), (0.8, 0.8), (0.0, 0.6)), 0.02)
+    assert "With 5 shots, 20 % of the heads and 20 % of the FFNs can go jointly, 16 % of all parameters" in text
+    assert "alone, 20 % of the heads or 0 % of the FFNs can go" in text
+    assert "95 % interval of the difference" in text
+    assert "a loss of 2 points or more is ruled out at every step" in text
+
+
+def test_the_grid_prefers_most_parameters() -> None:
+    cells = [(h, f) for h in frames.STEPS[:4] for f in (0.0, 0.2)] + [(0.0, 0.4), (0.2, 0.4)]
+    text = findings.grid_sentence(grid(*cells), 0.02)
+    assert "20 % of the heads and 40 % of the FFNs can go jointly, 27 % of all" in text, "not 60 and 20 %: 26 %"
+
+
+def test_the_grid_where_nothing_or_everything_can_go() -> None:
+    assert "not shown to be free jointly" in (text := findings.grid_sentence(grid(), 0.02))
+    assert "nor are heads or FFNs alone" in text
+    assert "alone, 20 % of the heads or 0 % of the FFNs can go" in findings.grid_sentence(grid((0.2, 0.0)), 0.02)
+    everything = [(h, f) for h in frames.STEPS for f in frames.STEPS]
+    text = findings.grid_sentence(grid(*everything, tasks=ONE), 0.02)
+    assert "80 % of the heads and 80 % of the FFNs can go jointly, 64 % of all parameters, and the grid goes no" in text
+    assert "on arc_easy" in text
+    assert "nothing can be said" in findings.grid_sentence(grid(*everything), 0.02, {5: 0.99})
+
+
+def test_induction_heads_are_counted_named_and_beside_random_weights() -> None:
+    induction = frames.induction(6, 4, circuits=3)
+    trained = induction[induction["weights"] == "trained"]
+    best = trained[trained["induction"]].assign(lower=lambda t: t[["prefix_matching", "copying"]].min(axis=1))
+    top = best.loc[best["lower"].idxmax()]
+    text = findings.induction_sentence(induction, frames.THRESHOLDS)
+    assert text.startswith(f"{len(best)} of 24 heads are induction heads (prefix matching of at least 0.4 and copying")
+    assert f": L{top['layer']}H{top['head']}, " in text, "the strongest is named first"
+    assert text.endswith("With random weights none of 24 heads is an induction head.")
+    assert findings.induction_sentence(induction.assign(induction=False), frames.THRESHOLDS).startswith("None of 24")
+    assert "random" not in findings.induction_sentence(trained, frames.THRESHOLDS)
+    many = findings.induction_sentence(frames.induction(20, 20, circuits=40), frames.THRESHOLDS)
+    assert many.count("H") == findings._NAMED
+    assert " more." in many
+
+
+def test_heads_near_the_line_are_told() -> None:
+    sure = pd.DataFrame({"prefix_matching": [0.9, 0.1, 0.42, 0.9], "copying": [0.9, 0.1, 0.9, 0.34],
+                         "prefix_matching_variance": 0.03**2, "copying_variance": 0.02**2})
+    assert selection.borderline(sure, frames.THRESHOLDS) == 2
+
+
+def test_noisy_scores_are_named() -> None:
+    assert findings.reliability_caution({"prefix_matching": 0.99, "copying": 0.8}) == ""
+    text = findings.reliability_caution({"prefix_matching": 0.99, "copying": 0.62})
+    assert "copying at 0.62" in text
+    assert "prefix" not in text
+
+
+def test_tasks_are_compared_from_the_most_unlike_to_the_most_alike_pair() -> None:
+    table = frames.correlations(frames.TASKS[:3], (0, 5))
+    mine = (table["component"] == "head") & (table["kind"] == "tasks") & (table["num_fewshot"] == 5)
+    planted = {("arc_easy", "boolq"): (0.2, -0.1, 0.3), ("boolq", "cb"): (0.5, 0.2, 0.6),
+               ("arc_easy", "cb"): (0.9, 0.8, 1.0)}
+    for (a, b), numbers in planted.items():
+        of_pair = table["task"].isin([a, b]) & table["other_task"].isin([a, b])
+        table.loc[mine & of_pair, ["correlation", "low", "high"]] = numbers
+    text = findings.tasks_sentence(table, "head")
+    assert "correlates (Spearman) at 0.50 (median of 3 pairs)" in text, "each pair once, though the table has both ways"
+    assert f"from 0.20 ({MINUS}0.10 to 0.30) for arc_easy and boolq" in text
+    assert "to 0.90 (0.80 to 1.00) for arc_easy and cb" in text
+    assert "2 of 3 intervals lie above 0" in text
+    assert "argsorts, which the paper's code takes, at 0.02" in text
+
+
+def test_shots_are_called_different_only_below_what_noise_allows() -> None:
+    table = frames.correlations(ONE, (0, 5))
+    own = table["kind"] == "reliability"
+    between = (table["kind"] == "shots") & (table["task"] == table["other_task"])
+    table.loc[own, "correlation"] = 0.81
+    table.loc[between, ["correlation", "low", "high"]] = [0.7, 0.6, 0.8]
+    text = findings.shots_sentence(table, "head")
+    assert "with no shots and with 5 shots correlates (Spearman) at 0.70 on arc_easy (0.60 to 0.80)" in text
+    assert text.endswith("the order changes.")
+    table.loc[between, "high"] = 0.82
+    assert "noise alone could account" in findings.shots_sentence(table, "head")
+    several = frames.correlations(TWO, (0, 1, 5)).query("kind != 'reliability'")
+    text = findings.shots_sentence(several, "ffn")
+    assert "1 shot" not in text, "the fewest and the most shots"
+    assert "for the mean over tasks, from" in text
+    assert "noise" not in text, "without reliabilities nothing is claimed"
+
+
+def test_the_best_and_the_worst_donor_are_found() -> None:
+    transfer = frames.transfer(frames.TASKS[:4], (0, 5))
+    text = findings.transfer_sentence(transfer, "head")
+    assert "With 5 shots and 50 % of the heads removed" in text
+    assert f"by 0.0 ({MINUS}1.5 to +1.5) with the order of arc_easy, the best donor of 4" in text
+    assert f"by {MINUS}3.0 ({MINUS}4.5 to {MINUS}1.5) with that of copa, the worst" in text
+    assert "No gain of a task's own order" in text
+    without = (transfer["donor"] == "mean without own") & (transfer["task"] == "mean")
+    transfer.loc[without, ["difference", "difference_low", "difference_high"]] = [-0.05, -0.08, -0.02]
+    assert findings.transfer_sentence(transfer, "head").endswith("A task's own order is the better one.")
+
+
+def test_without_a_mean_over_recipients_it_is_taken_but_not_hedged() -> None:
+    transfer = frames.transfer(frames.TASKS[:4], (5,)).query("task != 'mean'")
+    text = findings.transfer_sentence(transfer, "head")
+    means = transfer[(transfer["fraction"] == 0.5)].groupby("donor")["difference"].mean()[list(frames.TASKS[:4])]
+    assert f"by {MINUS}{-100 * means.min():.1f} with that of {means.idxmin()}, the worst" in text
+    assert "No gain" not in text
+
+
+def test_unseen_tasks_stand_beside_the_full_model_and_a_random_order() -> None:
+    text = findings.unseen_sentence(frames.transfer(TWO, (5,)), "head")
+    assert ("mathqa 0.35 (0.30 to 0.40), full model 0.50 (0.45 to 0.55), random order 0.20 (0.15 to 0.25); lambada"
+            in text)
+
+
+def test_retained_is_more_than_random_only_outside_the_band() -> None:
+    text = findings.retained_sentence(frames.retained(TWO, (0, 5)))
+    assert "88 % of all prefix matching, more than random orders leave (50 %; 95 % of them 44 to 56 %)" in text
+    assert "53 % of all copying, within what random orders leave" in text
+    less = findings.retained_sentence(frames.retained(ONE, (0,)).assign(retained=0.1))
+    assert "by importance on arc_easy" in less
+    assert less.count("less than") == 2
+
+
+def test_sets_of_heads() -> None:
+    text = findings.among_important_sentence(frames.among_important(frames.TASKS[:4]))
+    assert "6 of the 8 induction heads are among the 54 heads (20 %) most important on the mean over tasks" in text
+    assert "chance gives 1.6 (p < 0.001, hypergeometric); on single tasks 2 to 5" in text
+    text = findings.top_sets_sentence(frames.top_sets(frames.TASKS[:4]))
+    assert "16 of each task's 54 most important heads (20 % of all) are common to all 4 tasks, chance gives 0.4" in text
+    assert "common to both tasks, chance gives 10.8." in findings.top_sets_sentence(frames.top_sets(TWO))
+    table = findings.among_important_table(frames.among_important(TWO))
+    assert table["task"].tolist() == ["mean"] * 3 + [TWO[0]] * 3 + [TWO[1]] * 3, "one fraction, the mean first"
+    assert len(findings.top_sets_table(frames.top_sets(TWO))) == 9
+
+
+def test_depth_is_told_in_thirds() -> None:
+    table = frames.importance(TWO, (0, 5), 6, 10)
+    table["importance"] = np.where(table["layer"].isin([2, 3]), 1.0, 0.1) + 0.001 * table["head"]
+    text = findings.depth_sentence(table, "position")
+    assert "(12) lie by depth 0 % in the early third (single tasks 0 %), 100 % in the middle third" in text
+    assert "of all heads 33, 33, 33 % do" in text
+
+
+@pytest.mark.parametrize("text", [
+    findings.grid_sentence(frames.grid()[:0], 0.02),
+    findings.induction_sentence(frames.induction()[:0], frames.THRESHOLDS),
+    findings.tasks_sentence(frames.correlations(ONE), "head"),
+    findings.tasks_sentence(frames.correlations(known=False), "head"),
+    findings.tasks_sentence(frames.correlations()[:0], "head"),
+    findings.shots_sentence(frames.correlations(shots=(5,)), "head"),
+    findings.shots_sentence(frames.correlations(known=False), "head"),
+    findings.transfer_sentence(frames.transfer(), "ffn"),
+    findings.transfer_sentence(frames.transfer().assign(difference=np.nan), "head"),
+    findings.unseen_sentence(frames.transfer(unseen=()), "head"),
+    findings.retained_sentence(frames.retained().assign(retained=np.nan)),
+    findings.among_important_sentence(frames.among_important()[:0]),
+    findings.among_important_sentence(frames.among_important(circuits=0)),
+    findings.top_sets_sentence(frames.top_sets(ONE)),
+    findings.depth_sentence(frames.importance(), "no such score"),
+])
+def test_where_there_is_nothing_to_say_nothing_is_said(text: str) -> None:
+    assert text == ""

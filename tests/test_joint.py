@@ -1,0 +1,178 @@
+"""Grid, transfer and induction of a whole small study: masks are those asked for, tables say what entries hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import headcount as hc
+import tiny
+from headcount.errors import OptionError
+from headcount.ledger import Ledger
+from headcount.masks import Mask, prune, random_order, removal_order
+from headcount.measure.induction import induction_scores
+from headcount.measure.scoring import evaluate
+from headcount.measure.tasks import get_tasks
+from headcount.plan import plan
+from headcount.pruning import aggregate_order
+from headcount.specs import StudySpec
+from headcount.study import Runner, run_study
+from headcount.tables import importance_table, stored_order
+from headcount.view.analysis import Study
+from headcount.view.report import write_report
+
+TASKS, UNSEEN = ("icl_plural", "icl_gerund", "icl_agent"), "icl_antonym"
+SPEC = StudySpec(
+    "tiny", tasks=TASKS, unseen=(UNSEEN,), shots=(0, 1), limit=9, importance_limit=8, fractions=(0.25, 0.5),
+    grid_fractions=(0.25, 0.75), grid_limit=6, transfer_fractions=(0.5,), transfer_limit=7,
+    transfer_components=("head", "ffn"), measure=("curves", "grid", "transfer", "induction"), induction_seeds=1)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    asked = dataclasses.replace(SPEC, out=tmp_path_factory.mktemp("joint") / "study")
+    return hc.open_study(run_study(asked, loaded=tiny.loaded("llama")))
+
+
+def orders(study: Study, task: str, k: int) -> dict[str, list[int]]:
+    entries = [e for e in Ledger(study.folder).entries("importance")
+               if e.job["task"] == task and e.job["num_fewshot"] == k]
+    tables = {e.job["method"]: e.table for e in entries}
+    return {"head": stored_order(tables["gradient"], "head", "position"),
+            "ffn": stored_order(tables["oracle"], "ffn", None)}
+
+
+def correct(name: str, k: int, mask: Mask, limit: int) -> float:
+    measured = evaluate(tiny.loaded("llama"), get_tasks([name])[name], [mask], num_fewshot=k, limit=limit)
+    return float(measured.accuracy[0])
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_the_grid_is_every_pair_of_prunings(study: Study, k: int) -> None:
+    grid, heads = study.grid(), tiny.loaded("llama").anatomy.heads_per_layer
+    own = orders(study, "icl_gerund", k)
+    rows = grid[(grid["task"] == "icl_gerund") & (grid["num_fewshot"] == k)]
+    assert len(rows) == 9, "full, two of heads, two of FFNs, and four of both"
+    for row in rows.to_dict("records"):
+        mask = Mask(prune(heads, "head", own["head"], row["heads_fraction"]).heads,
+                    prune(heads, "ffn", own["ffn"], row["ffns_fraction"]).ffns)
+        assert row["documents"] == 6
+        assert row["accuracy"] == pytest.approx(correct("icl_gerund", k, mask, 6))
+        assert (row["heads_removed"], row["ffns_removed"]) == (len(mask.heads_removed), len(mask.ffns_removed))
+    mean = grid[(grid["task"] == "mean") & (grid["num_fewshot"] == k)].set_index(["heads_fraction", "ffns_fraction"])
+    each = grid[(grid["task"] != "mean") & (grid["num_fewshot"] == k)]
+    by_hand = each.groupby(["heads_fraction", "ffns_fraction"])["accuracy"].mean()
+    np.testing.assert_allclose(mean.loc[by_hand.index, "accuracy"], by_hand)
+
+
+@pytest.mark.parametrize("component", ["head", "ffn"])
+def test_transfer_prunes_by_the_donors_order(study: Study, component: str) -> None:
+    heads = tiny.loaded("llama").anatomy.heads_per_layer
+    transfer = study.transfer()
+    rows = transfer[(transfer["component"] == component) & (transfer["num_fewshot"] == 1)]
+    of_task = rows[rows["task"] == "icl_plural"].set_index("donor")
+    assert set(of_task.index) == {"none", "own", "random", "icl_gerund", "icl_agent", "mean", "mean without own"}
+    assert (of_task["documents"] == 7).all()
+    expected = {name: orders(study, name, 1)[component] for name in ("icl_gerund", "icl_agent")}
+    expected["own"] = orders(study, "icl_plural", 1)[component]
+    expected["random"] = random_order(len(expected["own"]), SPEC.seed)
+    for donor, order in expected.items():
+        mask = prune(heads, component, order, 0.5)  # type: ignore[arg-type]
+        assert of_task.loc[donor, "accuracy"] == pytest.approx(correct("icl_plural", 1, mask, 7))
+    difference = of_task["accuracy"] - of_task.loc["own", "accuracy"]
+    np.testing.assert_allclose(of_task["difference"], difference, atol=1e-12)
+    mean = rows[rows["task"] == "mean"].set_index("donor")
+    others = rows[(rows["donor"] == "icl_gerund") & rows["task"].isin(("icl_plural", "icl_agent"))]
+    assert mean.loc["icl_gerund", "accuracy"] == pytest.approx(others["accuracy"].mean())
+    unseen = rows[rows["task"] == UNSEEN]
+    assert set(unseen["donor"]) == {"none", "mean", "random"}
+    assert unseen["unseen"].all()
+    assert UNSEEN not in set(study.curves()["task"])
+
+
+def test_the_aggregate_order_is_that_of_the_mean_or_of_the_ranks(study: Study) -> None:
+    tables = [e.table for e in Ledger(study.folder).entries("importance")
+              if e.job["num_fewshot"] == 1 and e.job["method"] == "gradient"]
+    scores = np.stack([t[(t["component"] == "head") & (t["score"] == "position")]["importance"] for t in tables])
+    assert aggregate_order(tables, "head", "position") == removal_order(scores.mean(axis=0))
+    places = [[sorted(range(scores.shape[1]), key=lambda i: (row[i], i)).index(j) for j in range(scores.shape[1])]
+              for row in scores]
+    assert aggregate_order(tables, "head", "position", "ranks") == removal_order(np.mean(places, axis=0))
+
+
+def test_induction_scores_of_a_study_are_those_of_the_function(study: Study) -> None:
+    found, direct = study.induction(), induction_scores(tiny.loaded("llama"), seeds=1)
+    trained = found[found["weights"] == "trained"].sort_values(["layer", "head"])
+    for name in ("prefix_matching", "copying", "previous_token", "ov_copying"):
+        np.testing.assert_allclose(trained[name], getattr(direct, name), atol=1e-6)
+    assert set(found["weights"]) == {"trained", "random"}
+    high = (found["prefix_matching"] >= SPEC.prefix_threshold) & (found["copying"] >= SPEC.copying_threshold)
+    assert (found["induction"] == high).all()
+    assert set(study.retained()["primitive"]) == {"prefix_matching", "copying"}
+
+
+def test_correlations_have_intervals_over_documents(study: Study) -> None:
+    found = study.correlations()
+    pairs = found[(found["kind"] == "shots") & found["task"].isin(TASKS) & (found["other_shots"] >= 0)]
+    pairs = pairs[pairs["component"] == "head"]  # three FFNs often lose the same accuracy
+    assert pairs["low"].notna().all()
+    assert (pairs["low"] <= pairs["correlation"]).all()
+    assert (pairs["correlation"] <= pairs["high"]).all()
+    assert set(found["component"]) == {"head", "ffn"}
+
+
+def test_the_report_has_all_of_it(study: Study) -> None:
+    text = write_report(study.folder).read_text(encoding="utf-8")
+    for heading in ("Heads and FFNs together", "Do tasks need the same heads?", "Does the order of one task serve",
+                    "Does the order of all tasks serve an unseen one?", "Induction scores of every head",
+                    "Do induction heads survive pruning?", "Does the order hang on the number of shots?"):
+        assert heading in text, heading
+    assert {f.name for f in (study.folder / "tables").iterdir()} >= {"grid.csv", "transfer.csv", "induction.csv"}
+
+
+def test_more_can_be_measured_in_a_folder_that_is_there(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    base = dataclasses.replace(SPEC, out=tmp_path / "study", tasks=TASKS[:2], shots=(0,), unseen=())
+    run_study(dataclasses.replace(base, tasks=(), measure=("induction",)), loaded=loaded)
+    first = hc.open_study(tmp_path / "study")
+    assert len(first.induction())
+    assert first.curves().empty
+    write_report(first.folder)
+    run_study(dataclasses.replace(base, measure=("curves",)), loaded=loaded)
+    run_study(dataclasses.replace(base, measure=("transfer",)), loaded=loaded)
+    grown = run_study(dataclasses.replace(base, tasks=TASKS, measure=("transfer",)), loaded=loaded)
+    study = hc.open_study(grown)
+    assert study.spec["tasks"] == list(TASKS)
+    assert study.spec["measure"] == ["induction", "curves", "transfer"]
+    assert study.spec["limit"] == SPEC.limit
+    # The aggregate is that of most tasks, not a mixture with the one that was measured first.
+    mean = study.transfer().query("task == 'icl_plural' and donor == 'mean' and component == 'head'")
+    tables = [e.table for e in Ledger(grown).entries("importance") if e.job["method"] == "gradient"]
+    mask = prune(loaded.anatomy.heads_per_layer, "head", aggregate_order(tables, "head", "position"), 0.5)
+    assert mean["accuracy"].tolist() == pytest.approx([correct("icl_plural", 0, mask, 7)])
+    with pytest.raises(OptionError, match="both --tasks and --unseen"):
+        Runner(dataclasses.replace(base, unseen=TASKS[:1], measure=("transfer",)), loaded=loaded)
+
+
+def test_points_that_curves_measure_are_not_measured_again(study: Study) -> None:
+    runner = Runner(dataclasses.replace(SPEC, out=study.folder), loaded=tiny.loaded("llama"))
+    assert not runner.todo()
+    alone = plan(dataclasses.replace(SPEC, measure=("grid",)), "model", (4, 4, 4), runner.facts, ("grid", "transfer"))
+    points = [p for j in alone for p in j.job.get("curve", {}).get("points", ())]
+    assert len(points) == 6 * 8, "without curves the grid has its own edges"
+    donors = {j.job["curve"]["donor"] for j in alone if j.job.get("curve", {}).get("order") == "transfer"}
+    assert "own" in donors
+
+
+def test_resampled_means_survive_the_entry() -> None:
+    task = get_tasks(["icl_plural"])["icl_plural"]
+    measured = hc.head_importance(tiny.loaded("llama"), task, limit=8)
+    table = importance_table(measured)
+    from headcount.tables import resampled_from
+
+    rows = table[table["score"] == "position"]
+    spread = np.abs(measured.resampled["position"] - measured.scores["position"]).max(axis=0)
+    assert (np.abs(resampled_from(rows) - measured.resampled["position"]) <= spread / 250).all()

@@ -1,0 +1,237 @@
+"""Importance between tasks and shots: planted worlds, and the same numbers by loops and scipy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import hypergeom, spearmanr
+
+from headcount.errors import OptionError
+from headcount.masks import random_order, removal_order
+from headcount.view import relations
+
+HEADS, DRAWS = 40, 30
+TASKS = ("red", "green", "blue")
+KEYS = [(task, k) for k in (0, 5) for task in TASKS]
+
+
+def rho(x: np.ndarray, y: np.ndarray) -> float:
+    return float(spearmanr(x, y).statistic)
+
+
+def world(seed: int = 0) -> tuple[dict, dict, dict]:
+    """Scores of three tasks at two k, of documents that the two k of a task share."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=HEADS)
+    scores, resampled, halves = {}, {}, {}
+    for task in TASKS:
+        own = truth + 0.4 * rng.normal(size=HEADS)
+        counts = rng.multinomial(60, np.full(60, 1 / 60), DRAWS)
+        shared = rng.normal(size=(60, HEADS))
+        for k in (0, 5):
+            documents = np.exp(own + 0.1 * k * truth + shared + rng.normal(size=(60, HEADS)))
+            scores[task, k] = documents.mean(axis=0)
+            halves[task, k] = np.stack([documents[::2].mean(axis=0), documents[1::2].mean(axis=0)])
+            resampled[task, k] = counts @ documents / 60
+    return scores, resampled, halves
+
+
+def table(seed: int = 0) -> pd.DataFrame:
+    found = relations.correlations(*world(seed), seed=3)
+    keys = ["kind", "task", "num_fewshot", "other_task", "other_shots"]
+    assert not found.duplicated(keys).any()
+    return found.set_index(keys).sort_index()
+
+
+def test_every_correlation_is_scipys() -> None:
+    scores, _, _ = world()
+    found = table()["correlation"]
+    for k in (0, 5):
+        for a, b in itertools.permutations(TASKS, 2):
+            assert found["tasks", a, k, b, k] == pytest.approx(rho(scores[a, k], scores[b, k]))
+    for task, (a, b) in itertools.product(TASKS, ((0, 5), (5, 0))):
+        assert found["shots", task, a, task, b] == pytest.approx(rho(scores[task, a], scores[task, b]))
+
+
+def test_an_aggregate_leaves_out_the_task_it_is_compared_with() -> None:
+    scores, _, _ = world()
+    found = table()["correlation"]
+    for task, k in KEYS:
+        others = [scores[other, k] for other in TASKS if other != task]
+        placed = np.mean([np.argsort(np.argsort(values)) for values in others], axis=0)
+        for name, expected in (("mean", np.mean(others, axis=0)), ("mean of ranks", placed)):
+            assert found["tasks", task, k, name, k] == pytest.approx(rho(scores[task, k], expected))
+            assert found["tasks", name, k, task, k] == found["tasks", task, k, name, k]
+    # Unrelated tasks do not correlate with the mean of the others, which they would with a mean that holds them.
+    rng = np.random.default_rng(1)
+    unrelated = {(task, 0): rng.normal(size=4000) for task in TASKS}
+    apart = relations.correlations(unrelated).set_index(["task", "other_task"])["correlation"]
+    assert abs(apart["red", "mean"]) < 0.05
+    assert rho(unrelated["red", 0], np.mean(list(unrelated.values()), axis=0)) > 0.5
+
+
+def test_aggregates_between_shots_and_with_each_other() -> None:
+    scores, _, _ = world()
+    found = table()["correlation"]
+    whole = relations.aggregates(scores)
+    for name in ("mean", "mean of ranks"):
+        assert found["shots", name, 0, name, 5] == pytest.approx(rho(whole[name, 0], whole[name, 5]))
+    assert found["tasks", "mean", 5, "mean of ranks", 5] == pytest.approx(rho(whole["mean", 5],
+                                                                             whole["mean of ranks", 5]))
+
+
+def test_aggregates_between_shots_are_over_the_tasks_of_both() -> None:
+    scores, _, _ = world()
+    del scores["blue", 5]
+    found = relations.correlations(scores)
+    row = found[(found["kind"] == "shots") & (found["task"] == "mean") & (found["other_shots"] == 5)].iloc[0]
+    a, b = (scores["red", k] + scores["green", k] for k in (0, 5))
+    assert row["correlation"] == pytest.approx(rho(a, b))
+
+
+def test_aggregates_are_means_of_scores_and_of_ranks() -> None:
+    scores = {("red", 0): np.array([10.0, 30.0, 20.0, 20.0]), ("green", 0): np.array([0.4, 0.3, 0.2, 0.1]),
+              ("red", 5): np.zeros(4)}
+    found = relations.aggregates(scores)
+    assert set(found) == {("mean", 0), ("mean of ranks", 0)}, "one task has no aggregate"
+    np.testing.assert_allclose(found["mean", 0], [5.2, 15.15, 10.1, 10.05])
+    np.testing.assert_allclose(found["mean of ranks", 0], [(0 + 3) / 6, (3 + 2) / 6, (1.5 + 1) / 6, (1.5 + 0) / 6])
+
+
+def test_the_diagonal_is_the_reliability_and_it_bounds_the_pairs() -> None:
+    _, _, halves = world()
+    found = table()
+    for key in KEYS:
+        half = rho(*halves[key])
+        assert found.loc[("reliability", *key, *key), "correlation"] == pytest.approx(2 * half / (1 + half))
+    mean = np.mean([halves[task, 0] for task in TASKS], axis=0)
+    assert found.loc[("reliability", "mean", 0, "mean", 0), "correlation"] == pytest.approx(
+        2 * rho(*mean) / (1 + rho(*mean)))
+    one = found.loc[("tasks", "red", 0, "green", 0)]
+    red, green = (found.loc[("reliability", t, 0, t, 0), "correlation"] for t in ("red", "green"))
+    assert one["ceiling"] == pytest.approx(np.sqrt(red * green))
+    a, b = halves["red", 0], halves["green", 0]
+    expected = (rho(a[0], b[1]) + rho(a[1], b[0])) / 2 / np.sqrt(rho(*a) * rho(*b))
+    assert one["disattenuated"] == pytest.approx(expected)
+    assert one["disattenuated"] > one["correlation"]
+
+
+def test_intervals_are_centred_and_as_wide_as_replicates_spread() -> None:
+    scores, resampled, _ = world()
+    found = table()
+    for a, b, kind in ((("red", 0), ("green", 0), "tasks"), (("red", 0), ("red", 5), "shots")):
+        row = found.loc[(kind, *a, *b)]
+        z = [np.arctanh(rho(x, y)) for x, y in zip(resampled[a], resampled[b], strict=True)]
+        centre = np.arctanh(rho(scores[a], scores[b]))
+        expected = np.tanh(centre + np.array([-1, 1]) * 1.959964 * np.std(z, ddof=1))
+        np.testing.assert_allclose([row["low"], row["high"]], expected, rtol=1e-6)
+
+
+def test_a_random_order_stands_beside_every_row_with_the_band_of_random_orders() -> None:
+    scores, _, _ = world()
+    found = table()
+    places = np.argsort(random_order(HEADS, 3))
+    for task, k in KEYS:
+        for row in (found.loc[("tasks", task, k, "random", k)], found.loc[("shots", task, k, "random", -1)],
+                    found.loc[("tasks", "random", k, task, k)]):
+            assert row["correlation"] == pytest.approx(rho(scores[task, k], places))
+            assert row["high"] == -row["low"] == pytest.approx(1.959964 / np.sqrt(HEADS - 1))
+    rng = np.random.default_rng(0)
+    inside = [abs(rho(places, rng.permutation(HEADS))) <= row["high"] for _ in range(1000)]
+    assert 0.93 < np.mean(inside) < 0.97
+    for name in ("mean", "mean of ranks"):
+        assert ("tasks", name, 5, "random", 5) in found.index
+        assert ("shots", name, 5, "random", -1) in found.index
+
+
+def test_both_kinds_of_matrix_are_one_pivot_without_holes() -> None:
+    found = relations.correlations(*world())
+    names = {*TASKS, "mean", "mean of ranks", "random"}
+    at = found[(found["num_fewshot"] == 5) & (found["other_shots"] == 5)]
+    square = at.pivot_table(index="task", columns="other_task", values="correlation")
+    assert set(square.index) == set(square.columns) == names
+    assert square.notna().all(axis=None)
+    np.testing.assert_allclose(square, square.T)
+    of = found[found["task"].isin(["red", "random"]) & found["other_task"].isin(["red", "random"])
+               & ((found["kind"] == "shots") | ((found["kind"] == "reliability")
+                                                & ((found["task"] == "red") | (found["num_fewshot"] == -1))))]
+    square = of.pivot_table(index="num_fewshot", columns="other_shots", values="correlation")
+    assert square.shape == (3, 3)
+    assert square.notna().all(axis=None)
+
+
+def test_what_the_papers_code_correlates_says_nothing_of_nearly_equal_scores() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=4608)
+    scores = {("red", 0): x, ("green", 0): x + 0.05 * rng.normal(size=4608)}
+    row = relations.correlations(scores).query("kind == 'tasks' and task == 'red' and other_task == 'green'").iloc[0]
+    assert row["correlation"] > 0.99
+    assert abs(row["argsort_correlation"]) < 0.1
+    slow = spearmanr(np.argsort(scores["red", 0], kind="stable"), np.argsort(scores["green", 0], kind="stable"))
+    assert row["argsort_correlation"] == pytest.approx(slow.statistic)
+    assert np.isnan(row["low"])
+    assert np.isnan(row["ceiling"]), "nothing is known of noise"
+
+
+def test_components_that_one_task_lacks_are_left_out_of_all() -> None:
+    scores, resampled, halves = world()
+    kept = np.arange(HEADS) % 3 > 0
+    holes = {key: values.copy() for key, values in scores.items()}
+    holes["red", 0][~kept] = np.nan
+    expected = relations.correlations({key: values[kept] for key, values in scores.items()},
+                                      {key: values[:, kept] for key, values in resampled.items()},
+                                      {key: values[:, kept] for key, values in halves.items()})
+    pd.testing.assert_frame_equal(relations.correlations(holes, resampled, halves), expected)
+    whole = relations.aggregates(holes)
+    for name in ("mean", "mean of ranks"):
+        assert (np.isnan(whole[name, 0]) == ~kept).all()
+        assert not np.isnan(whole[name, 5]).any()
+
+
+def test_little_or_nothing_is_no_error() -> None:
+    assert relations.correlations({}).empty
+    assert relations.top_sets({}).empty
+    assert relations.aggregates({}) == {}
+    assert relations.correlations({("red", 0): np.arange(2.0), ("green", 0): np.arange(2.0)}).empty
+    alone = relations.correlations({("red", 0): np.arange(9.0)})
+    assert set(alone["kind"]) == {"tasks", "reliability"}
+    assert set(alone["other_task"]) == {"red", "random"}
+    flat = relations.correlations({("red", 0): np.zeros(9), ("green", 0): np.arange(9.0)})
+    assert np.isnan(flat.set_index(["task", "other_task"]).loc[("red", "green"), "correlation"])
+    with pytest.raises(OptionError, match="one length, not 4, 5"):
+        relations.aggregates({("red", 0): np.arange(5.0), ("green", 0): np.arange(4.0)})
+
+
+@given(st.integers(2, 4), st.integers(4, 25), st.integers(0, 1000), st.floats(0, 1))
+def test_top_sets_are_counted(tasks: int, n: int, seed: int, fraction: float) -> None:
+    rng = np.random.default_rng(seed)
+    # Few values, so that ties are many: they go by position, as in pruning.
+    scores = {(f"task{i}", 1): rng.integers(0, 5, n).astype(float) for i in range(tasks)}
+    found = relations.top_sets(scores, [fraction])
+    size = int(np.floor(fraction * n + 1e-9))
+    if size == 0:
+        assert found.empty
+        return
+    tops = [set(removal_order(values)[n - size :]) for values in scores.values()]
+    row = found.iloc[0]
+    assert (row["num_fewshot"], row["size"], row["tasks"]) == (1, size, tasks)
+    assert row["common"] == len(set.intersection(*tops)) == round(row["share"] * size)
+    pairs = [len(a & b) / size for a, b in itertools.combinations(tops, 2)]
+    assert row["pair_mean_share"] == pytest.approx(np.mean(pairs))
+    assert row["expected"] == pytest.approx(n * (size / n) ** tasks)
+    if tasks == 2:
+        assert row["p"] == pytest.approx(sum(hypergeom.pmf(c, n, size, size) for c in range(int(row["common"]), n + 1)))
+    else:
+        assert np.isnan(row["p"])
+
+
+def test_planted_top_sets() -> None:
+    scores = {("red", 0): np.arange(10.0), ("green", 0): np.array([0.0, 1, 2, 3, 4, 9, 6, 7, 8, 5])}
+    found = relations.top_sets(scores, (0.05, 0.1, 0.3, 1.0)).set_index("fraction")
+    assert found.index.tolist() == [0.1, 0.3, 1.0], "a top set of no component says nothing"
+    assert found["common"].tolist() == [0, 2, 10]
