@@ -38,14 +38,17 @@ def _goals(kept: dict[str, list[Row]]) -> str:
                r["gradient"] / r["forward"], 2.3, "at most") for r in kept.get("importance", [])]
     for r in kept.get("oracles", []):
         goal = 0.55 * r["layers"] if r["masks"] == r["layers"] else 0.6 * r["masks"] * (1 + 1 / r["layers"])
-        found.append((f"oracle of {r['what']} / one evaluation, wall time", r["wall"] / r["evaluation"], goal, "at most"))
+        found.append((f"oracle of {r['what']} / one evaluation, wall time", r["wall"] / r["evaluation"], goal,
+                      "at most"))
+        if r["masks"] == r["layers"]:
+            found.append(("layer-tokens of the same / one forward's", r["passes"], (r["layers"] + 1) / 2, "at most"))
     if rows := kept.get("scaling"):
         peaks = {r["masks"]: r["peak"] for r in rows}
         found.append(("peak memory, 100 masks / 1", peaks[100] / rows[0]["peak"], 1.5, "at most"))
     found += [("the demo, minutes", r["wall"] / 60, 5, "at most") for r in kept.get("demo", [])]
     lines = ["| figure | goal | measured | |", "|---|--:|--:|---|"]
     for figure, measured, goal, side in found:
-        reached = measured <= goal if side == "at most" else measured >= goal
+        reached = measured <= goal + 1e-9 if side == "at most" else measured >= goal
         lines.append(f"| {figure} | {side} {goal:.4g} | {measured:.2f} | {'' if reached else 'not reached'} |")
     return "\n".join(["## Goals", "", *lines, ""])
 
@@ -137,8 +140,7 @@ def _demo(rows: list[Row]) -> str:
         "## The demo", "", f"`headcount demo` in an empty folder: {r['wall']:.0f} s in all, {r['measuring']:.0f} s of "
         f"them measuring; matrix products of this model's shape ran at {r['gflops'][0]:.0f} GFLOP/s before and "
         f"{r['gflops'][1]:.0f} after. The blocks' matrix products alone, at that speed, take {r['floor']:.0f} s of the "
-        "evaluations' time; gradients, the output layer and attention come on top, so that five minutes are out of reach "
-        "at this speed.", "",
+        "evaluations' time; gradients, the output layer and attention come on top.", "",
         "| jobs | how many | seconds | layer-tokens |", "|---|--:|--:|--:|", *kinds, ""])
 
 

@@ -44,8 +44,8 @@ def spec(tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...] = (0, 5), docume
 def _rows(right: int, documents: int, mask: int) -> pd.DataFrame:
     ids = np.arange(documents)
     correct = (ids < right * documents // 100).astype(float)
-    return pd.DataFrame({"mask": mask, "doc_id": ids, "passage": ids, "correct": correct, "gold_loglikelihood": -1.0, "margin": 0.5,
-                         "prediction": 0, "gold": ids % 4, "num_options": 4})
+    return pd.DataFrame({"mask": mask, "doc_id": ids, "passage": ids, "correct": correct, "gold_loglikelihood": -1.0,
+                         "margin": 0.5, "prediction": 0, "gold": ids % 4, "num_options": 4})
 
 
 def _label(component: str, order: str, fraction: float) -> dict[str, object]:

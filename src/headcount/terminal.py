@@ -186,7 +186,8 @@ def print_accuracy(folder: Path) -> None:
 
 def print_importance(folder: Path, component: Component, method: str = "gradient") -> None:
     """The most and the least important heads, or every FFN, per task and number of shots."""
-    from headcount.view.analysis import groups, name_of
+    from headcount.view.analysis import name_of
+    from headcount.view.points import groups
 
     study = _study(folder)
     importance = study.importance()
@@ -208,7 +209,7 @@ def print_importance(folder: Path, component: Component, method: str = "gradient
 
 def print_curves(folder: Path) -> None:
     """Accuracy along every curve."""
-    from headcount.view.analysis import groups
+    from headcount.view.points import groups
 
     study = _study(folder)
     curves = study.curves()

@@ -120,7 +120,9 @@ def _branch_norm(norm: nn.Module, like: Float[Tensor, "*batch d_model"]) -> Bran
     probe = (probe - probe.mean()).to(like)
 
     def odd(x: Tensor) -> Tensor:
-        return ((norm(x[None, None]) - norm(-x[None, None])) / 2).reshape(-1).float()
+        plus: Tensor = norm(x[None, None])
+        minus: Tensor = norm(-x[None, None])
+        return (plus - minus).reshape(-1).float() / 2
 
     gain = odd(probe) / probe.float()
     kept = odd(torch.ones_like(probe)).norm()
@@ -305,11 +307,12 @@ def _parallel(
 ) -> Float[Tensor, " head"]:
     """How far two vectors are from parallel, relative to their length: each head's worst of the tests."""
     a, b = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30) for x in (seen, expected))
-    return (a - b).norm(dim=-1).amax(0)
+    apart: Tensor = (a - b).norm(dim=-1)
+    return apart.amax(0)
 
 
 def _copying_of(small: Float[Tensor, "head d_head d_head"]) -> Float[Tensor, " head"]:
-    eigenvalues = torch.linalg.eigvals(small)
+    eigenvalues: Tensor = torch.linalg.eigvals(small)
     return eigenvalues.real.sum(-1) / eigenvalues.abs().sum(-1)
 
 

@@ -20,9 +20,7 @@ from headcount.errors import StudyError
 from headcount.ledger import Ledger
 from headcount.view.curves import curve_points, curve_table, free_table
 from headcount.view.joint import grid_table, transfer_table
-from headcount.view.points import MEAN as MEAN
-from headcount.view.points import Points
-from headcount.view.points import groups as groups
+from headcount.view.points import MEAN, Points, groups
 from headcount.view.scores import among_important_table, correlation_table, retained_table, top_table
 
 _LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fraction", "layer", "head", "heads_removed",

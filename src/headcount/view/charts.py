@@ -13,7 +13,8 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from headcount.view.analysis import MEAN, mean_importance, name_of
+from headcount.view.analysis import mean_importance, name_of
+from headcount.view.points import MEAN
 from headcount.view.sentences import shots
 
 Chart = Any  # Altair's charts have many types, alike for us

@@ -12,11 +12,11 @@ import altair as alt
 import pandas as pd
 
 from headcount.view import charts
-from headcount.view.analysis import MEAN
 from headcount.view.charts import COMPONENTS, PALETTE, Chart, dressed
+from headcount.view.points import MEAN
+from headcount.view.relations import RANDOM
 from headcount.view.selection import (
     PRIMITIVES,
-    RANDOM,
     THIRDS,
     between_shots,
     depth,

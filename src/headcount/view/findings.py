@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from headcount.view.analysis import MEAN, groups
+from headcount.view.points import MEAN, groups
+from headcount.view.relations import RANDOM
 from headcount.view.selection import (
     PRIMITIVES,
-    RANDOM,
     SUMMARIES,
     WITHOUT_OWN,
     between_shots,

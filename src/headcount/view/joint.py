@@ -8,13 +8,14 @@ from typing import Any
 import pandas as pd
 
 from headcount.view.points import Points, compared, groups, points_of, removed_by, with_mean
+from headcount.view.relations import RANDOM
 
 GRID = ["task", "num_fewshot", "heads_fraction", "ffns_fraction", "heads_removed", "ffns_removed",
         "parameters_removed_share", "accuracy", "low", "high", "difference", "difference_low", "difference_high", "p",
         "documents", "changed", "within_margin"]
 TRANSFER = ["task", "num_fewshot", "component", "donor", "fraction", "accuracy", "low", "high", "difference",
             "difference_low", "difference_high", "p", "documents", "changed", "unseen"]
-OWN, RANDOM = "own", "random"
+OWN = "own"
 # Orders of curves that are the task's own.
 _OWN = ["gradient", "oracle"]
 

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from headcount.view import charts
-from headcount.view.analysis import MEAN, groups, name_of
+from headcount.view.analysis import name_of
 from headcount.view.charts import COMPONENTS, PALETTE, Chart, dressed
+from headcount.view.points import MEAN, groups
 from headcount.view.selection import PRIMITIVES, SUMMARIES, of_fraction, of_score, tasks_first
 from headcount.view.sentences import shots
 

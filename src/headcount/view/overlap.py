@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float
 from headcount import stats
 from headcount.errors import OptionError
 from headcount.masks import removal_order
-from headcount.view.relations import MEAN, Key, Scores, aggregates, count, top
+from headcount.view.points import MEAN
+from headcount.view.relations import Key, Scores, aggregates, count, top
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DRAWS = 1000

@@ -23,8 +23,9 @@ from jaxtyping import Bool, Float
 from headcount import ranks, stats
 from headcount.errors import OptionError
 from headcount.masks import random_order, removal_order
+from headcount.view.points import MEAN
 
-MEAN, MEAN_OF_RANKS, RANDOM = "mean", "mean of ranks", "random"
+MEAN_OF_RANKS, RANDOM = "mean of ranks", "random"
 # One array per (task, number of shots).
 Key = tuple[str, int]
 Scores = Mapping[Key, Float[np.ndarray, " _"]]

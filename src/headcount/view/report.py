@@ -19,7 +19,8 @@ import vl_convert
 from markupsafe import Markup
 
 from headcount.view import charts, findings, sentences
-from headcount.view.analysis import MEAN, Study, constants, groups, open_study
+from headcount.view.analysis import Study, constants, open_study
+from headcount.view.points import MEAN, groups
 from headcount.view.sections import Section, sections
 
 # Tables that are written as CSV: names of files, and of the study's methods.

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from headcount.view.analysis import MEAN, groups, mean_importance, name_of
+from headcount.view.analysis import mean_importance, name_of
+from headcount.view.points import MEAN, groups
+from headcount.view.relations import MEAN_OF_RANKS, RANDOM
 
-RANDOM = "random"
-MEAN_OF_RANKS = "mean of ranks"
 WITHOUT_OWN = "mean without own"
 SUMMARIES = (MEAN, MEAN_OF_RANKS, WITHOUT_OWN, RANDOM)  # the order of their rows, below the tasks
 PRIMITIVES = {"prefix_matching": "prefix matching", "copying": "copying"}

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pandas as pd
 
 from headcount import stats
-from headcount.view.analysis import MEAN, Study, constants, groups, mean_importance, name_of
+from headcount.view.analysis import Study, constants, mean_importance, name_of
+from headcount.view.points import MEAN, groups
 
 _NAMES = {"head": ("attention head", "attention heads"), "ffn": ("FFN", "FFNs")}
 
