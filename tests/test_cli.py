@@ -61,7 +61,7 @@ def test_help_is_quick_and_brings_no_torch() -> None:
             "sys.exit(f'imports {heavy}' if heavy else 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("study", "evaluate", "heads", "ffns", "curve", "anatomy", "demo", "report"):
+    for verb in ("study", "evaluate", "heads", "ffns", "curve", "induction", "anatomy", "demo", "report"):
         assert f" {verb} " in done.stdout
 
 
@@ -97,6 +97,33 @@ def test_dry_run_measures_nothing(model_folder: Path, tmp_path: Path) -> None:
     assert "gradient importance" in done.stdout
     assert "Nothing was measured" in done.stdout
     assert not (tmp_path / "study").exists()
+
+
+def test_a_preset_stands_for_options_and_loses_to_the_command_line(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    arguments = ["--tasks", "icl_plural", "icl_gerund", "--unseen", "icl_agent", "--limit", "4",
+                 "--importance-limit", "4", "--out", tmp_path / "study"]
+    done = headcount("study", model_folder, "--preset", "opt66b-study", *arguments, "--shots", "2", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for planned in ("2-shot: grid, 10% of heads", "by the order of icl_gerund", "by the order of mean without own",
+                    "induction scores, random weights", "icl_agent, 2-shot: heads by the order of mean"):
+        assert planned in " ".join(done.stdout.split()), planned
+    assert "5-shot" not in done.stdout
+    assert re.search(r"about [\d,]+ tokens through 3 layers, \S+ layer-tokens, \d+ minutes at", done.stdout)
+    wrong = headcount("study", model_folder, "--preset", "opt67b", *arguments)
+    assert wrong.returncode == 2
+    assert "opt66b-study" in wrong.stderr
+
+
+def test_induction_needs_no_tasks(model_folder: Path, tmp_path: Path) -> None:
+    done = headcount("induction", model_folder, "--seeds", "1", "--out", tmp_path / "study")
+    assert done.returncode == 0, done.stderr
+    assert "prefix matching" in done.stdout
+    found = open_study(tmp_path / "study").induction()
+    assert len(found) == 2 * 12
+    assert (tmp_path / "study" / "report.html").exists()
 
 
 def test_options_come_from_a_file_too(model_folder: Path, tmp_path: Path) -> None:
