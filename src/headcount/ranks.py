@@ -37,7 +37,8 @@ def argsort_correlation(x: Float[np.ndarray, " component"], y: Float[np.ndarray,
     """Spearman's correlation of the two argsort lists, which is what the paper's code calls that of the scores.
 
     The lists hold positions of components, from least to most important. Two nearly equal scores give lists that agree
-    in few places, so the number is near 0 for any two tasks: it says nothing about the scores.
+    in few places, so the number says little about the scores: near 0 where importance has no trend over the layers,
+    and, where it has, what the trend alone gives, however alike the scores are.
     """
     lists = [np.argsort(scores, kind="stable").astype(np.float64) for scores in (x, y)]
     return spearman(*lists)

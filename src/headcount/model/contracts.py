@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy, find_anatomy
+from headcount.model.attention import eager
 from headcount.model.gates import ablated, frozen
 from headcount.model.load import LoadedModel
 from headcount.model.sweep import Sweep
@@ -245,7 +246,7 @@ def _relative(a: Float[Tensor, "*_"], b: Float[Tensor, "*_"]) -> float:
 
 def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:
     name = "a head's slice depends on its own attention alone"
-    with _eager(model), frozen(model), torch.enable_grad(), _differentiable(model):
+    with eager(model), frozen(model), torch.enable_grad(), _differentiable(model):
         with _projected(anatomy) as found:
             attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
         if attentions is None or any(a is None for a in attentions) or len(attentions) != anatomy.num_layers:
@@ -292,19 +293,6 @@ def _slice_error(
         errors.append(foreign / (own + foreign) if own > 0 else 1.0)
     worst = max(range(len(errors)), key=errors.__getitem__)
     return errors[worst], worst
-
-
-@contextlib.contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    before = model.config._attn_implementation
-    if before == "eager":
-        yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager
