@@ -29,7 +29,7 @@ def spec(tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...] = (0, 5), docume
         "spec": {"model": "planted", "tasks": list(tasks), "shots": list(shots), "limit": documents,
                  "importance_limit": 50, "shared_shots": True, "seed": 1, "fractions": FRACTIONS, "random_orders": 1,
                  "ffn_order": "oracle", "head_score": "position", "margin": 0.02,
-                 "prefix_threshold": 0.3, "copying_threshold": 0.5, "measure": ["curves"]},
+                 "prefix_threshold": 0.3, "copying_threshold": None, "measure": ["curves"]},
         "model": {"name": "planted <model>", "fingerprint": "abc", "notes": ["weights are made up"]},
         "anatomy": {"heads_per_layer": HEADS_PER_LAYER, "parameters": PARAMETERS,
                     "parameters_per_head": [PARAMETERS_PER_HEAD] * LAYERS,

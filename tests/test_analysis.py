@@ -14,6 +14,7 @@ from headcount.errors import StudyError
 from headcount.ledger import Ledger
 from headcount.view import report, sentences
 from headcount.view.analysis import mean_importance, open_study
+from headcount.view.sections import sections
 
 
 def pick(table: pd.DataFrame, **values: object) -> pd.DataFrame:
@@ -165,8 +166,9 @@ def test_whatever_is_measured_so_far_can_be_shown(tmp_path: Path, seed: int) -> 
     study = open_study(folder)
     assert sentences.headline(study)
     assert list(sentences.cautions(study))
-    for page, static in report._figures(study).values():
-        assert "NaN" not in page().to_json() + static().to_json()
+    for section in sections(study):
+        for figure in (section.page(), section.static()):
+            assert figure is None or "NaN" not in figure.to_json()
     assert all(table.rows for table in report._tables(study))
 
 

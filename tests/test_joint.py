@@ -109,7 +109,8 @@ def test_induction_scores_of_a_study_are_those_of_the_function(study: Study) -> 
     for name in ("prefix_matching", "copying", "previous_token", "ov_copying"):
         np.testing.assert_allclose(trained[name], getattr(direct, name), atol=1e-6)
     assert set(found["weights"]) == {"trained", "random"}
-    high = (found["prefix_matching"] >= SPEC.prefix_threshold) & (found["copying"] >= SPEC.copying_threshold)
+    most = found.loc[found["weights"] == "random", "copying"].max()
+    high = (found["prefix_matching"] >= SPEC.prefix_threshold) & (found["copying"] >= most)
     assert (found["induction"] == high).all()
     assert set(study.retained()["primitive"]) == {"prefix_matching", "copying"}
 

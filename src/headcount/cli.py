@@ -120,7 +120,7 @@ def curve(spec: Spec) -> None:
 def induction(
     spec: Annotated[ModelSpec, Parameter(name="*")], *, out: Path | None = None,
     protocol: Literal["sound", "paper"] = "sound", seeds: int | None = None, seed: int = 1234,
-    prefix_threshold: float = 0.3, copying_threshold: float = 0.5,
+    prefix_threshold: float = 0.3, copying_threshold: float | None = None,
 ) -> None:
     """Prefix matching and copying of every head, on random tokens: which are induction heads?
 
@@ -132,7 +132,8 @@ def induction(
         seeds: Random texts of each length; by default 14 of seven lengths (`paper`: one of each of its hundred).
         seed: Of the draws.
         prefix_threshold: A head that is high on prefix matching has at least this score.
-        copying_threshold: A head that is high on copying has at least this score; induction heads are high on both.
+        copying_threshold: A head that is high on copying has at least this score, by default the most that any head
+            has with random weights; induction heads are high on both.
     """
     from headcount import terminal
 

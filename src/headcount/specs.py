@@ -122,8 +122,9 @@ class StudySpec(ModelSpec):
     prefix_threshold: float = 0.3
     """A head that is high on prefix matching has at least this score."""
 
-    copying_threshold: float = 0.5
-    """A head that is high on copying has at least this score; induction heads are high on both."""
+    copying_threshold: float | None = None
+    """A head that is high on copying has at least this score, by default the most that any head of the same model has
+    with random weights; induction heads are high on both."""
 
     aggregate: Literal["mean", "ranks"] = "mean"
     """How tasks' importances become one: the mean of the scores (the paper's), or of their ranks."""

@@ -205,10 +205,15 @@ class Study:
         return {"head": self.spec["head_score"],
                 "ffn": "accuracy" if self.spec["ffn_order"] == "oracle" else "position"}
 
-    @property
+    @functools.cached_property
     def induction_thresholds(self) -> dict[str, float]:
-        """From which score on a head is high on a primitive."""
-        return {name: self.spec[f"{name.split('_')[0]}_threshold"] for name in ("prefix_matching", "copying")}
+        """From which score on a head is high on a primitive; NaN where that hangs on a control that is not there."""
+        copying = self.spec["copying_threshold"]
+        if copying is None:
+            control = [e.table["copying"].max() for e in self._ledger.entries("induction")
+                       if e.job["weights"] == "random"]
+            copying = max(control, default=float("nan"))
+        return {"prefix_matching": float(self.spec["prefix_threshold"]), "copying": float(copying)}
 
     @functools.cached_property
     def induction_notes(self) -> dict[str, Any]:

@@ -86,6 +86,9 @@ def induction_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float])
     random = induction[induction["weights"] == RANDOM]
     if trained.empty:
         return ""
+    if any(limit != limit for limit in thresholds.values()):
+        return ("Which heads are high on copying hangs on the same model with random weights, which was not measured; "
+                "--copying-threshold sets a limit.")
     found = induction_heads(trained)["name"].tolist()
     limits = " and ".join(f"{name} of at least {thresholds[primitive]:.2g}" for primitive, name in PRIMITIVES.items())
     rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
