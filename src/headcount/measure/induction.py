@@ -12,6 +12,10 @@ tokens. The previous-token score is the mean attention to the position before, B
 Token ids are drawn, never text. The tokenizer's merges rank tokens by frequency: the first and last 4 % are left out. A
 text hangs on the seed, its length and its number alone, so that no score depends on batches. The protocol "paper" has
 the paper's lengths, one text of each of 25, 27, ... 223; the paper's draw had no seed, this one has.
+
+Cost, in eager forward passes of the same text without logits (SmolLM2, two cores): prefix matching .99 to 1.06, copying
+1.5 to 2.1 ("paper": 2.4 to 2.9), and once 3 s for the OV score and what norms do. 98 texts of each kind: 97,412 tokens,
+192 s.
 """
 
 from __future__ import annotations
