@@ -101,9 +101,10 @@ def _page(study: Study, drawn: list[tuple[Section, dict[str, Any]]], tables: lis
     name = Path(str(study.model.get("name", spec["model"]))).name
     return environment.get_template("page.html.j2").render(
         title=f"{name}: which heads and FFNs does in-context learning need?",
-        what=f"{heads} attention heads, {ffns} FFNs, {sentences.millions(parameters)} parameters; {len(study.tasks)} "
-             f"tasks with {', '.join(sentences.shots(k) for k in spec['shots'])}; a loss of "
-             f"{100 * spec['margin']:.3g} points of accuracy or more must be ruled out for a share to be called free.",
+        what=f"{heads} attention heads, {ffns} FFNs, {sentences.millions(parameters)} parameters; " + (
+            f"{len(study.tasks)} tasks with {', '.join(sentences.shots(k) for k in spec['shots'])}; a loss of "
+            f"{100 * spec['margin']:.3g} points of accuracy or more must be ruled out for a share to be called free."
+            if study.tasks else "no tasks."),
         headline=sentences.headline(study),
         cautions=list(sentences.cautions(study)),
         sections=[(section.name, section.heading) for section, _ in drawn if section.name != "headline"],
@@ -133,12 +134,15 @@ def _tables(study: Study) -> Iterator[Table]:
                                                             free["difference_low"], free["difference_high"],
                                                             strict=True)]
         share = [f"{100 * f:.0f} %" if f == f else "not defined" for f in free["free_fraction"]]
-        frame = _thousandths(free, "accuracy", "full_accuracy", "baseline").assign(free=share, interval=interval)[
-            ["task", "num_fewshot", "component", "free", "removed", "parameters_removed", "accuracy", "interval",
-             "full_accuracy", "baseline"]]
+        at_most = [f"{100 * f:.0f} %" if f == f else "" for f in free["free_high"]]
+        frame = _thousandths(free, "accuracy", "full_accuracy", "baseline").assign(
+            free=share, interval=interval, at_most=at_most)[
+            ["task", "num_fewshot", "component", "free", "at_most", "removed", "parameters_removed", "accuracy",
+             "interval", "full_accuracy", "baseline"]]
         yield Table("Free fractions", "The largest share that can go while a loss of the margin or more is ruled out "
-                    "at every step; accuracy there, and the 95 % interval of its difference to the full model in "
-                    "points; 'unchanged' where no document changed, so that there is no interval and a change in "
+                    "at every step; endless documents might show more, up to 'at most' (both are the ends of a 95 % "
+                    "interval). Accuracy at the free share, and the 95 % interval of its difference to the full model "
+                    "in points; 'unchanged' where no document changed, so that there is no interval and a change in "
                     "about 3 of n documents may go unseen. Baseline: chance, or the best constant answer; not defined "
                     "where the full model's "
                     "accuracy is not shown to be above it.", _plain_columns(frame))
@@ -226,7 +230,7 @@ def _provenance(study: Study) -> Iterator[tuple[str, str]]:
     yield "masks", description.get("masks", "one forward pass each")
     if budget := description.get("budget"):
         yield "rows and batches", _plain(budget)
-    for task, known in study.tasks.items():
+    for task, known in (study.tasks | study.description.get("unseen", {})).items():
         yield f"task: {task}", (f"documents {known['fingerprint']}; {known['documents'] or 'none'} evaluated, "
                                 f"{known['examples'] or 'none'} for importance; metric {known['metric']}")
     yield "options", ", ".join(f"{k} = {_plain(v)}" for k, v in spec.items() if v is not None)
