@@ -33,9 +33,9 @@ import torch
 from accelerate import dispatch_model
 from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 from torch import Tensor
 
+from headcount import ranks
 from headcount.errors import ModelError, OptionError
 from headcount.measure.copying import Reading, paper_copying, sound_copying
 from headcount.measure.forward import Progress
@@ -311,10 +311,7 @@ def split_half(halves: Float[np.ndarray, "2 head"]) -> float:
 
     NaN where a half is empty or has a single value.
     """
-    if not np.isfinite(halves).all() or np.ptp(halves, axis=1).min() == 0:
-        return float("nan")
-    r = float(np.corrcoef(rankdata(halves, axis=1))[0, 1])
-    return 2 * r / (1 + abs(r))
+    return ranks.reliability(ranks.spearman(*halves))
 
 
 def randomised(loaded: LoadedModel, seed: int = 0, names: Names | None = None) -> LoadedModel:

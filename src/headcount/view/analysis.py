@@ -17,7 +17,7 @@ import pandas as pd
 
 from headcount import stats
 from headcount.errors import StudyError
-from headcount.ledger import Ledger
+from headcount.ledger import Entry, Ledger
 from headcount.view.curves import curve_points, curve_table, free_table
 from headcount.view.joint import grid_table, transfer_table
 from headcount.view.points import MEAN, Points, groups
@@ -210,34 +210,29 @@ class Study:
         """From which score on a head is high on a primitive; NaN where that hangs on a control that is not there."""
         copying = self.spec["copying_threshold"]
         if copying is None:
-            control = [e.table["copying"].max() for e in self._ledger.entries("induction")
-                       if e.job["weights"] == "random"]
-            copying = max(control, default=float("nan"))
+            control = self._induction_entries.get("random")
+            copying = float("nan") if control is None else control.table["copying"].max()
         return {"prefix_matching": float(self.spec["prefix_threshold"]), "copying": float(copying)}
 
     @functools.cached_property
     def induction_notes(self) -> dict[str, Any]:
         """What else is known of the induction scores: reliability, lengths, sequences, notes; empty without them."""
-        found = [e.info for e in self._ledger.entries("induction") if e.job["weights"] == "trained"]
-        return dict(max(found, key=lambda info: info["sequences"])) if found else {}
+        found = self._induction_entries.get("trained")
+        return dict(found.info) if found is not None else {}
 
     def degenerate(self) -> pd.DataFrame:
         """What says little: one row per reason. Columns: task; num_fewshot; reason."""
+        low = self._curves.drop_duplicates(["task", "num_fewshot"]).set_index(["task", "num_fewshot"])["low"]
         rows = [{"task": task, "num_fewshot": k, "reason": reason}
                 for (task, k), full in groups(self._full_models, "task", "num_fewshot")
                 for reason in stats.degenerate(
                     full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(), full["gold"].to_numpy(),
                     full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(),
-                    low=float(self._low(str(task), int(k))))]
+                    low=float(low.loc[task, k]))]
         layers = len(self.description["anatomy"]["heads_per_layer"])
         rows += [{"task": task, "num_fewshot": k, "reason": reason} for (task, k), n in self.distinct_values.items()
                  for reason in stats.few_distinct(n, layers)]
         return pd.DataFrame(rows, columns=["task", "num_fewshot", "reason"])
-
-    def _low(self, task: str, k: int) -> float:
-        points = self._points[k][task]
-        samples = stats.resampled_means(points.full[None], clusters=points.passages, seed=points.seed)
-        return float(stats.interval(samples)[0][0])
 
     @functools.cached_property
     def _full_models(self) -> pd.DataFrame:
@@ -253,14 +248,16 @@ class Study:
         return retained_table(self._importance, self.ordering_scores["head"], self._induction, self.spec["seed"])
 
     @functools.cached_property
+    def _induction_entries(self) -> dict[str, Entry]:
+        """By weights; of several numbers of texts the most."""
+        found = sorted(self._ledger.entries("induction"), key=lambda entry: entry.info["sequences"])
+        return {entry.job["weights"]: entry for entry in found}
+
+    @functools.cached_property
     def _induction(self) -> pd.DataFrame:
         columns = ["layer", "head", "prefix_matching", "copying", "previous_token", "ov_copying", "induction",
                    "weights", "protocol", "sequences"]
-        chosen: dict[str, Any] = {}
-        for entry in self._ledger.entries("induction"):  # of several numbers of texts the most
-            known = chosen.get(entry.job["weights"])
-            if known is None or known.info["sequences"] < entry.info["sequences"]:
-                chosen[entry.job["weights"]] = entry
+        chosen = self._induction_entries
         if not chosen:
             return pd.DataFrame(columns=columns)
         table = pd.concat([entry.table.assign(weights=weights, protocol=entry.job["protocol"],

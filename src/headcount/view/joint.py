@@ -109,15 +109,14 @@ def _transfer_rows(
     own = None if unseen else (OWN, fraction)
     if not unseen and not all(own in t.values for t in tasks):
         return []
-    donors = dict.fromkeys(donor for t in tasks for donor, f in t.values if f == fraction)
-    rows = []
-    for key in (None, *((donor, fraction) for donor in donors)):
+    keys = [None, *dict.fromkeys(key for t in tasks for key in t.values if key[1] == fraction)]
+    shared = [key for key in keys if key is None or all(key in t.values for t in tasks)]
+    found, _ = compared(tasks, shared, to=own)
+    for key in (key for key in keys if key not in shared):
         # A task is no donor to itself: on the mean it is one to all others.
-        members = [t for t in tasks if key is None or key in t.values]
-        found, _ = compared(members, [key], to=own)
-        rows.append({"task": task, "num_fewshot": k, "component": component, "donor": key[0] if key else "none",
-                     "fraction": fraction if key else 0.0, **vars(found[key]), "unseen": unseen})
-    return rows
+        found |= compared([t for t in tasks if key in t.values], [key], to=own)[0]
+    return [{"task": task, "num_fewshot": k, "component": component, "donor": key[0] if key else "none",
+             "fraction": fraction if key else 0.0, **vars(found[key]), "unseen": unseen} for key in keys]
 
 
 def _fewest_documents(rows: pd.DataFrame) -> pd.DataFrame:
