@@ -227,12 +227,14 @@ def _measured(spec: StudySpec, part: str) -> Iterator[Path]:
 
 def _report(folder: Path) -> None:
     from headcount import terminal
+    from headcount.view.analysis import open_study
     from headcount.view.report import write_report
 
+    study = open_study(folder)  # once: what it works out serves the report and the summary
     with terminal.reporter() as reporter:
         reporter.stage("writing the report")
-        path = write_report(folder, lambda done, total: reporter.stage("drawing figures", done, total))
-    terminal.print_summary(folder, path)
+        path = write_report(study, lambda done, total: reporter.stage("drawing figures", done, total))
+    terminal.print_summary(study, path)
 
 
 def _command() -> str:

