@@ -109,12 +109,13 @@ def oracles(loaded: LoadedModel, data: Path, limit: int = 40) -> list[Row]:
     layers, heads = loaded.anatomy.num_layers, loaded.anatomy.heads_per_layer[0]
     rows = []
     sweep_contract(loaded)
-    for name, num_fewshot, masks in (
-        ("all FFNs", 5, [full.without_ffns([layer]) for layer in range(layers)]),
-        ("all heads", 0, [full.without_heads([(i, h)]) for i in range(layers) for h in range(heads)]),
+    ffns = [full.without_ffns([layer]) for layer in range(layers)]
+    single = [full.without_heads([(i, h)]) for i in range(layers) for h in range(heads)]
+    # All heads of long prompts are too much to be timed here.
+    for name, task, num_fewshot, documents, masks in (
+        ("all FFNs", "hellaswag", 5, limit, ffns), ("all heads", "copa", 0, limit // 2, single),
+        ("all heads", "copa", 5, limit // 4, single),
     ):
-        # All heads of 5-shot prompts are too long to be timed here.
-        task, documents = ("hellaswag", limit) if num_fewshot else ("copa", limit // 2)
         prepared = prepare(loaded, get_tasks([task], data=data)[task], num_fewshot=num_fewshot, limit=documents)
         evaluation = wall = passes = 0.0
         for batch in prepared.batches:  # in turns, since a shared machine's speed drifts within minutes
@@ -181,9 +182,10 @@ def demo(loaded: LoadedModel, data: Path) -> list[Row]:
     del data
     with tempfile.TemporaryDirectory() as folder:
         before = _gflops(loaded)
-        wall, _ = _timed(lambda: subprocess.run([sys.executable, "-m", "headcount", "demo", "--out", f"{folder}/demo"],
-                                                check=True, capture_output=True))
+        wall = _command("demo", "--out", f"{folder}/demo")
         after = _gflops(loaded)
+        starting = _command("demo", "--out", f"{folder}/another", "--dry-run")
+        report = _command("report", f"{folder}/demo")
         kinds: dict[str, tuple[int, float, int]] = {}
         work = 0.0
         for entry in Ledger(Path(folder) / "demo").entries():
@@ -191,8 +193,15 @@ def demo(loaded: LoadedModel, data: Path) -> list[Row]:
             n, seconds, tokens = kinds.get(kind, (0, 0.0, 0))
             kinds[kind] = (n + 1, seconds + entry.info["seconds"], tokens + entry.info.get("layer_tokens", 0))
             work += _operations(loaded, entry.info)
-    return [{"wall": wall, "measuring": sum(s for _, s, _ in kinds.values()), "kinds": kinds,
+    return [{"wall": wall, "measuring": sum(s for _, s, _ in kinds.values()), "kinds": kinds, "starting": starting,
+             "report": report,
              "gflops": (before, after), "floor": work / 1e9 / ((before + after) / 2)}]
+
+
+def _command(*arguments: str) -> float:
+    """Seconds that a process of headcount's takes."""
+    return _timed(lambda: subprocess.run([sys.executable, "-m", "headcount", *arguments], check=True,
+                                         capture_output=True))[0]
 
 
 def _kind(job: Job) -> str:

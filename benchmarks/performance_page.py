@@ -38,8 +38,8 @@ def _goals(kept: dict[str, list[Row]]) -> str:
                r["gradient"] / r["forward"], 2.3, "at most") for r in kept.get("importance", [])]
     for r in kept.get("oracles", []):
         goal = 0.55 * r["layers"] if r["masks"] == r["layers"] else 0.6 * r["masks"] * (1 + 1 / r["layers"])
-        found.append((f"oracle of {r['what']} / one evaluation, wall time", r["wall"] / r["evaluation"], goal,
-                      "at most"))
+        found.append((f"oracle of {r['what']} / one evaluation, wall time; {r['task']}, {r['num_fewshot']} shots",
+                      r["wall"] / r["evaluation"], goal, "at most"))
         if r["masks"] == r["layers"]:
             found.append(("layer-tokens of the same / one forward's", r["passes"], (r["layers"] + 1) / 2, "at most"))
     if rows := kept.get("scaling"):
@@ -135,12 +135,15 @@ def _scaling(rows: list[Row]) -> str:
 
 def _demo(rows: list[Row]) -> str:
     (r,) = rows
+    work = r["floor"] * sum(r["gflops"]) / 2e3
     kinds = [f"| {kind} | {n} | {seconds:.0f} | {tokens:,} |" for kind, (n, seconds, tokens) in r["kinds"].items()]
     return "\n".join([
         "## The demo", "", f"`headcount demo` in an empty folder: {r['wall']:.0f} s in all, {r['measuring']:.0f} s of "
         f"them measuring; matrix products of this model's shape ran at {r['gflops'][0]:.0f} GFLOP/s before and "
-        f"{r['gflops'][1]:.0f} after. The blocks' matrix products alone, at that speed, take {r['floor']:.0f} s of the "
-        "evaluations' time; gradients, the output layer and attention come on top.", "",
+        f"{r['gflops'][1]:.0f} after. The blocks' matrix products of the evaluations are {work:.0f} TFLOP, which take "
+        f"{r['floor']:.0f} s at that speed; gradients, the output layer and attention come on top. By themselves, "
+        f"everything before the first job (`--dry-run`: loading, proofs, planning) takes {r['starting']:.0f} s, and "
+        f"`headcount report` {r['report']:.0f} s.", "",
         "| jobs | how many | seconds | layer-tokens |", "|---|--:|--:|--:|", *kinds, ""])
 
 

@@ -27,6 +27,7 @@ from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.measure.packing import Batch, halves
 from headcount.model.contracts import ContractResult, verify_sweep
+from headcount.model.devices import on_device
 from headcount.model.gates import ablated
 from headcount.model.load import LoadedModel
 from headcount.model.sweep import Sweep
@@ -175,22 +176,21 @@ def _places(
 ) -> tuple[Int[Tensor, " place"], Int[Tensor, " place"], Int[np.ndarray, " target"]]:
     """Rows and positions whose logits are wanted, and each target's among them: one-token options share one."""
     places, which = np.unique(np.stack([batch.rows, batch.positions]), axis=1, return_inverse=True)
-    rows, positions = (torch.from_numpy(p).to(device) for p in places)
+    rows, positions = (on_device(p, device) for p in places)
     return rows, positions, which.reshape(-1)
 
 
 def _of_targets(
     logits: Float[Tensor, "place vocabulary"], batch: Batch, which: Int[np.ndarray, " target"]
 ) -> Targets:
-    targets = torch.from_numpy(batch.targets).to(logits.device)
-    index = torch.from_numpy(which).to(logits.device)
+    targets, index = on_device(batch.targets, logits.device), on_device(which, logits.device)
     found = torch.empty(len(targets), device=logits.device)
     best = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     # A few places at a time: all of them in float32, and exponentiated, would take twice the logits' memory.
     size = max(1, _EXPONENTIATED.get(logits.device.type, 2**26) // logits.shape[1])
     for start in range(0, len(logits), size):
         part, mine = logits[start : start + size], np.flatnonzero((which >= start) & (which < start + size))
-        own = torch.from_numpy(mine).to(logits.device)
+        own = on_device(mine, logits.device)
         found[own] = part.float().log_softmax(-1)[index[own] - start, targets[own]]
         best[start : start + size] = part.max(-1).indices
     return found, (best[index] == targets).long()
@@ -201,11 +201,11 @@ def model_inputs(
 ) -> dict[str, Tensor | dict[str, Tensor]]:
     """The model's keyword arguments for a batch: ids, and the mask that its rows need."""
     device = loaded.device
-    ids = torch.from_numpy(batch.ids).to(device)
+    ids = on_device(batch.ids, device)
     if not batch.is_tree:
-        real = torch.arange(ids.shape[1])[None] < torch.from_numpy(batch.lengths)[:, None]
-        return {"input_ids": ids, "attention_mask": real.long().to(device)}
-    depths = torch.from_numpy(batch.depths).to(device)
+        real = np.arange(ids.shape[1])[None] < batch.lengths[:, None]
+        return {"input_ids": ids, "attention_mask": on_device(real.astype(np.int64), device)}
+    depths = on_device(batch.depths, device)
     masks = {kind: _additive(allowed, loaded.model.dtype) for kind, allowed in _allowed(loaded, batch, depths).items()}
     whole = masks["full_attention"]
     # A model has one window for all its layers, or types of layers that it names.
@@ -218,7 +218,7 @@ def _allowed(
     loaded: LoadedModel, batch: Batch, depths: Int[Tensor, "batch pos"]
 ) -> dict[str, Bool[Tensor, "batch pos pos"]]:
     """Which positions see which, by transformers' name of the type of attention."""
-    ends = torch.from_numpy(batch.ends).to(depths.device)
+    ends = on_device(batch.ends, depths.device)
     index = torch.arange(depths.shape[1], device=depths.device)
     tree = (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < ends[:, None, :])
     config = loaded.model.config.get_text_config()

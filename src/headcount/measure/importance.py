@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headcount.errors import ModelError, OptionError
@@ -37,6 +37,7 @@ from headcount.measure.packing import Batch, Budget, batches, pack
 from headcount.measure.passages import halves, resampled
 from headcount.measure.scoring import evaluate
 from headcount.measure.tasks import LM_EVAL_SEED, Split, Task
+from headcount.model.devices import on_device
 from headcount.model.gates import captured, frozen
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations, Importance, Score
@@ -152,45 +153,48 @@ def example_scores(
     budget = budget or budget_of(loaded)
     packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
     with frozen(loaded.model):
+        measured = []
         for batch, scores in in_memory(packed, lambda batch: _batch_scores(loaded, batch)):
-            examples = batch.requests[np.unique(batch.rows, return_index=True)[1]]
-            heads[:, examples], ffns[:, examples] = scores
-            if not np.isfinite(heads[:, examples]).all() or not np.isfinite(ffns[:, examples]).all():
-                raise ModelError(f"gradients overflow in {str(loaded.model.dtype).removeprefix('torch.')}; use --dtype "
-                                 "bfloat16 or float32")
+            measured.append((batch.requests[np.unique(batch.rows, return_index=True)[1]], scores))
             if progress is not None:
                 progress(batch.tokens)
+    # Only now copied to the host: each copy waits for the device.
+    for examples, (of_heads, of_ffns) in measured:
+        heads[:, examples], ffns[:, examples] = of_heads.double().cpu().numpy(), of_ffns.double().cpu().numpy()
+    if not np.isfinite(heads).all() or not np.isfinite(ffns).all():
+        raise ModelError(f"gradients overflow in {str(loaded.model.dtype).removeprefix('torch.')}; use --dtype "
+                         "bfloat16 or float32")
     return heads, ffns
 
 
 def _batch_scores(
     loaded: LoadedModel, batch: Batch
-) -> tuple[Float[np.ndarray, "score example head"], Float[np.ndarray, "score example ffn"]]:
-    device = loaded.device
-    rows, positions = torch.from_numpy(batch.rows).to(device), torch.from_numpy(batch.positions).to(device)
+) -> tuple[Float[Tensor, "score example head"], Float[Tensor, "score example ffn"]]:
+    rows, positions = on_device(batch.rows, loaded.device), on_device(batch.positions, loaded.device)
     with torch.enable_grad(), captured(loaded.anatomy, gradients=True) as found, scored_only(loaded, rows, positions):
         logits = loaded.model(**model_inputs(loaded, batch), use_cache=False).logits[0].float()
-        targets = torch.from_numpy(batch.targets).to(logits.device)
+        targets = on_device(batch.targets, logits.device)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         # Mean over each example's targets, then the sum over examples: rows do not touch one another.
-        weights = 1 / torch.from_numpy(np.bincount(batch.rows)[batch.rows]).to(losses)
+        weights = 1 / on_device(np.bincount(batch.rows)[batch.rows], losses.device).to(losses)
         gradients = torch.autograd.grad((losses * weights).sum(), [*found.heads, *found.ffns])
-    real = torch.arange(batch.ids.shape[1])[None] < torch.from_numpy(batch.lengths)[:, None]
+    real = np.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
     products = [(z.detach().float() * g.float()).sum(-1) for z, g in
                 zip([*found.heads, *found.ffns], gradients, strict=True)]
     layers = len(found.heads)
-    heads = [_reduce(p, real) for p in products[:layers]]
-    ffns = [_reduce(p[..., None], real) for p in products[layers:]]
-    return torch.cat(heads, -1).numpy(), torch.cat(ffns, -1).numpy()
+    # Where layers lie on several devices, the scores are brought together on the last one.
+    heads = [_reduce(p, real).to(logits.device) for p in products[:layers]]
+    ffns = [_reduce(p[..., None], real).to(logits.device) for p in products[layers:]]
+    return torch.cat(heads, -1), torch.cat(ffns, -1)
 
 
 def _reduce(
-    products: Float[Tensor, "batch pos component"], real: Tensor
+    products: Float[Tensor, "batch pos component"], real: Bool[np.ndarray, "batch pos"]
 ) -> Float[Tensor, "score batch component"]:
-    weight = real.to(products)[..., None]
+    weight = on_device(real, products.device).to(products)[..., None]
     position = (products.abs() * weight).sum(1) / weight.sum(1)
     example = (products * weight).sum(1).abs()
-    return torch.stack([position, example]).double().cpu()
+    return torch.stack([position, example])
 
 
 def oracle_importance(

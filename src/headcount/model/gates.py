@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy
+from headcount.model.devices import on_device
 
 
 @contextlib.contextmanager
@@ -104,12 +105,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _head_gate(removed: Bool[np.ndarray, " features"]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    gate = torch.from_numpy(removed)
-
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal gate
-        gate = gate.to(args[0].device)
-        return (args[0].masked_fill(gate, 0), *args[1:])
+        return (args[0].masked_fill(on_device(removed, args[0].device), 0), *args[1:])
 
     return hook
 

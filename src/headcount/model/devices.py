@@ -1,0 +1,19 @@
+"""Arrays onto a device without waiting for it.
+
+A copy from ordinary memory to a GPU waits until all that the GPU was given before is done. From pinned memory it takes
+its place in the queue, so that batches, gates and indices of scored positions follow one another without a gap.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor on a device; the array must not be written to afterwards."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
