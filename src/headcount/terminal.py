@@ -260,8 +260,8 @@ def print_summary(study: Study, report: Path) -> None:
 
 
 def _print_agreement(study: Study) -> None:
-    names = {"accuracy": "accuracy", "gold_loglikelihood": "log-likelihood"}
-    table = _table("gradient score", "what is lost", "task", "shots|r", "Spearman|r", "95 % interval|r", "heads|r")
+    names = {"accuracy": "accuracy", "gold_loglikelihood": "log-lik."}  # short, for 80 columns
+    table = _table("score", "lost", "task", "shots|r", "Spearman|r", "95 % interval|r", "heads|r")
     for row in study.agreement().query("component == 'head'").to_dict("records"):
         known = row["correlation"] == row["correlation"]
         table.add_row(row["score"], names[row["oracle"]], row["task"], str(row["num_fewshot"]),
