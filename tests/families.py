@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+from headcount.model.anatomy import find_anatomy
+from headcount.model.contracts import ContractResult, verify_sweep
+from headcount.model.load import LoadedModel, wrap
 
 VOCAB = 96
 _BASE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -193,6 +198,40 @@ def reader() -> PreTrainedTokenizerBase:
     model.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                                    unk_token="<unk>", model_max_length=64)
+
+
+def kernels(family: str) -> list[str]:
+    """What the family's attention can be computed with."""
+    model, found = tiny(family), []
+    for kernel in ("sdpa", "eager"):
+        try:
+            model.set_attn_implementation(kernel)
+        except ValueError:
+            continue
+        found += [kernel] if model.config._attn_implementation == kernel else []
+    return found
+
+
+def with_kernel(family: str, kernel: str) -> LoadedModel:
+    """A tiny model with that attention."""
+    model = tiny(family)
+    model.set_attn_implementation(kernel)
+    return wrap(model, reader(), name=family)
+
+
+@functools.cache
+def probed(family: str, kernel: str) -> LoadedModel:
+    """One for all tests that only ask for its layout, which is then probed once."""
+    return with_kernel(family, kernel)
+
+
+@functools.cache
+def third_contract(family: str) -> ContractResult:
+    """Contract 3 on a tiny model, tested once."""
+    model = tiny(family)
+    result = verify_sweep(model, find_anatomy(model))
+    assert not any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return result
 
 
 def hybrid(kind: str) -> PreTrainedModel:

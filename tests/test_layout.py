@@ -10,30 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from families import FAMILIES, SINGLE_ROWS, VOCAB, reader, tiny
+from families import FAMILIES, SINGLE_ROWS, VOCAB, kernels, probed, reader, tiny, with_kernel
 from headcount.measure.encoding import Request
 from headcount.measure.forward import loglikelihood
 from headcount.measure.layout import layout, probe
 from headcount.measure.packing import Budget, batches, pack
-from headcount.model.load import LoadedModel, wrap
-
-
-def kernels(family: str) -> list[str]:
-    """What the family's attention can be computed with."""
-    model, found = tiny(family), []
-    for kernel in ("sdpa", "eager"):
-        try:
-            model.set_attn_implementation(kernel)
-        except ValueError:
-            continue
-        found += [kernel] if model.config._attn_implementation == kernel else []
-    return found
-
-
-def with_kernel(family: str, kernel: str) -> LoadedModel:
-    model = tiny(family)
-    model.set_attn_implementation(kernel)
-    return wrap(model, reader(), name=family)
+from headcount.model.load import wrap
 
 
 def documents(rng: np.random.Generator) -> list[list[Request]]:
@@ -51,8 +33,8 @@ def documents(rng: np.random.Generator) -> list[list[Request]]:
 def test_trees_are_used_where_they_are_right(family: str) -> None:
     assert kernels(family)
     for kernel in kernels(family):
-        loaded = with_kernel(family, kernel)
-        config = loaded.model.config.to_dict()
+        loaded = probed(family, kernel)
+        config = with_kernel(family, kernel).model.config.to_dict()
         found = layout(loaded)
         assert found.trees == (family not in SINGLE_ROWS), f"{kernel}: {found}"
         assert loaded.model.config.to_dict() == config, "the probe's short windows are gone"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from families import FAMILIES, tokens
+from families import FAMILIES, third_contract, tokens
 from families import tiny as family_model
 from headcount.masks import Mask, all_heads, blocks_run, prune, random_order
 from headcount.measure import forward
@@ -20,7 +20,7 @@ from headcount.measure.forward import sweep_contract
 from headcount.measure.scoring import evaluate
 from headcount.measure.tasks import Task, get_tasks
 from headcount.model.anatomy import Anatomy, find_anatomy
-from headcount.model.contracts import ContractResult, verify_sweep
+from headcount.model.contracts import ContractResult
 from headcount.model.gates import ablated
 from headcount.model.sweep import Sweep
 
@@ -68,7 +68,7 @@ def test_the_sweep_is_one_forward_pass_per_mask(family: str) -> None:
             expected = model(**inputs(), use_cache=False).logits[ROWS, POSITIONS]
         torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert sweep.layer_tokens == 18 * blocks_run(masks)
-    assert verify_sweep(model, anatomy).holds
+    assert third_contract(family).holds
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -14,12 +14,11 @@ import transformers
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_ROOT / "tests"))
 
-from families import FAMILIES, HYBRIDS, UNFIT, hybrid, reader, tiny
+from families import FAMILIES, HYBRIDS, UNFIT, hybrid, kernels, probed, third_contract, tiny
 from headcount.errors import ModelError
-from headcount.measure.layout import Layout, probe
+from headcount.measure.layout import Layout, layout
 from headcount.model.anatomy import Anatomy, find_anatomy
-from headcount.model.contracts import verify, verify_sweep
-from headcount.model.load import wrap
+from headcount.model.contracts import verify
 
 _CONTRACTS = ("identity", "head slice", "sweep")
 _HEAD = """\
@@ -60,7 +59,7 @@ def rows() -> list[str]:
     for family in FAMILIES:
         model = tiny(family)
         anatomy = find_anatomy(model)
-        results = [*verify(model), verify_sweep(model, anatomy)]
+        results = [*verify(model), third_contract(family)]
         contracts = ", ".join(name for name, result in zip(_CONTRACTS, results, strict=True) if result.holds)
         heads, groups = (" + ".join(map(str, counts)) for counts in (
             anatomy.heads_per_layer, [part.num_kv_heads for part in anatomy.layers]))
@@ -99,15 +98,7 @@ def _ffns(anatomy: Anatomy) -> str:
 
 
 def _prompts(family: str, kernel: str) -> str:
-    model = tiny(family)
-    try:
-        model.set_attn_implementation(kernel)
-    except ValueError:
-        return ""
-    if model.config._attn_implementation != kernel:
-        return ""
-    found = probe(wrap(model, reader()))
-    return _told(found)
+    return _told(layout(probed(family, kernel))) if kernel in kernels(family) else ""
 
 
 def _told(found: Layout) -> str:
