@@ -92,8 +92,13 @@ class Ledger:
         arrow = pa.Table.from_pandas(table, preserve_index=False)
         text = json.dumps({"format": FORMAT, "job": dict(job), "info": dict(info)})
         path = self.path(job)
-        with _replacing(path, unless=lambda: self.has(job)) as temporary:
-            pq.write_table(arrow.replace_schema_metadata({"headcount": text}), temporary, compression="zstd")
+        with (
+            _replacing(path, unless=lambda: self.has(job)) as temporary,
+            # Arrow's own schema would hold the text, often longer than the table, a second time.
+            pq.ParquetWriter(temporary, arrow.schema.remove_metadata(), compression="zstd", store_schema=False) as file,
+        ):
+            file.write_table(arrow.replace_schema_metadata(None))
+            file.add_key_value_metadata({"headcount": text})
 
     def read(self, job: Job) -> Entry:
         """The entry of a job that is done.
