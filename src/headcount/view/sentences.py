@@ -163,5 +163,6 @@ def cautions(study: Study) -> Iterator[str]:
     yield from truncations(study)
     unchanged = study.curves().query("fraction > 0 and changed == 0")
     if len(unchanged):
-        yield (f"At {len(unchanged)} points of curves no document changed; their intervals of the difference have no "
-               "width, though a change in about 3 of n documents may go unseen.")
+        points = "1 point" if len(unchanged) == 1 else f"{len(unchanged)} points"
+        yield (f"At {points} of curves no document changed; intervals of the difference have no width there, though a "
+               "change in about 3 of n documents may go unseen.")
