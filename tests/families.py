@@ -200,6 +200,7 @@ def reader() -> PreTrainedTokenizerBase:
                                    unk_token="<unk>", model_max_length=64)
 
 
+@functools.cache
 def kernels(family: str) -> list[str]:
     """What the family's attention can be computed with."""
     model, found = tiny(family), []

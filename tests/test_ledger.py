@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -28,6 +29,22 @@ def test_an_entry_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert (entry.job, entry.info) == (JOB, {"seconds": 1.5})
     assert [e.job for e in ledger.entries("evaluation")] == [JOB]
     assert list(ledger.entries("importance")) == []
+    assert list(ledger.descriptions()) == list(ledger.descriptions("evaluation")) == [(JOB, {"seconds": 1.5})]
+    assert list(ledger.descriptions("importance")) == []
+
+
+def test_a_description_is_written_once_and_tables_keep_their_types(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    rng = np.random.default_rng(0)
+    info = {"masks": [rng.bytes(50_000).hex()]}
+    table = pd.DataFrame({"score": ["position", "example"], "layer": [0, 1], "importance": [0.5, np.nan],
+                          "hit": [True, False], "resampled": list(rng.integers(-127, 128, (2, 200), np.int8))})
+    ledger.write(JOB, table, info)
+    assert ledger.path(JOB).stat().st_size < 110_000
+    found = ledger.read(JOB)
+    pd.testing.assert_frame_equal(found.table, table)
+    assert found.table["resampled"][0].dtype == np.int8
+    assert found.info == info
 
 
 def test_names_hang_on_content_not_on_order() -> None:

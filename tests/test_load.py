@@ -24,6 +24,7 @@ from families import CORE, tiny, tokens
 from headcount.errors import HeadcountError, ModelError, OptionError
 from headcount.model.contracts import verify
 from headcount.model.fingerprint import fingerprint
+from headcount.model.gguf import read_once
 from headcount.model.load import load, wrap
 
 
@@ -240,3 +241,22 @@ def test_the_identity_hangs_on_the_tokenizer_too():
     assert wrap(model, templated).identity == wrap(model, plain).identity, "it is not used"
     assert (dataclasses.replace(wrap(model, templated), apply_chat_template=True).identity
             != wrap(model, plain).identity)
+
+
+def test_a_gguf_file_is_read_once_while_a_model_is_loaded(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    plain = gguf.GGUFReader, gguf.get_tensor_name_map
+    with read_once(path) as note:
+        assert note == "weights dequantised from Q4_1"
+        assert gguf.GGUFReader(str(path)) is gguf.GGUFReader(str(path))
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == plain
+    with pytest.raises(ZeroDivisionError), read_once(path):
+        raise ZeroDivisionError
+    assert plain == (gguf.GGUFReader, gguf.get_tensor_name_map)

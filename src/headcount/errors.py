@@ -27,3 +27,9 @@ class OptionError(HeadcountError):
 
 class StudyError(HeadcountError):
     """The study folder belongs to another study, or an entry in it is damaged."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the error's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

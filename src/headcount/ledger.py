@@ -110,9 +110,18 @@ class Ledger:
 
     def entries(self, kind: str | None = None) -> Iterator[Entry]:
         """All entries, or those of one kind, by file name; those that another version wrote are passed over."""
-        for path in sorted(self.entries_folder.glob(f"{kind or '*'}-*.parquet")):
+        for path in self._paths(kind):
             if (entry := _read(path)).format == FORMAT:
                 yield entry
+
+    def descriptions(self, kind: str | None = None) -> Iterator[tuple[Job, Mapping[str, Any]]]:
+        """Job and info of the same entries; their tables, which may be large, are not read."""
+        for path in self._paths(kind):
+            if (entry := _read(path, columns=[])).format == FORMAT:
+                yield entry.job, entry.info
+
+    def _paths(self, kind: str | None) -> list[Path]:
+        return sorted(self.entries_folder.glob(f"{kind or '*'}-*.parquet"))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one of the folder's JSON files, replacing an older one in one step."""
@@ -160,12 +169,12 @@ def _replacing(path: Path, unless: Callable[[], bool] = lambda: False) -> Iterat
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Entry:
+def _read(path: Path, columns: list[str] | None = None) -> Entry:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, columns=columns)
         content = json.loads(table.schema.metadata[b"headcount"])
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise StudyError(f"the entry {path} is damaged; delete that file and run the same command again") from error

@@ -38,6 +38,14 @@ def has_split(folder: Path, split: str) -> bool:
     return (folder / f"{split}.jsonl").is_file()
 
 
+def bare_splits(place: Path) -> dict[str, str | None]:
+    """lm-eval's names of splits; a single file is the evaluated one, whose shots are its other documents."""
+    has = {s: has_split(place, s) for s in SPLIT_FILES}
+    return {"training_split": "train" if has["train"] else None,
+            "validation_split": "validation" if has["validation"] or place.is_file() else None,
+            "test_split": "test" if has["test"] else None}
+
+
 def check_place(place: Path, name: str) -> None:
     """Refuse a folder without documents to evaluate on.
 

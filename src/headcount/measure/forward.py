@@ -184,16 +184,11 @@ def _of_targets(
     logits: Float[Tensor, "place vocabulary"], batch: Batch, which: Int[np.ndarray, " target"]
 ) -> Targets:
     targets, index = on_device(batch.targets, logits.device), on_device(which, logits.device)
-    found = torch.empty(len(targets), device=logits.device)
-    best = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     # A few places at a time: all of them in float32, and exponentiated, would take twice the logits' memory.
-    size = max(1, _EXPONENTIATED.get(logits.device.type, 2**26) // logits.shape[1])
-    for start in range(0, len(logits), size):
-        part, mine = logits[start : start + size], np.flatnonzero((which >= start) & (which < start + size))
-        own = on_device(mine, logits.device)
-        found[own] = part.float().log_softmax(-1)[index[own] - start, targets[own]]
-        best[start : start + size] = part.max(-1).indices
-    return found, (best[index] == targets).long()
+    parts = torch.split(logits, max(1, _EXPONENTIATED.get(logits.device.type, 2**26) // logits.shape[1]))
+    normaliser = torch.cat([part.float().logsumexp(-1) for part in parts])
+    best = torch.cat([part.argmax(-1) for part in parts])
+    return logits[index, targets].float() - normaliser[index], (best[index] == targets).long()
 
 
 def model_inputs(

@@ -178,20 +178,21 @@ def _batch_scores(
         # Mean over each example's targets, then the sum over examples: rows do not touch one another.
         weights = 1 / on_device(np.bincount(batch.rows)[batch.rows], losses.device).to(losses)
         gradients = torch.autograd.grad((losses * weights).sum(), [*found.heads, *found.ffns])
-    real = np.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
+    mask = np.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
+    real = functools.cache(functools.partial(on_device, mask))
     products = [(z.detach().float() * g.float()).sum(-1) for z, g in
                 zip([*found.heads, *found.ffns], gradients, strict=True)]
     layers = len(found.heads)
     # Where layers lie on several devices, the scores are brought together on the last one.
-    heads = [_reduce(p, real).to(logits.device) for p in products[:layers]]
-    ffns = [_reduce(p[..., None], real).to(logits.device) for p in products[layers:]]
+    heads = [_reduce(p, real(p.device)).to(logits.device) for p in products[:layers]]
+    ffns = [_reduce(p[..., None], real(p.device)).to(logits.device) for p in products[layers:]]
     return torch.cat(heads, -1), torch.cat(ffns, -1)
 
 
 def _reduce(
-    products: Float[Tensor, "batch pos component"], real: Bool[np.ndarray, "batch pos"]
+    products: Float[Tensor, "batch pos component"], real: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "score batch component"]:
-    weight = on_device(real, products.device).to(products)[..., None]
+    weight = real.to(products)[..., None]
     position = (products.abs() * weight).sum(1) / weight.sum(1)
     example = (products * weight).sum(1).abs()
     return torch.stack([position, example])

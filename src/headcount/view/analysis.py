@@ -250,15 +250,8 @@ class Study:
     @functools.cached_property
     def _induction_entries(self) -> dict[str, Entry]:
         """By weights; of several numbers of texts the most."""
-        found = sorted(self._entries("induction"), key=lambda entry: entry.info["sequences"])
+        found = sorted(self._ledger.entries("induction"), key=lambda entry: entry.info["sequences"])
         return {entry.job["weights"]: entry for entry in found}
-
-    @functools.cached_property
-    def _all_entries(self) -> tuple[Entry, ...]:
-        return tuple(self._ledger.entries())
-
-    def _entries(self, kind: str) -> list[Entry]:
-        return [entry for entry in self._all_entries if entry.job["kind"] == kind]
 
     @functools.cached_property
     def _induction(self) -> pd.DataFrame:
@@ -278,7 +271,7 @@ class Study:
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
         frames = []
-        for number, entry in enumerate(self._entries("evaluation")):
+        for number, entry in enumerate(self._ledger.entries("evaluation")):
             labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
             labels.insert(0, "mask", range(len(labels)))
             for name in ("split", "num_fewshot", "task"):
@@ -291,7 +284,7 @@ class Study:
     @functools.cached_property
     def _importance(self) -> pd.DataFrame:
         frames = []
-        for entry in self._entries("importance"):
+        for entry in self._ledger.entries("importance"):
             known = {"task": entry.job["task"], "num_fewshot": entry.job["num_fewshot"],
                      "method": entry.job["method"], "num_examples": entry.info["num_examples"]}
             frames.append(entry.table.assign(**known))
@@ -306,21 +299,21 @@ class Study:
     @functools.cached_property
     def distinct_values(self) -> dict[tuple[str, int], int]:
         """How many distinct accuracies each FFN oracle found, by (task, number of shots)."""
-        found = {(e.job["task"], e.job["num_fewshot"]): e.info["distinct_values"]
-                 for e in self._entries("importance")
-                 if e.job["method"] == "oracle" and e.job.get("component", "ffn") == "ffn"}
+        found = {(job["task"], job["num_fewshot"]): info["distinct_values"]
+                 for job, info in self._ledger.descriptions("importance")
+                 if job["method"] == "oracle" and job.get("component", "ffn") == "ffn"}
         return dict(sorted(found.items()))
 
     @functools.cached_property
     def truncated(self) -> dict[tuple[str, int], int]:
         """How many requests were cut to fit the window, by (task, number of shots), where any were."""
         found: dict[tuple[str, int], int] = {}
-        for entry in self._all_entries:
-            if entry.job["kind"] == "induction":
+        for job, info in self._ledger.descriptions():
+            if job["kind"] == "induction":
                 continue
             # Evaluated and training documents have entries of their own: neither may hide the other's count.
-            key = (entry.job["task"], entry.job["num_fewshot"])
-            found[key] = max(found.get(key, 0), entry.info.get("truncated", 0))
+            key = (job["task"], job["num_fewshot"])
+            found[key] = max(found.get(key, 0), info.get("truncated", 0))
         return {key: n for key, n in sorted(found.items()) if n}
 
     @functools.cached_property

@@ -12,7 +12,6 @@ from typing import Any
 
 import altair as alt
 import pandas as pd
-import vl_convert
 
 from headcount.view.analysis import mean_importance, name_of
 from headcount.view.points import MEAN
@@ -133,9 +132,8 @@ def save(chart: Chart, path: Path) -> list[Path]:
     """Write a figure as PNG (twice the size) and PDF; returns both paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
     found = [path.with_suffix(".png"), path.with_suffix(".pdf")]
-    description = chart.to_dict()
-    found[0].write_bytes(vl_convert.vegalite_to_png(description, scale=2))
-    found[1].write_bytes(vl_convert.vegalite_to_pdf(description))
+    chart.save(str(found[0]), scale_factor=2)
+    chart.save(str(found[1]))
     return found
 
 
