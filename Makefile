@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/headcount demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

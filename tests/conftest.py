@@ -5,16 +5,21 @@ import os
 import tempfile
 from pathlib import Path
 
-# No test reaches the network; without this, every unknown name would wait for it.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-# What is timed in tests is kept for the tests alone.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="headcount-tests-")
-
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# No test reaches the network; without this, every unknown name would wait for it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Workers inherit the width that readline found in the first process; tests set their own.
+os.environ.pop("COLUMNS", None)
+
+# What is timed in tests is kept for the tests alone, and goes with them.
+_CACHE = tempfile.TemporaryDirectory(prefix="headcount-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+# The tests' models are so small that a second thread gains little: a second process beside the first gains more.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")
