@@ -11,9 +11,10 @@ from scipy.stats import spearmanr
 
 import synthetic_study as synthetic
 from headcount.errors import StudyError
-from headcount.ledger import Ledger
+from headcount.ledger import Ledger, job_id
 from headcount.view import report, sentences
 from headcount.view.analysis import mean_importance, open_study
+from headcount.view.points import Points, finished
 from headcount.view.sections import sections
 
 
@@ -106,15 +107,31 @@ def test_an_unfinished_study_opens(tmp_path: Path, parts: dict[str, bool]) -> No
     assert list(sentences.cautions(study))
 
 
-def test_a_mean_needs_every_task(tmp_path: Path) -> None:
-    folder = synthetic.write(tmp_path)
-    for path in sorted((folder / "entries").glob("evaluation-*")):
-        frame = pd.read_parquet(path)
-        if len(frame) == 100:  # a full model
-            path.unlink()
-            break
-    curves = open_study(folder).curves()
-    assert len(set(zip(curves["task"], curves["num_fewshot"], strict=True))) < 2 * 4 * 2
+def test_a_task_under_way_costs_the_others_nothing(tmp_path: Path) -> None:
+    done = open_study(synthetic.write(tmp_path / "done"))
+    assert not sentences.headline(done)[0].startswith("Not finished")
+    folder = synthetic.write(tmp_path / "more", tasks=("red", "green", "blue"))
+    ledger = Ledger(folder)
+    for entry in ledger.entries("evaluation"):
+        if entry.job["task"] == "blue" and entry.job["curve"].get("order") in ("oracle", "random"):
+            (folder / "entries" / f"evaluation-{job_id(entry.job)}.parquet").unlink()
+    under_way = open_study(folder)
+    for table in ("curves", "free_fractions"):
+        expected, found = pick(getattr(done, table)(), task="mean"), pick(getattr(under_way, table)(), task="mean")
+        pd.testing.assert_frame_equal(found.reset_index(drop=True), expected.reset_index(drop=True))
+    assert under_way.finished_tasks(5) == ["red", "green"]
+    assert under_way.baseline("mean", 5) == done.baseline("mean", 5)
+    assert sentences.headline(under_way)[0] == (
+        "Not finished: of 3 tasks, those measured are 2 with no shots, 2 with 5 shots. Means are over those alone.")
+
+
+def test_points_that_one_task_has_beside_the_others_are_no_reason_to_leave_these_out() -> None:
+    full = np.ones(4)
+    tasks = {name: Points(full, np.arange(4), 0.5, 1, dict.fromkeys(range(count), full))
+             for name, count in (("few", 3), ("more", 4), ("as few", 3), ("begun", 1), ("not begun", 0))}
+    assert list(finished(tasks)) == ["few", "more", "as few"]
+    assert list(finished({"not begun": tasks["not begun"]})) == ["not begun"]
+    assert finished({}) == {}
 
 
 def test_what_is_said_is_what_was_planted(tmp_path: Path) -> None:

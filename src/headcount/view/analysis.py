@@ -20,7 +20,7 @@ from headcount.errors import StudyError
 from headcount.ledger import Entry, Ledger
 from headcount.view.curves import curve_points, curve_table, free_table
 from headcount.view.joint import grid_table, transfer_table
-from headcount.view.points import MEAN, Points, groups
+from headcount.view.points import MEAN, Points, finished, groups
 from headcount.view.scores import among_important_table, correlation_table, retained_table, top_table
 
 _LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fraction", "layer", "head", "heads_removed",
@@ -338,7 +338,13 @@ class Study:
 
     def baseline(self, task: str, k: int) -> float:
         """What chance, or the best constant answer where that is better, gets; for "mean" the mean over tasks."""
-        return float(np.mean([p.baseline for name, p in self._points[k].items() if task in (name, MEAN)]))
+        of_tasks = self._points[k]
+        return float(np.mean([p.baseline for p in finished(of_tasks).values()]) if task == MEAN
+                     else of_tasks[task].baseline)
+
+    def finished_tasks(self, k: int) -> list[str]:
+        """The tasks whose curves are measured at this number of shots; means over tasks are over these."""
+        return list(finished(self._points.get(k, {})))
 
 
 def name_of(component: str, layer: int, head: object) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from headcount import stats
-from headcount.view.points import MEAN, Points, compared, groups, points_of, removed_by, with_mean
+from headcount.view.points import MEAN, Points, compared, finished, groups, points_of, removed_by, with_mean
 
 COLUMNS = ["task", "num_fewshot", "component", "order", "fraction", "removed", "parameters_removed",
            "parameters_removed_share", "accuracy", "low", "high", "difference", "difference_low", "difference_high",
@@ -51,7 +51,7 @@ def curve_table(points: ByShots, parameters: int) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     of_means: list[dict[str, Any]] = []
     for k, of_tasks in points.items():
-        for task, members in with_mean(of_tasks):
+        for task, members in with_mean(of_tasks, finished(of_tasks)):
             (of_means if task == MEAN else rows).extend(_curve_rows(task, k, members, parameters))
     order = list(dict.fromkeys(task for of_tasks in points.values() for task in of_tasks))
     rows.sort(key=lambda row: (order.index(row["task"]), row["num_fewshot"]))
@@ -86,7 +86,7 @@ def free_table(curves: pd.DataFrame, points: ByShots, margin: float) -> pd.DataF
     measured = curves[~curves["order"].isin(["random", "none"])]
     rows = []
     for (task, k, component, order), curve in groups(measured, "task", "num_fewshot", "component", "order"):
-        members = list(points[k].values()) if task == MEAN else [points[k][task]]
+        members = list(finished(points[k]).values()) if task == MEAN else [points[k][task]]
         rows.append({"task": task, "num_fewshot": k, "component": component, "order": order,
                      **_free(curve, members, margin)})
     return pd.DataFrame(rows, columns=FREE_COLUMNS)

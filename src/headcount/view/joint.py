@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from headcount.view.points import Points, compared, groups, points_of, removed_by, with_mean
+from headcount.view.points import Points, compared, finished, groups, points_of, removed_by, with_mean
 from headcount.view.relations import RANDOM
 
 GRID = ["task", "num_fewshot", "heads_fraction", "ffns_fraction", "heads_removed", "ffns_removed",
@@ -42,7 +42,8 @@ def grid_table(evaluations: pd.DataFrame, margin: float, parameters: int) -> pd.
         for (heads, ffns), of_point in groups(of_task, "fraction", "ffn_fraction"):
             points.add((heads, ffns), of_point)
         by_shots.setdefault(int(k), {})[str(task)] = points
-    found = [row for k, of_tasks in sorted(by_shots.items()) for task, members in with_mean(of_tasks)
+    found = [row for k, of_tasks in sorted(by_shots.items())
+             for task, members in with_mean(of_tasks, finished(of_tasks))
              for row in _grid_rows(task, k, members, margin, parameters)]
     return pd.DataFrame(found, columns=GRID)
 

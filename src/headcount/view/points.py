@@ -127,11 +127,30 @@ def removed_by(tasks: Sequence[Points], key: Key) -> Removed:
     return Removed(*np.mean([t.removed.get(key, Removed()) for t in tasks], axis=0).tolist())
 
 
-def with_mean(of_tasks: Mapping[str, Points]) -> Iterator[tuple[str, list[Points]]]:
-    """Every task alone, and where there are several all of them as "mean"."""
+def finished(of_tasks: Mapping[str, Points]) -> dict[str, Points]:
+    """The tasks that a mean is taken over; of an unfinished study those that are done.
+
+    A mean has the points that all its tasks have, so one task that is under way would cost the others theirs. Taken
+    are as many tasks, those with the most points first, as leave the most: tasks times points that they share.
+    """
+    most, taken, shared = 0, 0, None
+    names = sorted(of_tasks, key=lambda task: -len(of_tasks[task].values))
+    for number, task in enumerate(names, 1):
+        keys = {*of_tasks[task].values}
+        shared = keys if shared is None else shared & keys
+        if number * len(shared) >= most:
+            most, taken = number * len(shared), number
+    return {task: points for task, points in of_tasks.items() if task in names[:taken]}
+
+
+def with_mean(
+    of_tasks: Mapping[str, Points], together: Mapping[str, Points] | None = None
+) -> Iterator[tuple[str, list[Points]]]:
+    """Every task alone, and where there are several all of them (or those `together`) as "mean"."""
     yield from ((task, [points]) for task, points in of_tasks.items())
-    if len(of_tasks) > 1:
-        yield MEAN, list(of_tasks.values())
+    together = of_tasks if together is None else together
+    if len(together) > 1:
+        yield MEAN, list(together.values())
 
 
 def groups(table: pd.DataFrame, *columns: str) -> Iterator[tuple[Any, pd.DataFrame]]:

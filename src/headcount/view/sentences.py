@@ -35,7 +35,16 @@ def headline(study: Study) -> list[str]:
             sentences.append(f"With {shots(int(k))} nothing can be said: {of_k['reason'].iloc[0]}.")
         else:
             sentences += [_can_go(study, row) for _, row in of_k[~undefined].iterrows()]
-    return sentences or ["This study has no pruning curves yet."]
+    return [*_unfinished(study), *sentences] if sentences else ["This study has no pruning curves yet."]
+
+
+def _unfinished(study: Study) -> Iterator[str]:
+    """That means over tasks are not over all of them yet."""
+    planned, numbers = len(study.spec["tasks"]), sorted(study.spec["shots"])
+    done = {k: len(study.finished_tasks(k)) for k in numbers}
+    if min(done.values(), default=planned) < planned:
+        counts = ", ".join(f"{n} with {shots(k)}" for k, n in done.items())
+        yield f"Not finished: of {planned} tasks, those measured are {counts}. Means are over those alone."
 
 
 def _can_go(study: Study, row: pd.Series) -> str:
