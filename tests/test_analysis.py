@@ -152,7 +152,12 @@ def test_what_is_said_is_what_was_planted(tmp_path: Path) -> None:
 
 
 def test_rows_come_in_an_order_that_does_not_hang_on_hashes(tmp_path: Path) -> None:
-    curves = open_study(synthetic.write(tmp_path)).curves()
+    names = tuple("zmbqa")
+    study = open_study(synthetic.write(tmp_path, tasks=names))
+    for table in (study.evaluations(), study.importance()):
+        assert list(dict.fromkeys(zip(table["task"], table["num_fewshot"], strict=True))) == [
+            (task, k) for task in names for k in (0, 5)]
+    curves = study.curves()
     expected = [("head", "gradient"), ("head", "random"), ("ffn", "oracle"), ("ffn", "random")]
     for _, curve in curves.groupby(["task", "num_fewshot"]):
         assert list(dict.fromkeys(zip(curve["component"], curve["order"], strict=True))) == expected

@@ -70,6 +70,9 @@ def test_induction_maps_ring_the_induction_heads() -> None:
     for data, primitive in zip(spec["datasets"].values(), ("prefix_matching", "copying"), strict=True):
         assert [r["value"] for r in data] == trained[primitive].round(4).tolist()
         assert sum(r["induction"] for r in data) == trained["induction"].sum() >= 3
+    scales = [panel["layer"][0]["encoding"]["color"]["scale"]["domain"] for panel in spec["hconcat"]]
+    assert scales == [[0, 1], [0, trained["copying"].max()]]
+    assert spec["resolve"]["scale"]["color"] == "independent"
 
 
 def test_the_matrix_is_whole_from_each_pair_once_or_twice() -> None:

@@ -268,10 +268,16 @@ class Study:
         ordered: pd.DataFrame = table[[*columns, *(c for c in table if c not in columns)]]
         return ordered
 
+    def _entries(self, kind: str) -> list[Entry]:
+        """By task and number of shots, in the study's order: the ledger's is that of hashes."""
+        order = {task: number for number, task in enumerate(self.tasks)}
+        return sorted(self._ledger.entries(kind),
+                      key=lambda entry: (order.get(entry.job["task"], len(order)), entry.job["num_fewshot"]))
+
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
         frames = []
-        for number, entry in enumerate(self._ledger.entries("evaluation")):
+        for number, entry in enumerate(self._entries("evaluation")):
             labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
             labels.insert(0, "mask", range(len(labels)))
             for name in ("split", "num_fewshot", "task"):
@@ -284,7 +290,7 @@ class Study:
     @functools.cached_property
     def _importance(self) -> pd.DataFrame:
         frames = []
-        for entry in self._ledger.entries("importance"):
+        for entry in self._entries("importance"):
             known = {"task": entry.job["task"], "num_fewshot": entry.job["num_fewshot"],
                      "method": entry.job["method"], "num_examples": entry.info["num_examples"]}
             frames.append(entry.table.assign(**known))

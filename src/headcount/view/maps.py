@@ -117,6 +117,8 @@ def induction_maps(induction: pd.DataFrame) -> Chart:
     names = [name_of("head", layer, head) for layer, head in zip(rows["layer"], rows["head"], strict=True)]
     panels = []
     for primitive, title in PRIMITIVES.items():
+        # Attention is a share; what copying adds is seldom more than a tenth, and would be all dark on that scale.
+        span = [0, 1] if primitive == "prefix_matching" else [min(0, rows[primitive].min()), rows[primitive].max()]
         data = rows[["layer", "head", "induction"]].assign(
             name=names, value=rows[primitive].round(4), deviation=np.sqrt(rows[f"{primitive}_variance"]).round(4),
             previous_token=rows["previous_token"].round(4), ov_copying=rows["ov_copying"].round(4))
@@ -125,8 +127,8 @@ def induction_maps(induction: pd.DataFrame) -> Chart:
             y=alt.Y("layer:O", title="layer (0 is next to the input)", sort="descending",
                     axis=alt.Axis(values=list(range(0, layers, every)))))
         cells = base.mark_rect().encode(
-            color=alt.Color("value:Q", title="score", legend=alt.Legend(gradientLength=_LEGEND_LENGTH),
-                            scale=alt.Scale(scheme="viridis", domain=[0, 1])),
+            color=alt.Color("value:Q", title=title, legend=alt.Legend(gradientLength=_LEGEND_LENGTH),
+                            scale=alt.Scale(scheme="viridis", domain=span)),
             tooltip=[alt.Tooltip("name:N", title="head"), alt.Tooltip("value:Q", title=title, format=".3f"),
                      alt.Tooltip("deviation:Q", title="standard deviation over seeds", format=".3f"),
                      alt.Tooltip("previous_token:Q", title="previous token", format=".3f"),
@@ -136,7 +138,8 @@ def induction_maps(induction: pd.DataFrame) -> Chart:
         ring = rings.mark_point(strokeWidth=line, size=across**2, opacity=1).encode(
             stroke=alt.Stroke("is_:N", title=None, scale=alt.Scale(domain=["induction head"], range=[PALETTE[1]])))
         panels.append(alt.layer(cells, halo, ring).properties(width=size * heads, height=size * layers, title=title))
-    return dressed(alt.hconcat(*panels)).configure_legend(orient="top", **charts.LEGEND)
+    return dressed(alt.hconcat(*panels).resolve_scale(color="independent")).configure_legend(
+        orient="top", **charts.LEGEND)
 
 
 def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None = None,
