@@ -127,7 +127,7 @@ def induction_maps(induction: pd.DataFrame) -> Chart:
             y=alt.Y("layer:O", title="layer (0 is next to the input)", sort="descending",
                     axis=alt.Axis(values=list(range(0, layers, every)))))
         cells = base.mark_rect().encode(
-            color=alt.Color("value:Q", title=title, legend=alt.Legend(gradientLength=_LEGEND_LENGTH),
+            color=alt.Color("value:Q", title="score", legend=alt.Legend(gradientLength=_LEGEND_LENGTH),
                             scale=alt.Scale(scheme="viridis", domain=span)),
             tooltip=[alt.Tooltip("name:N", title="head"), alt.Tooltip("value:Q", title=title, format=".3f"),
                      alt.Tooltip("deviation:Q", title="standard deviation over seeds", format=".3f"),
