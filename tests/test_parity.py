@@ -30,7 +30,9 @@ def own(tmp_path: Path) -> Task:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("k", [0, 2])
 def test_every_family(own: Task, family: str, k: int) -> None:
-    agrees(compare(tiny.loaded(family), own, k, 5))
+    found = compare(tiny.loaded(family), own, k, 5)
+    assert found.documents == 5
+    agrees(found)
 
 
 @pytest.mark.parametrize("name", [*PAPER14, *UNSEEN])
