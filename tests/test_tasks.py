@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +91,45 @@ def test_fingerprints_hang_on_documents(tmp_path: Path) -> None:
     path = write_task(tmp_path / "c") / "piqa" / "train.jsonl"
     path.write_text(path.read_text().replace("Say 2.", "Say two."))
     assert get_tasks(["piqa"], data=tmp_path / "c")["piqa"].fingerprint != one
+
+
+def in_another_process(name: str, folder: Path) -> str:
+    """The task's fingerprint as a process of its own has it."""
+    code = ("import sys; from headcount.measure.tasks import get_tasks; "
+            "(task,) = get_tasks(sys.argv[1:2], data=sys.argv[2]).values(); print(task.fingerprint)")
+    done = subprocess.run([sys.executable, "-c", code, name, str(folder)], capture_output=True, text=True, check=True)
+    return done.stdout.split()[-1]
+
+
+def test_fingerprints_of_definitions_with_functions_are_equal_in_every_process(tmp_path: Path) -> None:
+    """Their reprs hold addresses; what counts is their text, and that of the helpers in their file."""
+    write_task(tmp_path)
+    utils = tmp_path / "utils.py"
+    helper = "def ask(doc):\n    return 'Do: ' + doc['goal']\n\n\n"
+    utils.write_text(helper + "def doc_to_text(doc):\n    return ask(doc)\n")
+    definition = tmp_path / "mine.yaml"
+    definition.write_text("task: piqa\noutput_type: multiple_choice\ntraining_split: train\n"
+                          "validation_split: validation\ndoc_to_text: !function utils.doc_to_text\n"
+                          "doc_to_target: label\ndoc_to_choice: '{{[sol1, sol2]}}'\nmetric_list: [{metric: acc}]\n")
+    here = get_tasks([str(definition)], data=tmp_path)["piqa"].fingerprint
+    assert in_another_process(str(definition), tmp_path) == here
+    utils.write_text(utils.read_text().replace("Do: ", "Please: "))
+    assert in_another_process(str(definition), tmp_path) != here
+
+
+@pytest.mark.parametrize("name", [*PAPER14, *UNSEEN])
+def test_fingerprints_hang_on_no_address(shared: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[bytes] = []
+    sha256 = hashlib.sha256
+
+    def noting(data: bytes) -> object:
+        hashed.append(data)
+        return sha256(data)
+
+    monkeypatch.setattr(hashlib, "sha256", noting)
+    assert len(get_tasks([name], data=shared)[name].fingerprint) == 24
+    assert b"task" in hashed[-1]
+    assert b" at 0x" not in b"".join(hashed)
 
 
 def test_a_users_own_yaml(tmp_path: Path) -> None:

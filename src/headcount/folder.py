@@ -72,7 +72,8 @@ def check_data(before: Mapping[str, Any] | None, model: str, tasks: Mapping[str,
     for name, fingerprint in tasks.items():
         known = before["tasks"].get(name) or before.get("unseen", {}).get(name)
         if known is not None and known["fingerprint"] != fingerprint:
-            raise StudyError(f"{folder} holds a study of other documents of task {name!r}; choose another --out")
+            raise StudyError(f"{folder} holds a study of other documents of task {name!r}, or of another definition of "
+                             "it; choose another --out")
 
 
 def merged_spec(

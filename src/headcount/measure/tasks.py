@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -104,18 +102,10 @@ class Task:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the task's definition and of all its documents."""
-        config = self.inner.dump_config()
-        for volatile in ("metadata", "dataset_kwargs", "custom_dataset", "num_fewshot"):
-            config.pop(volatile, None)
+        """Hash of the task's definition and of all its documents; equal in every process."""
         variant = ["paper"] if self.question or self._is_training else []
-        digest = hashlib.sha256(json.dumps([config, self.examples_split, *variant], sort_keys=True,
-                                           default=str).encode())
-        for split in sorted(self.inner.dataset):
-            digest.update(f"\n{split}\n".encode())
-            for doc in self.inner.dataset[split]:
-                digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
-        return digest.hexdigest()[:24]
+        config = self.inner.config.to_dict(keep_callable=True)
+        return documents.fingerprint(config, [self.examples_split, *variant], self.inner.dataset)
 
     @property
     def split_sizes(self) -> dict[str, int]:
