@@ -154,6 +154,15 @@ def test_more_can_be_measured_in_a_folder_that_is_there(tmp_path: Path) -> None:
     tables = [e.table for e in Ledger(grown).entries("importance") if e.job["method"] == "gradient"]
     mask = prune(loaded.anatomy.heads_per_layer, "head", aggregate_order(tables, "head", "position"), 0.5)
     assert mean["accuracy"].tolist() == pytest.approx([correct("icl_plural", 0, mask, 7)])
+    # Of scores and of ranks, the aggregate that was asked for last.
+    run_study(dataclasses.replace(base, tasks=TASKS, measure=("transfer",), aggregate="ranks"), loaded=loaded)
+    ranked = hc.open_study(grown)
+    jobs = {e.job["curve"].get("aggregate") for e in Ledger(grown).entries("evaluation")}
+    assert jobs == {None, "mean", "ranks"}
+    mask = prune(loaded.anatomy.heads_per_layer, "head", aggregate_order(tables, "head", "position", "ranks"), 0.5)
+    rows = ranked.evaluations().query("task == 'icl_plural' and donor == 'mean' and component == 'head'")
+    assert len(rows) == 7
+    assert rows["correct"].mean() == pytest.approx(correct("icl_plural", 0, mask, 7))
     with pytest.raises(OptionError, match="both --tasks and --unseen"):
         Runner(dataclasses.replace(base, unseen=TASKS[:1], measure=("transfer",)), loaded=loaded)
 

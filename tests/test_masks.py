@@ -49,7 +49,8 @@ def test_pruning_removes_the_floor_of_the_least_important(scores: list[float], t
     mask = prune([len(scores)], "head", order, tenths / 10)
     gone = {h.head for h in mask.heads_removed}
     assert len(gone) == math.floor(len(scores) * tenths / 10 + 1e-9)
-    rounded = [float(f"{s:.4e}") for s in scores]
+    largest = max(map(abs, scores))
+    rounded = [float(f"{s:.4e}") if abs(s) >= 1e-12 * largest else 0.0 for s in scores]
     kept = set(range(len(scores))) - gone
     assert not gone or not kept or max(rounded[i] for i in gone) <= min(rounded[i] for i in kept)
 
@@ -65,6 +66,9 @@ def test_ties_go_by_the_next_score_then_by_position() -> None:
 
 def test_scores_that_agree_in_five_digits_are_ties() -> None:
     assert removal_order(np.array([1.000001, 1.0])) == [0, 1]
+    zero = np.mean([0.1, 0.2, -0.3])
+    assert zero != 0
+    assert removal_order(np.array([zero, 0.0, 1.0]), np.array([2.0, 1.0, 0.0])) == [1, 0, 2], "ties of zero"
     assert removal_order(np.array([1.0001, 1.0])) == [1, 0]
 
 

@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import headcount as hc
+import headcount.study
 import tiny
-from headcount.errors import OptionError, StudyError
+from headcount.errors import ModelError, OptionError, StudyError
 from headcount.ledger import Ledger, job_id
 from headcount.masks import Mask, prune, random_order
 from headcount.measure.importance import gradient_importance, oracle_importance, order_of
 from headcount.measure.scoring import evaluate
 from headcount.measure.tasks import get_tasks
+from headcount.model.load import LoadedModel
 from headcount.plan import TaskFacts, plan
 from headcount.specs import StudySpec
 from headcount.study import Runner, run_study
@@ -283,3 +286,54 @@ def test_two_runs_that_begin_together_keep_each_others_tasks(tmp_path: Path) -> 
     other.run()
     with pytest.raises(StudyError, match="--seed"):
         late.run()
+
+
+def test_a_run_that_begins_while_another_gets_ready_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another process wrote between the first look and the last is merged, or refused, never overwritten."""
+    asked = spec(tmp_path, shots=(0,))
+    slow = Runner(dataclasses.replace(asked, shots=(2,)), loaded=tiny.loaded("llama"), parts=("evaluate",))
+    late = Runner(asked, loaded=tiny.loaded("opt"), parts=("evaluate",))
+    reason, others = headcount.study._masks_reason, [Runner(asked, loaded=tiny.loaded("llama"), parts=("evaluate",))]
+
+    def interrupted(loaded: LoadedModel) -> str:
+        while others:
+            others.pop().run()
+        return reason(loaded)
+
+    monkeypatch.setattr(headcount.study, "_masks_reason", interrupted)
+    slow.run()
+    assert hc.open_study(tmp_path / "study").spec["shots"] == [0, 2]
+    with pytest.raises(StudyError, match="another model"):
+        late.run()
+
+
+def test_entries_of_another_model_are_not_shown(tmp_path: Path) -> None:
+    folder = run_study(spec(tmp_path, shots=(0,)), loaded=tiny.loaded("llama"), parts=("evaluate",))
+    shown = hc.open_study(folder).evaluations()
+    stray = run_study(spec(tmp_path, shots=(0,), out=tmp_path / "stray"), loaded=tiny.loaded("opt"),
+                      parts=("evaluate",))
+    for entry in Ledger(stray).entries():
+        Ledger(folder).write(entry.job, entry.table, entry.info)
+    pd.testing.assert_frame_equal(hc.open_study(folder).evaluations(), shown)
+
+
+def test_a_check_that_memory_is_too_small_for_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr("headcount.model.contracts.verify", full)
+    with pytest.raises(ModelError, match="memory is too small to check tiny-llama"):
+        Runner(spec(tmp_path), loaded=tiny.loaded("llama"))
+
+
+def test_documents_that_equal_shared_shots_are_counted_out(tmp_path: Path) -> None:
+    """The plan counts what is measured, where documents stand in the data more than once."""
+    asked = spec(tmp_path, shots=(1,), shared_shots=True, limit=None, importance_limit=100)
+    path = tmp_path / "data" / "piqa" / "train.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2] * 4))
+    folder = run_study(asked, loaded=tiny.loaded("llama"), parts=("heads",))
+    (found,) = (e for e in Ledger(folder).entries("importance"))
+    assert found.job["documents"] == found.info["num_examples"] == 4
+    path.write_text(path.read_text().splitlines(keepends=True)[0] * 4)
+    with pytest.raises(OptionError, match="all 4 documents of task 'piqa' are shots"):
+        Runner(dataclasses.replace(asked, out=tmp_path / "other"), loaded=tiny.loaded("llama"), parts=("heads",))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import subprocess
@@ -11,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from headcount.errors import DataError, HeadcountError, OptionError, TaskError
+from headcount.measure import documents
 from headcount.measure.names import PAPER14, UNSEEN, embedded_tasks, expand
 from headcount.measure.tasks import Task, describe, get_tasks
-from tiny import write_task
+from tiny import tokenizer, write_task
 
 
 def task(folder: Path, name: str = "piqa", **options: object) -> Task:
@@ -115,6 +118,14 @@ def test_fingerprints_of_definitions_with_functions_are_equal_in_every_process(t
     assert in_another_process(str(definition), tmp_path) == here
     utils.write_text(utils.read_text().replace("Do: ", "Please: "))
     assert in_another_process(str(definition), tmp_path) != here
+
+
+def test_fingerprints_hang_on_what_a_partial_function_is_given() -> None:
+    def hashed(*arguments: object) -> str:
+        return documents.fingerprint({"process_docs": functools.partial(max, *arguments)}, [], {"test": [{"a": 1}]})
+
+    assert hashed(1) == hashed(1)
+    assert hashed(1) != hashed(2)
 
 
 @pytest.mark.parametrize("name", [*PAPER14, *UNSEEN])
@@ -356,3 +367,46 @@ def test_what_a_task_offers_is_told(shared: Path) -> None:
     found = describe("lambada_openai", shared)
     assert (found["evaluated"], found["most"], found["chance"]) == ("test", 1, 0.0)
     assert "--data" in describe("copa")["absent"]
+
+
+def test_importance_of_evaluated_documents_is_told(tmp_path: Path) -> None:
+    """On request it is measured there; whoever reads the results must know."""
+    for folder in (tmp_path / "bare", write_task(tmp_path / "lm")):
+        if folder.name == "bare":
+            found = [get_tasks([str(bare(folder / "counting.jsonl"))], examples_split=s)["counting"]
+                     for s in ("train", "validation")]
+            with pytest.raises(TaskError, match=r"--examples-split validation .then importance is measured on the"):
+                found[0].documents("examples")
+        else:
+            found = [get_tasks(["piqa"], data=folder, examples_split=s)["piqa"] for s in ("train", "validation")]
+        assert [any("documents that are evaluated" in note for note in one.notes) for one in found] == [False, True]
+
+
+@pytest.mark.parametrize(("text", "utils", "message"), [
+    ("task: [mine\n", "", "cannot be read .ParserError"),
+    ("process_docs: !function utils.process\n", "def process(docs:\n", "cannot be read .SyntaxError"),
+    ("doc_to_text: 'Do: {{ goal '\n", "", "TemplateSyntaxError"),
+])
+def test_a_definition_that_cannot_be_read(tmp_path: Path, text: str, utils: str, message: str) -> None:
+    (tmp_path / "utils.py").write_text(utils)
+    definition = tmp_path / "mine.yaml"
+    whole = ("task: piqa\noutput_type: multiple_choice\nvalidation_split: validation\ndoc_to_target: label\n"
+             "doc_to_choice: '{{[sol1, sol2]}}'\nmetric_list: [{metric: acc}]\n")
+    definition.write_text(whole + ("" if "doc_to_text" in text else "doc_to_text: '{{goal}}'\n") + text)
+    with pytest.raises(HeadcountError, match=message):
+        get_tasks([str(definition)], data=write_task(tmp_path / "data"))["piqa"].prompts("evaluation")
+
+
+def test_files_in_another_encoding_are_named(tmp_path: Path) -> None:
+    path = bare(tmp_path / "counting.jsonl")
+    path.write_bytes(path.read_bytes() + '{"context": "caf\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"counting.jsonl is not UTF-8"):
+        get_tasks([str(path)])
+
+
+def test_chat_templates_write_the_same_date_every_day(tmp_path: Path) -> None:
+    found = task(tmp_path)
+    chat = copy.deepcopy(tokenizer())
+    chat.chat_template = "{{ strftime_now('%d %b %Y') }}: {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    context, _ = found.prompts("evaluation", limit=1, chat=chat)[0].pairs[0]
+    assert context.startswith("26 Jul 2024: Question: Count the cats")

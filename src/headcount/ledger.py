@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from headcount.errors import StudyError
 
 if TYPE_CHECKING:
@@ -81,6 +83,21 @@ class Ledger:
         except (pa.ArrowInvalid, OSError):
             return False
         return True
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from deciding, at the same time, what the folder is a study of.
+
+        Where the file system knows no locks, nothing is kept.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write(self, job: Job, table: pd.DataFrame, info: Mapping[str, Any]) -> None:
         """Write an entry once and for all; a whole entry that is there already stays."""

@@ -23,6 +23,8 @@ Component = Literal["head", "ffn"]
 Flags = Shaped[np.ndarray, " _"] | Sequence[bool]
 # What masks keep in one layer: the heads' booleans as bytes, and whether the FFN stays.
 Way = tuple[bytes, bool]
+# Beside the largest score, what a sum leaves that would be zero but for rounding.
+_NOTHING = 1e-12
 
 
 class Head(NamedTuple):
@@ -135,13 +137,13 @@ class Mask:
 def removal_order(*scores: Float[np.ndarray, " component"]) -> list[int]:
     """Positions from the least to the most important component.
 
-    Scores are rounded to five significant digits, so that orders do not hang on the last bits of a sum; ties go by
-    the next array of scores, and last by position (layer, then head).
+    Scores are rounded to five significant digits, and to zero where they are nothing beside the largest, so that orders
+    do not hang on the last bits of a sum; ties go by the next array of scores, and last by position (layer, then head).
 
     Args:
         scores: The first decides; each further one breaks ties of those before it.
     """
-    keys = [[_five_digits(float(x)) for x in s] for s in scores]
+    keys = [_rounded(s) for s in scores]
     return sorted(range(len(keys[0])), key=lambda i: (*(k[i] for k in keys), i))
 
 
@@ -207,8 +209,9 @@ def all_heads(heads_per_layer: Sequence[int]) -> list[Head]:
     return [Head(layer, i) for layer, n in enumerate(heads_per_layer) for i in range(n)]
 
 
-def _five_digits(x: float) -> float:
-    return float(f"{x:.4e}")
+def _rounded(scores: Float[np.ndarray, " component"]) -> list[float]:
+    nothing = _NOTHING * float(np.abs(scores).max(initial=0.0))
+    return [0.0 if abs(x) < nothing else float(f"{x:.4e}") for x in map(float, scores)]
 
 
 def _bits(text: str) -> Bool[np.ndarray, " component"]:

@@ -41,7 +41,8 @@ class ModelSpec:
     """Run code that comes with the model."""
 
     apply_chat_template: bool = False
-    """Put prompts into the model's chat template, each shot a turn, as lm-eval does; raw prompts by default."""
+    """Put prompts into the model's chat template, each shot a turn, as lm-eval does; raw prompts by default. Where a
+    template writes today's date it is given 26 July 2024."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,7 @@ class StudySpec(ModelSpec):
             value = getattr(self, name)
             _check(value is None or self.limit is None or value <= self.limit,
                    f"{_option(name)} is at most --limit ({self.limit}), not {value}")
+        _check(self.seed >= 0, f"--seed is at least 0, not {self.seed}")
         _check(self.random_orders >= 0, f"--random-orders is at least 0, not {self.random_orders}")
 
     def to_json(self) -> dict[str, Any]:

@@ -127,8 +127,10 @@ class Runner:
 
     def run(self) -> Path:
         """Do all jobs that are not done; returns the study folder."""
-        self.previous = self._begun()
-        self.ledger.write_json("study.json", self._description())
+        layout, masks = _layout_reason(self.loaded), _masks_reason(self.loaded)
+        with self.ledger.locked():
+            self.previous = self._begun()
+            self.ledger.write_json("study.json", self._description(layout, masks))
         todo = self.todo()
         self.reporter.begin(len(todo), len(self.jobs) - len(todo), sum(p.tokens for p in todo))
         for planned in todo:
@@ -177,7 +179,7 @@ class Runner:
         limits = {"evaluation": self.spec.limit, "examples": self.spec.importance_limit}
         for split in self._splits(task):
             for k in self.spec.shots:
-                available = task.size(split, shared_shots=k if self.spec.shared_shots else 0)
+                available = task.size(split, shared_shots=k if self.spec.shared_shots else 0, seed=self.spec.seed)
                 limit = limits[split]
                 counts[split][k] = available if limit is None else min(limit, available)
                 sample = self._prepare(task, k, split, min(_SAMPLE, counts[split][k]))
@@ -188,7 +190,7 @@ class Runner:
         return TaskFacts(task.name, task.fingerprint, counts["evaluation"], counts["examples"], tokens,
                          task.name in self.unseen)
 
-    def _description(self) -> dict[str, Any]:
+    def _description(self, layout: str, masks: str) -> dict[str, Any]:
         old = self.previous or {}
         anatomy = self.loaded.anatomy
         layers = range(anatomy.num_layers)
@@ -211,8 +213,8 @@ class Runner:
                         "parameters_per_head": [anatomy.parameters_per_head(i) for i in layers],
                         "parameters_per_ffn": [anatomy.parameters_per_ffn(i) for i in layers]},
             **kept,
-            "layout": _layout_reason(self.loaded),
-            "masks": _masks_reason(self.loaded),
+            "layout": layout,
+            "masks": masks,
             "budget": {"device": _device(self.loaded), **dataclasses.asdict(self.budget)},
             "command": self.command,
             "created": old.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -325,9 +327,16 @@ def _load(spec: StudySpec) -> LoadedModel:
 
 def _verified(loaded: LoadedModel) -> None:
     """Nothing is measured on a model whose heads and FFNs are not where they seem to be."""
+    import torch
+
     from headcount.model.contracts import verify
 
-    for result in verify(loaded):
+    try:
+        found = verify(loaded)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"memory is too small to check {loaded.name}: gradients of one short pass need all its "
+                         "weights on their devices; use more or larger ones, or a smaller dtype") from error
+    for result in found:
         if not result.holds:
             raise ModelError(f"{loaded.name} cannot be measured: it fails the check '{result.name}' ({result.detail}); "
                              "headcount anatomy MODEL --verify shows more")

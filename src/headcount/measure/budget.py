@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from accelerate.utils import get_max_memory
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
@@ -184,7 +184,7 @@ def _bytes_per_pair(loaded: LoadedModel) -> int:
 def _free_memory(loaded: LoadedModel) -> int:
     if loaded.device.type == "cuda":
         return int(torch.cuda.mem_get_info(loaded.device)[0])
-    return int(get_max_memory()["cpu"])
+    return int(psutil.virtual_memory().available)
 
 
 def device_key(loaded: LoadedModel) -> str:

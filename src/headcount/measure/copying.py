@@ -87,7 +87,7 @@ def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"], bos: int) -> 
 
     with attention_seen(reading.loaded.anatomy, visit):
         reading.run(ids)
-    return torch.cat([found[layer].double().cpu() for layer in sorted(found)], -1)
+    return torch.cat([found[layer].cpu().double() for layer in sorted(found)], -1)
 
 
 def paper_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
@@ -122,7 +122,7 @@ def paper_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tens
 
     with fed(anatomy, first[0].reshape(ids.numel(), 1, -1)), attention_seen(anatomy, visit):
         reading.run(ids.reshape(-1, 1))
-    return torch.cat([found[layer].double().cpu() for layer in sorted(found)], -1)
+    return torch.cat([found[layer].cpu().double() for layer in sorted(found)], -1)
 
 
 def _ratio(

@@ -6,6 +6,7 @@ And what identifies a task: a hash of its definition and of its documents, where
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -77,7 +78,11 @@ def is_bare(place: Path) -> bool:
 
 
 def _lines(path: Path, check: Callable[[Mapping[str, Any]], str] | None) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (the byte at {error.start}); save it as that") from error
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -134,11 +139,13 @@ def fingerprint(
     return digest.hexdigest()[:24]
 
 
-def _source(value: object) -> str | list[str]:
+def _source(value: object) -> Any:
     """What stands for a value that JSON has no form for: of a function its file's text too, for the helpers it calls.
 
     A function's repr would not do: it holds an address, so that no other process could go on with a study.
     """
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
     if not callable(value):
         return str(value)
     name = str(getattr(value, "__qualname__", type(value).__qualname__))

@@ -156,7 +156,7 @@ class _Sums:
     def found(self) -> tuple[Float[np.ndarray, "mask request"], Int[np.ndarray, "mask request"]]:
         total, greedy = np.zeros(self.shape), np.ones(self.shape, np.int64)
         for masks, batch, (logprobs, best) in self.parts:
-            values, hits = logprobs.double().cpu().numpy(), best.cpu().numpy()
+            values, hits = logprobs.cpu().double().numpy(), best.cpu().numpy()
             for i in masks:
                 np.add.at(total[i], batch.requests, values)
                 np.minimum.at(greedy[i], batch.requests, hits)

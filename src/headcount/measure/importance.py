@@ -160,7 +160,7 @@ def example_scores(
                 progress(batch.tokens)
     # Only now copied to the host: each copy waits for the device.
     for examples, (of_heads, of_ffns) in measured:
-        heads[:, examples], ffns[:, examples] = of_heads.double().cpu().numpy(), of_ffns.double().cpu().numpy()
+        heads[:, examples], ffns[:, examples] = of_heads.cpu().double().numpy(), of_ffns.cpu().double().numpy()
     if not np.isfinite(heads).all() or not np.isfinite(ffns).all():
         raise ModelError(f"gradients overflow in {str(loaded.model.dtype).removeprefix('torch.')}; use --dtype "
                          "bfloat16 or float32")

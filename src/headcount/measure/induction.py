@@ -41,6 +41,7 @@ from headcount.measure.copying import Reading, paper_copying, sound_copying
 from headcount.measure.forward import Progress
 from headcount.model.anatomy import Names
 from headcount.model.attention import attention_keywords, attention_seen, eager
+from headcount.model.devices import doubled
 from headcount.model.load import LoadedModel, wrap
 from headcount.model.weights import ov_copying
 from headcount.results import InductionScores
@@ -248,7 +249,7 @@ def _prefix_work(reading: Reading, length: int, repeats: int, bos: int, protocol
 
         def visit(layer: int, z: Tensor, attention: Tensor) -> None:
             found[layer] = torch.stack([prefix_matching(attention, length, repeats, bos, protocol),
-                                        attention.diagonal(-1, -2, -1)[..., bos:].double().mean(-1)])
+                                        doubled(attention.diagonal(-1, -2, -1)[..., bos:]).mean(-1)])
 
         with attention_seen(reading.loaded.anatomy, visit):
             reading.run(ids)
@@ -278,11 +279,11 @@ def prefix_matching(
     """
     counted = (repeats - 1) * length
     # The token at j stood at j - back before, so that j - back + 1 followed.
-    total = torch.stack([attention.diagonal(1 - back, -2, -1)[..., bos + 1 :].double().sum(-1)
+    total = torch.stack([doubled(attention.diagonal(1 - back, -2, -1)[..., bos + 1 :]).sum(-1)
                          for back in range(length, repeats * length, length)]).sum(0)
     if protocol == "paper":
         ends = [bos + n * length - 1 for n in range(2, repeats + 1)]
-        total = total + attention[..., ends, bos].double().sum(-1)
+        total = total + doubled(attention[..., ends, bos]).sum(-1)
     return total / counted
 
 
@@ -325,7 +326,7 @@ def randomised(loaded: LoadedModel, seed: int = 0, names: Names | None = None) -
         names: What `load` was given.
 
     Raises:
-        ModelError: If the model is spread over devices and disk, or its class cannot be made from its config.
+        ModelError: If the model is spread over devices and disk, or memory is too small for a second one.
     """
     model = loaded.model
     config = copy.deepcopy(model.config)
@@ -337,12 +338,16 @@ def randomised(loaded: LoadedModel, seed: int = 0, names: Names | None = None) -
         raise ModelError(f"{loaded.name} lies partly on disk: the same model with random weights needs memory for all "
                          "of it")
     maker: Any = type(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        with torch.device("cpu" if spread else loaded.device):
-            made = maker._from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
-    if spread:
-        made = dispatch_model(made, devices)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            with torch.device("cpu" if spread else loaded.device):
+                made = maker._from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
+        if spread:
+            made = dispatch_model(made, devices)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"memory is too small for {loaded.name} and the same model with random weights beside it, the "
+                         "control of copying; what was measured is kept: headcount report DIR shows it") from error
     note = f"all weights are random, by the model's own initialisation (seed {seed})"
     control = wrap(made, loaded.tokenizer, f"{loaded.name} (random weights)", names)
     return dataclasses.replace(control, notes=(*control.notes, note), apply_chat_template=loaded.apply_chat_template)

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import yaml
 from jaxtyping import Int
-from jinja2.exceptions import UndefinedError
+from jinja2.exceptions import TemplateError
 from lm_eval.tasks import TaskManager
 
 from headcount.errors import DataError, OptionError, TaskError, UnavailableError, first_line
@@ -40,8 +40,9 @@ SPLITS: tuple[Split, ...] = ("evaluation", "examples")
 LM_EVAL_SEED = 1234
 _METRICS = ("acc", "em", "exact_match")
 _NUMBERS = (int, float, np.number, np.bool_)
+_SAME = "importance is measured on the documents that are evaluated, which flatters what is left of them"
 # What a definition raises on documents that it was not written for.
-_MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError, UndefinedError)
+_MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError, TemplateError)
 # The paper's variants: which training documents there are, and which documents are one question.
 _TRAINING: dict[str, Callable[[Mapping[str, Any]], bool]] = {"wsc": lambda doc: doc["label"] == 1}
 _QUESTIONS: dict[str, Callable[[Mapping[str, Any]], Hashable]] = {
@@ -135,14 +136,16 @@ class Task:
             has = [s for s, there in (("train", self.inner.has_training_docs()),
                                       ("validation", self.inner.has_validation_docs()),
                                       ("test", self.inner.has_test_docs())) if there]
+            same = f" (then {_SAME})" if len(has) == 1 else ""
             raise TaskError(f"task {self.name!r} has no {self.examples_split} split to measure importance on; choose "
-                            f"one that it has with --examples-split {' or '.join(has)}")
+                            f"one that it has with --examples-split {' or '.join(has)}{same}")
         return [doc for doc in docs if self._is_training is None or self._is_training(doc)]
 
-    def size(self, split: Split, *, shared_shots: int = 0) -> int:
-        """How many documents a split offers when so many shared shots, if they are drawn from it, are left out."""
+    def size(self, split: Split, *, shared_shots: int = 0, seed: int = LM_EVAL_SEED) -> int:
+        """How many documents a split offers when those that serve as shared shots are left out."""
         found = self.documents(split)
-        left = len(found) - (shared_shots if shared_shots and self._drawn_from(found) else 0)
+        shots = self._drawn(shared_shots, seed)
+        left = sum(doc not in shots for doc in found)
         if left < 1:
             raise OptionError(f"all {len(found)} documents of task {self.name!r} are shots; ask for fewer with --shots")
         return left
@@ -171,8 +174,7 @@ class Task:
         found = self.documents(split)
         own_pool = num_fewshot > 0 and self._drawn_from(found)
         self._check_pool(num_fewshot, excluding=not shared_shots and (own_pool or self._lm_eval_excludes))
-        self.inner.set_fewshot_seed(seed)
-        shots = self.inner.sampler.sample(num_fewshot) if shared_shots and num_fewshot else []
+        shots = self._drawn(num_fewshot if shared_shots else 0, seed)
         template = functools.partial(rendered, chat) if chat is not None else None
         prompts: list[Prompt] = []
         for doc_id, doc in enumerate(found):
@@ -227,6 +229,15 @@ class Task:
             if score == 1:
                 return i
         raise ValueError("no option is right")
+
+    def _drawn(self, num_shared: int, seed: int) -> Sequence[Any]:
+        """One draw of so many shots for all documents; the sampler starts from this seed, with none too."""
+        self.inner.set_fewshot_seed(seed)
+        if num_shared == 0:
+            return []
+        self._check_pool(num_shared, excluding=False)
+        shots: Sequence[Any] = self.inner.sampler.sample(num_shared)
+        return shots
 
     def _check_pool(self, num_fewshot: int, *, excluding: bool) -> None:
         if num_fewshot == 0:
@@ -328,7 +339,7 @@ def _get_task(name: str, data: Path | None, examples_split: str, protocol: Proto
     if place is not None:
         text += "custom_dataset: !function headcount.measure.documents.local_dataset\n"
     inner = _load(text, task_name, local=place is not None)
-    return Task(task_name, inner, _notes(inner, place), examples_split, protocol)
+    return Task(task_name, inner, _notes(inner, place, examples_split), examples_split, protocol)
 
 
 def _place(name: str, data: Path | None) -> Path | None:
@@ -356,6 +367,9 @@ def _load(text: str, name: str, *, local: bool) -> Any:
             return TaskManager(include_defaults=False).load(str(path))["tasks"][name]
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise _not_to_be_had(name, error) from error
+    except (yaml.YAMLError, SyntaxError, NameError) as error:
+        raise TaskError(f"the definition of task {name!r} cannot be read ({type(error).__name__}: "
+                        f"{first_line(error)})") from error
     except ImportError as error:
         raise TaskError(f"lm-eval's definition of task {name!r} needs a package that is not here "
                         f"({first_line(error)}): pip install it") from error
@@ -375,8 +389,12 @@ def _not_to_be_had(name: str, error: BaseException) -> UnavailableError:
                             "pass --data DIR with local files, or mend the connection")
 
 
-def _notes(inner: Any, place: Path | None) -> list[str]:
+def _notes(inner: Any, place: Path | None, examples_split: str) -> list[str]:
     notes = [note] if (note := (inner.config.metadata or {}).get("note")) else []
+    evaluated = ["test"] if inner.has_test_docs() else ["validation"]
     if place is not None and place.is_dir() and inner.has_test_docs() and not documents.has_split(place, "test"):
         notes.append("test.jsonl is missing: validation.jsonl stands in for the test split")
+        evaluated = ["test", "validation"]
+    if examples_split in evaluated:
+        notes.append(_SAME)
     return notes

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy, find_anatomy
 from headcount.model.attention import eager
+from headcount.model.devices import doubled
 from headcount.model.gates import ablated, frozen
 from headcount.model.load import LoadedModel
 from headcount.model.sweep import Sweep
@@ -98,7 +99,7 @@ def verify_sweep(model: PreTrainedModel, anatomy: Anatomy) -> ContractResult:
                     with ablated(anatomy, masks[i]):
                         plain = model(**inputs, use_cache=False).logits
                     expected = plain[rows.to(plain.device), positions.to(plain.device)]
-                    error = _relative(logits.double().cpu(), expected.double().cpu())
+                    error = _relative(logits.cpu().double(), expected.cpu().double())
                     if not error <= worst:
                         worst, where = error, f"{masks[i]}"
     except _FAILURES as failure:
@@ -212,23 +213,23 @@ def _bias(projection: nn.Module) -> Tensor | None:
 
 def _identity_error(trace: _Trace, bias: Tensor | None) -> float:
     """How far a gated block is from what the first contract says, relative to the largest value in it."""
-    x, out = trace.entered.double(), trace.left.double()
+    x, out = doubled(trace.entered), doubled(trace.left)
     b = torch.zeros(x.shape[-1]).to(x) if bias is None else bias.to(x)
     last = trace.norms[-1][1] if trace.norms else None
     if last is not None and last.numel() == out.numel() and torch.equal(last.reshape(out.shape), trace.left):
         # The block ends with a norm: each norm must read what the one before wrote, and the first x + bias.
-        expected = [x + b, *(after.double() for _, after in trace.norms[:-1])]
-        return max(_relative(before.double().reshape(x.shape), e.reshape(x.shape))
+        expected = [x + b, *(doubled(after) for _, after in trace.norms[:-1])]
+        return max(_relative(doubled(before).reshape(x.shape), e.reshape(x.shape))
                    for (before, _), e in zip(trace.norms, expected, strict=True))
     added = b.expand_as(x)
     norm_of_zero = torch.zeros_like(x)
-    for before, after in ((n[0].double(), n[1].double()) for n in trace.norms if n[0].numel() == x.numel()):
+    for before, after in ((doubled(n[0]), doubled(n[1])) for n in trace.norms if n[0].numel() == x.numel()):
         before, after = before.reshape(x.shape), after.reshape(x.shape)
         if not before.any():
             norm_of_zero = norm_of_zero + after
         elif torch.equal(before, b.expand_as(x)):
             added = after
-    norm_of_zero = sum((other.double() for other in trace.others), norm_of_zero)
+    norm_of_zero = sum((doubled(other) for other in trace.others), norm_of_zero)
     left_over = out - x - norm_of_zero
     # What the block multiplies its branches with, found by least squares; it cannot hide what depends on x.
     square = (added * added).sum()

@@ -1,4 +1,4 @@
-"""Arrays onto a device without waiting for it.
+"""What devices need: arrays onto one without waiting for it, and double precision where one has none.
 
 A copy from ordinary memory to a GPU waits until all that the GPU was given before is done. From pinned memory it takes
 its place in the queue, so that batches, gates and indices of scored positions follow one another without a gap.
@@ -17,3 +17,8 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """In double precision: on its own device, or on the CPU where that device knows none (Apple's)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.attention import Visit, attention_seen, device_of, fed, one_logit
+from headcount.model.devices import doubled
 from headcount.model.gates import ablated
 
 # Basis vectors that pass the model at once.
@@ -260,8 +261,9 @@ def ov_copying(
     size = anatomy.layers[0].d_model
     turned = ends.entry.T @ _token_products(model) @ ends.exit.T
     tests = torch.randn(_TESTS, size, generator=torch.Generator().manual_seed(0)).to(turned)
-    small = [turned.new_zeros(p.num_heads, p.d_head, p.d_head, dtype=torch.float64) for p in anatomy.layers]
-    told_of = [turned.new_zeros(_TESTS, p.num_heads, p.d_head, dtype=torch.float64) for p in anatomy.layers]
+    wide = doubled(turned[:0])
+    small = [wide.new_zeros(p.num_heads, p.d_head, p.d_head) for p in anatomy.layers]
+    told_of = [wide.new_zeros(_TESTS, p.num_heads, p.d_head) for p in anatomy.layers]
     for chosen, basis in _basis(model, anatomy):
         chosen = slice(chosen.start, min(chosen.stop, size))
         if chosen.start >= size:
@@ -271,15 +273,15 @@ def ov_copying(
         def visit(layer: int, z: Tensor, attention: Tensor, chosen: slice = chosen) -> None:
             part = anatomy.layers[layer]
             values = _values(part, z, attention)
-            told_of[layer] += torch.einsum("ui,ihd->uhd", tests[:, chosen].to(values), values).to(tests.device)
+            told_of[layer] += torch.einsum("ui,ihd->uhd", tests[:, chosen].to(values), values).to(told_of[layer].device)
             read = keys(part, turned[chosen], z, norms.get(layer))
-            small[layer] += torch.einsum("ihd,ihe->hde", values, read.double()).to(tests.device)
+            small[layer] += torch.einsum("ihd,ihe->hde", values, doubled(read)).to(small[layer].device)
 
         _probe(model, anatomy, rows, told, visit)
     straight: list[Tensor] = [torch.empty(0)] * anatomy.num_layers
 
     def check(layer: int, z: Tensor, attention: Tensor) -> None:
-        seen = _values(anatomy.layers[layer], z, attention).to(tests.device)
+        seen = _values(anatomy.layers[layer], z, attention).to(told_of[layer].device)
         straight[layer] = _parallel(seen, told_of[layer]) <= _TOLERANCE.get(model.dtype, _COARSE)
 
     _probe(model, anatomy, torch.cat([tests, -tests]).to(model.dtype), told, check)
@@ -289,7 +291,7 @@ def ov_copying(
 
 def _values(part: LayerAnatomy, z: Tensor, attention: Tensor) -> Float[Tensor, "row head d_head"]:
     """Half of what the rows' sign changed in values: of one token, outputs divided by the attention to it (sinks)."""
-    own = z[:, 0].double() / attention[:, :, 0, 0, None].double()
+    own = doubled(z[:, 0]) / doubled(attention[:, :, 0, 0, None])
     plus, minus = own.chunk(2)
     return (plus - minus) / 2
 

@@ -250,7 +250,8 @@ class Study:
     @functools.cached_property
     def _induction_entries(self) -> dict[str, Entry]:
         """By weights; of several numbers of texts the most."""
-        found = sorted(self._ledger.entries("induction"), key=lambda entry: entry.info["sequences"])
+        found = sorted((entry for entry in self._ledger.entries("induction") if self._is_of_model(entry.job)),
+                       key=lambda entry: entry.info["sequences"])
         return {entry.job["weights"]: entry for entry in found}
 
     @functools.cached_property
@@ -271,13 +272,20 @@ class Study:
     def _entries(self, kind: str) -> list[Entry]:
         """By task and number of shots, in the study's order: the ledger's is that of hashes."""
         order = {task: number for number, task in enumerate(self.tasks)}
-        return sorted(self._ledger.entries(kind),
+        return sorted((entry for entry in self._ledger.entries(kind) if self._is_of_model(entry.job)),
                       key=lambda entry: (order.get(entry.job["task"], len(order)), entry.job["num_fewshot"]))
+
+    def _is_of_model(self, job: Mapping[str, Any]) -> bool:
+        """Whether a job is of the model that the folder is of; two processes may have begun with different ones."""
+        return bool(job["model"] == self.description["model"]["fingerprint"])
 
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
         frames = []
         for number, entry in enumerate(self._entries("evaluation")):
+            # An aggregate may have been taken of scores first and of ranks later; the last one asked for is shown.
+            if entry.job["curve"].get("aggregate", self.spec["aggregate"]) != self.spec["aggregate"]:
+                continue
             labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
             labels.insert(0, "mask", range(len(labels)))
             for name in ("split", "num_fewshot", "task"):
@@ -307,7 +315,7 @@ class Study:
         """How many distinct accuracies each FFN oracle found, by (task, number of shots)."""
         found = {(job["task"], job["num_fewshot"]): info["distinct_values"]
                  for job, info in self._ledger.descriptions("importance")
-                 if job["method"] == "oracle" and job.get("component", "ffn") == "ffn"}
+                 if self._is_of_model(job) and job["method"] == "oracle" and job.get("component", "ffn") == "ffn"}
         return dict(sorted(found.items()))
 
     @functools.cached_property
