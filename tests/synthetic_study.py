@@ -66,7 +66,8 @@ def write(folder: Path, *, tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...
     ledger.write_json("study.json", spec(tasks, shots, documents))
     for task in tasks:
         for k in shots:
-            job = {"kind": "evaluation", "task": task, "num_fewshot": k, "split": "evaluation", "documents": documents}
+            job = {"kind": "evaluation", "model": "abc", "task": task, "num_fewshot": k, "split": "evaluation",
+                   "documents": documents}
             info = {"metric": "acc", "truncated": 0, "tokens": 1, "seconds": 0.1}
             right = full if k else 25
             if evaluations:
@@ -89,7 +90,7 @@ def _write_importance(ledger: Ledger, task: str, k: int) -> None:
     ffn = {"component": "ffn", "layer": np.arange(LAYERS), "head": -1, "stderr": 0.01}
     ffn_rows = [pd.DataFrame({**ffn, "score": s, "importance": 0.1 * np.arange(LAYERS)})
                 for s in ("position", "example")]
-    base = {"kind": "importance", "task": task, "num_fewshot": k}
+    base = {"kind": "importance", "model": "abc", "task": task, "num_fewshot": k}
     ledger.write({**base, "method": "gradient"}, pd.concat([*head_rows, *ffn_rows]), {"num_examples": 50})
     oracle = [pd.DataFrame({**ffn, "score": s, "importance": 0.1 * (np.arange(LAYERS) // 3)})
               for s in ("accuracy", "gold_loglikelihood")]

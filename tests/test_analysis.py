@@ -69,7 +69,7 @@ def test_free_fractions_are_what_was_planted(tmp_path: Path) -> None:
         assert pick(free, task=task, num_fewshot=5, component="ffn").iloc[0]["free_fraction"] == 0
         none = pick(free, task=task, num_fewshot=0)
         assert none["free_fraction"].isna().all()
-        assert none["reason"].str.contains("not above 0.25").all()
+        assert none["reason"].str.contains("not shown to be above 0.25").all()
     assert "random" not in set(free["order"])
 
 
@@ -109,7 +109,7 @@ def test_an_unfinished_study_opens(tmp_path: Path, parts: dict[str, bool]) -> No
 
 def test_a_task_under_way_costs_the_others_nothing(tmp_path: Path) -> None:
     done = open_study(synthetic.write(tmp_path / "done"))
-    assert not sentences.headline(done)[0].startswith("Not finished")
+    assert not sentences.headline(done)[0].startswith("Not every task")
     folder = synthetic.write(tmp_path / "more", tasks=("red", "green", "blue"))
     ledger = Ledger(folder)
     for entry in ledger.entries("evaluation"):
@@ -122,7 +122,8 @@ def test_a_task_under_way_costs_the_others_nothing(tmp_path: Path) -> None:
     assert under_way.finished_tasks(5) == ["red", "green"]
     assert under_way.baseline("mean", 5) == done.baseline("mean", 5)
     assert sentences.headline(under_way)[0] == (
-        "Not finished: of 3 tasks, those measured are 2 with no shots, 2 with 5 shots. Means are over those alone.")
+        "Not every task is measured at every number of shots: of 3 tasks, 2 with no shots, 2 with 5 shots. "
+        "Means are over those alone.")
 
 
 def test_points_that_one_task_has_beside_the_others_are_no_reason_to_leave_these_out() -> None:

@@ -114,7 +114,8 @@ def test_a_preset_stands_for_options_and_loses_to_the_command_line(
                     "induction scores, random weights", "icl_agent, 2-shot: heads by the order of mean"):
         assert planned in " ".join(done.stdout.split()), planned
     assert "5-shot" not in done.stdout
-    assert re.search(r"about [\d,]+ tokens through 3 layers, \S+ layer-tokens, \d+ minutes at", done.stdout)
+    assert re.search(r"about [\d,]+ tokens through 3 layers, \S+ layer-tokens, (about a|less than a|\d+) minutes? at",
+                     done.stdout)
     wrong = headcount("study", model_folder, "--preset", "opt67b", *arguments)
     assert wrong.returncode == 2
     assert "opt66b-study" in wrong.stderr
@@ -127,6 +128,12 @@ def test_induction_needs_no_tasks(model_folder: Path, tmp_path: Path) -> None:
     found = open_study(tmp_path / "study").induction()
     assert len(found) == 2 * 12
     assert (tmp_path / "study" / "report.html").exists()
+    assert "Means over 4 texts" in done.stdout
+    more = headcount("induction", model_folder, "--seeds", "2", "--out", tmp_path / "study")
+    assert "Means over 8 texts" in more.stdout
+    assert "Means over 4 texts" in headcount("induction", model_folder, "--seeds", "1", "--out",
+                                             tmp_path / "study").stdout, "what was asked for last"
+    assert "--seeds is at least 1" in headcount("induction", model_folder, "--seeds", "0").stderr
 
 
 def test_options_come_from_a_file_too(model_folder: Path, tmp_path: Path) -> None:
@@ -145,9 +152,37 @@ def test_single_steps_print_their_result(model_folder: Path, tmp_path: Path, ver
     done = headcount(verb, model_folder, "--tasks", "piqa", "--shots", "0", "--limit", "4", "--importance-limit", "4",
                      "--data", tiny.write_task(tmp_path / "data"), "--fractions", "0.5")
     assert done.returncode == 0, done.stderr
-    expected = {"evaluate": "accuracy", "heads": "L2H3", "ffns": "L2F", "curve": "50 %"}[verb]
+    expected = {"evaluate": "accuracy", "heads": "L2H3", "ffns": "L2F", "curve": "by gradient"}[verb]
     assert "piqa" in done.stdout
     assert expected in done.stdout
+
+
+def test_single_steps_print_what_was_asked_of_a_folder_that_holds_more(model_folder: Path, tmp_path: Path) -> None:
+    arguments = ["--limit", "4", "--importance-limit", "4", "--out", tmp_path / "study"]
+    first = headcount("curve", model_folder, "--tasks", "icl_plural", "icl_gerund", "--shots", "0", "1", *arguments)
+    assert first.returncode == 0, first.stderr
+    assert max(map(len, first.stdout.splitlines())) <= 80
+    assert all(f"{task}: accuracy" in first.stdout for task in ("icl_plural", "icl_gerund", "mean"))
+    assert re.search(r"^ *0 +heads by gradient +[.\d]+ ", first.stdout, re.MULTILINE)
+    again = headcount("evaluate", model_folder, "--tasks", "icl_gerund", "--shots", "1", *arguments)
+    assert again.returncode == 0, again.stderr
+    rows = [line.split()[:2] for line in again.stdout.splitlines()[1:]]
+    assert rows == [["icl_gerund", "1"]]
+
+
+def test_a_study_that_is_stopped_says_what_is_kept(model_folder: Path, tmp_path: Path) -> None:
+    arguments = study_arguments(model_folder, tmp_path)
+    process = subprocess.Popen([sys.executable, "-m", "headcount", *map(str, arguments)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if list((tmp_path / "study" / "entries").glob("*.parquet")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (0, 130), err
+    assert process.returncode == 0 or "stopped; what is measured is kept in --out" in err
+    assert headcount(*arguments).returncode == 0
 
 
 def test_anatomy_is_printed_and_verified(model_folder: Path) -> None:
@@ -172,6 +207,10 @@ def test_anatomy_is_printed_and_verified(model_folder: Path) -> None:
     ({"--bogus": "1"}, "--bogus"),
     ({"--config": "absent.toml"}, "absent.toml"),
     ({"--out": None}, "--out"),
+    ({"--measure": "transfer"}, "name two --tasks, or --unseen"),
+    ({"--unseen": "icl_plural"}, "--measure transfer"),
+    ({"--seed": "-1"}, "--seed is at least 0"),
+    ({"--tasks": "./nowhere"}, "there is no folder ./nowhere"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(
     model_folder: Path, tmp_path: Path, change: dict[str, str | None], message: str, monkeypatch: pytest.MonkeyPatch
@@ -257,6 +296,9 @@ def test_tasks_are_listed(tmp_path: Path) -> None:
     assert re.search(r"icl_plural +80 +60\* +4 +0\.250 +acc", done.stdout)
     assert re.search(r"piqa +12 +8\* +2 +0\.500 +acc", done.stdout)
     assert headcount("tasks", "pika").returncode == 2
+    absent = headcount("tasks", "copa", "--data", tmp_path)
+    assert absent.returncode == 2
+    assert "copa" in absent.stderr
 
 
 def test_the_oracle_of_heads_is_printed_beside_the_gradient(model_folder: Path, tmp_path: Path) -> None:

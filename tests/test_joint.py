@@ -170,7 +170,8 @@ def test_more_can_be_measured_in_a_folder_that_is_there(tmp_path: Path) -> None:
 def test_points_that_curves_measure_are_not_measured_again(study: Study) -> None:
     runner = Runner(dataclasses.replace(SPEC, out=study.folder), loaded=tiny.loaded("llama"))
     assert not runner.todo()
-    alone = plan(dataclasses.replace(SPEC, measure=("grid",)), "model", (4, 4, 4), runner.facts, ("grid", "transfer"))
+    parts = ("grid", "transfer")
+    alone = plan(dataclasses.replace(SPEC, measure=parts), "model", (4, 4, 4), runner.facts, parts)
     points = [p for j in alone for p in j.job.get("curve", {}).get("points", ())]
     assert len(points) == 6 * 8, "without curves the grid has its own edges"
     donors = {j.job["curve"]["donor"] for j in alone if j.job.get("curve", {}).get("order") == "transfer"}

@@ -76,10 +76,11 @@ def test_nothing_removed_is_free_without_a_margin_too() -> None:
 
 
 def test_chance_and_the_constant_answer() -> None:
-    assert stats.chance(np.array([2, 4, 1])) == pytest.approx((0.5 + 0.25 + 0) / 3)
+    assert stats.chance(np.array([2, 4, 0])) == pytest.approx((0.5 + 0.25 + 0) / 3)
+    assert stats.baseline(np.array([0, 0]), np.array([1, 1])) == 1, "one option is no choice"
     assert stats.constant_answer(np.array([0, 1, 1, 1]), np.array([2, 2, 2, 2])) == 0.75
     assert np.isnan(stats.constant_answer(np.array([0, 1]), np.array([2, 3])))
-    assert np.isnan(stats.constant_answer(np.array([0, 0]), np.array([1, 1])))
+    assert np.isnan(stats.constant_answer(np.array([0, 0]), np.array([0, 0])))
 
 
 def test_no_documents_no_interval() -> None:
@@ -271,12 +272,15 @@ def test_degenerate_results_are_marked() -> None:
     correct = (constant == gold).astype(float)
     reasons = stats.degenerate(correct, constant, gold, options, low=0.45)
     assert reasons[0] == "option 2 is the answer to 96 % of the documents, whatever they say"
-    assert reasons[1].startswith(f"accuracy {correct.mean():.2f} (at least 0.45) is not above")
+    assert reasons[1].startswith(f"accuracy {correct.mean():.2f} (at least 0.45) is not shown to be above")
     few = stats.degenerate((right == gold).astype(float), right, gold, options, low=0.85, clusters=np.arange(200) // 5)
     assert few == ["40 passages, fewer than 50: intervals are wide and rough"]
     assert stats.degenerate(np.ones(49), gold[:49], gold[:49], options[:49], low=1.0)[0].startswith("49 documents,")
-    # One option each: the answer is produced, and there is nothing to be constant about.
-    assert stats.degenerate(np.ones(60), np.zeros(60, int), np.zeros(60, int), np.ones(60, int), low=1.0) == []
+    # No options: the answer is produced, and there is nothing to be constant about. One: there is no choice.
+    for options, marked in ((0, []), (1, ["accuracy 1.00 (at least 1.00) is not shown to be above 1.00, which guessing "
+                                          "or a constant answer gets"])):
+        zeros = np.zeros(60, int)
+        assert stats.degenerate(np.ones(60), zeros, zeros, zeros + options, low=1.0) == marked
 
 
 def test_the_predicted_option_and_the_baseline() -> None:
@@ -284,7 +288,7 @@ def test_the_predicted_option_and_the_baseline() -> None:
     assert stats.most_predicted(np.array([0]), np.array([1])) == (-1, 0.0)
     assert stats.baseline(np.array([0, 1, 1, 1]), np.array([2, 2, 2, 2])) == 0.75
     assert stats.baseline(np.array([0, 0, 0]), np.array([2, 4, 4])) == pytest.approx(1 / 3)
-    assert stats.baseline(np.array([0]), np.array([1])) == 0
+    assert stats.baseline(np.array([0]), np.array([0])) == 0
 
 
 def test_an_oracle_with_few_values_is_marked() -> None:

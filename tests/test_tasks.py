@@ -365,7 +365,7 @@ def test_what_a_task_offers_is_told(shared: Path) -> None:
         "task": "record", "train": 82, "validation": 133, "evaluated": "validation", "fewest": 4, "most": 23,
         "chance": pytest.approx(0.105, abs=1e-3), "metric": "em", "notes": [describe("record", shared)["notes"][0]]}
     found = describe("lambada_openai", shared)
-    assert (found["evaluated"], found["most"], found["chance"]) == ("test", 1, 0.0)
+    assert (found["evaluated"], found["most"], found["chance"]) == ("test", 0, 0.0)
     assert "--data" in describe("copa")["absent"]
 
 
@@ -410,3 +410,33 @@ def test_chat_templates_write_the_same_date_every_day(tmp_path: Path) -> None:
     chat.chat_template = "{{ strftime_now('%d %b %Y') }}: {% for m in messages %}{{ m['content'] }}{% endfor %}"
     context, _ = found.prompts("evaluation", limit=1, chat=chat)[0].pairs[0]
     assert context.startswith("26 Jul 2024: Question: Count the cats")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"context": "1 2", "options": ["3"]}\n', "line 1: no gold; a document has context, options and gold"),
+    ("", "is empty"),
+    ('{"context": "1", "options": ["2"], "gold": 0}\n{"context": "\\ud83d", "options": ["2"], "gold": 0}\n',
+     "line 2: half of a surrogate pair"),
+])
+def test_slips_in_ones_own_documents_are_told(tmp_path: Path, text: str, message: str) -> None:
+    """In the first line too, which says nothing else of what they are."""
+    for place in (tmp_path / "counting.jsonl", tmp_path / "counting" / "validation.jsonl"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(text)
+        with pytest.raises(DataError, match=message):
+            get_tasks(str(place if place.parent == tmp_path else place.parent))
+
+
+def test_documents_of_a_windows_editor_are_read(tmp_path: Path) -> None:
+    path = bare(tmp_path / "counting.jsonl")
+    path.write_bytes("\ufeff".encode() + path.read_bytes())
+    found = get_tasks(str(path))["counting"]
+    assert len(found.documents("evaluation")) == 6
+    with pytest.raises(OptionError, match="limit at least 1"):
+        found.prompts("evaluation", limit=0)
+
+
+def test_answers_that_are_produced_have_no_options(shared: Path, tmp_path: Path) -> None:
+    assert get_tasks("lambada_openai", data=shared)["lambada_openai"].num_options.max() == 0
+    one = get_tasks(str(bare(tmp_path / "one.jsonl", [{"context": "1 2", "options": ["3"], "gold": 0}] * 2)))["one"]
+    assert one.num_options.tolist() == [1, 1]

@@ -11,7 +11,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -20,13 +20,20 @@ import headcount
 from headcount.errors import HeadcountError, OptionError
 from headcount.specs import PRESETS, ModelSpec, StudySpec
 
+if TYPE_CHECKING:
+    from headcount.plan import Part
+    from headcount.terminal import Asked
+    from headcount.view.analysis import Study
+
 app = App(
     name="headcount",
     version=headcount.__version__,
     help="Which attention heads and feed-forward blocks (FFNs) of a language model does in-context learning need?\n\n"
     "Score them, prune the least important step by step, and see what accuracy is left.",
     default_parameter=Parameter(consume_multiple=True, negative=()),
+    suppress_keyboard_interrupt=False,
 )
+app.meta.suppress_keyboard_interrupt = False
 app.meta.group_parameters = cyclopts.Group("Session")
 
 Spec = Annotated[StudySpec, Parameter(name="*")]
@@ -74,8 +81,8 @@ def evaluate(spec: Spec) -> None:
     """Accuracy of the full model on each task."""
     from headcount import terminal
 
-    with _measured(spec, "evaluate") as folder:
-        terminal.print_accuracy(folder)
+    with _measured(spec, "evaluate") as (found, asked):
+        terminal.print_accuracy(found, asked)
 
 
 @app.command
@@ -94,8 +101,8 @@ def heads(
     spec = dataclasses.replace(spec, head_sample=sample if sample is not None else spec.head_sample)
     if method == "gradient" and spec.head_sample is not None:
         raise OptionError("--sample is for --method oracle; the gradient scores all heads at once")
-    with _measured(spec, "head_oracle" if method == "oracle" else "heads") as folder:
-        terminal.print_importance(folder, "head", method)
+    with _measured(spec, "head_oracle" if method == "oracle" else "heads") as (found, asked):
+        terminal.print_importance(found, asked, "head", method)
 
 
 @app.command
@@ -103,8 +110,8 @@ def ffns(spec: Spec) -> None:
     """Importance of every FFN, by oracle (or by gradient: --ffn-order gradient)."""
     from headcount import terminal
 
-    with _measured(spec, "ffns") as folder:
-        terminal.print_importance(folder, "ffn")
+    with _measured(spec, "ffns") as (found, asked):
+        terminal.print_importance(found, asked, "ffn")
 
 
 @app.command
@@ -112,8 +119,8 @@ def curve(spec: Spec) -> None:
     """Accuracy as the least important heads, and FFNs, go."""
     from headcount import terminal
 
-    with _measured(spec, "curve") as folder:
-        terminal.print_curves(folder)
+    with _measured(spec, "curve") as (found, asked):
+        terminal.print_curves(found, asked)
 
 
 @app.command
@@ -137,13 +144,15 @@ def induction(
     """
     from headcount import terminal
 
+    if seeds is not None and seeds < 1:
+        raise OptionError(f"--seeds is at least 1, not {seeds}")
     chosen = StudySpec(**dataclasses.asdict(spec), tasks=(), measure=("induction",), out=out, protocol=protocol,
                        seed=seed, induction_seeds=seeds, prefix_threshold=prefix_threshold,
                        copying_threshold=copying_threshold)
-    with _measured(chosen, "induction") as folder:
-        terminal.print_induction(folder)
+    with _measured(chosen, "induction") as (found, _):
+        terminal.print_induction(found)
         if out is not None:
-            _report(folder)
+            _report(out)
 
 
 @app.command
@@ -212,17 +221,19 @@ def demo(*, out: Path = Path("headcount-demo"), dry_run: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _measured(spec: StudySpec, part: str) -> Iterator[Path]:
-    """Do one part of a study, in its folder, or in one that is thrown away where none is named."""
+def _measured(spec: StudySpec, part: Part) -> Iterator[tuple[Study, Asked]]:
+    """Do one part of a study, in its folder, or in one that is thrown away where none is named; and open that."""
     from headcount import terminal
 
     with tempfile.TemporaryDirectory() as temporary:
         chosen = dataclasses.replace(spec, out=spec.out or Path(temporary) / "study")
         with terminal.reporter() as reporter:
-            from headcount.study import run_study
+            from headcount.study import Runner
+            from headcount.view.analysis import open_study
 
-            folder = run_study(chosen, parts=(part,), reporter=reporter, command=_command())  # type: ignore[arg-type]
-        yield folder
+            runner = Runner(chosen, parts=(part,), reporter=reporter, command=_command())
+            found = open_study(runner.run())
+        yield found, terminal.Asked(list(runner.tasks), chosen.shots)
 
 
 def _report(folder: Path) -> None:
@@ -272,6 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
                         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "true"}.items():
         os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app.meta(sys.argv[1:] if arguments is None else arguments, exit_on_error=False, print_error=False)
     except (HeadcountError, cyclopts.CycloptsError) as error:
@@ -279,7 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        sys.stderr.write("\nheadcount: stopped; what is measured is kept, the same command goes on from here\n")
+        sys.stderr.write("\nheadcount: stopped; what is measured is kept in --out, and the same command goes on from "
+                         "there; without --out nothing is kept\n")
         return 130
     return 0
 

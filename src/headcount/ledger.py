@@ -194,5 +194,5 @@ def _read(path: Path, columns: list[str] | None = None) -> Entry:
         table = pq.read_table(path, columns=columns)
         content = json.loads(table.schema.metadata[b"headcount"])
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise StudyError(f"the entry {path} is damaged; delete that file and run the same command again") from error
+        raise StudyError(f"the entry {path} is damaged; delete that file and run its study again") from error
     return Entry(content["job"], content["info"], table.to_pandas(ignore_metadata=True), content["format"])

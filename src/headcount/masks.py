@@ -162,10 +162,13 @@ def prune(heads_per_layer: Sequence[int], component: Component, order: Sequence[
         fraction: Share to remove, 0..1.
 
     Raises:
-        OptionError: If the fraction is out of range, or the order does not list every component once.
+        OptionError: If the component is neither, the fraction is out of range, or the order does not list every
+            component once.
     """
     if not 0 <= fraction <= 1:
         raise OptionError(f"a fraction lies between 0 and 1, not {fraction}")
+    if component not in ("head", "ffn"):
+        raise OptionError(f"a component is head or ffn, not {component!r}")
     everything = all_heads(heads_per_layer)
     n = len(everything) if component == "head" else len(heads_per_layer)
     if sorted(order) != list(range(n)):

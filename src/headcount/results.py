@@ -29,7 +29,7 @@ class Evaluations:
         margin: Gold log-likelihood minus the best other option's, in nats; NaN where there is one option.
         prediction: Index of the option with the highest log-likelihood.
         gold: Index of the right option.
-        num_options: How many options the document has.
+        num_options: How many options the document has; 0 where the answer must be produced.
         extra_metrics: Further metrics of the task that are plain numbers, such as "acc_norm".
         passages: Equal numbers for documents that share a passage; None where it was not looked at.
         truncated: How many requests were longer than the model's window and lost their beginning.

@@ -146,6 +146,7 @@ class StudySpec(ModelSpec):
         _check(bool(self.measure) or not self.tasks, "--measure names nothing to measure")
         _check(bool(self.tasks) or self.measure == ("induction",), "--tasks names no task")
         _check(bool(self.shots) and min(self.shots) >= 0, f"--shots are numbers from 0 up, not {_listed(self.shots)}")
+        _check(not self.unseen or "transfer" in self.measure, "--unseen tasks are measured with --measure transfer")
         _check(len(set(self.shots)) == len(self.shots), f"--shots names a number twice: {_listed(self.shots)}")
         for name in ("fractions", "grid_fractions", "transfer_fractions"):
             _check_fractions(name, getattr(self, name))

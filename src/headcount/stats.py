@@ -232,13 +232,13 @@ def pearson(x: Float[np.ndarray, "row component"], y: Float[np.ndarray, "row com
 
 
 def chance(num_options: Int[np.ndarray, " doc"]) -> float:
-    """Expected accuracy of guessing; 0 where there is one option, since then the answer must be produced."""
-    return float(np.where(num_options > 1, 1 / num_options, 0.0).mean())
+    """Expected accuracy of guessing; 0 where there are no options, since then the answer must be produced."""
+    return float(np.where(num_options > 0, 1 / np.maximum(num_options, 1), 0.0).mean())
 
 
 def constant_answer(gold: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, " doc"]) -> float:
     """Accuracy of the best answer that is the same place for every document; NaN where options differ in number."""
-    if len(set(num_options.tolist())) != 1 or num_options[0] < 2:
+    if len(set(num_options.tolist())) != 1 or num_options[0] < 1:
         return float("nan")
     return float(np.bincount(gold).max() / len(gold))
 
@@ -272,8 +272,8 @@ def degenerate(
         found.append(f"option {option + 1} is the answer to {100 * share:.0f} % of the documents, whatever they say")
     to_beat = baseline(gold, num_options)
     if not low > to_beat:
-        found.append(f"accuracy {correct.mean():.2f} (at least {low:.2f}) is not above {to_beat:.2f}, which guessing "
-                     "or a constant answer gets")
+        found.append(f"accuracy {correct.mean():.2f} (at least {low:.2f}) is not shown to be above {to_beat:.2f}, "
+                     "which guessing or a constant answer gets")
     return found
 
 

@@ -108,6 +108,8 @@ class Runner:
         if both := seen.keys() & unseen.keys():
             raise OptionError(f"{', '.join(sorted(both))} cannot be among both --tasks and --unseen")
         self.tasks, self.unseen = seen | unseen, frozenset(unseen)
+        if "transfer" in self.parts and len(seen) < 2 and not unseen:
+            raise OptionError("--measure transfer takes one task's order to another: name two --tasks, or --unseen")
         self._check_prompts()
         self.reporter.stage(f"loading {spec.model}")
         self.loaded = loaded or _load(spec)
@@ -132,7 +134,7 @@ class Runner:
             self.previous = self._begun()
             self.ledger.write_json("study.json", self._description(layout, masks))
         todo = self.todo()
-        self.reporter.begin(len(todo), len(self.jobs) - len(todo), sum(p.tokens for p in todo))
+        self.reporter.begin(len(todo), len(self.jobs) - len(todo), sum((p.tokens for p in todo), 0.0))
         for planned in todo:
             self.reporter.job(planned.title)
             self._do(planned)

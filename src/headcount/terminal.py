@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import pandas as pd
 
     from headcount.ledger import Ledger
     from headcount.masks import Component
@@ -25,6 +28,8 @@ _out = Console()
 _err = Console(stderr=True)
 # Where nobody watches, a line this often (seconds) instead of a bar.
 _LINE_EVERY = 20.0
+# A plan of more jobs than this is told by task.
+_MOST_JOBS = 100
 
 
 class Bar:
@@ -46,7 +51,7 @@ class Bar:
     def begin(self, todo: int, done: int, tokens: float) -> None:
         """How many jobs are to do and were done before, and about how many tokens they take."""
         before = f", {done} were done before" if done else ""
-        self._progress.console.print(f"{todo} jobs to do{before}; about {tokens:,.0f} tokens through the model",
+        self._progress.console.print(f"{_jobs(todo)} to do{before}; about {tokens:,.0f} tokens through the model",
                                      highlight=False)
         self._tokens, self._done = max(tokens, 1.0), 0.0
         self._started = self._told = time.monotonic()
@@ -69,6 +74,21 @@ class Bar:
                                          f"{self._title}", highlight=False)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What one command asked for, of a folder that may hold more."""
+
+    tasks: Sequence[str]
+    shots: Sequence[int]
+
+    def of(self, table: pd.DataFrame, study: Study) -> pd.DataFrame:
+        """The table's rows of these; means over tasks only where they are over no others."""
+        from headcount.view.points import MEAN
+
+        tasks = [*self.tasks, *([MEAN] if set(self.tasks) == set(study.tasks) else [])]
+        return table[table["task"].isin(tasks) & table["num_fewshot"].isin(self.shots)]
+
+
 @contextlib.contextmanager
 def reporter() -> Iterator[Bar]:
     """A progress bar on stderr, gone when the block ends."""
@@ -80,15 +100,24 @@ def reporter() -> Iterator[Bar]:
 
 
 def print_plan(jobs: Sequence[PlannedJob], ledger: Ledger) -> None:
-    """The jobs of a study, what they cost, and which are done."""
-    table = _table("job", "passes|r", "documents|r", "tokens (about)|r", "done")
-    for planned in jobs:
-        done = "yes" if ledger.has(planned.job) else ""
-        table.add_row(planned.title, f"{planned.passes:.3g}", f"{planned.job['documents']}", f"{planned.tokens:,.0f}",
-                      done)
+    """The jobs of a study, what they cost, and which are done; where they are many, by task and number of shots."""
+    done = [ledger.has(planned.job) for planned in jobs]
+    if len(jobs) <= _MOST_JOBS:
+        table = _table("job", "passes|r", "documents|r", "tokens (about)|r", "done")
+        for planned, is_done in zip(jobs, done, strict=True):
+            table.add_row(planned.title, f"{planned.passes:.3g}", f"{planned.job['documents']}",
+                          f"{planned.tokens:,.0f}", "yes" if is_done else "")
+    else:
+        table = _table("task", "jobs|r", "passes|r", "documents|r", "tokens (about)|r", "done|r")
+        parts: dict[str, list[tuple[PlannedJob, bool]]] = {}
+        for planned, is_done in zip(jobs, done, strict=True):
+            parts.setdefault(planned.title.partition(":")[0], []).append((planned, is_done))
+        for title, of_part in parts.items():
+            table.add_row(title, str(len(of_part)), f"{sum(p.passes for p, _ in of_part):.0f}",
+                          str(max(p.job["documents"] for p, _ in of_part)),
+                          f"{sum(p.tokens for p, _ in of_part):,.0f}", str(sum(is_done for _, is_done in of_part)))
     _out.print(table)
-    left = [p for p in jobs if not ledger.has(p.job)]
-    _out.print(f"{len(jobs)} jobs, {len(left)} to do. Nothing was measured.", highlight=False)
+    _out.print(f"{_jobs(len(jobs))}, {done.count(False)} to do. Nothing was measured.", highlight=False)
 
 
 def print_cost(todo: Sequence[PlannedJob], layers: int, tokens_per_second: float) -> None:
@@ -100,13 +129,21 @@ def print_cost(todo: Sequence[PlannedJob], layers: int, tokens_per_second: float
                highlight=False)
 
 
+def _jobs(n: int) -> str:
+    return f"{n} job{'s' * (n != 1)}"
+
+
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
+    if minutes < 1.5:
+        return "about a minute" if minutes > 0.5 else "less than a minute"
     return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 
 def print_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
     """Tasks with what they offer; below, notes and what could not be read."""
+    from headcount.errors import UnavailableError
+
     table = _table("task", "train|r", "validation|r", "test|r", "options|r", "chance|r", "metric")
     for row in rows:
         if "absent" in row:
@@ -115,7 +152,7 @@ def print_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
         sizes = [f"{row[split]:,}{'*' * (split == row['evaluated'])}" if split in row else ""
                  for split in ("train", "validation", "test")]
         fewest, most = row["fewest"], row["most"]
-        options = "" if most == 1 else str(most) if fewest == most else f"{fewest} to {most}"
+        options = "" if most == 0 else str(most) if fewest == most else f"{fewest} to {most}"
         table.add_row(row["task"], *sizes, options, f"{row['chance']:.3f}", row["metric"])
     _out.print(table)
     _out.print("* these documents are evaluated; importance is measured on train", highlight=False)
@@ -126,6 +163,8 @@ def print_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
     for note, tasks in notes.items():
         _out.print(f"{', '.join(tasks)}: {note}", highlight=False)
     if absent := [row for row in rows if "absent" in row]:
+        if len(absent) == len(rows):
+            raise UnavailableError(str(absent[0]["absent"]))
         _out.print(f"{len(absent)} of {len(rows)} tasks could not be read; the first: {absent[0]['absent']}",
                    highlight=False)
 
@@ -171,26 +210,24 @@ def _print_contracts(loaded: LoadedModel) -> bool:
     return all(result.holds for result in results)
 
 
-def print_accuracy(folder: Path) -> None:
+def print_accuracy(study: Study, asked: Asked) -> None:
     """The full model's accuracy per task and number of shots."""
-    study = _study(folder)
-    curves = study.curves()
+    curves = asked.of(study.curves(), study)
     full = curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"])
     table = _table("task", "shots|r", "accuracy|r", "95 % interval|r", "documents|r")
     for row in full.to_dict("records"):
         table.add_row(row["task"], str(row["num_fewshot"]), f"{row['accuracy']:.3f}",
                       f"{row['low']:.3f} to {row['high']:.3f}", str(row["documents"]))
     _out.print(table)
-    _print_truncations(study)
+    _print_truncations(study, asked)
 
 
-def print_importance(folder: Path, component: Component, method: str = "gradient") -> None:
+def print_importance(study: Study, asked: Asked, component: Component, method: str = "gradient") -> None:
     """The most and the least important heads, or every FFN, per task and number of shots."""
     from headcount.view.analysis import name_of
     from headcount.view.points import groups
 
-    study = _study(folder)
-    importance = study.importance()
+    importance = asked.of(study.importance(), study)
     score = study.spec["head_score"] if component == "head" and method == "gradient" else "accuracy"
     rows = importance[(importance["component"] == component) & (importance["score"] == score)]
     if rows.empty:
@@ -203,32 +240,33 @@ def print_importance(folder: Path, component: Component, method: str = "gradient
                              f"{row['importance']:.4g}", f"{row['stderr']:.2g}") if row else ("", "", "...", "", "")))
     _out.print(table)
     if component == "head" and method == "oracle":
-        _print_agreement(study)
-    _print_truncations(study)
+        _print_agreement(study, asked)
+    _print_truncations(study, asked)
 
 
-def print_curves(folder: Path) -> None:
-    """Accuracy along every curve."""
+def print_curves(study: Study, asked: Asked) -> None:
+    """Accuracy along every curve, a table per task: ten fractions fit in 80 columns."""
     from headcount.view.points import groups
 
-    study = _study(folder)
-    curves = study.curves()
-    fractions = sorted(curves["fraction"].unique())
-    table = _table("task", "shots|r", "removed", "order", *(f"{100 * f:.0f} %|r" for f in fractions))
-    for (task, k, component, order), curve in groups(curves, "task", "num_fewshot", "component", "order"):
-        at = dict(zip(curve["fraction"], curve["accuracy"], strict=True))
-        table.add_row(task, str(k), f"{component}s", order,
-                      *(f"{at[f]:.3f}" if f in at else "" for f in fractions))
-    _out.print(table)
-    _print_truncations(study)
+    names = {"head": "heads", "ffn": "FFNs", "gradient": "by gradient", "oracle": "by oracle", "random": "at random"}
+    for task, of_task in groups(asked.of(study.curves(), study), "task"):
+        fractions = sorted(of_task["fraction"].unique())
+        table = _table("shots|r", "% removed of", *(f"{100 * f:.3g}|r" for f in fractions))
+        table.padding = (0, 1, 0, 0)
+        for (k, component, order), curve in groups(of_task, "num_fewshot", "component", "order"):
+            at = dict(zip(curve["fraction"], curve["accuracy"], strict=True))
+            table.add_row(str(k), f"{names[component]} {names.get(order, order)}",
+                          *(f"{at[f]:.2f}".removeprefix("0") if f in at else "" for f in fractions))
+        _out.print(f"[bold]{task}[/bold]: accuracy", highlight=False)
+        _out.print(table)
+    _print_truncations(study, asked)
 
 
-def print_induction(folder: Path, shown: int = 12) -> None:
+def print_induction(study: Study, shown: int = 12) -> None:
     """The heads highest on prefix matching, with all scores, and what they say together."""
     from headcount.view import findings
     from headcount.view.analysis import name_of
 
-    study = _study(folder)
     found = study.induction()
     table = _table("head", "prefix matching|r", "copying|r", "previous token|r", "OV copying|r", "induction head")
     trained = found[found["weights"] == "trained"].sort_values("prefix_matching", ascending=False, kind="stable")
@@ -238,7 +276,7 @@ def print_induction(folder: Path, shown: int = 12) -> None:
                       "yes" if row["induction"] else "")
     _out.print(table)
     notes = study.induction_notes
-    told = [findings.induction_sentence(found, study.induction_thresholds),
+    told = [findings.texts_sentence(notes), findings.induction_sentence(found, study.induction_thresholds),
             findings.reliability_caution(notes.get("reliability", {})), *notes.get("notes", ())]
     for sentence in filter(None, told):
         _out.print(f"- {sentence}", highlight=False)
@@ -259,10 +297,10 @@ def print_summary(study: Study, report: Path) -> None:
     _out.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
 
 
-def _print_agreement(study: Study) -> None:
+def _print_agreement(study: Study, asked: Asked) -> None:
     names = {"accuracy": "accuracy", "gold_loglikelihood": "log-lik."}  # short, for 80 columns
     table = _table("score", "lost", "task", "shots|r", "Spearman|r", "95 % interval|r", "heads|r")
-    for row in study.agreement().query("component == 'head'").to_dict("records"):
+    for row in asked.of(study.agreement(), study).query("component == 'head'").to_dict("records"):
         known = row["correlation"] == row["correlation"]
         table.add_row(row["score"], names[row["oracle"]], row["task"], str(row["num_fewshot"]),
                       f"{row['correlation']:.2f}" if known else "none",
@@ -270,17 +308,11 @@ def _print_agreement(study: Study) -> None:
     _out.print(table)
 
 
-def _print_truncations(study: Study) -> None:
+def _print_truncations(study: Study, asked: Asked) -> None:
     from headcount.view import sentences
 
-    for sentence in sentences.truncations(study):
+    for sentence in sentences.truncations(study, asked.tasks, asked.shots):
         _out.print(sentence, highlight=False)
-
-
-def _study(folder: Path) -> Study:
-    from headcount.view.analysis import open_study
-
-    return open_study(folder)
 
 
 def _ends(rows: list[dict[str, Any]], shown: int = 10) -> list[dict[str, Any] | None]:

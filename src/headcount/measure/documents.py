@@ -70,16 +70,9 @@ def check_place(place: Path, name: str) -> None:
         raise DataError(f"{place} has neither validation.jsonl nor test.jsonl to evaluate on")
 
 
-def is_bare(place: Path) -> bool:
-    """Whether a file's, or a folder's, first document has `context`, `options` and `gold`."""
-    files = [place] if place.is_file() else [place / f"{s}.jsonl" for s in SPLIT_FILES if has_split(place, s)]
-    first = next(_lines(files[0], None), {}) if files else {}
-    return all(name in first for name in _BARE)
-
-
 def _lines(path: Path, check: Callable[[Mapping[str, Any]], str] | None) -> Iterator[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (the byte at {error.start}); save it as that") from error
     for number, line in enumerate(text.split("\n"), 1):
@@ -89,11 +82,21 @@ def _lines(path: Path, check: Callable[[Mapping[str, Any]], str] | None) -> Iter
             doc = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg}); mend that line") from error
+        if "\\ud" in line and not _is_text(doc):
+            raise DataError(f"{path}, line {number}: half of a surrogate pair (\\ud...) is no text; mend that line")
         if not isinstance(doc, dict):
             raise DataError(f"{path}, line {number}: a document is a JSON object, not {type(doc).__name__}")
         if check is not None and (wrong := check(doc)):
             raise DataError(f"{path}, line {number}: {wrong}")
         yield {name: doc[name] for name in _BARE} if check is not None else doc
+
+
+def _is_text(doc: object) -> bool:
+    try:
+        json.dumps(doc, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_bare(doc: Mapping[str, Any]) -> str:

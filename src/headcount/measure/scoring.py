@@ -88,6 +88,8 @@ def evaluate(
     Returns:
         Metric, gold log-likelihood, margin and prediction per mask and document.
     """
+    if isinstance(masks, Mask) or not isinstance(task, Task):
+        raise OptionError("masks is a sequence of masks, and task what get_tasks made of one name")
     prepared = prepare(loaded, task, num_fewshot=num_fewshot, limit=limit, split=split, seed=seed,
                        shared_shots=shared_shots, trees=trees, budget=budget)
     return score(loaded, prepared, masks or [Mask.full(loaded.anatomy.heads_per_layer)], progress=progress)
@@ -155,7 +157,7 @@ def score(
         margin=np.array([[one.margin for one in row] for row in rows]),
         prediction=np.array([[one.prediction for one in row] for row in rows], np.int64),
         gold=np.array([p.gold for p in prepared.prompts], np.int64),
-        num_options=np.array([p.num_options for p in prepared.prompts], np.int64),
+        num_options=np.array([0 if task.is_produced else p.num_options for p in prepared.prompts], np.int64),
         extra_metrics={name: np.array([[one.metrics.get(name, np.nan) for one in row] for row in rows])
                        for name in sorted(extra)},
         passages=prepared.passages,

@@ -116,10 +116,15 @@ class Task:
         return {split: len(self.inner.dataset[split]) for split in used if split in self.inner.dataset}
 
     @property
+    def is_produced(self) -> bool:
+        """Whether the answer is no choice: greedy decoding must give the continuation."""
+        return bool(self.inner.OUTPUT_TYPE == "loglikelihood")
+
+    @property
     def num_options(self) -> Int[np.ndarray, " doc"]:
-        """How many options each evaluated document has; 1 where a continuation must be produced."""
-        if self.inner.OUTPUT_TYPE == "loglikelihood":
-            return np.ones(len(self.documents("evaluation")), np.int64)
+        """How many options each evaluated document has; 0 where a continuation must be produced."""
+        if self.is_produced:
+            return np.zeros(len(self.documents("evaluation")), np.int64)
         return np.array([len(self.inner.doc_to_choice(doc)) for doc in self.documents("evaluation")], np.int64)
 
     def documents(self, split: Split) -> Sequence[Mapping[str, Any]]:
@@ -171,6 +176,8 @@ class Task:
         Raises:
             OptionError: If there are too few documents to draw the shots from.
         """
+        if num_fewshot < 0 or (limit is not None and limit < 1):
+            raise OptionError(f"num_fewshot is at least 0 and limit at least 1, not {num_fewshot} and {limit}")
         found = self.documents(split)
         own_pool = num_fewshot > 0 and self._drawn_from(found)
         self._check_pool(num_fewshot, excluding=not shared_shots and (own_pool or self._lm_eval_excludes))
@@ -275,15 +282,15 @@ class Task:
 
 
 def get_tasks(
-    task_names: Sequence[str], *, data: str | Path | None = None, examples_split: str = "train",
+    task_names: str | Sequence[str], *, data: str | Path | None = None, examples_split: str = "train",
     protocol: Protocol = "sound",
 ) -> dict[str, Task]:
     """Load tasks by name.
 
     Args:
-        task_names: lm-eval's task, group or tag names; `paper14`, `paper14-unseen`, `icl` or a task of that suite
-            (`icl_antonym`, ...); paths of task YAML files; paths of jsonl files, or of folders of them, whose documents
-            have `context`, `options` and `gold`.
+        task_names: One or several: lm-eval's task, group or tag names; `paper14`, `paper14-unseen`, `icl` or a task of
+            that suite (`icl_antonym`, ...); paths of task YAML files; paths of jsonl files, or of folders of them,
+            whose documents have `context`, `options` and `gold`.
         data: A folder with `<task>/{train,validation,test}.jsonl` to read instead of the hub. A missing `test.jsonl`
             is stood in for by `validation.jsonl`.
         examples_split: The split that importance is measured on.
@@ -296,7 +303,7 @@ def get_tasks(
     if examples_split not in documents.SPLIT_FILES:
         raise OptionError(f"--examples-split is one of {', '.join(documents.SPLIT_FILES)}, not {examples_split!r}")
     loaded: dict[str, Task] = {}
-    for name in names.expand(task_names):
+    for name in names.expand([task_names] if isinstance(task_names, str) else task_names):
         task = _get_task(name, Path(data) if data is not None else None, examples_split, protocol)
         if task.name in loaded:
             raise TaskError(f"two of the tasks are named {task.name!r}; rename one")
@@ -321,7 +328,7 @@ def describe(name: str, data: str | Path | None = None) -> dict[str, Any]:
 
 def _get_task(name: str, data: Path | None, examples_split: str, protocol: Protocol) -> Task:
     place = _place(name, data)
-    bare = place is not None and _is_users_own(name) and documents.is_bare(place)
+    bare = place is not None and _is_users_own(name)
     if bare and place is not None:
         definition, task_name = names.bare_definition(), place.stem if place.is_file() else place.name
     else:
@@ -344,9 +351,9 @@ def _get_task(name: str, data: Path | None, examples_split: str, protocol: Proto
 
 def _place(name: str, data: Path | None) -> Path | None:
     """Where a name's own documents lie, if it is a path, or a folder in --data."""
-    if name.endswith(".jsonl") or ("/" in name and Path(name).is_dir()):
+    if not name.endswith((".yaml", ".yml")) and ("/" in name or name.endswith(".jsonl")):
         if not Path(name).exists():
-            raise TaskError(f"there is no file {name}")
+            raise TaskError(f"there is no {'file' if name.endswith('.jsonl') else 'folder'} {name}")
         return Path(name).resolve()
     return data / name if data is not None and (data / name).is_dir() else None
 

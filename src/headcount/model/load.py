@@ -306,8 +306,8 @@ def _tokenizer(
             return AutoTokenizer.from_pretrained(other, trust_remote_code=common["trust_remote_code"])
         return AutoTokenizer.from_pretrained(source.place, **common)
     except _LOAD_ERRORS as e:
-        raise ModelError(f"no tokenizer can be loaded from {other or name} ({first_line(e)}): name one with "
-                         "load(..., tokenizer=FOLDER_OR_HUB_ID), or put its files beside the model's") from e
+        raise ModelError(f"no tokenizer can be loaded from {other or name} ({first_line(e)}): put its files "
+                         "beside the model's, or in Python name one with load(..., tokenizer=FOLDER_OR_HUB_ID)") from e
 
 
 def _model(name: str, source: _Source, options: Mapping[str, Any]) -> PreTrainedModel:

@@ -249,9 +249,10 @@ class Study:
 
     @functools.cached_property
     def _induction_entries(self) -> dict[str, Entry]:
-        """By weights; of several numbers of texts the most."""
+        """By weights; of several numbers of texts the one that was asked for last, else the most."""
+        asked = self.spec.get("induction_seeds")
         found = sorted((entry for entry in self._ledger.entries("induction") if self._is_of_model(entry.job)),
-                       key=lambda entry: entry.info["sequences"])
+                       key=lambda entry: (entry.job["seeds"] == asked, entry.info["sequences"]))
         return {entry.job["weights"]: entry for entry in found}
 
     @functools.cached_property

@@ -97,8 +97,8 @@ def _free(curve: pd.DataFrame, tasks: Sequence[Points], margin: float) -> dict[s
     baseline = float(np.mean([t.baseline for t in tasks]))
     found = {"reason": "", "full_accuracy": full["accuracy"], "full_low": full["low"], "baseline": baseline}
     if not full["low"] > baseline:
-        reason = (f"the full model's accuracy, {full['accuracy']:.2f} (at least {full['low']:.2f}), is not above "
-                  f"{baseline:.2f}, which guessing or a constant answer gets")
+        reason = (f"the full model's accuracy, {full['accuracy']:.2f} (at least {full['low']:.2f}), is not shown to be "
+                  f"above {baseline:.2f}, which guessing or a constant answer gets")
         return {**found, "free_fraction": np.nan, "reason": reason}
     steps = curve[["component", "order", "fraction"]].itertuples(index=False, name=None)
     _, differences = compared(tasks, [None if key[2] == 0 else key for key in steps])

@@ -8,6 +8,7 @@ nothing to say.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -99,9 +100,14 @@ def induction_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float])
     return f"{_are(len(found), len(trained)).capitalize()} ({limits}){which}.{unsure}{beside}"
 
 
+def texts_sentence(notes: Mapping[str, Any]) -> str:
+    """How many texts the scores are means over; `notes` as in `Study.induction_notes`."""
+    return f"Means over {notes['sequences']} texts of random tokens." if "sequences" in notes else ""
+
+
 def reliability_caution(reliabilities: Mapping[str, float]) -> str:
     """Which of the two primitives is measured noisily: halves of the sequences rank the heads differently."""
-    weak = {PRIMITIVES.get(name, name): value for name, value in reliabilities.items() if value < RELIABLE}
+    weak = {PRIMITIVES.get(name, name.replace("_", " ")): value for name, value in reliabilities.items() if value < RELIABLE}
     if not weak:
         return ""
     listed = " and ".join(f"{name} at {value:.2f}" for name, value in weak.items())

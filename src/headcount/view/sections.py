@@ -160,6 +160,7 @@ def _induction(study: Study) -> Iterator[Section]:
     notes = study.induction_notes
     told = [f"{note}." for note in notes.get("notes", ())]
     yield _section("induction_maps", "Induction scores of every head", lambda: maps.induction_maps(induction),
+                   findings.texts_sentence(notes),
                    findings.induction_sentence(induction, study.induction_thresholds),
                    findings.reliability_caution(notes.get("reliability", {})), *told)
     yield _section("induction_scatter", "Heads high on both", lambda: dots.induction_scatter(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
@@ -44,7 +44,8 @@ def _unfinished(study: Study) -> Iterator[str]:
     done = {k: len(study.finished_tasks(k)) for k in numbers}
     if min(done.values(), default=planned) < planned:
         counts = ", ".join(f"{n} with {shots(k)}" for k, n in done.items())
-        yield f"Not finished: of {planned} tasks, those measured are {counts}. Means are over those alone."
+        yield (f"Not every task is measured at every number of shots: of {planned} tasks, {counts}. Means are over "
+               "those alone.")
 
 
 def _can_go(study: Study, row: pd.Series) -> str:
@@ -130,9 +131,11 @@ def ranking(study: Study, component: str) -> pd.DataFrame:
     return mean.sort_values(["num_fewshot", "importance"], ascending=[True, False], kind="stable")
 
 
-def truncations(study: Study) -> Iterator[str]:
-    """Where prompts did not fit the model's window."""
+def truncations(study: Study, tasks: Sequence[str] | None = None, shots: Sequence[int] | None = None) -> Iterator[str]:
+    """Where prompts did not fit the model's window; of all tasks and numbers of shots, or of some."""
     for (task, k), n in study.truncated.items():
+        if (tasks is not None and task not in tasks) or (shots is not None and k not in shots):
+            continue
         yield f"{task}, {k}-shot: {n} requests were longer than the model's window and lost their beginning."
 
 
