@@ -204,7 +204,7 @@ def test_gradient_and_oracle_are_compared_where_both_scored(tmp_path: Path) -> N
     oracle = pd.concat([pd.DataFrame({"component": "head", "layer": layers, "head": heads, "score": score,
                                       "importance": values, "stderr": 0.1})
                         for score, values in (("accuracy", 0 * lost), ("gold_loglikelihood", lost))])
-    Ledger(folder).write({"kind": "importance", "task": "red", "num_fewshot": 5, "method": "oracle",
+    Ledger(folder).write({"kind": "importance", "model": "abc", "task": "red", "num_fewshot": 5, "method": "oracle",
                           "component": "head"}, oracle, {"num_examples": 50, "distinct_values": 1})
     found = open_study(folder).agreement().set_index(["component", "score", "oracle"])
     planted = 0.01 * (layers + 1) + 0.001 * heads

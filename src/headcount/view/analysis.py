@@ -282,10 +282,10 @@ class Study:
 
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
-        frames = []
+        frames, aggregate = [], self.spec.get("aggregate", "mean")
         for number, entry in enumerate(self._entries("evaluation")):
             # An aggregate may have been taken of scores first and of ranks later; the last one asked for is shown.
-            if entry.job["curve"].get("aggregate", self.spec["aggregate"]) != self.spec["aggregate"]:
+            if entry.job["curve"].get("aggregate", aggregate) != aggregate:
                 continue
             labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
             labels.insert(0, "mask", range(len(labels)))

@@ -107,7 +107,8 @@ def texts_sentence(notes: Mapping[str, Any]) -> str:
 
 def reliability_caution(reliabilities: Mapping[str, float]) -> str:
     """Which of the two primitives is measured noisily: halves of the sequences rank the heads differently."""
-    weak = {PRIMITIVES.get(name, name.replace("_", " ")): value for name, value in reliabilities.items() if value < RELIABLE}
+    weak = {PRIMITIVES.get(name, name.replace("_", " ")): value for name, value in reliabilities.items()
+            if value < RELIABLE}
     if not weak:
         return ""
     listed = " and ".join(f"{name} at {value:.2f}" for name, value in weak.items())
