@@ -66,6 +66,18 @@ def test_a_saved_folder_is_loaded_as_it_was(tmp_path, family):
     assert json.loads(json.dumps(loaded.provenance))["parameters"] == loaded.anatomy.num_parameters
 
 
+def test_a_local_model_has_no_revision(tmp_path):
+    with pytest.raises(OptionError, match="--revision main is of the hub"):
+        load(saved(tmp_path), device="cpu", revision="main")
+
+
+def test_a_chat_template_that_writes_the_date_is_told(tmp_path):
+    folder = saved(tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}{{ messages[0]['content'] }}")
+    assert "26 July 2024" in load(folder, device="cpu", apply_chat_template=True).notes[0]
+    assert load(folder, device="cpu").notes == ()
+
+
 def test_fingerprints_are_equal_for_equal_models_only(tmp_path):
     folder = saved(tmp_path)
     first = load(folder, device="cpu")

@@ -415,7 +415,7 @@ def test_chat_templates_write_the_same_date_every_day(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [
     ('{"context": "1 2", "options": ["3"]}\n', "line 1: no gold; a document has context, options and gold"),
     ("", "is empty"),
-    ('{"context": "1", "options": ["2"], "gold": 0}\n{"context": "\\ud83d", "options": ["2"], "gold": 0}\n',
+    ('{"context": "1", "options": ["2"], "gold": 0}\n{"context": "\\uD83D", "options": ["2"], "gold": 0}\n',
      "line 2: half of a surrogate pair"),
 ])
 def test_slips_in_ones_own_documents_are_told(tmp_path: Path, text: str, message: str) -> None:

@@ -82,7 +82,7 @@ def _lines(path: Path, check: Callable[[Mapping[str, Any]], str] | None) -> Iter
             doc = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg}); mend that line") from error
-        if "\\ud" in line and not _is_text(doc):
+        if "\\ud" in line.lower() and not _is_text(doc):
             raise DataError(f"{path}, line {number}: half of a surrogate pair (\\ud...) is no text; mend that line")
         if not isinstance(doc, dict):
             raise DataError(f"{path}, line {number}: a document is a JSON object, not {type(doc).__name__}")

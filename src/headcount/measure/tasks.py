@@ -40,7 +40,7 @@ SPLITS: tuple[Split, ...] = ("evaluation", "examples")
 LM_EVAL_SEED = 1234
 _METRICS = ("acc", "em", "exact_match")
 _NUMBERS = (int, float, np.number, np.bool_)
-_SAME = "importance is measured on the documents that are evaluated, which flatters what is left of them"
+_SAME = "importance is measured on the documents that are evaluated, so that pruned models come out too well"
 # What a definition raises on documents that it was not written for.
 _MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError, TemplateError)
 # The paper's variants: which training documents there are, and which documents are one question.

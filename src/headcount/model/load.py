@@ -140,7 +140,7 @@ def load(
 
     Raises:
         ModelError: If the model cannot be found or loaded, or is no decoder-only model with attention in every layer.
-        OptionError: If dtype, device or device_map is unknown or not to be had here.
+        OptionError: If dtype, device or device_map is unknown or not to be had here, or a local model has a revision.
     """
     where = _placement(device, device_map)
     chosen = _dtype(dtype)
@@ -156,6 +156,8 @@ def load(
         reader = _tokenizer(str(name), source, tokenizer, common)
         if apply_chat_template and not reader.chat_template:
             raise ModelError(f"the tokenizer of {name} has no chat template: leave out --apply-chat-template")
+        if apply_chat_template and "strftime_now" in str(reader.chat_template):
+            notes = (*notes, "where the chat template writes today's date it is given 26 July 2024")
         options = {**common, "config": config, "dtype": chosen, "device_map": where,
                    "attn_implementation": attn_implementation}
         model = _model(str(name), source, options)
@@ -242,17 +244,24 @@ def _find(name: str, revision: str | None) -> _Source:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no GGUF file {name}: check the path")
+        _check_revision(name, revision)
         return _Source(str(path.parent), path, {"gguf_file": path.name})
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {name} holds no config.json: name the folder that save_pretrained wrote, or "
                              "a GGUF file in it")
+        _check_revision(name, revision)
         return _Source(str(path), None)
     if path.is_file():
         raise ModelError(f"{name} is a file, but not a GGUF file: name the model's folder")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise ModelError(f"there is no folder {name}: check the path")
     return _Source(name, None, {} if revision is None else {"revision": revision})
+
+
+def _check_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        raise OptionError(f"--revision {revision} is of the hub, and {name} lies on this disk: leave it out")
 
 
 def _config(name: str, source: _Source, common: Mapping[str, Any]) -> PreTrainedConfig:
