@@ -100,6 +100,10 @@ def test_dry_run_measures_nothing(model_folder: Path, tmp_path: Path) -> None:
     assert "gradient importance" in done.stdout
     assert "Nothing was measured" in done.stdout
     assert not (tmp_path / "study").exists()
+    many = headcount(*study_arguments(model_folder, tmp_path), "--measure", "curves", "grid", "--dry-run")
+    assert "gradient importance" not in many.stdout, "a long plan is told by task and number of shots"
+    jobs = [int(n) for n in re.findall(r"^piqa, [01]-shot +(\d+) ", many.stdout, re.MULTILINE)]
+    assert (len(jobs), f"{sum(jobs)} jobs, {sum(jobs)} to do" in many.stdout) == (2, True)
 
 
 def test_a_preset_stands_for_options_and_loses_to_the_command_line(

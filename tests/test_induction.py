@@ -554,3 +554,13 @@ def test_the_control_has_other_weights_and_the_same_shape() -> None:
     control = randomised(half)
     assert control.model.dtype == torch.bfloat16
     assert np.isfinite(induction_scores(control, lengths=(5,), repeats=3, seeds=1).copying).all()
+
+
+def test_memory_too_small_for_the_control_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    loaded = tiny_smollm2.loaded("llama")
+    monkeypatch.setattr(type(loaded.model), "_from_config", full)
+    with pytest.raises(ModelError, match="headcount report DIR shows it"):
+        randomised(loaded)

@@ -22,6 +22,7 @@ from transformers import (
 
 from families import CORE, tiny, tokens
 from headcount.errors import HeadcountError, ModelError, OptionError
+from headcount.measure.shots import rendered
 from headcount.model.contracts import verify
 from headcount.model.fingerprint import fingerprint
 from headcount.model.gguf import read_once
@@ -73,8 +74,10 @@ def test_a_local_model_has_no_revision(tmp_path):
 
 def test_a_chat_template_that_writes_the_date_is_told(tmp_path):
     folder = saved(tmp_path)
-    (folder / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}{{ messages[0]['content'] }}")
-    assert "26 July 2024" in load(folder, device="cpu", apply_chat_template=True).notes[0]
+    (folder / "chat_template.jinja").write_text("""{{ strftime_now( "%d %b '%y") }}: {{ messages[0]['content'] }}""")
+    loaded = load(folder, device="cpu", apply_chat_template=True)
+    assert loaded.notes == ("where the chat template writes today's date it is given 26 July 2024",)
+    assert rendered(loaded.tokenizer, [{"role": "user", "content": "x"}]) == "26 Jul '24: x"
     assert load(folder, device="cpu").notes == ()
 
 

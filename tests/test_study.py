@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +241,13 @@ def test_the_public_names_work_as_the_readme_uses_them(tmp_path: Path) -> None:
     assert measured.correct.shape == (1, 3)
     assert not math.isnan(measured.accuracy[0])
     assert set(dir(hc)) >= {"load", "evaluate", "run_study", "open_study"}
+
+
+def test_a_name_in_place_of_a_task_is_told() -> None:
+    """In a process of its own: here types are checked before."""
+    done = subprocess.run([sys.executable, "-c", "import headcount as hc; hc.evaluate(None, 'piqa')"],
+                          capture_output=True, text=True, check=False)
+    assert "OptionError: masks is a sequence of masks, and task what get_tasks made of one name" in done.stderr
 
 
 def test_a_model_passed_in_another_chat_setting_is_refused(tmp_path: Path) -> None:

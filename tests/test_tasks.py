@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -16,7 +15,7 @@ from headcount.errors import DataError, HeadcountError, OptionError, TaskError
 from headcount.measure import documents
 from headcount.measure.names import PAPER14, UNSEEN, embedded_tasks, expand
 from headcount.measure.tasks import Task, describe, get_tasks
-from tiny import tokenizer, write_task
+from tiny import write_task
 
 
 def task(folder: Path, name: str = "piqa", **options: object) -> Task:
@@ -403,13 +402,6 @@ def test_files_in_another_encoding_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"counting.jsonl is not UTF-8"):
         get_tasks([str(path)])
 
-
-def test_chat_templates_write_the_same_date_every_day(tmp_path: Path) -> None:
-    found = task(tmp_path)
-    chat = copy.deepcopy(tokenizer())
-    chat.chat_template = "{{ strftime_now('%d %b %Y') }}: {% for m in messages %}{{ m['content'] }}{% endfor %}"
-    context, _ = found.prompts("evaluation", limit=1, chat=chat)[0].pairs[0]
-    assert context.startswith("26 Jul 2024: Question: Count the cats")
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -17,7 +17,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 import headcount
-from headcount.errors import HeadcountError, OptionError
+from headcount.errors import HeadcountError, OptionError, UnavailableError
 from headcount.specs import PRESETS, ModelSpec, StudySpec
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ def tasks(
         for name in expanded:
             reporter.stage("reading tasks", len(rows), len(expanded))
             rows.append(describe(name, data))
+    if all("absent" in row for row in rows):
+        raise UnavailableError(str(rows[0]["absent"]))
     terminal.print_tasks(rows)
 
 

@@ -88,7 +88,7 @@ class Ledger:
     def locked(self) -> Iterator[None]:
         """Keep other processes from deciding, at the same time, what the folder is a study of.
 
-        Where the file system knows no locks, nothing is kept.
+        Where the file system knows no locks, none is taken.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")

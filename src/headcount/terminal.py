@@ -142,8 +142,6 @@ def _duration(seconds: float) -> str:
 
 def print_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
     """Tasks with what they offer; below, notes and what could not be read."""
-    from headcount.errors import UnavailableError
-
     table = _table("task", "train|r", "validation|r", "test|r", "options|r", "chance|r", "metric")
     for row in rows:
         if "absent" in row:
@@ -163,8 +161,6 @@ def print_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
     for note, tasks in notes.items():
         _out.print(f"{', '.join(tasks)}: {note}", highlight=False)
     if absent := [row for row in rows if "absent" in row]:
-        if len(absent) == len(rows):
-            raise UnavailableError(str(absent[0]["absent"]))
         _out.print(f"{len(absent)} of {len(rows)} tasks could not be read; the first: {absent[0]['absent']}",
                    highlight=False)
 

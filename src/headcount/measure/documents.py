@@ -19,6 +19,7 @@ import datasets
 from headcount.errors import DataError
 
 SPLIT_FILES = ("train", "validation", "test")
+SAME = "importance is measured on the documents that are evaluated, so that pruned models come out too well"
 _BARE = ("context", "options", "gold")
 # Where the documents lay, and what the caller chooses; none of it changes what a document asks.
 _VOLATILE = ("metadata", "dataset_kwargs", "custom_dataset", "num_fewshot")
@@ -121,6 +122,18 @@ def _dataset(path: Path, docs: Sequence[Mapping[str, Any]]) -> datasets.Dataset:
     except (TypeError, ValueError) as error:  # pyarrow's errors are ValueErrors
         line = str(error).strip().split("\n", 1)[0]
         raise DataError(f"{path}: documents differ in the type of a field ({line})") from error
+
+
+def notes(inner: Any, place: Path | None, examples_split: str) -> list[str]:
+    """What a reader of results must know of a task: its definition's note, and which documents stand for which."""
+    told = [note] if (note := (inner.config.metadata or {}).get("note")) else []
+    evaluated = ["test"] if inner.has_test_docs() else ["validation"]
+    if place is not None and place.is_dir() and inner.has_test_docs() and not has_split(place, "test"):
+        told.append("test.jsonl is missing: validation.jsonl stands in for the test split")
+        evaluated = ["test", "validation"]
+    if examples_split in evaluated:
+        told.append(SAME)
+    return told
 
 
 def fingerprint(

@@ -1,14 +1,8 @@
-"""Shots drawn as lm-eval draws them, but for the document itself; and prompts as turns of a chat template.
-
-Templates that write today's date are given the same one every day: a study may take longer than one.
-"""
+"""Shots drawn as lm-eval draws them, but for the document itself; and prompts as turns of a chat template."""
 
 from __future__ import annotations
 
-import datetime
-import json
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,10 +13,6 @@ from headcount.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# What Llama 3's template writes where it is told no date.
-_DATE = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +42,9 @@ def rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
 ) -> str:
     """Messages in the tokenizer's chat template; without the system's, where the template knows none."""
-    template = dated(tokenizer.get_chat_template())
-
     def written(turns: list[dict[str, str]]) -> str:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt,
-                                                 continue_final_message=not add_generation_prompt,
-                                                 chat_template=template))
+                                                 continue_final_message=not add_generation_prompt))
 
     try:
         return written(list(messages))
@@ -68,8 +55,3 @@ def rendered(
     except TemplateError as error:
         raise ModelError(f"the model's chat template refuses a prompt ({str(error).strip()}); leave out "
                          "--apply-chat-template") from error
-
-
-def dated(template: str) -> str:
-    """A chat template with a fixed date wherever it writes today's; the tokenizer takes no function in its place."""
-    return _TODAY.sub(lambda found: json.dumps(_DATE.strftime(found[2])), template)

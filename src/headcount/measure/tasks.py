@@ -40,7 +40,6 @@ SPLITS: tuple[Split, ...] = ("evaluation", "examples")
 LM_EVAL_SEED = 1234
 _METRICS = ("acc", "em", "exact_match")
 _NUMBERS = (int, float, np.number, np.bool_)
-_SAME = "importance is measured on the documents that are evaluated, so that pruned models come out too well"
 # What a definition raises on documents that it was not written for.
 _MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError, TemplateError)
 # The paper's variants: which training documents there are, and which documents are one question.
@@ -141,7 +140,7 @@ class Task:
             has = [s for s, there in (("train", self.inner.has_training_docs()),
                                       ("validation", self.inner.has_validation_docs()),
                                       ("test", self.inner.has_test_docs())) if there]
-            same = f" (then {_SAME})" if len(has) == 1 else ""
+            same = f" (then {documents.SAME})" if len(has) == 1 else ""
             raise TaskError(f"task {self.name!r} has no {self.examples_split} split to measure importance on; choose "
                             f"one that it has with --examples-split {' or '.join(has)}{same}")
         return [doc for doc in docs if self._is_training is None or self._is_training(doc)]
@@ -328,7 +327,7 @@ def describe(name: str, data: str | Path | None = None) -> dict[str, Any]:
 
 def _get_task(name: str, data: Path | None, examples_split: str, protocol: Protocol) -> Task:
     place = _place(name, data)
-    bare = place is not None and _is_users_own(name)
+    bare = place is not None and not name.endswith((".yaml", ".yml")) and not names.is_known(name)
     if bare and place is not None:
         definition, task_name = names.bare_definition(), place.stem if place.is_file() else place.name
     else:
@@ -346,7 +345,7 @@ def _get_task(name: str, data: Path | None, examples_split: str, protocol: Proto
     if place is not None:
         text += "custom_dataset: !function headcount.measure.documents.local_dataset\n"
     inner = _load(text, task_name, local=place is not None)
-    return Task(task_name, inner, _notes(inner, place, examples_split), examples_split, protocol)
+    return Task(task_name, inner, documents.notes(inner, place, examples_split), examples_split, protocol)
 
 
 def _place(name: str, data: Path | None) -> Path | None:
@@ -356,10 +355,6 @@ def _place(name: str, data: Path | None) -> Path | None:
             raise TaskError(f"there is no {'file' if name.endswith('.jsonl') else 'folder'} {name}")
         return Path(name).resolve()
     return data / name if data is not None and (data / name).is_dir() else None
-
-
-def _is_users_own(name: str) -> bool:
-    return not name.endswith((".yaml", ".yml")) and not names.is_known(name)
 
 
 def _load(text: str, name: str, *, local: bool) -> Any:
@@ -394,14 +389,3 @@ def _load(text: str, name: str, *, local: bool) -> Any:
 def _not_to_be_had(name: str, error: BaseException) -> UnavailableError:
     return UnavailableError(f"the documents of task {name!r} could not be had from the hub ({first_line(error)}); "
                             "pass --data DIR with local files, or mend the connection")
-
-
-def _notes(inner: Any, place: Path | None, examples_split: str) -> list[str]:
-    notes = [note] if (note := (inner.config.metadata or {}).get("note")) else []
-    evaluated = ["test"] if inner.has_test_docs() else ["validation"]
-    if place is not None and place.is_dir() and inner.has_test_docs() and not documents.has_split(place, "test"):
-        notes.append("test.jsonl is missing: validation.jsonl stands in for the test split")
-        evaluated = ["test", "validation"]
-    if examples_split in evaluated:
-        notes.append(_SAME)
-    return notes

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
+import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +46,9 @@ from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint
 
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
 _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
+# What Llama 3's template writes where it is told no date, and how a template asks for today's.
+_DATE = datetime.date(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # What transformers and its parts raise for files that are absent, damaged or of another kind, or too large.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -156,8 +162,9 @@ def load(
         reader = _tokenizer(str(name), source, tokenizer, common)
         if apply_chat_template and not reader.chat_template:
             raise ModelError(f"the tokenizer of {name} has no chat template: leave out --apply-chat-template")
-        if apply_chat_template and "strftime_now" in str(reader.chat_template):
-            notes = (*notes, "where the chat template writes today's date it is given 26 July 2024")
+        if apply_chat_template and _TODAY.search(template := reader.get_chat_template()):
+            reader.chat_template = _TODAY.sub(_date, template)
+            notes = (*notes, f"where the chat template writes today's date it is given {_DATE:%d %B %Y}")
         options = {**common, "config": config, "dtype": chosen, "device_map": where,
                    "attn_implementation": attn_implementation}
         model = _model(str(name), source, options)
@@ -170,6 +177,11 @@ def load(
             "apply_chat_template": apply_chat_template}
     loaded = _loaded(str(name), model, reader, names or Names(), notes, told)
     return dataclasses.replace(loaded, apply_chat_template=apply_chat_template)
+
+
+def _date(called: re.Match[str]) -> str:
+    """What stands for a call of `strftime_now`, which would give other prompts every day that a study takes."""
+    return json.dumps(_DATE.strftime(called[2]))
 
 
 def wrap(
