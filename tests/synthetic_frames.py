@@ -33,7 +33,7 @@ def grid(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1, 5), ste
                 "heads_removed": int(h * layers * heads), "ffns_removed": int(f * layers),
                 "parameters_removed_share": 0.25 * h + 0.55 * f, "accuracy": full + lost, "low": full + lost - 0.03,
                 "high": full + lost + 0.03, "difference": lost, "difference_low": low, "difference_high": lost + 0.02,
-                "documents": 100, "within_margin": low > -0.02})
+                "documents": 100, "within_margin": low > -0.02, "baseline": 0.25})
     return pd.DataFrame(rows)
 
 
@@ -56,8 +56,9 @@ def induction(layers: int = 30, heads: int = 9, random: bool = True, circuits: i
             "layer": layer, "head": head, "prefix_matching": prefix, "prefix_matching_variance": 0.001,
             "copying": copying, "copying_variance": 0.002, "previous_token": rng.beta(0.5, 10, n),
             "ov_copying": rng.uniform(-1, 1, n),
-            "induction": (prefix >= THRESHOLDS["prefix_matching"]) & (copying >= THRESHOLDS["copying"]),
-            "weights": weights, "protocol": "sound"}))
+            "induction": pd.array((prefix >= THRESHOLDS["prefix_matching"]) & (copying >= THRESHOLDS["copying"]),
+                                  "boolean"),
+            "weights": weights, "protocol": "sound", "sequences": 98}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -72,7 +73,8 @@ def correlations(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1,
         for a, i, b, j in dict.fromkeys([(task, k, other, other_shots), (other, other_shots, task, k)]):
             rows.append({"component": component, "score": "position" if component == "head" else "accuracy", "task": a,
                          "num_fewshot": i, "other_task": b, "other_shots": j, "correlation": rho, "low": interval[0],
-                         "high": interval[1], "argsort_correlation": 0.02, "kind": kind})
+                         "high": interval[1], "ceiling": np.nan, "argsort_correlation": 0.02,
+                         "kind": kind})
 
     for component in ("head", "ffn"):
         for k in shots:

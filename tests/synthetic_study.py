@@ -28,7 +28,7 @@ def spec(tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...] = (0, 5), docume
     return {
         "spec": {"model": "planted", "tasks": list(tasks), "shots": list(shots), "limit": documents,
                  "importance_limit": 50, "shared_shots": True, "seed": 1, "fractions": FRACTIONS, "random_orders": 1,
-                 "ffn_order": "oracle", "head_score": "position", "margin": 0.02,
+                 "ffn_order": "oracle", "head_score": "position", "margin": 0.02, "protocol": "sound",
                  "prefix_threshold": 0.3, "copying_threshold": None, "measure": ["curves"]},
         "model": {"name": "planted <model>", "fingerprint": "abc", "notes": ["weights are made up"]},
         "anatomy": {"heads_per_layer": HEADS_PER_LAYER, "parameters": PARAMETERS,
@@ -36,7 +36,7 @@ def spec(tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...] = (0, 5), docume
                     "parameters_per_ffn": [PARAMETERS_PER_FFN] * LAYERS},
         "tasks": {t: {"fingerprint": f"data-{t}", "metric": "acc", "documents": documents, "examples": 50, "notes": []}
                   for t in tasks},
-        "command": "headcount study planted --tasks red green", "created": "2026-01-01T00:00:00+00:00",
+        "commands": ["headcount study planted --tasks red green"], "created": "2026-01-01T00:00:00+00:00",
         "layout": "token trees: planted", "versions": {"headcount": "0"},
     }
 

@@ -13,8 +13,9 @@ import synthetic_study as synthetic
 from headcount.errors import StudyError
 from headcount.ledger import Ledger, job_id
 from headcount.view import report, sentences
-from headcount.view.analysis import mean_importance, open_study
+from headcount.view.analysis import open_study
 from headcount.view.points import Points, finished
+from headcount.view.scores import mean_importance
 from headcount.view.sections import sections
 
 
@@ -71,6 +72,32 @@ def test_free_fractions_are_what_was_planted(tmp_path: Path) -> None:
         assert none["free_fraction"].isna().all()
         assert none["reason"].str.contains("not shown to be above 0.25").all()
     assert "random" not in set(free["order"])
+
+
+def test_a_share_that_removes_nothing_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "FRACTIONS", [0.1, 0.5, 0.75])
+    monkeypatch.setattr(synthetic, "RIGHT", {("ffn", "oracle"): (80, 80, 60, 30)})
+    study = open_study(synthetic.write(tmp_path, shots=(5,)))
+    assert study.curves()["removed"].tolist() == [0, 0, 3, 4] * 3
+    assert (study.free_fractions()["free_fraction"] == 0).all(), "a tenth of six FFNs is none of them"
+    (said,) = sentences.headline(study)
+    assert "already without 3 of 6" in said
+    assert "a loss of 2 points or more cannot be ruled out" in said
+
+
+def test_a_baseline_of_constant_answers_needs_fixed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = synthetic._rows
+    monkeypatch.setattr(synthetic, "_rows", lambda *of: rows(*of).assign(gold=0))
+    ledger = Ledger(synthetic.write(tmp_path, tasks=("red",), shots=(5,)))
+    description = synthetic.spec(("red",), (5,))
+    baselines = []
+    for fixed in (True, False):
+        known = {**description["tasks"]["red"], "fixed_options": fixed}  # type: ignore[index]
+        ledger.write_json("study.json", {**description, "tasks": {"red": known}})
+        study = open_study(tmp_path)
+        baselines.append(study.baseline("red", 5))
+        assert study.free_fractions()["free_fraction"].isna().all() == fixed
+    assert baselines == [1.0, 0.25]
 
 
 def test_tables_have_the_columns_that_are_promised(tmp_path: Path) -> None:

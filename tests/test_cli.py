@@ -114,7 +114,7 @@ def test_a_preset_stands_for_options_and_loses_to_the_command_line(
                  "--importance-limit", "4", "--out", tmp_path / "study"]
     done = headcount("study", model_folder, "--preset", "opt66b-study", *arguments, "--shots", "2", "--dry-run")
     assert done.returncode == 0, done.stderr
-    for planned in ("2-shot: grid, 10% of heads", "by the order of icl_gerund", "by the order of mean without own",
+    for planned in ("2-shot: grid, 10% of heads", "by the order of icl_gerund", "by the order of icl_plural",
                     "induction scores, random weights", "icl_agent, 2-shot: heads by the order of mean"):
         assert planned in " ".join(done.stdout.split()), planned
     assert "5-shot" not in done.stdout

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import synthetic_frames as frames
-from headcount.view import findings, selection
+from headcount.view import findings, primitives, selection
 
 ONE, TWO = frames.TASKS[:1], frames.TASKS[:2]
 MINUS = "\N{MINUS SIGN}"
@@ -23,7 +23,7 @@ def grid(*within: tuple[float, float], tasks: tuple[str, ...] = TWO) -> pd.DataF
 def test_the_grid_counts_only_what_is_reached_step_by_step() -> None:
     text = findings.grid_sentence(grid((0.2, 0.0), (0.2, 0.2), (0.8, 0.8), (0.0, 0.6)), 0.02)
     assert "With 5 shots, 20 % of the heads and 20 % of the FFNs can go jointly, 16 % of all parameters" in text
-    assert "alone, 20 % of the heads or 0 % of the FFNs can go" in text
+    assert "alone, at the grid's steps, 20 % of the heads or 0 % of the FFNs can go" in text
     assert "95 % interval of the difference" in text
     assert "a loss of 2 points or more is ruled out at every step" in text
 
@@ -36,13 +36,15 @@ def test_the_grid_prefers_most_parameters() -> None:
 
 def test_the_grid_where_nothing_or_everything_can_go() -> None:
     assert "not shown to be free jointly" in (text := findings.grid_sentence(grid(), 0.02))
-    assert "nor are heads or FFNs alone" in text
-    assert "alone, 20 % of the heads or 0 % of the FFNs can go" in findings.grid_sentence(grid((0.2, 0.0)), 0.02)
+    assert "nor are the grid's first steps alone, 20 % of the heads and 20 % of the FFNs" in text
+    assert "20 % of the heads or 0 % of the FFNs can go" in findings.grid_sentence(grid((0.2, 0.0)), 0.02)
     everything = [(h, f) for h in frames.STEPS for f in frames.STEPS]
     text = findings.grid_sentence(grid(*everything, tasks=ONE), 0.02)
     assert "80 % of the heads and 80 % of the FFNs can go jointly, 64 % of all parameters, and the grid goes no" in text
     assert "on arc_easy" in text
-    assert "nothing can be said" in findings.grid_sentence(grid(*everything), 0.02, {5: 0.99})
+    assert "nothing can be said" in findings.grid_sentence(grid(*everything).assign(baseline=0.99), 0.02)
+    few = grid(*everything).assign(ffns_removed=0)
+    assert "not shown to be free jointly" in findings.grid_sentence(few, 0.02), "a fifth of four FFNs is none of them"
 
 
 def test_induction_heads_are_counted_named_and_beside_random_weights() -> None:
@@ -50,28 +52,42 @@ def test_induction_heads_are_counted_named_and_beside_random_weights() -> None:
     trained = induction[induction["weights"] == "trained"]
     best = trained[trained["induction"]].assign(lower=lambda t: t[["prefix_matching", "copying"]].min(axis=1))
     top = best.loc[best["lower"].idxmax()]
-    text = findings.induction_sentence(induction, frames.THRESHOLDS)
+    text = primitives.induction_sentence(induction, frames.THRESHOLDS)
     assert text.startswith(f"{len(best)} of 24 heads are induction heads (prefix matching of at least 0.4 and copying")
     assert f": L{top['layer']}H{top['head']}, " in text, "the strongest is named first"
-    assert text.endswith("With random weights none of 24 heads is an induction head.")
-    assert findings.induction_sentence(induction.assign(induction=False), frames.THRESHOLDS).startswith("None of 24")
-    assert "random" not in findings.induction_sentence(trained, frames.THRESHOLDS)
-    many = findings.induction_sentence(frames.induction(20, 20, circuits=40), frames.THRESHOLDS)
-    assert many.count("H") == findings._NAMED
+    control = induction[induction["weights"] == "random"]
+    assert text.endswith(f"With random weights prefix matching is at most {control['prefix_matching'].max():.2g} and "
+                         f"copying {control['copying'].max():.2g}.")
+    unknown = induction.assign(induction=pd.Series(pd.NA, index=induction.index, dtype="boolean"))
+    assert "was not measured" in primitives.induction_sentence(unknown, frames.THRESHOLDS)
+    assert primitives.induction_sentence(induction.assign(induction=False), frames.THRESHOLDS).startswith("None of 24")
+    assert "random" not in primitives.induction_sentence(trained, frames.THRESHOLDS)
+    many = primitives.induction_sentence(frames.induction(20, 20, circuits=40), frames.THRESHOLDS)
+    assert many.count("H") == primitives._NAMED
     assert " more." in many
 
 
 def test_heads_near_the_line_are_told() -> None:
     sure = pd.DataFrame({"prefix_matching": [0.9, 0.1, 0.42, 0.9], "copying": [0.9, 0.1, 0.9, 0.34],
-                         "prefix_matching_variance": 0.03**2, "copying_variance": 0.02**2})
+                         "prefix_matching_variance": 9 * 0.03**2, "copying_variance": 9 * 0.02**2, "sequences": 9})
     assert selection.borderline(sure, frames.THRESHOLDS) == 2
 
 
 def test_noisy_scores_are_named() -> None:
-    assert findings.reliability_caution({"prefix_matching": 0.99, "copying": 0.8}) == ""
-    text = findings.reliability_caution({"prefix_matching": 0.99, "copying": 0.62})
-    assert "copying at 0.62" in text
-    assert "prefix" not in text
+    assert primitives.reliability_caution({"prefix_matching": 0.99, "copying": 0.8}) == ""
+    text = primitives.reliability_caution({"prefix_matching": 0.99, "copying": 0.62})
+    assert "The reliability of copying is below 0.8: this score is noisy" in text
+    assert "too few texts" in primitives.reliability_caution({"prefix_matching": np.nan, "copying": np.nan})
+    assert primitives.reliability_caution({"prefix_matching": 0.9, "copying": 0.9, "previous_token": 0.2}) == ""
+
+
+def test_texts_are_told_with_their_lengths_and_reliability() -> None:
+    notes = {"sequences": 28, "lengths": [25, 58], "repeats": 4,
+             "reliability": {"prefix_matching": 0.991, "copying": 0.75, "previous_token": 0.9}}
+    assert primitives.texts_sentence(notes) == (
+        "Means over 28 texts of random tokens, 25, 58 unique ones each, 4 times. Reliability (halves of the texts, "
+        "stepped up to all of them): 0.99 for prefix matching and 0.75 for copying.")
+    assert primitives.texts_sentence({}) == ""
 
 
 def test_tasks_are_compared_from_the_most_unlike_to_the_most_alike_pair() -> None:
@@ -92,16 +108,14 @@ def test_tasks_are_compared_from_the_most_unlike_to_the_most_alike_pair() -> Non
 
 def test_shots_are_called_different_only_below_what_noise_allows() -> None:
     table = frames.correlations(ONE, (0, 5))
-    own = table["kind"] == "reliability"
     between = (table["kind"] == "shots") & (table["task"] == table["other_task"])
-    table.loc[own, "correlation"] = 0.81
-    table.loc[between, ["correlation", "low", "high"]] = [0.7, 0.6, 0.8]
+    table.loc[between, ["correlation", "low", "high", "ceiling"]] = [0.7, 0.6, 0.8, 0.81]
     text = findings.shots_sentence(table, "head")
     assert "with no shots and with 5 shots correlates (Spearman) at 0.70 on arc_easy (0.60 to 0.80)" in text
-    assert text.endswith("the order changes.")
+    assert text.endswith("the order seems to change.")
     table.loc[between, "high"] = 0.82
     assert "noise alone could account" in findings.shots_sentence(table, "head")
-    several = frames.correlations(TWO, (0, 1, 5)).query("kind != 'reliability'")
+    several = frames.correlations(TWO, (0, 1, 5))
     text = findings.shots_sentence(several, "ffn")
     assert "1 shot" not in text, "the fewest and the most shots"
     assert "for the mean over tasks, from" in text
@@ -135,24 +149,23 @@ def test_unseen_tasks_stand_beside_the_full_model_and_a_random_order() -> None:
 
 
 def test_retained_is_more_than_random_only_outside_the_band() -> None:
-    text = findings.retained_sentence(frames.retained(TWO, (0, 5)))
+    text = primitives.retained_sentence(frames.retained(TWO, (0, 5)))
     assert "88 % of all prefix matching, more than random orders leave (50 %; 95 % of them 44 to 56 %)" in text
     assert "53 % of all copying, within what random orders leave" in text
-    less = findings.retained_sentence(frames.retained(ONE, (0,)).assign(retained=0.1))
+    less = primitives.retained_sentence(frames.retained(ONE, (0,)).assign(retained=0.1))
     assert "by importance on arc_easy" in less
     assert less.count("less than") == 2
 
 
 def test_sets_of_heads() -> None:
-    text = findings.among_important_sentence(frames.among_important(frames.TASKS[:4]))
+    text = primitives.among_important_sentence(frames.among_important(frames.TASKS[:4]))
     assert "6 of the 8 induction heads are among the 54 heads (20 %) most important on the mean over tasks" in text
-    assert "chance gives 1.6 (p < 0.001, hypergeometric); on single tasks 2 to 5" in text
+    assert "chance gives 1.6 (of at least so many p < 0.001, hypergeometric); on single tasks 2 to 5" in text
     text = findings.top_sets_sentence(frames.top_sets(frames.TASKS[:4]))
     assert "16 of each task's 54 most important heads (20 % of all) are common to all 4 tasks, chance gives 0.4" in text
     assert "common to both tasks, chance gives 10.8." in findings.top_sets_sentence(frames.top_sets(TWO))
-    table = findings.among_important_table(frames.among_important(TWO))
+    table = primitives.among_important_table(frames.among_important(TWO))
     assert table["task"].tolist() == ["mean"] * 3 + [TWO[0]] * 3 + [TWO[1]] * 3, "one fraction, the mean first"
-    assert len(findings.top_sets_table(frames.top_sets(TWO))) == 9
 
 
 def test_depth_is_told_in_thirds() -> None:
@@ -165,7 +178,7 @@ def test_depth_is_told_in_thirds() -> None:
 
 @pytest.mark.parametrize("text", [
     findings.grid_sentence(frames.grid()[:0], 0.02),
-    findings.induction_sentence(frames.induction()[:0], frames.THRESHOLDS),
+    primitives.induction_sentence(frames.induction()[:0], frames.THRESHOLDS),
     findings.tasks_sentence(frames.correlations(ONE), "head"),
     findings.tasks_sentence(frames.correlations(known=False), "head"),
     findings.tasks_sentence(frames.correlations()[:0], "head"),
@@ -174,9 +187,9 @@ def test_depth_is_told_in_thirds() -> None:
     findings.transfer_sentence(frames.transfer(), "ffn"),
     findings.transfer_sentence(frames.transfer().assign(difference=np.nan), "head"),
     findings.unseen_sentence(frames.transfer(unseen=()), "head"),
-    findings.retained_sentence(frames.retained().assign(retained=np.nan)),
-    findings.among_important_sentence(frames.among_important()[:0]),
-    findings.among_important_sentence(frames.among_important(circuits=0)),
+    primitives.retained_sentence(frames.retained().assign(retained=np.nan)),
+    primitives.among_important_sentence(frames.among_important()[:0]),
+    primitives.among_important_sentence(frames.among_important(circuits=0)),
     findings.top_sets_sentence(frames.top_sets(ONE)),
     findings.depth_sentence(frames.importance(), "no such score"),
 ])

@@ -20,6 +20,7 @@ from headcount.measure.importance import (
     head_importance,
     oracle_importance,
     order_of,
+    standard_error,
 )
 from headcount.measure.packing import Budget
 from headcount.measure.scoring import evaluate
@@ -79,6 +80,14 @@ def plain_autograd(loaded: LoadedModel, context: str, continuation: str, num_hea
         ffns[0, layer], ffns[1, layer] = sum(map(abs, products)) / n, abs(sum(products))
     loaded.model.zero_grad()
     return heads.reshape(2, -1), ffns
+
+
+def test_documents_of_one_passage_are_no_further_evidence() -> None:
+    values = np.random.default_rng(0).normal(size=(20, 3))
+    alone = standard_error(values, np.arange(20))
+    np.testing.assert_allclose(alone, values.std(0, ddof=1) / np.sqrt(20))
+    np.testing.assert_allclose(standard_error(np.repeat(values, 3, axis=0), np.repeat(np.arange(20), 3)), alone)
+    assert np.isnan(standard_error(values, np.zeros(20, np.int64))).all()
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

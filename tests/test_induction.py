@@ -157,6 +157,24 @@ def test_copying_is_a_loop_over_positions(family: str) -> None:
                                atol=1e-4)
 
 
+def test_without_bos_copying_leaves_the_first_token_out_of_view() -> None:
+    found, _, single = seen_texts(wrap(tiny("llama"), words(VOCAB, bos=False)), lengths=LENGTHS, repeats=REPEATS,
+                                  seeds=SEEDS)
+    assert [len(ids) for ids in single] == [15, 15, 24, 24]
+    scores = np.array([slow_copying("llama", tiny("llama"), ids) for ids in single])
+    np.testing.assert_allclose(found.copying, scores.mean(0), rtol=1e-3, atol=1e-4)
+    assert any("no BOS token" in note for note in found.notes)
+
+
+def test_layers_that_cannot_see_a_whole_text_are_told() -> None:
+    options: dict[str, Any] = {"lengths": LENGTHS, "repeats": REPEATS, "seeds": 1}
+    notes = induction_scores(wrap(tiny("mistral"), reader()), **options).notes
+    assert any("attention in 2 of 2 layers sees 4 tokens at most, and texts have up to 25" in note for note in notes)
+    notes = induction_scores(wrap(tiny("gemma2"), reader()), **options).notes
+    assert any("attention in 1 of 2 layers" in note for note in notes)
+    assert not any("layers sees" in note for note in induction_scores(wrap(tiny("llama"), reader()), **options).notes)
+
+
 def slow_ov(family: str, model: Any, part: LayerAnatomy) -> list[float]:
     """All eigenvalues of the vocabulary's matrix, one row of it for every token."""
     attention, heads, width = part.attention, part.num_heads, part.d_head
@@ -562,5 +580,5 @@ def test_memory_too_small_for_the_control_is_told(monkeypatch: pytest.MonkeyPatc
 
     loaded = tiny_smollm2.loaded("llama")
     monkeypatch.setattr(type(loaded.model), "_from_config", full)
-    with pytest.raises(ModelError, match="headcount report DIR shows it"):
+    with pytest.raises(ModelError, match="--skip-control leaves it out"):
         randomised(loaded)

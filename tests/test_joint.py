@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,13 @@ import pytest
 
 import headcount as hc
 import tiny
-from headcount.errors import OptionError
-from headcount.ledger import Ledger
+from headcount.errors import ModelError, OptionError, StudyError
+from headcount.ledger import Ledger, job_id
 from headcount.masks import Mask, prune, random_order, removal_order
 from headcount.measure.induction import induction_scores
 from headcount.measure.scoring import evaluate
 from headcount.measure.tasks import get_tasks
-from headcount.plan import plan
+from headcount.plan import TaskFacts, plan
 from headcount.pruning import aggregate_order
 from headcount.specs import StudySpec
 from headcount.study import Runner, run_study
@@ -83,7 +84,8 @@ def test_transfer_prunes_by_the_donors_order(study: Study, component: str) -> No
         mask = prune(heads, component, order, 0.5)  # type: ignore[arg-type]
         assert of_task.loc[donor, "accuracy"] == pytest.approx(correct("icl_plural", 1, mask, 7))
     difference = of_task["accuracy"] - of_task.loc["own", "accuracy"]
-    np.testing.assert_allclose(of_task["difference"], difference, atol=1e-12)
+    np.testing.assert_allclose(of_task["difference"].drop("none"), difference.drop("none"), atol=1e-12)
+    assert of_task.loc["none", ["difference", "p"]].isna().all(), "compared with which fraction's own order?"
     mean = rows[rows["task"] == "mean"].set_index("donor")
     others = rows[(rows["donor"] == "icl_gerund") & rows["task"].isin(("icl_plural", "icl_agent"))]
     assert mean.loc["icl_gerund", "accuracy"] == pytest.approx(others["accuracy"].mean())
@@ -165,6 +167,80 @@ def test_more_can_be_measured_in_a_folder_that_is_there(tmp_path: Path) -> None:
     assert rows["correct"].mean() == pytest.approx(correct("icl_plural", 0, mask, 7))
     with pytest.raises(OptionError, match="both --tasks and --unseen"):
         Runner(dataclasses.replace(base, unseen=TASKS[:1], measure=("transfer",)), loaded=loaded)
+    with pytest.raises(StudyError, match="is no unseen one there"):
+        Runner(dataclasses.replace(base, tasks=TASKS[:2], unseen=TASKS[2:], measure=("transfer",)), loaded=loaded)
+    # Options of induction are those of the last run that has any, in a folder that has tasks too.
+    asked = dataclasses.replace(base, tasks=(), measure=("induction",), induction_lengths=(9, 5), induction_seeds=2,
+                                prefix_threshold=0.5, skip_control=True)
+    last = hc.open_study(run_study(asked, loaded=loaded))
+    assert last.induction_notes["lengths"] == [5, 9]
+    assert set(last.induction().query("weights == 'trained'")["sequences"]) == {4}
+    assert last.induction_thresholds["prefix_matching"] == 0.5
+    assert last.spec["measure"] == ["induction", "curves", "transfer"]
+    assert last.spec["tasks"] == list(TASKS)
+
+
+def test_a_task_that_was_unseen_may_get_an_order_of_its_own(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    base = dataclasses.replace(SPEC, out=tmp_path / "study", tasks=TASKS[:2], shots=(0,), measure=("transfer",),
+                               transfer_components=("head",))
+    before = hc.open_study(run_study(base, loaded=loaded))
+    assert before.known_tasks.keys() == {*TASKS[:2], UNSEEN}
+    after = hc.open_study(run_study(dataclasses.replace(base, tasks=(UNSEEN,), unseen=(TASKS[2],)), loaded=loaded))
+    assert after.spec["tasks"] == [*TASKS[:2], UNSEEN]
+    assert after.spec["unseen"] == [TASKS[2]]
+    assert not after.transfer().query(f"task == '{UNSEEN}'")["unseen"].any()
+
+
+def test_two_tasks_give_no_order_twice() -> None:
+    facts = [TaskFacts(name, name, {0: 9}, {0: 9}) for name in TASKS]
+    asked = dataclasses.replace(SPEC, shots=(0,), measure=("transfer",), unseen=(), transfer_components=("head",))
+    for many, donors in ((2, {"mean", *TASKS[:2], "own"}), (3, {"mean", "mean without own", *TASKS, "own"})):
+        jobs = plan(asked, "model", (4, 4, 4), facts[:many], ("transfer",))
+        found = [j.job["curve"] for j in jobs if j.job.get("curve", {}).get("order") == "transfer"]
+        assert {c["donor"] for c in found} == donors
+    alone = plan(asked, "model", (4, 4, 4), [facts[0], dataclasses.replace(facts[1], unseen=True)], ("transfer",))
+    found = [(j.job["task"], j.job["curve"]["donor"]) for j in alone if j.job.get("curve", {}).get("donor")]
+    assert found == [(TASKS[1], "mean")], "a single task has no other order than its own"
+
+
+def test_a_folder_that_lost_its_full_model_still_has_tables(study: Study, tmp_path: Path) -> None:
+    copy = tmp_path / "study"
+    shutil.copytree(study.folder, copy)
+    ledger = Ledger(copy)
+    for entry in ledger.entries("evaluation"):
+        if entry.job["curve"]["order"] == "none" and entry.job["num_fewshot"] == 1:
+            (copy / "entries" / f"evaluation-{job_id(entry.job)}.parquet").unlink()
+    found = hc.open_study(copy)
+    for table in (found.grid(), found.transfer(), found.curves()):
+        assert set(table["num_fewshot"]) == {0}
+
+
+def test_without_the_control_nobody_is_called_an_induction_head(tmp_path: Path) -> None:
+    asked = dataclasses.replace(SPEC, out=tmp_path / "study", shots=(0,), unseen=(), measure=("curves", "induction"),
+                                skip_control=True)
+    loaded = tiny.loaded("llama")
+    found = hc.open_study(run_study(asked, loaded=loaded))
+    assert set(found.induction()["weights"]) == {"trained"}
+    assert found.induction()["induction"].isna().all()
+    assert found.induction_among_important().empty
+    assert "was not measured" in write_report(found).read_text()
+    told = hc.open_study(run_study(dataclasses.replace(asked, copying_threshold=0.01), loaded=loaded))
+    assert told.induction()["induction"].notna().all()
+    assert len(told.induction_among_important())
+
+
+def test_what_induction_would_refuse_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = dataclasses.replace(SPEC, out=tmp_path / "study", shots=(0,), unseen=(), measure=("curves", "induction"))
+    with pytest.raises(OptionError, match="no random sequence fits"):
+        Runner(dataclasses.replace(asked, induction_lengths=(500,)), loaded=tiny.loaded("llama"))
+    loaded = tiny.loaded("llama")
+    monkeypatch.setattr(loaded.model, "hf_device_map", {"": "disk"}, raising=False)
+    with pytest.raises(ModelError, match="--skip-control leaves it out"):
+        Runner(asked, loaded=loaded)
+    assert not (tmp_path / "study").exists()
 
 
 def test_points_that_curves_measure_are_not_measured_again(study: Study) -> None:

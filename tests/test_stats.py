@@ -81,6 +81,12 @@ def test_chance_and_the_constant_answer() -> None:
     assert stats.constant_answer(np.array([0, 1, 1, 1]), np.array([2, 2, 2, 2])) == 0.75
     assert np.isnan(stats.constant_answer(np.array([0, 1]), np.array([2, 3])))
     assert np.isnan(stats.constant_answer(np.array([0, 0]), np.array([0, 0])))
+    always_first = np.zeros(60, np.int64), np.full(60, 4)
+    assert stats.baseline(*always_first) == 1
+    assert stats.baseline(*always_first, fixed_options=False) == 0.25, "no model sees an option's place"
+    right = np.ones(60)
+    assert stats.degenerate(right, always_first[0], *always_first, low=0.99, fixed_options=False) == []
+    assert len(stats.degenerate(right, always_first[0], *always_first, low=0.99)) == 2
 
 
 def test_no_documents_no_interval() -> None:

@@ -350,6 +350,14 @@ def test_malformed_bare_documents_are_told_by_line(tmp_path: Path, doc: dict[str
     assert said in str(error.value)
 
 
+def test_whether_one_answer_can_be_given_to_all_documents(tmp_path: Path) -> None:
+    own: list[dict[str, object]] = [{"context": str(i), "options": [f"a{i}", "b"], "gold": 0} for i in range(3)]
+    assert not get_tasks([str(bare(tmp_path / "own.jsonl", own))])["own"].fixed_options
+    same = [{**doc, "options": ["yes", "no"]} for doc in own]
+    assert get_tasks([str(bare(tmp_path / "same.jsonl", same))])["same"].fixed_options
+    assert not get_tasks(["icl_plural"])["icl_plural"].fixed_options
+
+
 def test_a_task_whose_metric_is_no_number_per_document_is_refused(tmp_path: Path) -> None:
     write_task(tmp_path)
     definition = tmp_path / "f1.yaml"

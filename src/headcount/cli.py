@@ -126,8 +126,8 @@ def curve(spec: Spec) -> None:
 @app.command
 def induction(
     spec: Annotated[ModelSpec, Parameter(name="*")], *, out: Path | None = None,
-    protocol: Literal["sound", "paper"] = "sound", seeds: int | None = None, seed: int = 1234,
-    prefix_threshold: float = 0.3, copying_threshold: float | None = None,
+    protocol: Literal["sound", "paper"] = "sound", seeds: int | None = None, lengths: tuple[int, ...] | None = None,
+    seed: int = 1234, skip_control: bool = False, prefix_threshold: float = 0.3, copying_threshold: float | None = None,
 ) -> None:
     """Prefix matching and copying of every head, on random tokens: which are induction heads?
 
@@ -137,7 +137,11 @@ def induction(
         out: The study folder, new or one of this model; without it nothing is kept.
         protocol: `paper` measures as the code of Bansal et al. does: docs/paper.md.
         seeds: Random texts of each length; by default 14 of seven lengths (`paper`: one of each of its hundred).
+        lengths: Of the random sequences, in tokens; each stands four times in a text. Those that do not fit into the
+            model's window are left out.
         seed: Of the draws.
+        skip_control: Leave out the random weights, which take as much memory again; what is high on copying is then
+            told by --copying-threshold.
         prefix_threshold: A head that is high on prefix matching has at least this score.
         copying_threshold: A head that is high on copying has at least this score, by default the most that any head
             has with random weights; induction heads are high on both.
@@ -147,8 +151,8 @@ def induction(
     if seeds is not None and seeds < 1:
         raise OptionError(f"--seeds is at least 1, not {seeds}")
     chosen = StudySpec(**dataclasses.asdict(spec), tasks=(), measure=("induction",), out=out, protocol=protocol,
-                       seed=seed, induction_seeds=seeds, prefix_threshold=prefix_threshold,
-                       copying_threshold=copying_threshold)
+                       seed=seed, induction_seeds=seeds, induction_lengths=lengths, skip_control=skip_control,
+                       prefix_threshold=prefix_threshold, copying_threshold=copying_threshold)
     with _measured(chosen, "induction") as (found, _):
         terminal.print_induction(found)
         if out is not None:

@@ -7,7 +7,7 @@ may be added; anything else that would change what a finished entry means is ref
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from headcount.specs import ModelSpec, StudySpec
 # Options that do not change what an entry means; all others must be the same whenever a folder is used.
 _FREE = ("tasks", "shots", "measure", "unseen", "out", "data", "head_sample", "grid_fractions", "grid_limit",
          "transfer_fractions", "transfer_limit", "transfer_components", "aggregate", "induction_seeds",
-         "prefix_threshold", "copying_threshold", "device", "device_map", "margin", "row_tokens", "batch_tokens",
-         "model")
+         "induction_lengths", "skip_control", "prefix_threshold", "copying_threshold", "device", "device_map", "margin",
+         "row_tokens", "batch_tokens", "model")
 # What induction scores hang on: they are of a model, not of tasks.
 _OF_MODEL = (*(f.name for f in dataclasses.fields(ModelSpec)), "protocol", "seed")
+# What a run without tasks says of them.
+_OF_INDUCTION = ("measure", "induction_seeds", "induction_lengths", "skip_control", "prefix_threshold",
+                 "copying_threshold")
 
 
 def previous(ledger: Ledger) -> dict[str, Any] | None:
@@ -58,7 +61,9 @@ def check_options(spec: StudySpec, before: Mapping[str, Any] | None, folder: Pat
                              f"is {value}); choose another --out, or give the same options")
 
 
-def check_data(before: Mapping[str, Any] | None, model: str, tasks: Mapping[str, str], folder: Path) -> None:
+def check_data(
+    before: Mapping[str, Any] | None, model: str, tasks: Mapping[str, str], unseen: Collection[str], folder: Path
+) -> None:
     """Refuse another model, or other documents, than the folder's; both by fingerprint.
 
     Raises:
@@ -70,6 +75,9 @@ def check_data(before: Mapping[str, Any] | None, model: str, tasks: Mapping[str,
         raise StudyError(f"{folder} holds a study of another model ({before['model'].get('name')}, other weights, "
                          "type or tokenizer); choose another --out")
     for name, fingerprint in tasks.items():
+        if name in unseen and name in before["tasks"]:
+            raise StudyError(f"task {name!r} is among the --tasks of {folder}, whose orders it has a part in: it is no "
+                             "unseen one there; choose another --out")
         known = before["tasks"].get(name) or before.get("unseen", {}).get(name)
         if known is not None and known["fingerprint"] != fingerprint:
             raise StudyError(f"{folder} holds a study of other documents of task {name!r}, or of another definition of "
@@ -83,11 +91,12 @@ def merged_spec(
     new = spec.to_json() | {"tasks": list(tasks), "unseen": list(unseen)}
     old = (before or {}).get("spec", {})
     if old.get("tasks") and not tasks:
-        new |= {name: value for name, value in old.items() if name not in _OF_MODEL}
+        new |= {name: value for name, value in old.items() if name not in (*_OF_MODEL, *_OF_INDUCTION)}
     if not old.get("tasks") and tasks:
         old = {name: value for name, value in old.items() if name == "measure"}
-    return new | {name: list(dict.fromkeys([*old.get(name, []), *new[name]]))
-                  for name in ("tasks", "shots", "unseen", "measure")}
+    together = {name: list(dict.fromkeys([*old.get(name, []), *new[name]]))
+                for name in ("tasks", "shots", "unseen", "measure")}
+    return new | together | {"unseen": [name for name in together["unseen"] if name not in together["tasks"]]}
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

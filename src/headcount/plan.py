@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from headcount.ledger import Job, job_id
 from headcount.masks import Component, Mask, all_heads, blocks_run, random_order
-from headcount.specs import StudySpec
+from headcount.specs import INDUCTION_TEXTS, StudySpec
 
 # The oracle of heads is asked for by itself: of all heads of a large model it costs hundreds of evaluations.
 Part = Literal["evaluate", "heads", "ffns", "curve", "head_oracle", "grid", "transfer", "induction"]
@@ -23,8 +23,8 @@ CURVES: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
 # The donor whose order is that of all tasks together, and of all but the one that is pruned.
 AGGREGATE, OTHERS, OWN = "mean", "mean without own", "own"
 T = TypeVar("T")
-# Texts of random tokens for induction scores, lengths of them, and a text's tokens on average: 4 repeats of 25 to 223.
-INDUCTION_TEXTS, INDUCTION_LENGTHS, INDUCTION_TOKENS = 98, 7, 500
+# Tokens of a text of random tokens, on average over the default lengths: 4 repeats of 25 to 223.
+INDUCTION_TOKENS = 500
 # A gradient costs a forward and a backward pass through activations.
 GRADIENT_PASSES = 2
 
@@ -119,13 +119,17 @@ def plan(
 
 def _inductions(spec: StudySpec, model: str) -> Iterator[PlannedJob]:
     """Induction scores of the model, and of the same model with random weights."""
-    for weights in ("trained", "random"):
-        texts = INDUCTION_TEXTS if spec.induction_seeds is None else spec.induction_seeds * (
-            INDUCTION_TEXTS if spec.protocol == "paper" else INDUCTION_LENGTHS)
-        job = {"kind": "induction", "protocol": spec.protocol, "model": model, "weights": weights,
-               "seeds": spec.induction_seeds, "seed": spec.seed, "documents": texts}
+    lengths, seeds = INDUCTION_TEXTS[spec.protocol]
+    seeds, tokens = spec.induction_seeds or seeds, float(INDUCTION_TOKENS)
+    chosen: dict[str, Any] = {}
+    if spec.induction_lengths is not None:
+        lengths, tokens = len(spec.induction_lengths), 4 * sum(spec.induction_lengths) / len(spec.induction_lengths)
+        chosen["lengths"] = sorted(spec.induction_lengths)
+    for weights in ("trained", "random")[: 1 if spec.skip_control else 2]:
+        job = {"kind": "induction", "protocol": spec.protocol, "model": model, "weights": weights, **chosen,
+               "seeds": seeds, "seed": spec.seed, "documents": lengths * seeds}
         # Prefix matching and copying read texts of their own.
-        yield PlannedJob(job, f"induction scores, {weights} weights", passes=2, tokens=2.0 * texts * INDUCTION_TOKENS)
+        yield PlannedJob(job, f"induction scores, {weights} weights", passes=2, tokens=2 * lengths * seeds * tokens)
 
 
 @dataclass(frozen=True)
@@ -249,8 +253,10 @@ class _Planner:
                 yield from self._random(component, 0, self.spec.transfer_fractions, documents)
             else:
                 others = [d for d in donors if d.task.name != self.task.name]
-                chosen |= {d.task.name: [d] for d in others} | ({OTHERS: others} if others else {})
-                if not known:
+                # One other task is a donor of its own, and a single one's aggregate is its own order.
+                chosen = chosen if others else {}
+                chosen |= {d.task.name: [d] for d in others} | ({OTHERS: others} if len(others) > 1 else {})
+                if others and not known:
                     chosen[OWN] = [self]
             for donor, members in chosen.items():
                 yield from self._transfer(component, donor, members, documents)

@@ -72,7 +72,7 @@ class Importance:
         heads_per_layer: The model's number of heads per layer.
         scores: Per kind of score, the mean over examples; heads by layer, then index. The gradient method gives
             "position" and "example", the oracle "accuracy" and "gold_loglikelihood" (both as what is lost).
-        stderrs: The standard errors of these means over examples.
+        stderrs: The standard errors of these means over examples, those of a passage together.
         num_examples: Over how many training documents.
         truncated: How many of their prompts were longer than the model's window and lost their beginning.
         halves: Per kind of score, the means over two halves of the documents, none of which share a passage.
@@ -98,10 +98,6 @@ class Importance:
         if self.component == "head":
             return all_heads(self.heads_per_layer)
         return [Head(layer, -1) for layer in range(len(self.heads_per_layer))]
-
-    def by_layer(self, score: Score) -> list[Float[np.ndarray, " _"]]:
-        """One array of head scores per layer."""
-        return np.split(self.scores[score], np.cumsum(self.heads_per_layer)[:-1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,6 +120,14 @@ class StudySpec(ModelSpec):
     """Random texts of each length that induction scores are averaged over; by default 14 of seven lengths (protocol
     `paper`: one each of its hundred)."""
 
+    induction_lengths: tuple[int, ...] | None = None
+    """Lengths of the random sequences that stand four times in a text, in tokens; by default seven from 25 to 223
+    (protocol `paper`: 25, 27, .. 223). Those that do not fit into the model's window are left out."""
+
+    skip_control: bool = False
+    """Leave out the same model with random weights, which takes as much memory again; which heads are high on copying
+    is then told by --copying-threshold."""
+
     prefix_threshold: float = 0.3
     """A head that is high on prefix matching has at least this score."""
 
@@ -146,11 +154,17 @@ class StudySpec(ModelSpec):
         _check(bool(self.measure) or not self.tasks, "--measure names nothing to measure")
         _check(bool(self.tasks) or self.measure == ("induction",), "--tasks names no task")
         _check(bool(self.shots) and min(self.shots) >= 0, f"--shots are numbers from 0 up, not {_listed(self.shots)}")
-        _check(not self.unseen or "transfer" in self.measure, "--unseen tasks are measured with --measure transfer")
+        _check(not self.unseen or "transfer" in self.measure, "--unseen tasks are measured with --measure transfer; "
+               "name it, or leave them out (those of a preset or --config: with --unseen and no task after it)")
         _check(len(set(self.shots)) == len(self.shots), f"--shots names a number twice: {_listed(self.shots)}")
         for name in ("fractions", "grid_fractions", "transfer_fractions"):
             _check_fractions(name, getattr(self, name))
-        _check(0 <= self.margin <= 1, f"--margin lies between 0 and 1, not {self.margin}")
+        for name in ("margin", "prefix_threshold", "copying_threshold"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value <= 1, f"{_option(name)} lies between 0 and 1, not {value}")
+        lengths = self.induction_lengths
+        _check(lengths is None or (len(lengths) > 0 and min(lengths) >= 2),
+               f"--induction-lengths are at least 2 tokens, not {_listed(lengths or ())}")
         for name in ("limit", "importance_limit", "grid_limit", "transfer_limit", "masks_per_job", "head_sample",
                      "induction_seeds", "row_tokens", "batch_tokens"):
             value = getattr(self, name)
@@ -168,6 +182,8 @@ class StudySpec(ModelSpec):
                 for k, v in dataclasses.asdict(self).items()}
 
 
+# Of induction scores, by protocol: how many lengths, and how many texts of each.
+INDUCTION_TEXTS = {"sound": (7, 14), "paper": (100, 1)}
 # Options that `--preset NAME` stands for; the command line and --config win.
 PRESETS: dict[str, dict[str, Any]] = {
     "opt66b-study": {

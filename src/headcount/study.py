@@ -116,6 +116,10 @@ class Runner:
         if self.loaded.apply_chat_template != spec.apply_chat_template:
             raise OptionError("the model that was passed and the options differ in apply_chat_template; give the same")
         _verified(self.loaded)
+        if "induction" in self.parts:
+            from headcount.measure.induction import check
+
+            check(self.loaded, lengths=spec.induction_lengths, protocol=spec.protocol, control=not spec.skip_control)
         self.reporter.stage("timing rows and batches")
         self.budget = _budget(self.loaded, spec, previous(self.ledger))
         self._prepared: dict[tuple[str, int, str, int], Prepared] = {}
@@ -160,7 +164,8 @@ class Runner:
         """What stands in the folder by now: another process may have begun the same study, or another one."""
         found = previous(self.ledger)
         check_options(self.spec, found, self.ledger.folder)
-        check_data(found, self.loaded.identity, {f.name: f.fingerprint for f in self.facts}, self.ledger.folder)
+        check_data(found, self.loaded.identity, {f.name: f.fingerprint for f in self.facts}, self.unseen,
+                   self.ledger.folder)
         return found
 
     def _check_prompts(self) -> None:
@@ -200,13 +205,16 @@ class Runner:
             facts.name: {"fingerprint": facts.fingerprint, "metric": self.tasks[facts.name].metric,
                          "documents": min(facts.documents.values(), default=None),
                          "examples": min(facts.examples.values(), default=None),
+                         "fixed_options": self.tasks[facts.name].fixed_options if facts.documents else None,
                          "notes": list(self.tasks[facts.name].notes)}
             for facts in self.facts
         }
         kept = {"tasks": old.get("tasks", {}), "unseen": old.get("unseen", {})}
         for name, new in known.items():
+            # A task that was unseen may be given an order of its own.
+            known_before = kept["unseen"].pop(name, {}) if name not in self.unseen else {}
             of_kind = kept["unseen" if name in self.unseen else "tasks"]
-            of_kind[name] = merged(of_kind.get(name, {}), new)
+            of_kind[name] = merged(of_kind.get(name, known_before), new)
         return {
             "spec": merged_spec(self.spec, self.previous, [t for t in self.tasks if t not in self.unseen],
                                 [t for t in self.tasks if t in self.unseen]),
@@ -218,7 +226,7 @@ class Runner:
             "layout": layout,
             "masks": masks,
             "budget": {"device": _device(self.loaded), **dataclasses.asdict(self.budget)},
-            "command": self.command,
+            "commands": list(dict.fromkeys([*old.get("commands", []), *filter(None, [self.command])])),
             "created": old.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions(),
         }
@@ -282,7 +290,8 @@ class Runner:
         from headcount.measure.induction import induction_scores, randomised
 
         loaded = self.loaded if job["weights"] == "trained" else randomised(self.loaded, job["seed"])
-        found = induction_scores(loaded, seeds=job["seeds"], seed=job["seed"], protocol=job["protocol"],
+        found = induction_scores(loaded, lengths=job.get("lengths"), seeds=job["seeds"], seed=job["seed"],
+                                 protocol=job["protocol"],
                                  progress=lambda n: self.reporter.advance(float(n)))
         info = {"sequences": found.sequences, "lengths": list(found.lengths), "repeats": found.repeats,
                 "reliability": dict(found.reliability), "notes": list(found.notes)}

@@ -220,8 +220,8 @@ def print_accuracy(study: Study, asked: Asked) -> None:
 
 def print_importance(study: Study, asked: Asked, component: Component, method: str = "gradient") -> None:
     """The most and the least important heads, or every FFN, per task and number of shots."""
-    from headcount.view.analysis import name_of
     from headcount.view.points import groups
+    from headcount.view.scores import name_of
 
     importance = asked.of(study.importance(), study)
     score = study.spec["head_score"] if component == "head" and method == "gradient" else "accuracy"
@@ -260,8 +260,8 @@ def print_curves(study: Study, asked: Asked) -> None:
 
 def print_induction(study: Study, shown: int = 12) -> None:
     """The heads highest on prefix matching, with all scores, and what they say together."""
-    from headcount.view import findings
-    from headcount.view.analysis import name_of
+    from headcount.view import primitives
+    from headcount.view.scores import name_of
 
     found = study.induction()
     table = _table("head", "prefix matching|r", "copying|r", "previous token|r", "OV copying|r", "induction head")
@@ -269,11 +269,11 @@ def print_induction(study: Study, shown: int = 12) -> None:
     for row in trained.head(shown).to_dict("records"):
         scores = (row[name] for name in ("prefix_matching", "copying", "previous_token", "ov_copying"))
         table.add_row(name_of("head", row["layer"], row["head"]), *("" if x != x else f"{x:.3f}" for x in scores),
-                      "yes" if row["induction"] else "")
+                      "yes" if row["induction"] is True else "")
     _out.print(table)
     notes = study.induction_notes
-    told = [findings.texts_sentence(notes), findings.induction_sentence(found, study.induction_thresholds),
-            findings.reliability_caution(notes.get("reliability", {})), *notes.get("notes", ())]
+    told = [primitives.texts_sentence(notes), primitives.induction_sentence(found, study.induction_thresholds),
+            primitives.reliability_caution(notes.get("reliability", {})), *notes.get("notes", ())]
     for sentence in filter(None, told):
         _out.print(f"- {sentence}", highlight=False)
 

@@ -8,7 +8,8 @@ are ever read. Every logit is z . (W_O[h] . direction of the token): nothing of 
 
 Protocol "sound": raw logits of what the head writes at t, c = z[l,h,t] . W_O[h], without bias, through the gain of a
 norm on the branch's output, where there is one, and of the final norm, centred where that is a LayerNorm. In view are
-positions 1 to t, BOS left out; t begins with the second token.
+positions 1 to t: the first is left out, BOS or (in tokenizers without one) a random token, since heads rest on it
+whatever it is. The mean is over t from 2 on.
 
 Protocol "paper", as the code of Bansal et al. (2023) has it: every block is given the embeddings instead of the
 residual stream; logits are probabilities of the head's value of position t itself, through the output projection with
@@ -70,9 +71,9 @@ class Reading:
             self.loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **self.told)
 
 
-def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"], bos: int) -> Float[Tensor, "batch head"]:
-    """The score of every head of the model, by layer, then index; `bos` is the number of tokens to leave out first."""
-    directions = unembedding(reading.loaded.model, ids[:, bos:]) @ reading.ends.exit.T
+def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
+    """The score of every head of the model, by layer, then index."""
+    directions = unembedding(reading.loaded.model, ids[:, 1:]) @ reading.ends.exit.T
     found: dict[int, Tensor] = {}
 
     def visit(layer: int, z: Tensor, attention: Tensor) -> None:
@@ -80,8 +81,8 @@ def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"], bos: int) -> 
         # One row at a time: each takes as much as its attention.
         rows = []
         for i in range(len(z)):
-            logits = torch.einsum("thd,shd->hts", z[i, bos:].float(), read[i])
-            attended = attention[i, :, bos:, bos:].argmax(-1)
+            logits = torch.einsum("thd,shd->hts", z[i, 1:].float(), read[i])
+            attended = attention[i, :, 1:, 1:].argmax(-1)
             rows.append(_ratio(logits, attended, _FLOOR)[:, 1:].mean(-1))
         found[layer] = torch.stack(rows)
 

@@ -41,6 +41,7 @@ from headcount.model.devices import on_device
 from headcount.model.gates import captured, frozen
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations, Importance, Score
+from headcount.stats import cluster_sums
 
 
 def head_importance(loaded: LoadedModel, task: Task, *, method: str = "gradient", **options: object) -> Importance:
@@ -123,10 +124,21 @@ def _importance_of(
     return Importance(
         task, num_fewshot, component, method, heads_per_layer,
         {kind: x.mean(0) for kind, x in scores.items()},
-        {kind: x.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.full(x.shape[1], np.nan) for kind, x in scores.items()},
+        {kind: standard_error(x, owners) for kind, x in scores.items()},
         n, truncated,
         {kind: halves(x, owners, doc_ids, name=task) for kind, x in scores.items()},
         {kind: resampled(x, owners, doc_ids, name=task) for kind, x in scores.items()})
+
+
+def standard_error(
+    values: Float[np.ndarray, "doc component"], passages: Int[np.ndarray, " doc"]
+) -> Float[np.ndarray, " component"]:
+    """Of the mean over documents, those of a passage together; NaN where all are of one passage."""
+    apart, _ = cluster_sums((values - values.mean(0)).T, passages)
+    passage_count = apart.shape[1]
+    if passage_count < 2:
+        return np.full(values.shape[1], np.nan)
+    return np.asarray(np.sqrt((apart**2).sum(1) * passage_count / (passage_count - 1)) / len(values))
 
 
 def paper_weights(requests: Sequence[Request], heads_per_layer: Sequence[int]) -> Float[np.ndarray, "example head"]:

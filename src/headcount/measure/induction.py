@@ -39,7 +39,6 @@ from headcount import ranks
 from headcount.errors import ModelError, OptionError
 from headcount.measure.copying import Reading, paper_copying, sound_copying
 from headcount.measure.forward import Progress
-from headcount.model.anatomy import Names
 from headcount.model.attention import attention_keywords, attention_seen, eager
 from headcount.model.devices import doubled
 from headcount.model.load import LoadedModel, wrap
@@ -50,6 +49,7 @@ Protocol = Literal["sound", "paper"]
 LENGTHS = (25, 58, 91, 124, 157, 190, 223)
 PAPER_LENGTHS = tuple(range(25, 225, 2))
 SEEDS = 14
+REPEATS = 4
 _EXCLUDED = 0.04
 # Entries of one layer's attention that a batch may have; eager attention holds several copies.
 _ENTRIES = {"cpu": 2**23}
@@ -63,7 +63,7 @@ def induction_scores(
     loaded: LoadedModel,
     *,
     lengths: Sequence[int] | None = None,
-    repeats: int = 4,
+    repeats: int = REPEATS,
     seeds: int | None = None,
     seed: int = 1234,
     protocol: Protocol = "sound",
@@ -86,13 +86,7 @@ def induction_scores(
         ModelError: If the model hands out no attention probabilities, memory is too small for one text, or numbers
             overflow.
     """
-    chosen, seeds = _options(lengths, repeats, seeds, protocol)
-    tokens, notes = usable_tokens(loaded)
-    start = [] if loaded.tokenizer.bos_token_id is None else [int(loaded.tokenizer.bos_token_id)]
-    if not start:
-        notes.append("the tokenizer has no BOS token: texts begin with their first random token")
-    kept = _fitting(loaded, chosen, repeats, len(start), len(tokens), notes)
-    texts = _Texts(tokens, start, repeats, seed, [(length, number) for length in kept for number in range(seeds)])
+    texts, notes = _drawn(loaded, lengths, repeats, seeds, seed, protocol)
     with eager(loaded.model):
         reading = Reading.of(loaded, attention_keywords(loaded.name, loaded.model, loaded.anatomy))
         found = _measured(reading, texts, protocol, progress)
@@ -102,6 +96,50 @@ def induction_scores(
         notes.append(f"the OV score is not defined in {len(lacking)} of {loaded.anatomy.num_layers} layers (the first "
                      f"is {lacking[0]}): values there are no linear map of the residual stream")
     return _summary(loaded, found, texts, protocol, torch.cat(scores).double().numpy(), notes)
+
+
+def check(
+    loaded: LoadedModel, *, lengths: Sequence[int] | None = None, protocol: Protocol = "sound", control: bool = True
+) -> None:
+    """Refuse, before anything is measured, what `induction_scores` (and a `control`) would refuse in the end.
+
+    Raises:
+        HeadcountError: As they do.
+    """
+    _drawn(loaded, lengths, REPEATS, None, 0, protocol)
+    with eager(loaded.model):
+        attention_keywords(loaded.name, loaded.model, loaded.anatomy)
+    if control:
+        _check_place(loaded)
+
+
+def _drawn(
+    loaded: LoadedModel, lengths: Sequence[int] | None, repeats: int, seeds: int | None, seed: int, protocol: Protocol
+) -> tuple[_Texts, list[str]]:
+    """The texts, and what must be told of them."""
+    chosen, seeds = _options(lengths, repeats, seeds, protocol)
+    tokens, notes = usable_tokens(loaded)
+    start = [] if loaded.tokenizer.bos_token_id is None else [int(loaded.tokenizer.bos_token_id)]
+    if not start:
+        notes.append("the tokenizer has no BOS token: texts begin with a random token, which copying "
+                     "leaves out of view")
+    kept = _fitting(loaded, chosen, repeats, len(start), len(tokens), notes)
+    members = [(length, number) for length in kept for number in range(seeds)]
+    notes += _windows(loaded, len(start) + max(kept) * repeats)
+    return _Texts(tokens, start, repeats, seed, members), notes
+
+
+def _windows(loaded: LoadedModel, longest: int) -> list[str]:
+    """Which layers cannot see a whole text."""
+    config = loaded.model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * loaded.anatomy.num_layers
+    found = []
+    for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
+        window, layers = getattr(config, name, None), kinds.count(kind)
+        if window and layers and window < longest:
+            found.append(f"attention in {layers} of {loaded.anatomy.num_layers} layers sees {window} tokens at most, "
+                         f"and texts have up to {longest}: scores of heads there are too low")
+    return found
 
 
 def _options(
@@ -126,7 +164,7 @@ def _fitting(
     limits = f"window of {loaded.max_length} tokens, {tokens} tokens to draw from"
     if not kept:
         raise OptionError(f"no random sequence fits, standing {repeats} times ({limits}): the shortest has "
-                          f"{min(lengths)} tokens, and {longest} would do")
+                          f"{min(lengths)} tokens, and {longest} would do: --lengths")
     if len(kept) < len(lengths):
         notes.append(f"random sequences of more than {longest} tokens are left out ({limits})")
     return kept
@@ -219,7 +257,7 @@ def _measured(
     for batch in texts.batches(max(loaded.anatomy.heads_per_layer), entries):
         prefix = _prefix_work(reading, texts.members[batch[0]][0], texts.repeats, bos, protocol)
         for kinds, repeated, work in ((slice(0, 2), True, prefix),
-                                      (slice(2, 3), False, _copying_work(reading, bos, protocol))):
+                                      (slice(2, 3), False, _copying_work(reading, protocol))):
             ids = texts.drawn(batch, repeated=repeated).to(loaded.device)
             found[kinds, batch] = _halved(work, ids).numpy()
             if progress is not None:
@@ -238,8 +276,8 @@ def _halved(work: _Work, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind b
         if not should_reduce_batch_size(error):
             raise
         if len(ids) == 1:
-            raise ModelError(f"memory is too small for one text of {ids.shape[1]} tokens with eager attention: pass "
-                             "shorter lengths") from error
+            raise ModelError(f"memory is too small for one text of {ids.shape[1]} tokens with eager attention: give "
+                             "shorter --lengths") from error
     return torch.cat([_halved(work, half) for half in ids.chunk(2)], 1)
 
 
@@ -258,9 +296,9 @@ def _prefix_work(reading: Reading, length: int, repeats: int, bos: int, protocol
     return work
 
 
-def _copying_work(reading: Reading, bos: int, protocol: Protocol) -> _Work:
+def _copying_work(reading: Reading, protocol: Protocol) -> _Work:
     def work(ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind batch head"]:
-        return (paper_copying(reading, ids) if protocol == "paper" else sound_copying(reading, ids, bos))[None]
+        return (paper_copying(reading, ids) if protocol == "paper" else sound_copying(reading, ids))[None]
 
     return work
 
@@ -315,7 +353,7 @@ def split_half(halves: Float[np.ndarray, "2 head"]) -> float:
     return ranks.reliability(ranks.spearman(*halves))
 
 
-def randomised(loaded: LoadedModel, seed: int = 0, names: Names | None = None) -> LoadedModel:
+def randomised(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
     """The same model with random weights, by its own initialisation, and the same tokenizer: a control.
 
     It takes as much memory as the model, on the same devices. The random number generators are left as they were.
@@ -323,7 +361,6 @@ def randomised(loaded: LoadedModel, seed: int = 0, names: Names | None = None) -
     Args:
         loaded: The model.
         seed: Of the weights.
-        names: What `load` was given.
 
     Raises:
         ModelError: If the model is spread over devices and disk, or memory is too small for a second one.
@@ -334,9 +371,7 @@ def randomised(loaded: LoadedModel, seed: int = 0, names: Names | None = None) -
         del config.quantization_config
     devices = getattr(model, "hf_device_map", {})
     spread = len(set(devices.values())) > 1
-    if "disk" in devices.values():
-        raise ModelError(f"{loaded.name} lies partly on disk: the same model with random weights needs memory for all "
-                         "of it")
+    _check_place(loaded)
     maker: Any = type(model)
     try:
         with torch.random.fork_rng():
@@ -347,7 +382,14 @@ def randomised(loaded: LoadedModel, seed: int = 0, names: Names | None = None) -
             made = dispatch_model(made, devices)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"memory is too small for {loaded.name} and the same model with random weights beside it, the "
-                         "control of copying; what was measured is kept: headcount report DIR shows it") from error
+                         "control of copying: --skip-control leaves it out") from error
     note = f"all weights are random, by the model's own initialisation (seed {seed})"
-    control = wrap(made, loaded.tokenizer, f"{loaded.name} (random weights)", names)
+    control = wrap(made, loaded.tokenizer, f"{loaded.name} (random weights)", loaded.names)
     return dataclasses.replace(control, notes=(*control.notes, note), apply_chat_template=loaded.apply_chat_template)
+
+
+def _check_place(loaded: LoadedModel) -> None:
+    """Refuse the control of a model that is larger than memory."""
+    if "disk" in getattr(loaded.model, "hf_device_map", {}).values():
+        raise ModelError(f"{loaded.name} lies partly on disk, and the same model with random weights, the control of "
+                         "copying, needs memory for all of it: --skip-control leaves it out")

@@ -67,6 +67,7 @@ class LoadedModel:
         notes: To be shown beside every result.
         provenance: What was loaded and with what; goes into JSON as it is.
         apply_chat_template: Whether prompts are put into the tokenizer's chat template, as lm-eval does.
+        names: Names of the model's parts, as `load` was given them.
     """
 
     name: str
@@ -77,6 +78,7 @@ class LoadedModel:
     notes: tuple[str, ...]
     provenance: Mapping[str, object]
     apply_chat_template: bool = False
+    names: Names = dataclasses.field(default_factory=Names)
 
     @functools.cached_property
     def identity(self) -> str:
@@ -210,7 +212,7 @@ def _loaded(
         "attn_implementation": model.config._attn_implementation, "torch": torch.__version__,
         "transformers": transformers.__version__, "notes": list(notes),
     }
-    return LoadedModel(name, model, tokenizer, anatomy, fingerprint(model), notes, provenance)
+    return LoadedModel(name, model, tokenizer, anatomy, fingerprint(model), notes, provenance, names=names)
 
 
 def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

@@ -18,9 +18,10 @@ import pandas as pd
 from headcount import stats
 from headcount.errors import StudyError
 from headcount.ledger import Entry, Ledger
+from headcount.specs import INDUCTION_TEXTS
 from headcount.view.curves import curve_points, curve_table, free_table
 from headcount.view.joint import grid_table, transfer_table
-from headcount.view.points import MEAN, Points, finished, groups
+from headcount.view.points import MEAN, Points, compared, finished, groups, points_of
 from headcount.view.scores import among_important_table, correlation_table, retained_table, top_table
 
 _LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fraction", "layer", "head", "heads_removed",
@@ -89,7 +90,7 @@ class Study:
 
         Columns: task; num_fewshot; component ("head", "ffn"); layer; head (missing for FFNs); method ("gradient",
         "oracle"); score ("position", "example" in nats; "accuracy" and "gold_loglikelihood" as what is lost);
-        importance; stderr (over examples); num_examples.
+        importance; stderr (over examples, those of a passage together); num_examples.
         """
         return self._importance[_IMPORTANCE].copy()
 
@@ -142,7 +143,7 @@ class Study:
         Columns: task; num_fewshot; heads_fraction, ffns_fraction; heads_removed, ffns_removed (counts);
         parameters_removed_share; accuracy with its 95 % interval low, high; difference to the full model with
         difference_low, difference_high; p (paired test, one by one); documents; changed; within_margin (whether a loss
-        of the margin or more is ruled out).
+        of the margin or more is ruled out, cell by cell); baseline (what guessing, or the best constant answer, gets).
         """
         return self._grid.copy()
 
@@ -152,8 +153,9 @@ class Study:
         Columns: task, the one that is pruned; num_fewshot; component; donor ("none" for the full model at fraction 0,
         "own", another task, "mean" for the aggregate of all tasks, "mean without own", "random"); fraction; accuracy
         with its 95 % interval low, high; difference to the own order (of an unseen task: to the full model) with
-        difference_low, difference_high; p (paired test, one by one); documents; changed; unseen. On the mean, a donor
-        serves all tasks but itself.
+        difference_low, difference_high; p (paired test, one by one); documents; changed; unseen. The full model has no
+        difference where a task has an order of its own. On the mean, a donor serves all tasks but itself, so that two
+        donors' means are not over the same tasks.
         """
         return self._transfer.copy()
 
@@ -172,15 +174,15 @@ class Study:
         Columns: component; and those of `headcount.view.relations.top_sets`: num_fewshot, fraction, size, tasks,
         common, share, expected, pair_mean_share, p.
         """
-        return top_table(self._importance, self.ordering_scores)
+        return top_table(self._importance, self.ordering_scores, self.tie_scores)
 
     def induction(self) -> pd.DataFrame:
         """Induction scores of every head: one row per head and weights.
 
         Columns: layer; head; prefix_matching, copying, previous_token (means over random texts, with
         prefix_matching_variance, ... over texts); ov_copying (eigenvalue score, -1..1); induction (whether high on
-        both prefix matching and copying); weights ("trained", or "random" for the same model with random weights);
-        protocol; sequences (texts).
+        both prefix matching and copying; missing before the control is measured that copying's threshold hangs on);
+        weights ("trained", or "random" for the same model with random weights); protocol; sequences (texts).
         """
         return self._induction.copy()
 
@@ -197,13 +199,32 @@ class Study:
 
         Columns: task (and "mean"); num_fewshot; fraction; important; induction_heads; common; expected; p.
         """
-        return among_important_table(self._importance, self.ordering_scores["head"], self._induction)
+        return among_important_table(self._importance, self.ordering_scores["head"], self._induction, self._aggregate)
+
+    @property
+    def known_tasks(self) -> dict[str, dict[str, Any]]:
+        """What is known of each task, unseen ones (which are only pruned by others' orders) at the end."""
+        return self.tasks | dict(self.description.get("unseen", {}))
+
+    def _fixed_options(self, task: str) -> bool:
+        """Whether one answer can be given to all documents; earlier studies did not look, and none is missed there."""
+        return bool(self.known_tasks[task].get("fixed_options", True))
+
+    @property
+    def _aggregate(self) -> str:
+        return str(self.spec.get("aggregate", "mean"))
 
     @property
     def ordering_scores(self) -> dict[str, str]:
         """Which score orders heads, and which FFNs."""
         return {"head": self.spec["head_score"],
-                "ffn": "accuracy" if self.spec["ffn_order"] == "oracle" else "position"}
+                "ffn": "accuracy" if self.spec["ffn_order"] == "oracle" else self.spec["head_score"]}
+
+    @property
+    def tie_scores(self) -> dict[str, str]:
+        """Which score decides between components of equal score, where one does; else they go by layer."""
+        oracle = self.spec["ffn_order"] == "oracle" and self.spec["protocol"] == "sound"
+        return {"ffn": "gold_loglikelihood"} if oracle else {}
 
     @functools.cached_property
     def induction_thresholds(self) -> dict[str, float]:
@@ -222,22 +243,33 @@ class Study:
 
     def degenerate(self) -> pd.DataFrame:
         """What says little: one row per reason. Columns: task; num_fewshot; reason."""
-        low = self._curves.drop_duplicates(["task", "num_fewshot"]).set_index(["task", "num_fewshot"])["low"]
+        low = {(task, k): compared([points_of(full, full)], [None])[0][None].low
+               for (task, k), full in groups(self._full_models, "task", "num_fewshot")}
         rows = [{"task": task, "num_fewshot": k, "reason": reason}
                 for (task, k), full in groups(self._full_models, "task", "num_fewshot")
                 for reason in stats.degenerate(
                     full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(), full["gold"].to_numpy(),
-                    full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(),
-                    low=float(low.loc[task, k]))]
+                    full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(), low=low[task, k],
+                    fixed_options=self._fixed_options(str(task)))]
         layers = len(self.description["anatomy"]["heads_per_layer"])
         rows += [{"task": task, "num_fewshot": k, "reason": reason} for (task, k), n in self.distinct_values.items()
                  for reason in stats.few_distinct(n, layers)]
         return pd.DataFrame(rows, columns=["task", "num_fewshot", "reason"])
 
     @functools.cached_property
+    def evaluated(self) -> dict[str, tuple[int, str]]:
+        """By task, how many evaluated documents stand for themselves (passages, where some share one), and in words."""
+        found = {}
+        for task, of_task in groups(self._full_models, "task"):
+            documents, passages = of_task["doc_id"].nunique(), of_task["passage"].nunique()
+            found[str(task)] = (passages, str(documents) if passages == documents else
+                                f"{documents} of {passages} passages")
+        return found
+
+    @functools.cached_property
     def _full_models(self) -> pd.DataFrame:
         rows = self._evaluations
-        return rows[(rows["split"] == "evaluation") & (rows["order"] == "none") & rows["task"].isin(self.spec["tasks"])]
+        return rows[(rows["split"] == "evaluation") & (rows["order"] == "none") & rows["task"].isin(self.known_tasks)]
 
     @functools.cached_property
     def _correlations(self) -> pd.DataFrame:
@@ -245,14 +277,18 @@ class Study:
 
     @functools.cached_property
     def _retained(self) -> pd.DataFrame:
-        return retained_table(self._importance, self.ordering_scores["head"], self._induction, self.spec["seed"])
+        return retained_table(self._importance, self.ordering_scores["head"], self._induction, self.spec["seed"],
+                              self._aggregate)
 
     @functools.cached_property
     def _induction_entries(self) -> dict[str, Entry]:
-        """By weights; of several numbers of texts the one that was asked for last, else the most."""
-        asked = self.spec.get("induction_seeds")
+        """By weights; of several lengths and numbers of texts those that were asked for last, else the most."""
+        spec = self.spec
+        asked = (sorted(spec.get("induction_lengths") or ()),
+                 spec.get("induction_seeds") or INDUCTION_TEXTS[spec["protocol"]][1])
         found = sorted((entry for entry in self._ledger.entries("induction") if self._is_of_model(entry.job)),
-                       key=lambda entry: (entry.job["seeds"] == asked, entry.info["sequences"]))
+                       key=lambda entry: ((entry.job.get("lengths", []), entry.job["seeds"]) == asked,
+                                          entry.info["sequences"]))
         return {entry.job["weights"]: entry for entry in found}
 
     @functools.cached_property
@@ -265,8 +301,11 @@ class Study:
         table = pd.concat([entry.table.assign(weights=weights, protocol=entry.job["protocol"],
                                               sequences=entry.info["sequences"])
                            for weights, entry in sorted(chosen.items(), reverse=True)], ignore_index=True)
-        table["induction"] = np.logical_and.reduce([table[name] >= least
-                                                    for name, least in self.induction_thresholds.items()])
+        limits = self.induction_thresholds
+        high = np.logical_and.reduce([table[name] >= least for name, least in limits.items()])
+        # Not known before the control is measured that copying's threshold hangs on.
+        table["induction"] = pd.array(high, "boolean") if not np.isnan(limits["copying"]) else pd.NA
+        table["induction"] = table["induction"].astype("boolean")
         ordered: pd.DataFrame = table[[*columns, *(c for c in table if c not in columns)]]
         return ordered
 
@@ -282,7 +321,7 @@ class Study:
 
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
-        frames, aggregate = [], self.spec.get("aggregate", "mean")
+        frames, aggregate = [], self._aggregate
         for number, entry in enumerate(self._entries("evaluation")):
             # An aggregate may have been taken of scores first and of ranks later; the last one asked for is shown.
             if entry.job["curve"].get("aggregate", aggregate) != aggregate:
@@ -324,7 +363,7 @@ class Study:
         """How many requests were cut to fit the window, by (task, number of shots), where any were."""
         found: dict[tuple[str, int], int] = {}
         for job, info in self._ledger.descriptions():
-            if job["kind"] == "induction":
+            if job["kind"] == "induction" or not self._is_of_model(job):
                 continue
             # Evaluated and training documents have entries of their own: neither may hide the other's count.
             key = (job["task"], job["num_fewshot"])
@@ -333,7 +372,7 @@ class Study:
 
     @functools.cached_property
     def _points(self) -> dict[int, dict[str, Points]]:
-        return curve_points(self._evaluations, self.spec["tasks"])
+        return curve_points(self._evaluations, {task: self._fixed_options(task) for task in self.spec["tasks"]})
 
     @functools.cached_property
     def _curves(self) -> pd.DataFrame:
@@ -345,7 +384,8 @@ class Study:
 
     @functools.cached_property
     def _grid(self) -> pd.DataFrame:
-        return grid_table(self._evaluations, self.spec["margin"], self.description["anatomy"]["parameters"])
+        return grid_table(self._evaluations, self.spec["margin"], self.description["anatomy"]["parameters"],
+                          {task: self._fixed_options(task) for task in self.known_tasks})
 
     @functools.cached_property
     def _transfer(self) -> pd.DataFrame:
@@ -360,32 +400,3 @@ class Study:
     def finished_tasks(self, k: int) -> list[str]:
         """The tasks whose curves are measured at this number of shots; means over tasks are over these."""
         return list(finished(self._points.get(k, {})))
-
-
-def name_of(component: str, layer: int, head: object) -> str:
-    """`L5H1` for a head, `L5F` for an FFN."""
-    return f"L{layer}H{head}" if component == "head" else f"L{layer}F"
-
-
-def mean_importance(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean over tasks of each component's importance, by number of shots, method and score.
-
-    The standard error is that of the mean over these very tasks, whose documents are independent.
-    """
-    keys = ["num_fewshot", "component", "layer", "head", "method", "score"]
-    groups = table.assign(square=table["stderr"] ** 2).groupby(keys, dropna=False, as_index=False, sort=False)
-    mean: pd.DataFrame = groups.agg(importance=("importance", "mean"), square=("square", _sum_known),
-                                    n=("square", "size"))
-    mean["stderr"] = np.sqrt(mean["square"]) / mean["n"]
-    return mean.drop(columns=["square", "n"]).assign(task=MEAN)
-
-
-def _sum_known(values: pd.Series) -> float:
-    """NaN where one of them is: an unknown error is not none."""
-    return float(values.sum(skipna=False))
-
-
-def constants(description: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Number of heads, of FFNs, and of parameters of a study's model."""
-    anatomy = description["anatomy"]
-    return sum(anatomy["heads_per_layer"]), len(anatomy["heads_per_layer"]), anatomy["parameters"]

@@ -13,9 +13,9 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from headcount.view.analysis import mean_importance, name_of
 from headcount.view.points import MEAN
-from headcount.view.sentences import shots
+from headcount.view.scores import mean_importance, name_of
+from headcount.view.words import shots
 
 Chart = Any  # Altair's charts have many types, alike for us
 
@@ -100,23 +100,23 @@ def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
     return dressed(with_menu(of_one_task(chart, rows, choose).facet(column=shots_column(rows)), rows, choose))
 
 
-def ffn_bars(importance: pd.DataFrame, *, choose: bool) -> Chart:
+def ffn_bars(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
     """Importance of every FFN by layer, by oracle and by gradient; arguments as in `head_map`."""
-    rows = importance[(importance["component"] == "ffn") & importance["score"].isin(["accuracy", "position"])]
+    rows = importance[(importance["component"] == "ffn") & importance["score"].isin(["accuracy", score])]
     rows = _with_mean(rows)
     rows["name"] = [f"L{layer}F" for layer in rows["layer"]]
     rows["shots"] = rows["num_fewshot"].map(shots)
     rows["low"], rows["high"] = rows["importance"] - rows["stderr"], rows["importance"] + rows["stderr"]
-    titles = {"accuracy": "accuracy lost without it", "position": "gradient score (nats)"}
+    titles = {"accuracy": "accuracy lost without it", score: "gradient score (nats)"}
     width = max(220, min(420, 9 * (int(rows["layer"].max()) + 1)))
     panels = []
-    for score, title in titles.items():
-        of_score = rows[rows["score"] == score]
+    for name, title in titles.items():
+        of_score = rows[rows["score"] == name]
         if of_score.empty:
             continue
         x = alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True))
         base = alt.Chart().encode(x=x)
-        bars = base.mark_bar(color=PALETTE[0]).properties(name=f"{score}_bars").encode(
+        bars = base.mark_bar(color=PALETTE[0]).properties(name=f"{name}_bars").encode(
             y=alt.Y("importance:Q", title=title),
             tooltip=[alt.Tooltip("name:N", title="FFN"), "task:N", "shots:N", alt.Tooltip("importance:Q", format=".3g"),
                      alt.Tooltip("stderr:Q", title="standard error", format=".2g")])

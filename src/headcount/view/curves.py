@@ -24,14 +24,15 @@ FREE_COLUMNS = ["task", "num_fewshot", "component", "order", "free_fraction", "f
 ByShots = Mapping[int, Mapping[str, Points]]
 
 
-def curve_points(evaluations: pd.DataFrame, tasks: Sequence[str]) -> dict[int, dict[str, Points]]:
+def curve_points(evaluations: pd.DataFrame, tasks: Mapping[str, bool]) -> dict[int, dict[str, Points]]:
     """The evaluated documents of every number of shots and task that has its full model, with all points of curves.
 
     Args:
         evaluations: `Study.evaluations()`.
-        tasks: In the order in which they are wanted; others are left out.
+        tasks: In the order in which they are wanted, and whether all documents of each have the same options
+            (`stats.baseline`); other tasks are left out.
     """
-    rows = evaluations[(evaluations["split"] == "evaluation") & evaluations["task"].isin(tasks)]
+    rows = evaluations[(evaluations["split"] == "evaluation") & evaluations["task"].isin(list(tasks))]
     found: dict[int, dict[str, Points]] = {}
     by_key = {(str(task), int(k)): group for (task, k), group in groups(rows, "task", "num_fewshot")}
     for task, k in sorted(by_key, key=lambda key: (list(tasks).index(key[0]), key[1])):
@@ -39,7 +40,7 @@ def curve_points(evaluations: pd.DataFrame, tasks: Sequence[str]) -> dict[int, d
         full, curves = group[group["order"] == "none"], group[group["order"].isin(["gradient", "oracle", "random"])]
         if full.empty:
             continue
-        points = points_of(curves, full)
+        points = points_of(curves, full, fixed_options=tasks[task])
         for key, of_key in groups(curves, "component", "order", "fraction"):
             points.add((str(key[0]), str(key[1]), float(key[2])), of_key)
         found.setdefault(k, {})[task] = points
@@ -94,6 +95,8 @@ def free_table(curves: pd.DataFrame, points: ByShots, margin: float) -> pd.DataF
 
 def _free(curve: pd.DataFrame, tasks: Sequence[Points], margin: float) -> dict[str, Any]:
     full = curve.iloc[0]
+    # A tenth of six FFNs is none of them: where nothing is removed nothing is shown to be free.
+    curve = curve[(curve["fraction"] == 0) | (curve["removed"] > 0)]
     baseline = float(np.mean([t.baseline for t in tasks]))
     found = {"reason": "", "full_accuracy": full["accuracy"], "full_low": full["low"], "baseline": baseline}
     if not full["low"] > baseline:

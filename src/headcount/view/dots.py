@@ -25,7 +25,7 @@ from headcount.view.selection import (
     summary,
     tasks_first,
 )
-from headcount.view.sentences import shots
+from headcount.view.words import shots
 
 _SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 _NAMED = 14  # heads at most; others tell their names when pointed at
@@ -52,7 +52,7 @@ def _scatter_panel(rows: pd.DataFrame, thresholds: Mapping[str, float], limits: 
     places = _label_places(induction_heads(rows), limits)
     names = [f"L{layer}H{head}" for layer, head in zip(rows["layer"], rows["head"], strict=True)]
     data = rows[[*PRIMITIVES, "previous_token", "ov_copying"]].round(4).assign(
-        name=names, what=rows["induction"].map({True: "induction head", False: "other head"}))
+        name=names, what=rows["induction"].fillna(False).map({True: "induction head", False: "other head"}))
     x = alt.X("prefix_matching:Q", title="prefix matching", scale=alt.Scale(domain=[0, limits["prefix_matching"]]))
     y = alt.Y("copying:Q", title="copying", scale=alt.Scale(domain=[0, limits["copying"]]))
     what: dict[str, Any] = {"domain": ["induction head", "other head"]}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from headcount.view.points import Points, compared, finished, groups, points_of, removed_by, with_mean
@@ -12,7 +13,7 @@ from headcount.view.relations import RANDOM
 
 GRID = ["task", "num_fewshot", "heads_fraction", "ffns_fraction", "heads_removed", "ffns_removed",
         "parameters_removed_share", "accuracy", "low", "high", "difference", "difference_low", "difference_high", "p",
-        "documents", "changed", "within_margin"]
+        "documents", "changed", "within_margin", "baseline"]
 TRANSFER = ["task", "num_fewshot", "component", "donor", "fraction", "accuracy", "low", "high", "difference",
             "difference_low", "difference_high", "p", "documents", "changed", "unseen"]
 OWN = "own"
@@ -20,20 +21,25 @@ OWN = "own"
 _OWN = ["gradient", "oracle"]
 
 
-def grid_table(evaluations: pd.DataFrame, margin: float, parameters: int) -> pd.DataFrame:
+def grid_table(
+    evaluations: pd.DataFrame, margin: float, parameters: int, fixed_options: Mapping[str, bool]
+) -> pd.DataFrame:
     """`Study.grid()`: points where one of the two is 0 come from the curves, on the grid's documents.
 
     Args:
         evaluations: `Study.evaluations()`.
         margin: The loss of accuracy that must be ruled out for a point to be within it.
         parameters: Of the whole model.
+        fixed_options: By task, whether one answer can be given to all documents (`stats.baseline`).
     """
     rows = evaluations[evaluations["split"] == "evaluation"]
     by_shots: dict[int, dict[str, Points]] = {}
     for (task, k), of_task in groups(rows[rows["order"] == "grid"], "task", "num_fewshot"):
         same = rows[(rows["task"] == task) & (rows["num_fewshot"] == k)]
-        of_task = _fewest_documents(of_task)
-        points = points_of(of_task, same[same["order"] == "none"])
+        of_task, full = _fewest_documents(of_task), same[same["order"] == "none"]
+        if full.empty:
+            continue
+        points = points_of(of_task, full, fixed_options=fixed_options.get(str(task), True))
         steps = (set(of_task["fraction"]), set(of_task["ffn_fraction"]))
         curves = same[same["order"].isin(_OWN) & same["doc_id"].isin(of_task["doc_id"].unique())]
         for (component, fraction), of_point in groups(curves, "component", "fraction"):
@@ -60,7 +66,8 @@ def _grid_rows(
         rows.append({"task": task, "num_fewshot": k, "heads_fraction": heads, "ffns_fraction": ffns,
                      "heads_removed": int(removed.heads), "ffns_removed": int(removed.ffns),
                      "parameters_removed_share": removed.parameters / parameters, **vars(one),
-                     "within_margin": key is None or one.difference_low > -margin + 1e-9})
+                     "within_margin": key is None or one.difference_low > -margin + 1e-9,
+                     "baseline": float(np.mean([t.baseline for t in tasks]))})
     return rows
 
 
@@ -78,17 +85,24 @@ def transfer_table(evaluations: pd.DataFrame, unseen: Sequence[str]) -> pd.DataF
         by_fraction: dict[float, dict[str, Points]] = {}
         for task, of_task in groups(of_kind, "task"):
             same = rows[(rows["task"] == task) & (rows["num_fewshot"] == k)]
+            if not (same["order"] == "none").any():
+                continue
             points = _transfer_points(_largest_group(of_task), same, component)
             for fraction in dict.fromkeys(key[1] for key in points.values):
                 by_fraction.setdefault(fraction, {})[str(task)] = points
         for fraction, of_tasks in sorted(by_fraction.items()):
-            known = {task: points for task, points in of_tasks.items() if task not in unseen}
-            for task, members in with_mean(known):
+            known = {task: points for task, points in of_tasks.items()
+                     if task not in unseen and (OWN, fraction) in points.values}
+            for task, members in with_mean(known, finished(known)):
                 found += _transfer_rows(task, int(k), component, fraction, members, unseen=False)
             for task in (t for t in of_tasks if t in unseen):
                 found += _transfer_rows(task, int(k), component, fraction, [of_tasks[task]], unseen=True)
-    return pd.DataFrame(found, columns=TRANSFER).sort_values(["num_fewshot", "component"], kind="stable",
-                                                             ignore_index=True)
+    table = pd.DataFrame(found, columns=TRANSFER).drop_duplicates(TRANSFER[:5])
+    # The full model stands there once, for all fractions: there is no one order of the task's own to compare it with.
+    apart = (table["donor"] == "none") & ~table["unseen"].astype(bool)
+    table.loc[apart, ["difference", "difference_low", "difference_high", "p"]] = np.nan
+    table["changed"] = table["changed"].astype("Int64").mask(apart)
+    return table.sort_values(["num_fewshot", "component"], kind="stable", ignore_index=True)
 
 
 def _transfer_points(moved: pd.DataFrame, same: pd.DataFrame, component: str) -> Points:
@@ -108,8 +122,6 @@ def _transfer_rows(
     task: str, k: int, component: str, fraction: float, tasks: Sequence[Points], *, unseen: bool
 ) -> list[dict[str, Any]]:
     own = None if unseen else (OWN, fraction)
-    if not unseen and not all(own in t.values for t in tasks):
-        return []
     keys = [None, *dict.fromkeys(key for t in tasks for key in t.values if key[1] == fraction)]
     shared = [key for key in keys if key is None or all(key in t.values for t in tasks)]
     found, _ = compared(tasks, shared, to=own)

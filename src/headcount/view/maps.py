@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from headcount.view import charts
-from headcount.view.analysis import name_of
 from headcount.view.charts import COMPONENTS, PALETTE, Chart, dressed
 from headcount.view.points import MEAN, groups
+from headcount.view.scores import name_of
 from headcount.view.selection import PRIMITIVES, SUMMARIES, of_fraction, of_score, tasks_first
-from headcount.view.sentences import shots
+from headcount.view.words import shots
 
 WIDTH = 950  # of the page, in pixels
 _LEGEND_LENGTH = 160
@@ -130,7 +130,7 @@ def induction_maps(induction: pd.DataFrame) -> Chart:
             color=alt.Color("value:Q", title="score", legend=alt.Legend(gradientLength=_LEGEND_LENGTH),
                             scale=alt.Scale(scheme="viridis", domain=span)),
             tooltip=[alt.Tooltip("name:N", title="head"), alt.Tooltip("value:Q", title=title, format=".3f"),
-                     alt.Tooltip("deviation:Q", title="standard deviation over seeds", format=".3f"),
+                     alt.Tooltip("deviation:Q", title="standard deviation over texts", format=".3f"),
                      alt.Tooltip("previous_token:Q", title="previous token", format=".3f"),
                      alt.Tooltip("ov_copying:Q", title="OV copying", format=".3f")])
         rings = base.transform_filter("datum.induction").transform_calculate(is_="'induction head'")
@@ -142,21 +142,16 @@ def induction_maps(induction: pd.DataFrame) -> Chart:
         orient="top", **charts.LEGEND)
 
 
-def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None = None,
-                argsort: bool = False) -> Chart:
+def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None = None) -> Chart:
     """Rank correlation of importance between tasks, a panel per number of shots; the diagonal is each task's own.
 
     Args:
         correlations: One row per pair; each pair once is enough.
         component: "head" or "ffn".
         score: Which score of importance; the first found unless told.
-        argsort: Of argsorts, as the paper's code takes it, instead of ranks.
     """
     rows = of_score(correlations, component, score)
     rows = rows[rows["kind"].isin(["tasks", "reliability"]) & (rows["num_fewshot"] >= 0)]
-    if argsort:
-        rows = rows[rows["argsort_correlation"].notna()].assign(
-            correlation=rows["argsort_correlation"], low=np.nan, high=np.nan)
     if rows.empty:
         return None
     turned = rows.rename(columns={"task": "other_task", "other_task": "task"})
@@ -202,7 +197,7 @@ def transfer_map(transfer: pd.DataFrame, component: str, *, fraction: float | No
                alt.Tooltip("high:Q", title="at most", format="+.1f"), alt.Tooltip("accuracy:Q", format=".3f"),
                alt.Tooltip("documents:Q")]
     largest = max(1.0, float(cells["value"].abs().max())) if cells["value"].notna().any() else 1.0
-    title = (f"points of accuracy against the own order, {100 * rows['fraction'].iloc[0]:.0f} % of "
+    title = (f"points of accuracy against the own order, {100 * rows['fraction'].iloc[0]:.3g} % of "
              f"{COMPONENTS[component]} removed; bold: the interval leaves out 0")
     columns, donors = tasks_first(cells["column"]), set(cells["row"])
     return _matrix(cells, tasks_first([name for name in [*columns, *cells["row"]] if name in donors]), columns, _whole,

@@ -2,7 +2,8 @@
 
 Two views. `retained`: heads are removed, the least important first, and what is left of all prefix-matching (copying)
 score is counted, beside random orders. `induction_among_important`: how many of the induction heads are in the set of
-important ones, beside what chance would put there. Both go by the order that pruning uses.
+important ones, beside what chance would put there. Both go by the scores that pruning goes by: over tasks, by their
+mean or by the mean of their ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from headcount import stats
 from headcount.errors import OptionError
 from headcount.masks import removal_order
 from headcount.view.points import MEAN
-from headcount.view.relations import Key, Scores, aggregates, count, top
+from headcount.view.relations import MEAN_OF_RANKS, Key, Scores, aggregates, count, top
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DRAWS = 1000
@@ -29,17 +30,18 @@ _INDUCTION = ["task", "num_fewshot", "fraction", "important", "induction_heads",
 
 def retained(
     scores: Scores, primitives: Mapping[str, Float[np.ndarray, " head"]],
-    fractions: Sequence[float | int] = FRACTIONS, *, seed: int = 0, draws: int = DRAWS,
+    fractions: Sequence[float | int] = FRACTIONS, *, seed: int = 0, draws: int = DRAWS, aggregate: str = "mean",
 ) -> pd.DataFrame:
     """Which share of a primitive's total score is left as the least important heads go.
 
     Args:
-        scores: Importance of all heads by (task, number of shots); their mean over tasks, where there are several, is
-            added as task "mean".
+        scores: Importance of all heads by (task, number of shots); their aggregate over tasks, where there are several,
+            is added as task "mean".
         primitives: A score per head, never negative, by name ("prefix_matching", "copying").
         fractions: Shares of heads to remove; `floor(fraction * n)` heads go.
         seed: Of the random orders.
         draws: How many random orders.
+        aggregate: "mean" of the tasks' scores, or of their "ranks".
 
     Returns:
         Columns: task; num_fewshot; primitive; fraction; retained (0..1; NaN where the total is 0); random_mean (the
@@ -49,7 +51,7 @@ def retained(
     Raises:
         OptionError: If scores are missing or not of one model's heads, or a primitive is negative somewhere.
     """
-    ordered = {key: removal_order(values) for key, values in _with_mean(scores, primitives).items()}
+    ordered = {key: removal_order(values) for key, values in _with_mean(scores, primitives, aggregate).items()}
     for name, values in primitives.items():
         if values.min(initial=0) < 0:
             raise OptionError(f"a share of {name} can only be told of scores that are never negative")
@@ -67,15 +69,17 @@ def retained(
 
 
 def induction_among_important(
-    scores: Scores, induction_heads: Bool[np.ndarray, " head"], fractions: Sequence[float | int] = (0.1, 0.2, 0.3, 0.5)
+    scores: Scores, induction_heads: Bool[np.ndarray, " head"],
+    fractions: Sequence[float | int] = (0.1, 0.2, 0.3, 0.5), *, aggregate: str = "mean",
 ) -> pd.DataFrame:
     """How many of the induction heads are among the most important ones.
 
     Args:
-        scores: Importance of all heads by (task, number of shots); their mean over tasks, where there are several, is
-            added as task "mean".
+        scores: Importance of all heads by (task, number of shots); their aggregate over tasks, where there are several,
+            is added as task "mean".
         induction_heads: True for every head that is high on both primitives.
         fractions: Sizes of the important set, as shares of all heads: the last `floor(fraction * n)` of the order.
+        aggregate: "mean" of the tasks' scores, or of their "ranks".
 
     Returns:
         Columns: task; num_fewshot; fraction; important (heads in the important set); induction_heads (how many there
@@ -86,7 +90,7 @@ def induction_among_important(
         OptionError: If scores are missing or not of one model's heads.
     """
     total, there = len(induction_heads), int(induction_heads.sum())
-    everything = _with_mean(scores, {"induction": induction_heads.astype(np.float64)})
+    everything = _with_mean(scores, {"induction": induction_heads.astype(np.float64)}, aggregate)
     rows: list[dict[str, Any]] = []
     for ((task, k), values), fraction in itertools.product(everything.items(), fractions):
         size = count(fraction, total)
@@ -105,12 +109,13 @@ def _left(ordered: Float[np.ndarray, "row head"], gone: Sequence[int]) -> Float[
 
 
 def _with_mean(
-    scores: Scores, heads: Mapping[str, Float[np.ndarray, " head"]]
+    scores: Scores, heads: Mapping[str, Float[np.ndarray, " head"]], aggregate: str
 ) -> dict[Key, Float[np.ndarray, " head"]]:
-    """The scores and their mean over tasks, once they are known to be of the heads that the primitives score."""
+    """The scores and their aggregate over tasks, once they are known to be of the heads that the primitives score."""
     lengths = {len(values) for values in (*scores.values(), *heads.values())}
     if len(lengths) > 1:
         raise OptionError(f"scores of one model's heads have one length, not {', '.join(map(str, sorted(lengths)))}")
     if not all(np.isfinite(values).all() for values in (*scores.values(), *heads.values())):
         raise OptionError("an order of all heads needs a score for each of them")
-    return {**scores, **{key: values for key, values in aggregates(scores).items() if key[0] == MEAN}}
+    wanted = MEAN_OF_RANKS if aggregate == "ranks" else MEAN
+    return {**scores, **{(MEAN, k): values for (name, k), values in aggregates(scores).items() if name == wanted}}

@@ -77,15 +77,16 @@ class Compared:
     p: float
 
 
-def points_of(rows: pd.DataFrame, full: pd.DataFrame) -> Points:
+def points_of(rows: pd.DataFrame, full: pd.DataFrame, *, fixed_options: bool = True) -> Points:
     """The documents of one task and number of shots, without masks yet.
 
     Args:
         rows: Rows of masks; only their documents count.
         full: The full model's rows, of these documents or more.
+        fixed_options: Whether one answer can be given to all documents (`stats.baseline`).
     """
     full = full[full["doc_id"].isin(rows["doc_id"].unique())].sort_values("doc_id") if len(rows) else full
-    baseline = stats.baseline(full["gold"].to_numpy(), full["num_options"].to_numpy())
+    baseline = stats.baseline(full["gold"].to_numpy(), full["num_options"].to_numpy(), fixed_options=fixed_options)
     return Points(full["correct"].to_numpy(np.float64), full["passage"].to_numpy(np.int64), baseline,
                   zlib.crc32(str(full["task"].iloc[0]).encode()))
 
@@ -115,7 +116,7 @@ def compared(
     together = np.concatenate(stacked, axis=1)
     owners = np.concatenate([t.passages + offset for t, offset in zip(tasks, offsets, strict=False)])
     p = stats.mcnemar(together[0], together, clusters=owners)
-    changed = (together != together[0]).sum(axis=1)
+    changed = (~np.isclose(together, together[0], rtol=0, atol=1e-9)).sum(axis=1)
     found = {key: Compared(float(means[i]), float(low[i]), float(high[i]), float(means[i] - means[0]),
                            float(difference_low[i]), float(difference_high[i]), together.shape[1], int(changed[i]),
                            float(p[i])) for i, key in enumerate(wanted) if i}

@@ -18,8 +18,8 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from headcount.view import charts, findings, sentences
-from headcount.view.analysis import Study, constants, open_study
+from headcount.view import charts, primitives, sentences, words
+from headcount.view.analysis import Study, open_study
 from headcount.view.points import MEAN, groups
 from headcount.view.sections import Section, sections
 
@@ -97,12 +97,12 @@ def _page(study: Study, drawn: list[tuple[Section, dict[str, Any]]], tables: lis
                       ).format(name, captions[name])
 
     spec = study.spec
-    heads, ffns, parameters = constants(study.description)
+    heads, ffns, parameters = sentences.constants(study.description)
     name = Path(str(study.model.get("name", spec["model"]))).name
     return environment.get_template("page.html.j2").render(
         title=f"{name}: which heads and FFNs does in-context learning need?",
-        what=f"{heads} attention heads, {ffns} FFNs, {sentences.millions(parameters)} parameters; " + (
-            f"{len(study.tasks)} tasks with {', '.join(sentences.shots(k) for k in spec['shots'])}; a loss of "
+        what=f"{heads} attention heads, {ffns} FFNs, {words.millions(parameters)} parameters; " + (
+            f"{len(study.tasks)} tasks with {', '.join(words.shots(k) for k in spec['shots'])}; a loss of "
             f"{100 * spec['margin']:.3g} points of accuracy or more must be ruled out for a share to be called free."
             if study.tasks else "no tasks."),
         headline=sentences.headline(study),
@@ -133,8 +133,8 @@ def _tables(study: Study) -> Iterator[Table]:
                     for fraction, changed, low, high in zip(free["free_fraction"], free["changed"],
                                                             free["difference_low"], free["difference_high"],
                                                             strict=True)]
-        share = [f"{100 * f:.0f} %" if f == f else "not defined" for f in free["free_fraction"]]
-        at_most = [f"{100 * f:.0f} %" if f == f else "" for f in free["free_high"]]
+        share = [f"{100 * f:.3g} %" if f == f else "not defined" for f in free["free_fraction"]]
+        at_most = [f"{100 * f:.3g} %" if f == f else "" for f in free["free_high"]]
         frame = _thousandths(free, "accuracy", "full_accuracy", "baseline").assign(
             free=share, interval=interval, at_most=at_most)[
             ["task", "num_fewshot", "component", "free", "at_most", "removed", "parameters_removed", "accuracy",
@@ -154,7 +154,7 @@ def _tables(study: Study) -> Iterator[Table]:
                     _plain_columns(full[["task", "num_fewshot", "accuracy", "low", "high", "documents"]]))
     pruned = curves[(curves["fraction"] > 0)]
     if len(pruned):
-        wide = pruned.assign(percent=[f"{100 * f:.0f} %" for f in pruned["fraction"]]).pivot_table(
+        wide = pruned.assign(percent=[f"{100 * f:.3g} %" for f in pruned["fraction"]]).pivot_table(
             index=["task", "num_fewshot", "component", "order"], columns="percent", values="accuracy", sort=False)
         yield Table("Accuracy along the curves", "Share removed across; the measured orders and the random one.",
                     _plain_columns(wide.reset_index()))
@@ -167,7 +167,9 @@ def _tables(study: Study) -> Iterator[Table]:
             frame = pd.DataFrame({"rank": range(1, len(most) + 1), "most important": most["name"].tolist(),
                                   "importance": most["importance"].tolist(), "least important": least["name"].tolist(),
                                   "importance ": least["importance"].tolist()})
-            yield Table(f"Most and least important {title}, {sentences.shots(int(k))}", "Mean over tasks.", frame)
+            what = sentences.ranked_on(study, int(k))
+            yield Table(f"Most and least important {title}, {words.shots(int(k))}",
+                        f"{what[0].upper()}{what[1:]}.", frame)
 
 
 def _compared(study: Study) -> Iterator[Table]:
@@ -193,7 +195,7 @@ def _compared(study: Study) -> Iterator[Table]:
     if len(among := study.induction_among_important()):
         yield Table("Induction heads among the important ones", "By chance, sets of this size would have as many in "
                     "common as expected; p is that of at least so many.",
-                    _plain_columns(findings.among_important_table(among)))
+                    _plain_columns(primitives.among_important_table(among)))
     if len(degenerate := study.degenerate()):
         yield Table("Results that say little", "And why.", _plain_columns(degenerate))
 
@@ -222,7 +224,7 @@ def _plain_columns(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _provenance(study: Study) -> Iterator[tuple[str, str]]:
     description, spec = study.description, study.spec
-    yield "command", description.get("command") or "run from Python"
+    yield "commands", "; ".join(description.get("commands", ())) or "run from Python"
     yield "created", description["created"]
     for name, value in study.model.items():
         yield f"model: {name.replace('_', ' ')}", _plain(value)
@@ -230,7 +232,7 @@ def _provenance(study: Study) -> Iterator[tuple[str, str]]:
     yield "masks", description.get("masks", "one forward pass each")
     if budget := description.get("budget"):
         yield "rows and batches", _plain(budget)
-    for task, known in (study.tasks | study.description.get("unseen", {})).items():
+    for task, known in study.known_tasks.items():
         yield f"task: {task}", (f"documents {known['fingerprint']}; {known['documents'] or 'none'} evaluated, "
                                 f"{known['examples'] or 'none'} for importance; metric {known['metric']}")
     yield "options", ", ".join(f"{k} = {_plain(v)}" for k, v in spec.items() if v is not None)

@@ -10,8 +10,9 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from headcount import tables
+from headcount.masks import removal_order
 from headcount.view import overlap, relations
-from headcount.view.points import groups
+from headcount.view.points import MEAN, groups
 from headcount.view.relations import Key
 
 
@@ -45,6 +46,29 @@ def measured(importance: pd.DataFrame, component: str, score: str) -> Measured:
     return found
 
 
+def name_of(component: str, layer: int, head: object) -> str:
+    """`L5H1` for a head, `L5F` for an FFN."""
+    return f"L{layer}H{head}" if component == "head" else f"L{layer}F"
+
+
+def mean_importance(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean over tasks of each component's importance, by number of shots, method and score.
+
+    The standard error is that of the mean over these very tasks, whose documents are independent.
+    """
+    keys = ["num_fewshot", "component", "layer", "head", "method", "score"]
+    groups = table.assign(square=table["stderr"] ** 2).groupby(keys, dropna=False, as_index=False, sort=False)
+    mean: pd.DataFrame = groups.agg(importance=("importance", "mean"), square=("square", _sum_known),
+                                    n=("square", "size"))
+    mean["stderr"] = np.sqrt(mean["square"]) / mean["n"]
+    return mean.drop(columns=["square", "n"]).assign(task=MEAN)
+
+
+def _sum_known(values: pd.Series) -> float:
+    """NaN where one of them is: an unknown error is not none."""
+    return float(values.sum(skipna=False))
+
+
 def correlation_table(importance: pd.DataFrame, scores: Mapping[str, str], seed: int) -> pd.DataFrame:
     """`Study.correlations()`; `scores` says which score orders each kind of component."""
     return _together([
@@ -53,30 +77,50 @@ def correlation_table(importance: pd.DataFrame, scores: Mapping[str, str], seed:
         for component, score in scores.items()])
 
 
-def top_table(importance: pd.DataFrame, scores: Mapping[str, str]) -> pd.DataFrame:
-    """`Study.top_sets()`; `scores` as above."""
-    return _together([relations.top_sets(measured(importance, component, score).scores).assign(component=component)
-                      for component, score in scores.items()])
+def top_table(importance: pd.DataFrame, scores: Mapping[str, str], ties: Mapping[str, str]) -> pd.DataFrame:
+    """`Study.top_sets()`; `scores` as above, `ties` the score that decides between equal ones, as in pruning."""
+    found = []
+    for component, score in scores.items():
+        of_tasks = measured(importance, component, score).scores
+        if component in ties:
+            second = measured(importance, component, ties[component]).scores
+            of_tasks = {key: _placed_by(values, second[key]) for key, values in of_tasks.items()}
+        found.append(relations.top_sets(of_tasks).assign(component=component))
+    return _together(found)
 
 
-def retained_table(importance: pd.DataFrame, score: str, induction: pd.DataFrame, seed: int) -> pd.DataFrame:
+def _placed_by(
+    values: Float[np.ndarray, " component"], ties: Float[np.ndarray, " component"]
+) -> Float[np.ndarray, " component"]:
+    """Each component's place in the order by values, then by what decides between equal ones; NaN where unknown."""
+    known = np.flatnonzero(np.isfinite(values))
+    places = np.full(len(values), np.nan)
+    places[known[removal_order(values[known], ties[known])]] = np.arange(len(known))
+    return places
+
+
+def retained_table(
+    importance: pd.DataFrame, score: str, induction: pd.DataFrame, seed: int, aggregate: str
+) -> pd.DataFrame:
     """`Study.retained()`."""
     found = measured(importance, "head", score).scores
     trained = _trained(induction, found)
     if trained is None:
         return overlap.retained({}, {}, seed=seed)
     primitives = {name: trained[name].to_numpy(np.float64) for name in ("prefix_matching", "copying")}
-    return overlap.retained(found, primitives, seed=seed)
+    return overlap.retained(found, primitives, seed=seed, aggregate=aggregate)
 
 
-def among_important_table(importance: pd.DataFrame, score: str, induction: pd.DataFrame) -> pd.DataFrame:
-    """`Study.induction_among_important()`."""
+def among_important_table(
+    importance: pd.DataFrame, score: str, induction: pd.DataFrame, aggregate: str
+) -> pd.DataFrame:
+    """`Study.induction_among_important()`; empty where it is not known which heads are induction heads."""
     found = measured(importance, "head", score).scores
     trained = _trained(induction, found)
-    if trained is None:
+    if trained is None or trained["induction"].isna().any():
         return overlap.induction_among_important({}, np.zeros(0, bool))
     chosen: Bool[np.ndarray, " head"] = trained["induction"].to_numpy(bool)
-    return overlap.induction_among_important(found, chosen)
+    return overlap.induction_among_important(found, chosen, aggregate=aggregate)
 
 
 def _trained(induction: pd.DataFrame, scores: Mapping[Key, Float[np.ndarray, " _"]]) -> pd.DataFrame | None:

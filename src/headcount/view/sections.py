@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from headcount.view import charts, dots, findings, maps, sentences
+from headcount.view import charts, dots, findings, maps, primitives, sentences, words
 from headcount.view.analysis import Study
 from headcount.view.points import MEAN
 
@@ -63,10 +63,18 @@ def _importance(study: Study) -> Iterator[Section]:
             "that a third of the layers has of all heads.")
     if (importance["component"] == "ffn").any():
         yield _section(
-            "ffn_bars", "Which FFNs matter", lambda: charts.ffn_bars(importance, choose=True),
-            sentences.importance_sentence(study, "ffn"), "Above: accuracy lost on training documents when one FFN is "
-            "off; below: the gradient score. Lines are plus and minus one standard error; every panel has its own "
-            "scale.", static=lambda: charts.ffn_bars(importance, choose=False))
+            "ffn_bars", "Which FFNs matter", lambda: charts.ffn_bars(importance, score, choose=True),
+            sentences.importance_sentence(study, "ffn"), _bars(study), "Lines are plus and minus one standard error; "
+            "every panel has its own scale.", static=lambda: charts.ffn_bars(importance, score, choose=False))
+
+
+def _bars(study: Study) -> str:
+    """What the bars of FFNs are."""
+    importance = study.importance()
+    if not ((importance["component"] == "ffn") & (importance["score"] == "accuracy")).any():
+        return "Bars: the gradient score."
+    documents = "evaluated" if study.spec["protocol"] == "paper" else "training"
+    return f"Above: accuracy lost on {documents} documents when one FFN is off; below: the gradient score."
 
 
 def _curves(study: Study) -> Iterator[Section]:
@@ -96,10 +104,10 @@ def _by_task(study: Study, component: str) -> str:
     free = free[free["num_fewshot"] == free["num_fewshot"].max()]
     if len(free) < 2:
         return ""
-    shots = sentences.shots(int(free["num_fewshot"].iloc[0]))
+    shots = words.shots(int(free["num_fewshot"].iloc[0]))
     least, most = free["free_fraction"].min(), free["free_fraction"].max()
     none = int((free["free_fraction"] == 0).sum())
-    return (f"With {shots} the free fraction of single tasks lies between {100 * least:.0f} and {100 * most:.0f} %; "
+    return (f"With {shots} the free fraction of single tasks lies between {100 * least:.3g} and {100 * most:.3g} %; "
             f"for {none} of the {len(free)} tasks where it is defined no share is shown to be free.")
 
 
@@ -107,13 +115,12 @@ def _grid(study: Study) -> Iterator[Section]:
     grid = study.grid()
     if grid.empty:
         return
-    task = MEAN if (grid["task"] == MEAN).any() else str(grid["task"].iloc[0])
-    baselines = {int(k): study.baseline(task, int(k)) for k in grid.loc[grid["task"] == task, "num_fewshot"].unique()}
     yield _section(
         "grid", "Heads and FFNs together", lambda: maps.grid_map(grid, choose=True),
-        findings.grid_sentence(grid, study.spec["margin"], baselines),
+        findings.grid_sentence(grid, study.spec["margin"]),
         f"Accuracy on the first documents of every task ({grid['documents'].max()} of all tasks); the line encloses "
-        "what lies within the margin of the full model.", static=lambda: maps.grid_map(grid, choose=False))
+        "what lies within the margin of the full model, cell by cell: of many cells at the margin a few lie within it "
+        "by chance.", static=lambda: maps.grid_map(grid, choose=False))
 
 
 def _comparisons(study: Study) -> Iterator[Section]:
@@ -160,14 +167,14 @@ def _induction(study: Study) -> Iterator[Section]:
     notes = study.induction_notes
     told = [f"{note}." for note in notes.get("notes", ())]
     yield _section("induction_maps", "Induction scores of every head", lambda: maps.induction_maps(induction),
-                   findings.texts_sentence(notes),
-                   findings.induction_sentence(induction, study.induction_thresholds),
-                   findings.reliability_caution(notes.get("reliability", {})), *told)
+                   primitives.texts_sentence(notes),
+                   primitives.induction_sentence(induction, study.induction_thresholds),
+                   primitives.reliability_caution(notes.get("reliability", {})), *told)
     yield _section("induction_scatter", "Heads high on both", lambda: dots.induction_scatter(
         induction, study.induction_thresholds), "Lines are the thresholds; beside the model the same shape with random "
         "weights, where nothing was learnt.")
     retained = study.retained()
     if len(retained):
         yield _section("retained", "Do induction heads survive pruning?", lambda: dots.retained_curves(retained),
-                       findings.retained_sentence(retained),
-                       findings.among_important_sentence(study.induction_among_important()))
+                       primitives.retained_sentence(retained),
+                       primitives.among_important_sentence(study.induction_among_important()))

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from headcount.view.analysis import mean_importance, name_of
 from headcount.view.points import MEAN, groups
 from headcount.view.relations import MEAN_OF_RANKS, RANDOM
+from headcount.view.scores import mean_importance, name_of
 
 WITHOUT_OWN = "mean without own"
 SUMMARIES = (MEAN, MEAN_OF_RANKS, WITHOUT_OWN, RANDOM)  # the order of their rows, below the tasks
 PRIMITIVES = {"prefix_matching": "prefix matching", "copying": "copying"}
 THIRDS = ("early", "middle", "late")
+TOP = 0.2  # the share of the heads that is called the most important
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -78,17 +79,21 @@ def reachable(cells: pd.DataFrame) -> pd.Series:
 
 def induction_heads(induction: pd.DataFrame) -> pd.DataFrame:
     """The induction heads with their names, those highest on the lower of their two scores first."""
-    found = induction[induction["induction"].astype(bool)]
+    found = induction[induction["induction"].fillna(False)]
     names = [name_of("head", layer, head) for layer, head in zip(found["layer"], found["head"], strict=True)]
     lower = found[list(PRIMITIVES)].min(axis=1)
     return found.assign(name=names).loc[lower.sort_values(ascending=False, kind="stable").index]
 
 
 def borderline(induction: pd.DataFrame, thresholds: Mapping[str, float]) -> int:
-    """How many heads a change of one standard deviation over seeds would make induction heads, or no longer such."""
+    """How many heads a change of one standard error would make induction heads, or no longer such.
+
+    The error of a mean over texts of several lengths, taken as if these were drawn too: it is rather too large.
+    """
     scores = induction[list(PRIMITIVES)].to_numpy(float) - np.array([thresholds[p] for p in PRIMITIVES])
-    deviations = np.sqrt(induction[[f"{p}_variance" for p in PRIMITIVES]].to_numpy(float))
-    up, down = (scores + deviations >= 0).all(axis=1), (scores - deviations >= 0).all(axis=1)
+    variances = induction[[f"{p}_variance" for p in PRIMITIVES]].to_numpy(float)
+    errors = np.sqrt(variances / induction[["sequences"]].to_numpy(float))
+    up, down = (scores + errors >= 0).all(axis=1), (scores - errors >= 0).all(axis=1)
     return int((up != down).sum())
 
 
@@ -106,7 +111,7 @@ def over_recipients(rows: pd.DataFrame) -> pd.DataFrame:
     return mean.assign(task=MEAN, difference_low=np.nan, difference_high=np.nan)
 
 
-def depth(importance: pd.DataFrame, score: str, *, top: float = 0.2) -> pd.DataFrame:
+def depth(importance: pd.DataFrame, score: str, *, top: float = TOP) -> pd.DataFrame:
     """Share of the most important heads in each third of the layers, per task (and "mean") and number of shots.
 
     Columns: task; num_fewshot; third ("early", "middle", "late"); share; expected (the third's share of all heads);

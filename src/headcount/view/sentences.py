@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
 from headcount import stats
-from headcount.view.analysis import Study, constants, mean_importance, name_of
+from headcount.view import primitives
+from headcount.view.analysis import Study
 from headcount.view.points import MEAN, groups
+from headcount.view.scores import mean_importance, name_of
+from headcount.view.words import millions, shots
 
 _NAMES = {"head": ("attention head", "attention heads"), "ffn": ("FFN", "FFNs")}
 
 
-def shots(k: int) -> str:
-    """`5 shots`, `1 shot`, `no shots`."""
-    return {0: "no shots", 1: "1 shot"}.get(k, f"{k} shots")
-
-
-def millions(n: float | int) -> str:
-    """Parameters as people say them: 3.1 M, 2.4 B."""
-    return f"{n / 1e9:.1f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"
+def constants(description: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Number of heads, of FFNs, and of parameters of a study's model."""
+    anatomy = description["anatomy"]
+    return sum(anatomy["heads_per_layer"]), len(anatomy["heads_per_layer"]), anatomy["parameters"]
 
 
 def headline(study: Study) -> list[str]:
@@ -35,7 +35,10 @@ def headline(study: Study) -> list[str]:
             sentences.append(f"With {shots(int(k))} nothing can be said: {of_k['reason'].iloc[0]}.")
         else:
             sentences += [_can_go(study, row) for _, row in of_k[~undefined].iterrows()]
-    return [*_unfinished(study), *sentences] if sentences else ["This study has no pruning curves yet."]
+    if sentences:
+        return [*_unfinished(study), *sentences]
+    found = primitives.induction_sentence(study.induction(), study.induction_thresholds) if not study.tasks else ""
+    return [found or "This study has no pruning curves yet."]
 
 
 def _unfinished(study: Study) -> Iterator[str]:
@@ -57,12 +60,13 @@ def _can_go(study: Study, row: pd.Series) -> str:
     beginning = f"With {shots(int(row['num_fewshot']))}, "
     if row["free_fraction"] == 0:
         curves = study.curves()
-        first = curves[(curves[["task", "num_fewshot", "component", "order"]]
-                        == row[["task", "num_fewshot", "component", "order"]]).all(axis=1)].iloc[1]
+        same = (curves[["task", "num_fewshot", "component", "order"]]
+                == row[["task", "num_fewshot", "component", "order"]]).all(axis=1)
+        first = curves[same & (curves["removed"] > 0)].iloc[0]
         return (f"{beginning}no share of the {names} is shown to be free: already without {first['removed']} of "
-                f"{total} {over} changes by {_points(first['difference'])} points ({_interval(first)}), and more "
-                f"than {margin} cannot be ruled out.")
-    return (f"{beginning}{100 * row['free_fraction']:.0f} % of the {names} ({row['removed']:.0f} of {total}, "
+                f"{total} {over} changes by {_points(first['difference'])} points ({_interval(first)}), and a loss of "
+                f"{margin} or more cannot be ruled out.")
+    return (f"{beginning}{100 * row['free_fraction']:.3g} % of the {names} ({row['removed']:.0f} of {total}, "
             f"{millions(row['parameters_removed'])} parameters) can go: {over} is then {row['accuracy']:.3f}, the full "
             f"model's {row['full_accuracy']:.3f} ({_interval(row)}; up to there a loss of {margin} or more is ruled "
             "out at every step).")
@@ -97,8 +101,9 @@ def curve_sentence(study: Study, component: str) -> str:
         return ""
     gap = min(both, key=lambda fraction: (abs(fraction - 0.5), fraction))
     one, other = measured.loc[gap], random.loc[gap]
-    apart = "" if one["low"] > other["high"] else "; the two intervals overlap"
-    return (f"With {shots(int(one['num_fewshot']))} and {100 * gap:.0f} % of the {_NAMES[component][1]} removed, the "
+    apart = ("" if one["low"] > other["high"] else ": worse than at random" if one["high"] < other["low"]
+             else "; the two intervals overlap")
+    return (f"With {shots(int(one['num_fewshot']))} and {100 * gap:.3g} % of the {_NAMES[component][1]} removed, the "
             f"measured order leaves {one['accuracy']:.2f} "
             f"({one['low']:.2f} to {one['high']:.2f}), a random one {other['accuracy']:.2f} "
             f"({other['low']:.2f} to {other['high']:.2f}){apart}.")
@@ -110,25 +115,38 @@ def importance_sentence(study: Study, component: str) -> str:
     if ranked.empty:
         return ""
     ranked = ranked[ranked["num_fewshot"] == ranked["num_fewshot"].max()]
-    top = ranked.head(5 if component == "head" else 3)
+    k, over = int(ranked["num_fewshot"].iloc[0]), ranked_on(study, int(ranked["num_fewshot"].iloc[0]))
+    useful = ranked[ranked["importance"] > 0]
+    top = useful.head(5 if component == "head" else 3)
+    if top.empty:
+        return f"With {shots(k)} no {_NAMES[component][0]} costs accuracy {over} when it alone is off."
     tenth = ranked.head(max(1, len(ranked) // 10))
     layers = len(study.description["anatomy"]["heads_per_layer"])
     names = ", ".join(top["name"])
     middle = f"; the median layer of the top tenth is {tenth['layer'].median():.0f} of 0 to {layers - 1}"
-    return (f"With {shots(int(top['num_fewshot'].iloc[0]))}, on the mean over tasks, the most important "
-            f"{_NAMES[component][1]} are {names}{middle}.")
+    return f"With {shots(k)}, {over}, the most important {_NAMES[component][1]} are {names}{middle}."
+
+
+def ranked_on(study: Study, k: int) -> str:
+    """What a ranking at this number of shots is of: the mean over tasks, or the only one."""
+    table = study.importance()
+    tasks = table.loc[table["num_fewshot"] == k, "task"].unique()
+    return "on the mean over tasks" if len(tasks) > 1 else f"on {tasks[0]}"
 
 
 def ranking(study: Study, component: str) -> pd.DataFrame:
     """Components by mean importance over tasks, the most important first, with their names; by number of shots."""
     table = study.importance()
-    spec = study.spec
-    oracle = component == "ffn" and spec["ffn_order"] == "oracle"
-    score = "accuracy" if oracle else spec["head_score"] if component == "head" else "position"
-    rows = table[(table["component"] == component) & (table["score"] == score)]
-    mean = mean_importance(rows)
+    score = study.ordering_scores[component]
+    ties = study.tie_scores.get(component, score)
+    mean, second = (mean_importance(table[(table["component"] == component) & (table["score"] == name)])
+                    for name in (score, ties))
     mean["name"] = [name_of(component, layer, head) for layer, head in zip(mean["layer"], mean["head"], strict=True)]
-    return mean.sort_values(["num_fewshot", "importance"], ascending=[True, False], kind="stable")
+    places = ["num_fewshot", "layer", "head"]
+    mean = mean.merge(second[[*places, "importance"]], on=places, how="left", suffixes=("", "_tie"))
+    mean = mean.sort_values(["num_fewshot", "importance", "importance_tie", "layer", "head"],
+                            ascending=[True, False, False, False, False], kind="stable")
+    return mean.drop(columns="importance_tie")
 
 
 def truncations(study: Study, tasks: Sequence[str] | None = None, shots: Sequence[int] | None = None) -> Iterator[str]:
@@ -144,22 +162,27 @@ def cautions(study: Study) -> Iterator[str]:
     spec = study.spec
     yield from (f"Model: {note}." for note in study.model.get("notes", ()))
     if spec.get("protocol") == "paper":
-        yield ("Measured as the paper's code does (protocol paper): FFN oracles on the reported documents, the "
-               "last layer's heads by another denominator, text encoded otherwise; see docs/paper.md.")
+        other = ["FFN oracles on the reported documents, the last layer's heads by another denominator, text encoded "
+                 "otherwise"] if study.tasks else []
+        if len(study.induction()):
+            other.append("copying from embeddings fed to every layer and the value of the current position alone, "
+                         "prefix matching with attention to the first token")
+        yield f"Measured as the paper's code does (protocol paper): {'; '.join(other)}; see docs/paper.md."
     if spec.get("apply_chat_template"):
         yield "Prompts stand in the model's chat template."
     if spec["shared_shots"] and any(spec["shots"]):
         yield ("Shots are shared: one draw per task stands before all its documents, so results hang on that draw; "
                "intervals cover the choice of documents, not of shots.")
-    if spec["random_orders"] == 1:
-        yield "The random order is one draw; its interval covers the choice of documents, not other draws."
-    for task, known in study.tasks.items():
+    if (study.curves()["order"] == "random").any():
+        orders = int(spec["random_orders"])
+        drawn = "one draw; its interval covers" if orders == 1 else f"the mean of {orders} draws; its interval covers"
+        yield f"The random order is {drawn} the choice of documents, not other draws."
+    for task, known in study.known_tasks.items():
         yield from (f"{task}: {note}." for note in known["notes"])
-    counts = {t: known["documents"] for t, known in study.tasks.items() if known["documents"] is not None}
-    few = {t: n for t, n in counts.items() if n < stats.FEW_DOCUMENTS}
+    few = {t: words for t, (n, words) in study.evaluated.items() if n < stats.FEW_DOCUMENTS}
     if few:
-        yield (f"Fewer than {stats.FEW_DOCUMENTS} evaluated documents, so that intervals are wide and rough: "
-               + ", ".join(f"{t} ({n})" for t, n in few.items()) + ".")
+        yield (f"Fewer than {stats.FEW_DOCUMENTS} evaluated documents, or passages that they share, so that intervals "
+               "are wide and rough: " + ", ".join(f"{t} ({words})" for t, words in few.items()) + ".")
     free = study.free_fractions()
     weak = free[free["free_fraction"].isna() & (free["task"] != MEAN)]
     for k, of_k in groups(weak, "num_fewshot"):
@@ -170,10 +193,11 @@ def cautions(study: Study) -> Iterator[str]:
     coarse = [f"{task} ({k}-shot, {n})" for (task, k), n in study.distinct_values.items() if n < layers / 2]
     if coarse:
         names = _listed(coarse, len(study.distinct_values), "FFN oracles")
-        yield ("Gold log-likelihood decides much of the order of FFNs where an oracle found fewer than "
-               f"{layers / 2:.0f} distinct accuracies: {names}.")
+        decides = "The order of layers" if spec.get("protocol") == "paper" else "Gold log-likelihood"
+        yield (f"{decides} decides much of the order of FFNs where an oracle found fewer than {layers / 2:.0f} "
+               f"distinct accuracies: {names}.")
     yield from truncations(study)
-    unchanged = study.curves().query("fraction > 0 and changed == 0")
+    unchanged = study.curves().query("removed > 0 and changed == 0")
     if len(unchanged):
         points = "1 point" if len(unchanged) == 1 else f"{len(unchanged)} points"
         yield (f"At {points} of curves no document changed; intervals of the difference have no width there, though a "

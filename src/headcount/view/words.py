@@ -1,0 +1,88 @@
+"""Numbers, intervals and counts as people read them: the words that captions, findings and tables are made of."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from headcount.view.points import MEAN
+
+
+def shots(k: int) -> str:
+    """`5 shots`, `1 shot`, `no shots`."""
+    return {0: "no shots", 1: "1 shot"}.get(k, f"{k} shots")
+
+
+def millions(n: float | int) -> str:
+    """Parameters as people say them: 3.1 M, 2.4 B."""
+    return f"{n / 1e9:.1f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"
+
+
+def shots_of(rows: pd.DataFrame) -> str:
+    """`5 shots`: of rows that have one number of shots."""
+    return shots(int(rows["num_fewshot"].iloc[0]))
+
+
+def on(rows: pd.DataFrame) -> str:
+    """`on copa`: of rows that have one task."""
+    return over(str(rows["task"].iloc[0]))
+
+
+def over(task: str) -> str:
+    """`on copa`, `on the mean over tasks`."""
+    return "on the mean over tasks" if task == MEAN else f"on {task}"
+
+
+def share(fraction: float) -> str:
+    """A share that was asked for, all its digits: `12.5 %`."""
+    return f"{100 * fraction:.3g} %" if fraction == fraction else "0 %"
+
+
+def percent(share: float) -> str:
+    """A share that was found: `12 %`."""
+    return f"{100 * share:.0f} %"
+
+
+def number(value: float) -> str:
+    """`0.62`, with a true minus sign."""
+    return f"{value:.2f}".replace("-0.00", "0.00").replace("-", "\N{MINUS SIGN}")
+
+
+def estimate(row: pd.Series, where: str = "") -> str:
+    """`0.62 (0.55 to 0.70)`: a correlation with its interval."""
+    known = row["low"] == row["low"] and row["high"] == row["high"]
+    interval = f" ({number(row['low'])} to {number(row['high'])})" if known else ""
+    return f"{number(row['correlation'])}{where}{interval}"
+
+
+def accuracy(row: pd.Series) -> str:
+    """`0.62 (0.55 to 0.70)`: an accuracy with its interval."""
+    return f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def points(row: pd.Series) -> str:
+    """`+1.2 (-0.3 to +2.0)`: a difference of accuracy with its interval, in points."""
+    known = row["difference_low"] == row["difference_low"] and row["difference_high"] == row["difference_high"]
+    return signed(row["difference"]) + (f" ({between(row)})" if known else "")
+
+
+def between(row: pd.Series) -> str:
+    """`-0.3 to +2.0`: the interval of a difference, in points."""
+    return f"{signed(row['difference_low'])} to {signed(row['difference_high'])}"
+
+
+def signed(difference: float) -> str:
+    """`+1.2`: a difference of accuracy in points."""
+    return f"{100 * difference:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0").replace("-", "\N{MINUS SIGN}")
+
+
+def span(values: pd.Series) -> str:
+    """`3`, or `1 to 5`."""
+    least, most = f"{values.min():.0f}", f"{values.max():.0f}"
+    return least if least == most else f"{least} to {most}"
+
+
+def p_value(value: float) -> str:
+    """`p = 0.03`; `p < 0.001`."""
+    if value != value:
+        return "p not known"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
