@@ -216,6 +216,20 @@ def test_a_folder_that_lost_its_full_model_still_has_tables(study: Study, tmp_pa
         assert set(table["num_fewshot"]) == {0}
 
 
+def test_a_mean_of_unfinished_transfer_is_over_the_tasks_that_are_done(study: Study, tmp_path: Path) -> None:
+    copy = tmp_path / "study"
+    shutil.copytree(study.folder, copy)
+    for entry in Ledger(copy).entries("evaluation"):
+        curve = entry.job["curve"]
+        if (entry.job["task"], curve.get("donor"), curve.get("component")) == (TASKS[0], TASKS[1], "head"):
+            (copy / "entries" / f"evaluation-{job_id(entry.job)}.parquet").unlink()
+    rows = hc.open_study(copy).transfer().query("component == 'head' and num_fewshot == 1 and fraction == 0.5")
+    mean, each = rows[rows["task"] == "mean"].set_index("donor"), rows.set_index(["task", "donor"])["accuracy"]
+    assert mean.loc["own", "accuracy"] == pytest.approx(each[[(t, "own") for t in TASKS[1:]]].mean())
+    assert mean.loc[TASKS[0], "accuracy"] == pytest.approx(each[[(t, TASKS[0]) for t in TASKS[1:]]].mean())
+    assert mean.loc[TASKS[1], "accuracy"] == pytest.approx(each[TASKS[2], TASKS[1]]), "a donor to all but itself"
+
+
 def test_without_the_control_nobody_is_called_an_induction_head(tmp_path: Path) -> None:
     asked = dataclasses.replace(SPEC, out=tmp_path / "study", shots=(0,), unseen=(), measure=("curves", "induction"),
                                 skip_control=True)

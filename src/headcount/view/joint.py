@@ -93,7 +93,7 @@ def transfer_table(evaluations: pd.DataFrame, unseen: Sequence[str]) -> pd.DataF
         for fraction, of_tasks in sorted(by_fraction.items()):
             known = {task: points for task, points in of_tasks.items()
                      if task not in unseen and (OWN, fraction) in points.values}
-            for task, members in with_mean(known, finished(known)):
+            for task, members in with_mean(known, _all_donors(known, fraction)):
                 found += _transfer_rows(task, int(k), component, fraction, members, unseen=False)
             for task in (t for t in of_tasks if t in unseen):
                 found += _transfer_rows(task, int(k), component, fraction, [of_tasks[task]], unseen=True)
@@ -126,10 +126,19 @@ def _transfer_rows(
     shared = [key for key in keys if key is None or all(key in t.values for t in tasks)]
     found, _ = compared(tasks, shared, to=own)
     for key in (key for key in keys if key not in shared):
-        # A task is no donor to itself: on the mean it is one to all others.
-        found |= compared([t for t in tasks if key in t.values], [key], to=own)[0]
+        # A task is no donor to itself: on the mean it is one to all others, or not yet.
+        others = [t for t in tasks if key in t.values]
+        if len(others) == len(tasks) - 1:
+            found |= compared(others, [key], to=own)[0]
     return [{"task": task, "num_fewshot": k, "component": component, "donor": key[0] if key else "none",
-             "fraction": fraction if key else 0.0, **vars(found[key]), "unseen": unseen} for key in keys]
+             "fraction": fraction if key else 0.0, **vars(found[key]), "unseen": unseen}
+            for key in keys if key in found]
+
+
+def _all_donors(of_tasks: Mapping[str, Points], fraction: float) -> dict[str, Points]:
+    """The tasks that were pruned by as many orders as any, at this fraction; of an unfinished study those are done."""
+    counts = {task: sum(key[1] == fraction for key in points.values) for task, points in of_tasks.items()}
+    return {task: of_tasks[task] for task, n in counts.items() if n == max(counts.values())}
 
 
 def _fewest_documents(rows: pd.DataFrame) -> pd.DataFrame:
