@@ -149,7 +149,7 @@ def among_important(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0,
         common = int(0.75 * circuits) if task == "mean" else max(0, int(0.66 * circuits) - i)
         rows.append({"task": task, "num_fewshot": k, "fraction": fraction, "important": int(fraction * heads),
                      "induction_heads": circuits, "common": common, "expected": circuits * fraction,
-                     "p": 0.0004 if task == "mean" else 0.04})
+                     "p": 0.0004 if task == "mean" else 0.04, "p_fewer": 0.9})
     return pd.DataFrame(rows)
 
 

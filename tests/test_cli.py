@@ -149,6 +149,7 @@ def test_options_come_from_a_file_too(model_folder: Path, tmp_path: Path) -> Non
     saved = json.loads((tmp_path / "study" / "study.json").read_text())
     assert saved["spec"]["limit"] == 3
     assert saved["spec"]["shots"] == [0]
+    assert "3 documents, fewer than 50: intervals are wide and rough" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "heads", "ffns", "curve"])

@@ -160,7 +160,10 @@ def test_retained_is_more_than_random_only_outside_the_band() -> None:
 def test_sets_of_heads() -> None:
     text = primitives.among_important_sentence(frames.among_important(frames.TASKS[:4]))
     assert "6 of the 8 induction heads are among the 54 heads (20 %) most important on the mean over tasks" in text
-    assert "chance gives 1.6 (of at least so many p < 0.001, hypergeometric); on single tasks 2 to 5" in text
+    assert "chance gives 1.6 (p < 0.001 for so many, hypergeometric); on single tasks 2 to 5" in text
+    none = frames.among_important(frames.TASKS[:4]).assign(common=0, p=1.0, p_fewer=0.19)
+    assert "0 of the 8 induction heads" in (text := primitives.among_important_sentence(none))
+    assert "chance gives 1.6 (p = 0.19 for so few, hypergeometric)" in text
     text = findings.top_sets_sentence(frames.top_sets(frames.TASKS[:4]))
     assert "16 of each task's 54 most important heads (20 % of all) are common to all 4 tasks, chance gives 0.4" in text
     assert "common to both tasks, chance gives 10.8." in findings.top_sets_sentence(frames.top_sets(TWO))

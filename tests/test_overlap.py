@@ -75,6 +75,7 @@ def test_induction_heads_among_the_important_are_counted(seed: int, n: int, frac
     assert row["expected"] == pytest.approx(size * flags.sum() / n)
     at_least = sum(hypergeom.pmf(c, n, size, flags.sum()) for c in range(int(row["common"]), n + 1))
     assert row["p"] == pytest.approx(at_least)
+    assert row["p_fewer"] == pytest.approx(1 - at_least + hypergeom.pmf(row["common"], n, size, flags.sum()))
 
 
 def test_planted_induction_heads() -> None:

@@ -261,8 +261,9 @@ def test_overlap_of_sets_by_counting_them(total: int, a: int, b: int) -> None:
     first = set(range(a))
     shared = [len(first & set(second)) for second in itertools.combinations(range(total), b)]
     for common in set(shared):
-        p, expected = stats.hypergeometric_overlap(total, a, b, common)
-        assert p == pytest.approx(np.mean([s >= common for s in shared]))
+        more, fewer, expected = stats.hypergeometric_overlap(total, a, b, common)
+        assert more == pytest.approx(np.mean([s >= common for s in shared]))
+        assert fewer == pytest.approx(np.mean([s <= common for s in shared]))
         assert expected == pytest.approx(np.mean(shared))
     with pytest.raises(OptionError, match="in common"):
         stats.hypergeometric_overlap(total, a, b, max(shared) + 1)

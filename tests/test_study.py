@@ -192,6 +192,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         run_study(spec(tmp_path), loaded=tiny.loaded("llama"))
     with pytest.raises(StudyError, match="is a file"):
         run_study(spec(tmp_path, out=tmp_path / "study" / "thesis.txt"), loaded=tiny.loaded("llama"))
+    with pytest.raises(StudyError, match=r"thesis\.txt is a file; --out"):
+        run_study(spec(tmp_path, out=tmp_path / "study" / "thesis.txt" / "a" / "b"), loaded=tiny.loaded("llama"))
     with pytest.raises(OptionError, match="--out"):
         run_study(spec(tmp_path, out=None), loaded=tiny.loaded("llama"))
 

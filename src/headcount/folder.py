@@ -7,6 +7,7 @@ may be added; anything else that would change what a finished entry means is ref
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,13 @@ def previous(ledger: Ledger) -> dict[str, Any] | None:
     """What study.json of an earlier run says; None in a folder that is new or empty.
 
     Raises:
-        StudyError: If the folder is a file, or holds something else.
+        StudyError: If the folder (or one that it lies in) is a file or cannot be written to, or holds something else.
     """
-    if ledger.folder.is_file():
-        raise StudyError(f"{ledger.folder} is a file; --out names a folder")
+    there = next(place for place in (ledger.folder, *ledger.folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise StudyError(f"{there} is a file; --out names a folder")
+    if not os.access(there, os.W_OK):
+        raise StudyError(f"{there} cannot be written to; choose another --out")
     found = ledger.read_json("study.json")
     if found is None and ledger.folder.is_dir() and any(not f.name.startswith(".") for f in ledger.folder.iterdir()):
         raise StudyError(f"{ledger.folder} is not empty and holds no study; choose another --out")

@@ -184,7 +184,7 @@ def holm(p: Float[np.ndarray, " point"]) -> Float[np.ndarray, " point"]:
     return corrected
 
 
-def hypergeometric_overlap(total: int, set_a: int, set_b: int, common: int) -> tuple[float, float]:
+def hypergeometric_overlap(total: int, set_a: int, set_b: int, common: int) -> tuple[float, float, float]:
     """How surprising it is that two sets have so much in common.
 
     Args:
@@ -194,8 +194,8 @@ def hypergeometric_overlap(total: int, set_a: int, set_b: int, common: int) -> t
         common: How many things are in both.
 
     Returns:
-        The probability that random sets of these sizes have at least so many in common (hypergeometric), and how many
-        they have on average.
+        The probability that random sets of these sizes have at least so many in common (hypergeometric), that they have
+        at most so many, and how many they have on average.
 
     Raises:
         OptionError: If there are no such sets.
@@ -204,8 +204,9 @@ def hypergeometric_overlap(total: int, set_a: int, set_b: int, common: int) -> t
     if not (sizes_fit and max(0, set_a + set_b - total) <= common <= min(set_a, set_b)):
         raise OptionError(f"no sets of {set_a} and {set_b} out of {total} have {common} in common")
     # scipy has no sets out of nothing; those have nothing in common.
-    p = float(hypergeom.sf(common - 1, total, set_a, set_b)) if common else 1.0
-    return p, set_a * set_b / max(total, 1)
+    more = float(hypergeom.sf(common - 1, total, set_a, set_b)) if common else 1.0
+    fewer = float(hypergeom.cdf(common, total, set_a, set_b)) if total else 1.0
+    return more, fewer, set_a * set_b / max(total, 1)
 
 
 def rank_correlation(

@@ -197,7 +197,7 @@ class Study:
     def induction_among_important(self) -> pd.DataFrame:
         """How many induction heads are among the important ones; `headcount.view.overlap.induction_among_important`.
 
-        Columns: task (and "mean"); num_fewshot; fraction; important; induction_heads; common; expected; p.
+        Columns: task (and "mean"); num_fewshot; fraction; important; induction_heads; common; expected; p; p_fewer.
         """
         return among_important_table(self._importance, self.ordering_scores["head"], self._induction, self._aggregate)
 

@@ -24,6 +24,7 @@ from headcount.view.selection import (
     of_score,
     summary,
     tasks_first,
+    transferred,
 )
 from headcount.view.words import shots
 
@@ -137,7 +138,7 @@ def unseen_curves(transfer: pd.DataFrame, component: str) -> Chart:
         transfer: One row per recipient, donor, number of shots and fraction; fraction 0 is the full model.
         component: "head" or "ffn".
     """
-    rows = transfer[(transfer["component"] == component) & transfer["unseen"].astype(bool)]
+    rows = transferred(transfer, component, unseen=True)
     orders = {MEAN: "the mean order", RANDOM: "a random order"}
     pruned = rows[(rows["fraction"] > 0) & rows["donor"].isin(list(orders))]
     if pruned.empty:

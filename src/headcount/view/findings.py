@@ -24,6 +24,7 @@ from headcount.view.selection import (
     over_recipients,
     reachable,
     summary,
+    transferred,
 )
 from headcount.view.words import shots
 
@@ -151,7 +152,7 @@ def transfer_sentence(transfer: pd.DataFrame, component: str, *, fraction: float
         component: "head" or "ffn".
         fraction: Share removed; the one nearest one half unless told.
     """
-    rows = transfer[(transfer["component"] == component) & ~transfer["unseen"].astype(bool)]
+    rows = transferred(transfer, component, unseen=False)
     rows = rows[(rows["fraction"] > 0) & (rows["donor"] != "own") & rows["difference"].notna()]
     if rows.empty:
         return ""
@@ -186,7 +187,7 @@ def _own_needed(rows: pd.DataFrame) -> str:
 
 def unseen_sentence(transfer: pd.DataFrame, component: str, *, fraction: float | None = None) -> str:
     """What tasks that no order was made from keep under the mean order; arguments as in `transfer_sentence`."""
-    rows = transfer[(transfer["component"] == component) & transfer["unseen"].astype(bool)]
+    rows = transferred(transfer, component, unseen=True)
     pruned = most_shots(of_fraction(rows[(rows["fraction"] > 0) & rows["donor"].isin([MEAN, RANDOM])], fraction))
     full = rows[(rows["fraction"] == 0) & (rows["num_fewshot"] == pruned["num_fewshot"].max())]
     said = []

@@ -16,7 +16,7 @@ from headcount.view import charts
 from headcount.view.charts import COMPONENTS, PALETTE, Chart, dressed
 from headcount.view.points import MEAN, groups
 from headcount.view.scores import name_of
-from headcount.view.selection import PRIMITIVES, SUMMARIES, of_fraction, of_score, tasks_first
+from headcount.view.selection import PRIMITIVES, SUMMARIES, of_fraction, of_score, tasks_first, transferred
 from headcount.view.words import shots
 
 WIDTH = 950  # of the page, in pixels
@@ -178,7 +178,7 @@ def transfer_map(transfer: pd.DataFrame, component: str, *, fraction: float | No
         component: "head" or "ffn".
         fraction: Share removed; the one nearest one half unless told.
     """
-    rows = transfer[(transfer["component"] == component) & ~transfer["unseen"].astype(bool)]
+    rows = transferred(transfer, component, unseen=False)
     rows = of_fraction(rows[rows["fraction"] > 0], fraction)
     # A task's own order stands on the diagonal; there is none of the mean over tasks.
     own = rows["donor"] == "own"

@@ -25,7 +25,7 @@ from headcount.view.relations import MEAN_OF_RANKS, Key, Scores, aggregates, cou
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DRAWS = 1000
 _RETAINED = ["task", "num_fewshot", "primitive", "fraction", "retained", "random_mean", "random_low", "random_high"]
-_INDUCTION = ["task", "num_fewshot", "fraction", "important", "induction_heads", "common", "expected", "p"]
+_INDUCTION = ["task", "num_fewshot", "fraction", "important", "induction_heads", "common", "expected", "p", "p_fewer"]
 
 
 def retained(
@@ -84,7 +84,8 @@ def induction_among_important(
     Returns:
         Columns: task; num_fewshot; fraction; important (heads in the important set); induction_heads (how many there
         are); common (in both); expected (by chance); p (the probability that a random set of this size holds at least
-        so many of them, hypergeometric; not corrected for the number of rows: see `stats.holm`).
+        so many of them, hypergeometric) and p_fewer (at most so many); not corrected for the number of rows: see
+        `stats.holm`.
 
     Raises:
         OptionError: If scores are missing or not of one model's heads.
@@ -95,8 +96,8 @@ def induction_among_important(
     for ((task, k), values), fraction in itertools.product(everything.items(), fractions):
         size = count(fraction, total)
         common = int((top(values, size) & induction_heads).sum())
-        p, expected = stats.hypergeometric_overlap(total, size, there, common)
-        rows.append(dict(zip(_INDUCTION, (task, k, fraction, size, there, common, expected, p), strict=True)))
+        more, fewer, expected = stats.hypergeometric_overlap(total, size, there, common)
+        rows.append(dict(zip(_INDUCTION, (task, k, fraction, size, there, common, expected, more, fewer), strict=True)))
     return pd.DataFrame(rows, columns=_INDUCTION)
 
 

@@ -105,10 +105,12 @@ def among_important_sentence(among: pd.DataFrame, *, fraction: float | None = No
         return ""
     row, single = summary(rows).iloc[0], rows.loc[rows["task"] != MEAN, "common"]
     spread = f"; on single tasks {say.span(single)}" if row["task"] == MEAN and len(single) else ""
+    few = row["common"] < row["expected"]
+    surprise = f"{say.p_value(row['p_fewer' if few else 'p'])} for so {'few' if few else 'many'}"
     return (f"With {say.shots_of(rows)}, {row['common']:.0f} of the {row['induction_heads']:.0f} induction heads are "
             f"among the {row['important']:.0f} heads ({say.share(row['fraction'])}) most important "
-            f"{say.over(row['task'])}, chance gives {row['expected']:.1f} (of at least so many "
-            f"{say.p_value(row['p'])}, hypergeometric){spread}.")
+            f"{say.over(row['task'])}, chance gives {row['expected']:.1f} ({surprise}, "
+            f"hypergeometric){spread}.")
 
 
 def _are(found: int, of: int) -> str:
@@ -123,4 +125,5 @@ def among_important_table(among: pd.DataFrame, *, fraction: float | None = None)
         "task": rows["task"], "shots": rows["num_fewshot"], "most important": rows["fraction"].map(say.percent),
         "heads": rows["important"], "induction heads": rows["induction_heads"], "in both": rows["common"],
         "by chance": rows["expected"].map("{:.1f}".format),
-        "p": rows["p"].map(say.p_value).str.removeprefix("p ").str.removeprefix("= ")})
+        **{words: rows[p].map(say.p_value).str.removeprefix("p ").str.removeprefix("= ")
+           for words, p in (("p of so many", "p"), ("p of so few", "p_fewer"))}})

@@ -194,7 +194,7 @@ def _compared(study: Study) -> Iterator[Table]:
                     _plain_columns(top.drop(columns="p").round(3)))
     if len(among := study.induction_among_important()):
         yield Table("Induction heads among the important ones", "By chance, sets of this size would have as many in "
-                    "common as expected; p is that of at least so many.",
+                    "common as stands there; p: of at least, and of at most, so many.",
                     _plain_columns(primitives.among_important_table(among)))
     if len(degenerate := study.degenerate()):
         yield Table("Results that say little", "And why.", _plain_columns(degenerate))

@@ -10,6 +10,7 @@ from typing import Any
 from headcount.view import charts, dots, findings, maps, primitives, sentences, words
 from headcount.view.analysis import Study
 from headcount.view.points import MEAN
+from headcount.view.selection import transferred
 
 _BANDS = "Bands are 95 % bootstrap intervals over documents; point at a mark for its numbers."
 
@@ -145,15 +146,14 @@ def _comparisons(study: Study) -> Iterator[Section]:
 def _transfer(study: Study) -> Iterator[Section]:
     transfer = study.transfer()
     for component, word in (("head", "heads"), ("ffn", "FFNs")):
-        rows = transfer[transfer["component"] == component]
-        if len(rows[~rows["unseen"].astype(bool)]):
+        if len(transferred(transfer, component, unseen=False)):
             yield _section(
                 f"transfer_{component}", f"Does the order of one task serve another? ({word})",
                 functools.partial(maps.transfer_map, transfer, component),
                 findings.transfer_sentence(transfer, component),
                 "Accuracy lost or won, in points, by pruning with another order than the task's own; bold where the "
                 "95 % interval leaves out 0. Intervals are not corrected for how many there are.")
-        if len(rows[rows["unseen"].astype(bool)]):
+        if len(transferred(transfer, component, unseen=True)):
             yield _section(
                 f"unseen_{component}", f"Does the order of all tasks serve an unseen one? ({word})",
                 functools.partial(dots.unseen_curves, transfer, component),

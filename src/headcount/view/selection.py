@@ -97,6 +97,11 @@ def borderline(induction: pd.DataFrame, thresholds: Mapping[str, float]) -> int:
     return int((up != down).sum())
 
 
+def transferred(transfer: pd.DataFrame, component: str, *, unseen: bool) -> pd.DataFrame:
+    """The rows of heads, or FFNs, and of tasks that have an order of their own, or have none."""
+    return transfer[(transfer["component"] == component) & (transfer["unseen"].astype(bool) == unseen)]
+
+
 def over_recipients(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per donor: the given mean over recipients, the only recipient, or the mean taken here, without interval.
 
