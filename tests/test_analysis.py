@@ -82,22 +82,27 @@ def test_a_share_that_removes_nothing_is_not_free(tmp_path: Path, monkeypatch: p
     assert (study.free_fractions()["free_fraction"] == 0).all(), "a tenth of six FFNs is none of them"
     (said,) = sentences.headline(study)
     assert "already without 3 of 6" in said
+    monkeypatch.setattr(synthetic, "FRACTIONS", [0.05, 0.1, 0.15])
+    none = open_study(synthetic.write(tmp_path / "none", shots=(5,)))
+    assert "no step removes one of the 6 FFNs" in sentences.headline(none)[0]
     assert "a loss of 2 points or more cannot be ruled out" in said
 
 
-def test_a_baseline_of_constant_answers_needs_fixed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_baseline_is_that_of_the_best_constant_answer_if_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = synthetic._rows
     monkeypatch.setattr(synthetic, "_rows", lambda *of: rows(*of).assign(gold=0))
     ledger = Ledger(synthetic.write(tmp_path, tasks=("red",), shots=(5,)))
     description = synthetic.spec(("red",), (5,))
     baselines = []
-    for fixed in (True, False):
-        known = {**description["tasks"]["red"], "fixed_options": fixed}  # type: ignore[index]
+    for constant in (None, 0.6, 0.0):
+        known = {**description["tasks"]["red"], "constant_answer": constant}  # type: ignore[index]
         ledger.write_json("study.json", {**description, "tasks": {"red": known}})
         study = open_study(tmp_path)
         baselines.append(study.baseline("red", 5))
-        assert study.free_fractions()["free_fraction"].isna().all() == fixed
-    assert baselines == [1.0, 0.25]
+        assert study.free_fractions()["free_fraction"].isna().all() == (constant is None)
+    assert baselines == [1.0, 0.6, 0.25]
 
 
 def test_tables_have_the_columns_that_are_promised(tmp_path: Path) -> None:

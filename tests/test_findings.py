@@ -43,8 +43,12 @@ def test_the_grid_where_nothing_or_everything_can_go() -> None:
     assert "80 % of the heads and 80 % of the FFNs can go jointly, 64 % of all parameters, and the grid goes no" in text
     assert "on arc_easy" in text
     assert "nothing can be said" in findings.grid_sentence(grid(*everything).assign(baseline=0.99), 0.02)
-    few = grid(*everything).assign(ffns_removed=0)
-    assert "not shown to be free jointly" in findings.grid_sentence(few, 0.02), "a fifth of four FFNs is none of them"
+    few = grid(*everything)
+    few.loc[few["ffns_fraction"] == 0.2, "ffns_removed"] = 0
+    only = few[few["ffns_fraction"].isin((0.0, 0.2))]
+    assert "no cell removes both" in findings.grid_sentence(only, 0.02), "a fifth of four FFNs is none of them"
+    text = findings.grid_sentence(few.assign(within_margin=few["ffns_fraction"] < 0.4), 0.02)
+    assert "80 % of the heads or 0 % of the FFNs can go" in text
 
 
 def test_induction_heads_are_counted_named_and_beside_random_weights() -> None:
@@ -85,8 +89,9 @@ def test_texts_are_told_with_their_lengths_and_reliability() -> None:
     notes = {"sequences": 28, "lengths": [25, 58], "repeats": 4,
              "reliability": {"prefix_matching": 0.991, "copying": 0.75, "previous_token": 0.9}}
     assert primitives.texts_sentence(notes) == (
-        "Means over 28 texts of random tokens, 25, 58 unique ones each, 4 times. Reliability (halves of the texts, "
-        "stepped up to all of them): 0.99 for prefix matching and 0.75 for copying.")
+        "Means over 28 texts made of 25, 58 random tokens, repeated 4 times for prefix matching, 4 times as many for "
+        "copying. Reliability (halves of the texts, stepped up to all of them): 0.99 for prefix matching and 0.75 for "
+        "copying.")
     assert primitives.texts_sentence({}) == ""
 
 

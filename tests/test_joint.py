@@ -172,9 +172,12 @@ def test_more_can_be_measured_in_a_folder_that_is_there(tmp_path: Path) -> None:
     # Options of induction are those of the last run that has any, in a folder that has tasks too.
     asked = dataclasses.replace(base, tasks=(), measure=("induction",), induction_lengths=(9, 5), induction_seeds=2,
                                 prefix_threshold=0.5, skip_control=True)
-    last = hc.open_study(run_study(asked, loaded=loaded))
+    run_study(asked, loaded=loaded)
+    last = hc.open_study(run_study(dataclasses.replace(base, measure=("curves",)), loaded=loaded))
     assert last.induction_notes["lengths"] == [5, 9]
-    assert set(last.induction().query("weights == 'trained'")["sequences"]) == {4}
+    assert set(last.induction()["sequences"]) == {4}
+    assert set(last.induction()["weights"]) == {"trained"}, "the control that is there is of other texts"
+    assert last.induction()["induction"].isna().all()
     assert last.induction_thresholds["prefix_matching"] == 0.5
     assert last.spec["measure"] == ["induction", "curves", "transfer"]
     assert last.spec["tasks"] == list(TASKS)
@@ -186,10 +189,13 @@ def test_a_task_that_was_unseen_may_get_an_order_of_its_own(tmp_path: Path) -> N
                                transfer_components=("head",))
     before = hc.open_study(run_study(base, loaded=loaded))
     assert before.known_tasks.keys() == {*TASKS[:2], UNSEEN}
-    after = hc.open_study(run_study(dataclasses.replace(base, tasks=(UNSEEN,), unseen=(TASKS[2],)), loaded=loaded))
+    more = dataclasses.replace(base, tasks=(*TASKS[:2], UNSEEN), unseen=(TASKS[2],))
+    after = hc.open_study(run_study(more, loaded=loaded))
     assert after.spec["tasks"] == [*TASKS[:2], UNSEEN]
     assert after.spec["unseen"] == [TASKS[2]]
-    assert not after.transfer().query(f"task == '{UNSEEN}'")["unseen"].any()
+    rows = after.transfer().query(f"task == '{UNSEEN}'")
+    assert {"own", *TASKS[:2]} <= set(rows["donor"])
+    assert not rows["unseen"].any()
 
 
 def test_two_tasks_give_no_order_twice() -> None:

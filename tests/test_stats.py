@@ -83,9 +83,10 @@ def test_chance_and_the_constant_answer() -> None:
     assert np.isnan(stats.constant_answer(np.array([0, 0]), np.array([0, 0])))
     always_first = np.zeros(60, np.int64), np.full(60, 4)
     assert stats.baseline(*always_first) == 1
-    assert stats.baseline(*always_first, fixed_options=False) == 0.25, "no model sees an option's place"
+    assert stats.baseline(*always_first, constant=0.0) == 0.25, "no model sees an option's place"
+    assert stats.baseline(*always_first, constant=0.4) == 0.4
     right = np.ones(60)
-    assert stats.degenerate(right, always_first[0], *always_first, low=0.99, fixed_options=False) == []
+    assert stats.degenerate(right, always_first[0], *always_first, low=0.99, constant=0.0) == []
     assert len(stats.degenerate(right, always_first[0], *always_first, low=0.99)) == 2
 
 

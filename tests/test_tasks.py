@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from headcount.errors import DataError, HeadcountError, OptionError, TaskError
 from headcount.measure import documents
+from headcount.measure.constant import constant_answer
 from headcount.measure.names import PAPER14, UNSEEN, embedded_tasks, expand
 from headcount.measure.tasks import Task, describe, get_tasks
 from tiny import write_task
@@ -352,10 +354,26 @@ def test_malformed_bare_documents_are_told_by_line(tmp_path: Path, doc: dict[str
 
 def test_whether_one_answer_can_be_given_to_all_documents(tmp_path: Path) -> None:
     own: list[dict[str, object]] = [{"context": str(i), "options": [f"a{i}", "b"], "gold": 0} for i in range(3)]
-    assert not get_tasks([str(bare(tmp_path / "own.jsonl", own))])["own"].fixed_options
+    assert constant_answer(get_tasks([str(bare(tmp_path / "own.jsonl", own))])["own"], 3) == 0
     same = [{**doc, "options": ["yes", "no"]} for doc in own]
-    assert get_tasks([str(bare(tmp_path / "same.jsonl", same))])["same"].fixed_options
-    assert not get_tasks(["icl_plural"])["icl_plural"].fixed_options
+    assert constant_answer(get_tasks([str(bare(tmp_path / "same.jsonl", same))])["same"], 3) == 1
+    # By the answer's text, wherever it stands, and without what is the document's own.
+    mixed = [{"context": "a", "options": ["so yes", "so no"], "gold": 0},
+             {"context": "b", "options": ["but no", "but yes"], "gold": 1},
+             {"context": "c", "options": ["yes", "no", "maybe"], "gold": 1}]
+    assert constant_answer(get_tasks([str(bare(tmp_path / "mixed.jsonl", mixed))])["mixed"], 3) == pytest.approx(2 / 3)
+    assert constant_answer(get_tasks(["icl_plural"])["icl_plural"], 60) == 0
+
+
+@pytest.mark.parametrize("name", ["multirc", "boolq", "winogrande", "lambada_openai", "copa"])
+def test_constant_answers_to_the_papers_tasks(shared: Path, name: str) -> None:
+    task = get_tasks([name], data=shared)[name]
+    found = constant_answer(task, 100)
+    if name in ("multirc", "boolq"):
+        gold = [prompt.gold for prompt in task.prompts("evaluation", limit=100)]
+        assert found == pytest.approx(np.bincount(gold).max() / 100)
+    else:
+        assert found == 0
 
 
 def test_a_task_whose_metric_is_no_number_per_document_is_refused(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def merged_spec(
     """The options to be kept: lists of what was ever asked for; where now no tasks are named, the others as before."""
     new = spec.to_json() | {"tasks": list(tasks), "unseen": list(unseen)}
     old = (before or {}).get("spec", {})
+    if "induction" not in spec.measure:
+        new |= {name: old[name] for name in _OF_INDUCTION if name in old and name != "measure"}
     if old.get("tasks") and not tasks:
         new |= {name: value for name, value in old.items() if name not in (*_OF_MODEL, *_OF_INDUCTION)}
     if not old.get("tasks") and tasks:

@@ -25,6 +25,8 @@ AGGREGATE, OTHERS, OWN = "mean", "mean without own", "own"
 T = TypeVar("T")
 # Tokens of a text of random tokens, on average over the default lengths: 4 repeats of 25 to 223.
 INDUCTION_TOKENS = 500
+# Raised when scores of the same texts change. 2: without BOS, copying leaves the first token out of view.
+INDUCTION_VERSION = 2
 # A gradient costs a forward and a backward pass through activations.
 GRADIENT_PASSES = 2
 
@@ -127,7 +129,7 @@ def _inductions(spec: StudySpec, model: str) -> Iterator[PlannedJob]:
         chosen["lengths"] = sorted(spec.induction_lengths)
     for weights in ("trained", "random")[: 1 if spec.skip_control else 2]:
         job = {"kind": "induction", "protocol": spec.protocol, "model": model, "weights": weights, **chosen,
-               "seeds": seeds, "seed": spec.seed, "documents": lengths * seeds}
+               "seeds": seeds, "seed": spec.seed, "documents": lengths * seeds, "version": INDUCTION_VERSION}
         # Prefix matching and copying read texts of their own.
         yield PlannedJob(job, f"induction scores, {weights} weights", passes=2, tokens=2 * lengths * seeds * tokens)
 

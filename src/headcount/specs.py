@@ -163,8 +163,9 @@ class StudySpec(ModelSpec):
             value = getattr(self, name)
             _check(value is None or 0 <= value <= 1, f"{_option(name)} lies between 0 and 1, not {value}")
         lengths = self.induction_lengths
-        _check(lengths is None or (len(lengths) > 0 and min(lengths) >= 2),
-               f"--induction-lengths are at least 2 tokens, not {_listed(lengths or ())}")
+        _check(lengths is None or (len({*lengths}) == len(lengths) > 0 and min(lengths) >= 2),
+               "lengths of random sequences (--induction-lengths, --lengths) are different numbers from 2 up, not "
+               f"{_listed(lengths or ())}")
         for name in ("limit", "importance_limit", "grid_limit", "transfer_limit", "masks_per_job", "head_sample",
                      "induction_seeds", "row_tokens", "batch_tokens"):
             value = getattr(self, name)

@@ -245,24 +245,24 @@ def constant_answer(gold: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, 
 
 
 def baseline(
-    gold: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, " doc"], *, fixed_options: bool = True
+    gold: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, " doc"], *, constant: float | None = None
 ) -> float:
     """What a model gets without reading the documents: the better of guessing and the best constant answer.
 
     Args:
         gold: Index of the right option.
         num_options: How many options each document has.
-        fixed_options: Whether the options are the same texts for all documents. Where they are not, there is no
-            constant answer: an option is scored by its text, and its place is seen by nobody.
+        constant: What the best answer gets that can be given to all documents, 0 where there is none: an option is
+            scored by its text, and its place is seen by nobody. Where texts are not known (None), the best place.
     """
     # NaN where the options differ in number: then chance alone counts.
-    constant = constant_answer(gold, num_options) if fixed_options else np.nan
-    return float(np.nanmax([chance(num_options), constant]))
+    return float(np.nanmax([chance(num_options), constant_answer(gold, num_options) if constant is None else constant]))
 
 
 def degenerate(
     correct: Float[np.ndarray, " doc"], prediction: Int[np.ndarray, " doc"], gold: Int[np.ndarray, " doc"],
-    num_options: Int[np.ndarray, " doc"], *, low: float, clusters: Clusters | None = None, fixed_options: bool = True,
+    num_options: Int[np.ndarray, " doc"], *, low: float, clusters: Clusters | None = None,
+    constant: float | None = None,
 ) -> list[str]:
     """Why one model's result on one task says little: plain reasons, none if it is in order.
 
@@ -273,19 +273,19 @@ def degenerate(
         num_options: How many options each document has.
         low: Lower 95 % bound of the mean metric.
         clusters: The passage of each document: passages are then what must not be few.
-        fixed_options: Whether the options are the same texts for all documents, so that one can be given constantly.
+        constant: As in `baseline`.
     """
     found: list[str] = []
     n, what = (len(correct), "documents") if clusters is None else (len(np.unique(clusters)), "passages")
     if n < FEW_DOCUMENTS:
         found.append(f"{n} {what}, fewer than {FEW_DOCUMENTS}: intervals are wide and rough")
     option, share = most_predicted(prediction, num_options)
-    if fixed_options and share >= CONSTANT_SHARE:
+    if constant != 0 and share >= CONSTANT_SHARE:
         found.append(f"option {option + 1} is the answer to {100 * share:.0f} % of the documents, whatever they say")
-    to_beat = baseline(gold, num_options, fixed_options=fixed_options)
+    to_beat = baseline(gold, num_options, constant=constant)
     if not low > to_beat:
         found.append(f"accuracy {correct.mean():.2f} (at least {low:.2f}) is not shown to be above {to_beat:.2f}, "
-                     f"which guessing{' or a constant answer' if fixed_options else ''} gets")
+                     f"which guessing{'' if constant == 0 else ' or a constant answer'} gets")
     return found
 
 

@@ -205,7 +205,7 @@ class Runner:
             facts.name: {"fingerprint": facts.fingerprint, "metric": self.tasks[facts.name].metric,
                          "documents": min(facts.documents.values(), default=None),
                          "examples": min(facts.examples.values(), default=None),
-                         "fixed_options": self.tasks[facts.name].fixed_options if facts.documents else None,
+                         "constant_answer": self._constant_answer(facts),
                          "notes": list(self.tasks[facts.name].notes)}
             for facts in self.facts
         }
@@ -226,10 +226,16 @@ class Runner:
             "layout": layout,
             "masks": masks,
             "budget": {"device": _device(self.loaded), **dataclasses.asdict(self.budget)},
-            "commands": list(dict.fromkeys([*old.get("commands", []), *filter(None, [self.command])])),
+            "commands": list(dict.fromkeys(filter(None, [*old.get("commands", [old.get("command")]), self.command]))),
             "created": old.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions(),
         }
+
+    def _constant_answer(self, facts: TaskFacts) -> float | None:
+        from headcount.measure.constant import constant_answer
+
+        documents = min(facts.documents.values(), default=None)
+        return None if documents is None else constant_answer(self.tasks[facts.name], documents)
 
     def _do(self, planned: PlannedJob) -> None:
         started = time.monotonic()

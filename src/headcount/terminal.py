@@ -226,13 +226,17 @@ def print_importance(study: Study, asked: Asked, component: Component, method: s
     from headcount.view.scores import name_of
 
     importance = asked.of(study.importance(), study)
-    score = study.spec["head_score"] if component == "head" and method == "gradient" else "accuracy"
-    rows = importance[(importance["component"] == component) & (importance["score"] == score)]
-    if rows.empty:
-        rows = importance[(importance["component"] == component) & (importance["score"] == "position")]
+    score = "accuracy" if (component, method) == ("head", "oracle") else study.ordering_scores[component]
+    ties = importance[(importance["component"] == component)
+                      & (importance["score"] == study.tie_scores.get(component, score))]
+    places = ["task", "num_fewshot", "layer", "head"]
+    rows = importance[(importance["component"] == component) & (importance["score"] == score)].merge(
+        ties[[*places, "importance"]], on=places, suffixes=("", "_tie"))
     table = _table("task", "shots|r", component, "importance|r", "standard error|r")
     for (task, k), group in groups(rows, "task", "num_fewshot"):
-        ranked: list[Any] = group.sort_values("importance", ascending=False, kind="stable").to_dict("records")
+        # From the end of the order in which pruning goes.
+        ranked: list[Any] = group.sort_values(["importance", "importance_tie", "layer", "head"],
+                                              ascending=False).to_dict("records")
         for row in _ends(ranked):
             table.add_row(*((str(task), str(k), name_of(component, row["layer"], row["head"]),
                              f"{row['importance']:.4g}", f"{row['stderr']:.2g}") if row else ("", "", "...", "", "")))

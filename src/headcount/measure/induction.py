@@ -121,24 +121,27 @@ def _drawn(
     tokens, notes = usable_tokens(loaded)
     start = [] if loaded.tokenizer.bos_token_id is None else [int(loaded.tokenizer.bos_token_id)]
     if not start:
-        notes.append("the tokenizer has no BOS token: texts begin with a random token, which copying "
-                     "leaves out of view")
+        left_out = ", which copying leaves out of view" if protocol == "sound" else ""
+        notes.append(f"the tokenizer has no BOS token: texts begin with a random token{left_out}")
     kept = _fitting(loaded, chosen, repeats, len(start), len(tokens), notes)
     members = [(length, number) for length in kept for number in range(seeds)]
-    notes += _windows(loaded, len(start) + max(kept) * repeats)
+    notes += _windows(loaded, max(kept), repeats)
     return _Texts(tokens, start, repeats, seed, members), notes
 
 
-def _windows(loaded: LoadedModel, longest: int) -> list[str]:
-    """Which layers cannot see a whole text."""
+def _windows(loaded: LoadedModel, longest: int, repeats: int) -> list[str]:
+    """Which layers cannot see a whole text; `longest` is that of a sequence."""
     config = loaded.model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * loaded.anatomy.num_layers
+    kinds = (getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+             or ["sliding_attention"] * loaded.anatomy.num_layers)
     found = []
-    for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
-        window, layers = getattr(config, name, None), kinds.count(kind)
-        if window and layers and window < longest:
-            found.append(f"attention in {layers} of {loaded.anatomy.num_layers} layers sees {window} tokens at most, "
-                         f"and texts have up to {longest}: scores of heads there are too low")
+    for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size"),
+                       ("local", "window_size")):
+        window, layers = getattr(config, name, None), list(kinds).count(kind)
+        if window and layers and window <= longest * repeats:
+            none = "no" if window <= longest else "not every"
+            found.append(f"attention in {layers} of {loaded.anatomy.num_layers} layers sees {window} tokens at most: "
+                         f"in the longest texts heads there reach {none} earlier occurrence of a token")
     return found
 
 
@@ -164,7 +167,7 @@ def _fitting(
     limits = f"window of {loaded.max_length} tokens, {tokens} tokens to draw from"
     if not kept:
         raise OptionError(f"no random sequence fits, standing {repeats} times ({limits}): the shortest has "
-                          f"{min(lengths)} tokens, and {longest} would do: --lengths")
+                          f"{min(lengths)} tokens, and {longest} would do: --induction-lengths (--lengths)")
     if len(kept) < len(lengths):
         notes.append(f"random sequences of more than {longest} tokens are left out ({limits})")
     return kept
@@ -277,7 +280,7 @@ def _halved(work: _Work, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind b
             raise
         if len(ids) == 1:
             raise ModelError(f"memory is too small for one text of {ids.shape[1]} tokens with eager attention: give "
-                             "shorter --lengths") from error
+                             "shorter --induction-lengths (--lengths)") from error
     return torch.cat([_halved(work, half) for half in ids.chunk(2)], 1)
 
 

@@ -126,15 +126,6 @@ class Task:
             return np.zeros(len(self.documents("evaluation")), np.int64)
         return np.array([len(self.inner.doc_to_choice(doc)) for doc in self.documents("evaluation")], np.int64)
 
-    @property
-    def fixed_options(self) -> bool:
-        """Whether all evaluated documents have the same options, so that one answer can be given to all."""
-        if self.is_produced:
-            return False
-        first, *others = self.documents("evaluation")
-        options = self.inner.doc_to_choice(first)
-        return all(self.inner.doc_to_choice(doc) == options for doc in others)
-
     def documents(self, split: Split) -> Sequence[Mapping[str, Any]]:
         """The evaluated documents (lm-eval's choice of split), or the examples that importance is measured on.
 

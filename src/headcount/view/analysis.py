@@ -18,7 +18,7 @@ import pandas as pd
 from headcount import stats
 from headcount.errors import StudyError
 from headcount.ledger import Entry, Ledger
-from headcount.specs import INDUCTION_TEXTS
+from headcount.tables import induction_entries
 from headcount.view.curves import curve_points, curve_table, free_table
 from headcount.view.joint import grid_table, transfer_table
 from headcount.view.points import MEAN, Points, compared, finished, groups, points_of
@@ -45,7 +45,7 @@ class Study:
 
     Attributes:
         folder: Where it is.
-        description: study.json: spec, model, anatomy, tasks, versions, command.
+        description: study.json: spec, model, anatomy, tasks, versions, commands.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -206,9 +206,10 @@ class Study:
         """What is known of each task, unseen ones (which are only pruned by others' orders) at the end."""
         return self.tasks | dict(self.description.get("unseen", {}))
 
-    def _fixed_options(self, task: str) -> bool:
-        """Whether one answer can be given to all documents; earlier studies did not look, and none is missed there."""
-        return bool(self.known_tasks[task].get("fixed_options", True))
+    def _constant(self, task: str) -> float | None:
+        """What the best answer gets that can be given to all documents, 0 if none; None where it was not looked at."""
+        found: float | None = self.known_tasks[task].get("constant_answer")
+        return found
 
     @property
     def _aggregate(self) -> str:
@@ -250,7 +251,7 @@ class Study:
                 for reason in stats.degenerate(
                     full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(), full["gold"].to_numpy(),
                     full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(), low=low[task, k],
-                    fixed_options=self._fixed_options(str(task)))]
+                    constant=self._constant(str(task)))]
         layers = len(self.description["anatomy"]["heads_per_layer"])
         rows += [{"task": task, "num_fewshot": k, "reason": reason} for (task, k), n in self.distinct_values.items()
                  for reason in stats.few_distinct(n, layers)]
@@ -282,14 +283,9 @@ class Study:
 
     @functools.cached_property
     def _induction_entries(self) -> dict[str, Entry]:
-        """By weights; of several lengths and numbers of texts those that were asked for last, else the most."""
-        spec = self.spec
-        asked = (sorted(spec.get("induction_lengths") or ()),
-                 spec.get("induction_seeds") or INDUCTION_TEXTS[spec["protocol"]][1])
-        found = sorted((entry for entry in self._ledger.entries("induction") if self._is_of_model(entry.job)),
-                       key=lambda entry: ((entry.job.get("lengths", []), entry.job["seeds"]) == asked,
-                                          entry.info["sequences"]))
-        return {entry.job["weights"]: entry for entry in found}
+        """By weights; see `headcount.tables.induction_entries`."""
+        entries = (entry for entry in self._ledger.entries("induction") if self._is_of_model(entry.job))
+        return induction_entries(entries, self.spec)
 
     @functools.cached_property
     def _induction(self) -> pd.DataFrame:
@@ -372,7 +368,7 @@ class Study:
 
     @functools.cached_property
     def _points(self) -> dict[int, dict[str, Points]]:
-        return curve_points(self._evaluations, {task: self._fixed_options(task) for task in self.spec["tasks"]})
+        return curve_points(self._evaluations, {task: self._constant(task) for task in self.spec["tasks"]})
 
     @functools.cached_property
     def _curves(self) -> pd.DataFrame:
@@ -385,7 +381,7 @@ class Study:
     @functools.cached_property
     def _grid(self) -> pd.DataFrame:
         return grid_table(self._evaluations, self.spec["margin"], self.description["anatomy"]["parameters"],
-                          {task: self._fixed_options(task) for task in self.known_tasks})
+                          {task: self._constant(task) for task in self.known_tasks})
 
     @functools.cached_property
     def _transfer(self) -> pd.DataFrame:

@@ -24,12 +24,12 @@ FREE_COLUMNS = ["task", "num_fewshot", "component", "order", "free_fraction", "f
 ByShots = Mapping[int, Mapping[str, Points]]
 
 
-def curve_points(evaluations: pd.DataFrame, tasks: Mapping[str, bool]) -> dict[int, dict[str, Points]]:
+def curve_points(evaluations: pd.DataFrame, tasks: Mapping[str, float | None]) -> dict[int, dict[str, Points]]:
     """The evaluated documents of every number of shots and task that has its full model, with all points of curves.
 
     Args:
         evaluations: `Study.evaluations()`.
-        tasks: In the order in which they are wanted, and whether all documents of each have the same options
+        tasks: In the order in which they are wanted, and what the best constant answer to each gets
             (`stats.baseline`); other tasks are left out.
     """
     rows = evaluations[(evaluations["split"] == "evaluation") & evaluations["task"].isin(list(tasks))]
@@ -40,7 +40,7 @@ def curve_points(evaluations: pd.DataFrame, tasks: Mapping[str, bool]) -> dict[i
         full, curves = group[group["order"] == "none"], group[group["order"].isin(["gradient", "oracle", "random"])]
         if full.empty:
             continue
-        points = points_of(curves, full, fixed_options=tasks[task])
+        points = points_of(curves, full, constant=tasks[task])
         for key, of_key in groups(curves, "component", "order", "fraction"):
             points.add((str(key[0]), str(key[1]), float(key[2])), of_key)
         found.setdefault(k, {})[task] = points

@@ -51,12 +51,16 @@ def grid_sentence(grid: pd.DataFrame, margin: float) -> str:
                 f"{say.accuracy(full.iloc[0])}, is not shown to be above {full['baseline'].iloc[0]:.2f}, which "
                 "guessing or a constant answer gets.")
     free = rows[reachable(rows)].sort_values("parameters_removed_share")
+    # Where a share is less than one head or FFN, nothing of them is gone.
+    free = free[((free["heads_removed"] > 0) | (free["heads_fraction"] == 0))
+                & ((free["ffns_removed"] > 0) | (free["ffns_fraction"] == 0))]
     heads = free.loc[free["ffns_fraction"] == 0, "heads_fraction"].max()
     ffns = free.loc[free["heads_fraction"] == 0, "ffns_fraction"].max()
     alone = f"alone, at the grid's steps, {say.share(heads)} of the heads or {say.share(ffns)} of the FFNs can go"
-    # Where a share is less than one head or FFN, nothing of them is gone.
     joint = free[(free["heads_removed"] > 0) & (free["ffns_removed"] > 0)]
     loss = f"a loss of {100 * margin:.3g} points or more"
+    if not ((rows["heads_removed"] > 0) & (rows["ffns_removed"] > 0)).any():
+        return f"{beginning}no cell removes both heads and FFNs: ask for larger fractions."
     if joint.empty:
         first = (rows.loc[rows[name] > 0, name].min() for name in ("heads_fraction", "ffns_fraction"))
         alone = f"; {alone}" if heads > 0 or ffns > 0 else (
@@ -161,8 +165,8 @@ def transfer_sentence(transfer: pd.DataFrame, component: str, *, fraction: float
     said = []
     if len(donors) > 1:
         best, worst = donors.iloc[-1], donors.iloc[0]
-        said += [f"by {say.points(best)} with the order of {best['donor']}, the best donor of {len(donors)} (each "
-                 "on the other tasks)",
+        each = " (each on the other tasks)" if best["task"] == MEAN else ""
+        said += [f"by {say.points(best)} with the order of {best['donor']}, the best donor of {len(donors)}{each}",
                  f"by {say.points(worst)} with that of {worst['donor']}, the worst"]
     elif len(donors):
         said.append(f"by {say.points(donors.iloc[0])} with the order of {donors['donor'].iloc[0]}")

@@ -22,7 +22,7 @@ _OWN = ["gradient", "oracle"]
 
 
 def grid_table(
-    evaluations: pd.DataFrame, margin: float, parameters: int, fixed_options: Mapping[str, bool]
+    evaluations: pd.DataFrame, margin: float, parameters: int, constants: Mapping[str, float | None]
 ) -> pd.DataFrame:
     """`Study.grid()`: points where one of the two is 0 come from the curves, on the grid's documents.
 
@@ -30,7 +30,7 @@ def grid_table(
         evaluations: `Study.evaluations()`.
         margin: The loss of accuracy that must be ruled out for a point to be within it.
         parameters: Of the whole model.
-        fixed_options: By task, whether one answer can be given to all documents (`stats.baseline`).
+        constants: By task, what the best constant answer gets (`stats.baseline`).
     """
     rows = evaluations[evaluations["split"] == "evaluation"]
     by_shots: dict[int, dict[str, Points]] = {}
@@ -39,7 +39,7 @@ def grid_table(
         of_task, full = _fewest_documents(of_task), same[same["order"] == "none"]
         if full.empty:
             continue
-        points = points_of(of_task, full, fixed_options=fixed_options.get(str(task), True))
+        points = points_of(of_task, full, constant=constants.get(str(task)))
         steps = (set(of_task["fraction"]), set(of_task["ffn_fraction"]))
         curves = same[same["order"].isin(_OWN) & same["doc_id"].isin(of_task["doc_id"].unique())]
         for (component, fraction), of_point in groups(curves, "component", "fraction"):
@@ -93,7 +93,7 @@ def transfer_table(evaluations: pd.DataFrame, unseen: Sequence[str]) -> pd.DataF
         for fraction, of_tasks in sorted(by_fraction.items()):
             known = {task: points for task, points in of_tasks.items()
                      if task not in unseen and (OWN, fraction) in points.values}
-            for task, members in with_mean(known, _all_donors(known, fraction)):
+            for task, members in with_mean(known, _all_pairs(known, fraction)):
                 found += _transfer_rows(task, int(k), component, fraction, members, unseen=False)
             for task in (t for t in of_tasks if t in unseen):
                 found += _transfer_rows(task, int(k), component, fraction, [of_tasks[task]], unseen=True)
@@ -135,10 +135,17 @@ def _transfer_rows(
             for key in keys if key in found]
 
 
-def _all_donors(of_tasks: Mapping[str, Points], fraction: float) -> dict[str, Points]:
-    """The tasks that were pruned by as many orders as any, at this fraction; of an unfinished study those are done."""
-    counts = {task: sum(key[1] == fraction for key in points.values) for task, points in of_tasks.items()}
-    return {task: of_tasks[task] for task, n in counts.items() if n == max(counts.values())}
+def _all_pairs(of_tasks: Mapping[str, Points], fraction: float) -> dict[str, Points]:
+    """Tasks each of which was pruned by the order of every other, at this fraction; unfinished ones are left out."""
+    found = dict(of_tasks)
+    while found:
+        lacking = {task: sum((other, fraction) not in points.values for other in found if other != task)
+                   for task, points in found.items()}
+        worst = max(lacking, key=lambda task: lacking[task])
+        if not lacking[worst]:
+            break
+        del found[worst]
+    return found
 
 
 def _fewest_documents(rows: pd.DataFrame) -> pd.DataFrame:

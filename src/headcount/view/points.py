@@ -77,16 +77,16 @@ class Compared:
     p: float
 
 
-def points_of(rows: pd.DataFrame, full: pd.DataFrame, *, fixed_options: bool = True) -> Points:
+def points_of(rows: pd.DataFrame, full: pd.DataFrame, *, constant: float | None = None) -> Points:
     """The documents of one task and number of shots, without masks yet.
 
     Args:
         rows: Rows of masks; only their documents count.
         full: The full model's rows, of these documents or more.
-        fixed_options: Whether one answer can be given to all documents (`stats.baseline`).
+        constant: What the best answer gets that can be given to all documents (`stats.baseline`).
     """
     full = full[full["doc_id"].isin(rows["doc_id"].unique())].sort_values("doc_id") if len(rows) else full
-    baseline = stats.baseline(full["gold"].to_numpy(), full["num_options"].to_numpy(), fixed_options=fixed_options)
+    baseline = stats.baseline(full["gold"].to_numpy(), full["num_options"].to_numpy(), constant=constant)
     return Points(full["correct"].to_numpy(np.float64), full["passage"].to_numpy(np.int64), baseline,
                   zlib.crc32(str(full["task"].iloc[0]).encode()))
 

@@ -63,8 +63,8 @@ def texts_sentence(notes: Mapping[str, Any]) -> str:
              if name in PRIMITIVES and value == value}
     agreed = " and ".join(f"{value:.2f} for {name}" for name, value in known.items())
     reliable = f" Reliability (halves of the texts, stepped up to all of them): {agreed}." if agreed else ""
-    return (f"Means over {notes['sequences']} texts of random tokens, {listed} unique ones each, "
-            f"{notes['repeats']} times.{reliable}")
+    return (f"Means over {notes['sequences']} texts made of {listed} random tokens, repeated {notes['repeats']} times "
+            f"for prefix matching, {notes['repeats']} times as many for copying.{reliable}")
 
 
 def reliability_caution(reliabilities: Mapping[str, float]) -> str:
@@ -93,7 +93,7 @@ def retained_sentence(retained: pd.DataFrame, *, fraction: float | None = None) 
             held += (f", {more} random orders leave ({say.percent(row['random_mean'])}; 95 % of them "
                       f"{100 * row['random_low']:.0f} to {100 * row['random_high']:.0f} %)")
         said.append(held)
-    by = "by mean importance" if rows["task"].iloc[0] == MEAN else f"by importance on {rows['task'].iloc[0]}"
+    by = f"by importance {'over all tasks' if rows['task'].iloc[0] == MEAN else say.on(rows)}"
     return (f"With {say.shots_of(rows)} and {say.share(rows['fraction'].iloc[0])} of the heads removed {by}, the "
             f"others hold {', and '.join(said)}.")
 

@@ -224,7 +224,7 @@ def _plain_columns(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _provenance(study: Study) -> Iterator[tuple[str, str]]:
     description, spec = study.description, study.spec
-    yield "commands", "; ".join(description.get("commands", ())) or "run from Python"
+    yield "commands", "; ".join(description.get("commands", [description.get("command", "")])) or "run from Python"
     yield "created", description["created"]
     for name, value in study.model.items():
         yield f"model: {name.replace('_', ' ')}", _plain(value)

@@ -62,7 +62,10 @@ def _can_go(study: Study, row: pd.Series) -> str:
         curves = study.curves()
         same = (curves[["task", "num_fewshot", "component", "order"]]
                 == row[["task", "num_fewshot", "component", "order"]]).all(axis=1)
-        first = curves[same & (curves["removed"] > 0)].iloc[0]
+        removing = curves[same & (curves["removed"] > 0)]
+        if removing.empty:
+            return f"{beginning}no step removes one of the {total} {names}: ask for larger fractions."
+        first = removing.iloc[0]
         return (f"{beginning}no share of the {names} is shown to be free: already without {first['removed']} of "
                 f"{total} {over} changes by {_points(first['difference'])} points ({_interval(first)}), and a loss of "
                 f"{margin} or more cannot be ruled out.")
@@ -167,7 +170,7 @@ def cautions(study: Study) -> Iterator[str]:
         if len(study.induction()):
             other.append("copying from embeddings fed to every layer and the value of the current position alone, "
                          "prefix matching with attention to the first token")
-        yield f"Measured as the paper's code does (protocol paper): {'; '.join(other)}; see docs/paper.md."
+        yield f"Measured as the paper's code does (protocol paper): {'; '.join([*other, 'see docs/paper.md'])}."
     if spec.get("apply_chat_template"):
         yield "Prompts stand in the model's chat template."
     if spec["shared_shots"] and any(spec["shots"]):
