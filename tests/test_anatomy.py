@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from families import CORE, DENSE_FIRST, FAMILIES, HYBRIDS, MOE, UNFIT, hybrid, tiny
+from families import _TABLE, CORE, DENSE_FIRST, FAMILIES, HYBRIDS, MOE, UNFIT, hybrid, tiny
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
@@ -39,11 +39,20 @@ def test_heads_and_ffns_are_counted_right(family):
     assert anatomy.num_parameters == model.num_parameters()
     groups = [part.num_kv_heads for part in anatomy.layers]
     # MiMo's layers with a window have twice as many.
-    assert groups == ([4, 2] if family == "mimo_v2_flash" else [KV_GROUPS.get(family, groups[0])] * 2)
+    said = _TABLE[family][1].get("num_key_value_heads", groups[0])
+    assert groups == ([4, 2] if family == "mimo_v2_flash" else [KV_GROUPS.get(family, said)] * 2)
     for part in anatomy.layers:
         assert part.d_model == 32
         assert part.d_head == ((family not in LATENT and getattr(model.config, "head_dim", None)) or 8)
     assert [part.routed for part in anatomy.layers] == [family in MOE, family in (*MOE, *DENSE_FIRST)]
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_all_experts_are_counted_with_their_ffn(family):
+    for part in find_anatomy(tiny(family)).layers:
+        if part.routed and part.ffn is not None:
+            own = sum(p.numel() for p in part.ffn.parameters())
+            assert own <= part.ffn_parameters <= own + 2 * part.d_model, "and the norm before it"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -263,7 +263,7 @@ def test_what_induction_would_refuse_is_refused_before_anything_is_measured(
     assert not (tmp_path / "study").exists()
 
 
-def test_points_that_curves_measure_are_not_measured_again(study: Study) -> None:
+def test_nothing_is_left_to_do_in_a_finished_folder(study: Study) -> None:
     runner = Runner(dataclasses.replace(SPEC, out=study.folder), loaded=tiny.loaded("llama"))
     assert not runner.todo()
     parts = ("grid", "transfer")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import hypergeom
+from scipy.stats import hypergeom, rankdata
 
 from headcount.errors import OptionError
 from headcount.masks import removal_order
@@ -19,13 +19,15 @@ SCORES = {(task, k): RNG.random(50) for k in (0, 5) for task in ("red", "green")
 PRIMITIVES = {"prefix_matching": RNG.random(50) ** 4, "copying": RNG.random(50)}
 
 
-def test_retained_is_summed_head_by_head() -> None:
+@pytest.mark.parametrize("aggregate", ["mean", "ranks"])
+def test_retained_is_summed_head_by_head(aggregate: str) -> None:
     fractions = [0.0, 0.13, 0.5, 1.0]
-    found = overlap.retained(SCORES, PRIMITIVES, fractions, draws=20)
+    found = overlap.retained(SCORES, PRIMITIVES, fractions, draws=20, aggregate=aggregate)
     assert len(found) == 2 * 3 * 2 * len(fractions)
     for row in found.itertuples():
         tasks = ["red", "green"] if row.task == "mean" else [row.task]
-        importance = sum(SCORES[task, row.num_fewshot] for task in tasks) / len(tasks)
+        scores = [SCORES[task, row.num_fewshot] for task in tasks]
+        importance = sum(scores if aggregate == "mean" else map(rankdata, scores)) / len(tasks)
         gone = removal_order(importance)[: math.floor(row.fraction * 50 + 1e-9)]
         left = sum(v for head, v in enumerate(PRIMITIVES[row.primitive]) if head not in gone)
         assert row.retained == pytest.approx(left / PRIMITIVES[row.primitive].sum(), abs=1e-12)

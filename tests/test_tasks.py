@@ -365,6 +365,15 @@ def test_whether_one_answer_can_be_given_to_all_documents(tmp_path: Path) -> Non
     assert constant_answer(get_tasks(["icl_plural"])["icl_plural"], 60) == 0
 
 
+def test_a_constant_answer_to_a_question_is_right_when_it_is_to_all_its_answers(shared: Path) -> None:
+    task = get_tasks(["multirc"], data=shared, protocol="paper")["multirc"]
+    wholes: dict[object, list[int]] = {}
+    for prompt in task.prompts("evaluation", limit=100):
+        wholes.setdefault((prompt.doc["idx"]["paragraph"], prompt.doc["idx"]["question"]), []).append(prompt.gold)
+    best = max(sum(set(gold) == {answer} for gold in wholes.values()) for answer in (0, 1))
+    assert constant_answer(task, 100) == pytest.approx(best / len(wholes))
+
+
 @pytest.mark.parametrize("name", ["multirc", "boolq", "winogrande", "lambada_openai", "copa"])
 def test_constant_answers_to_the_papers_tasks(shared: Path, name: str) -> None:
     task = get_tasks([name], data=shared)[name]

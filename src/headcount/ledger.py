@@ -1,6 +1,6 @@
 """The study folder: immutable entries, written atomically, one file per finished job.
 
-A job is a flat JSON object that says everything its result depends on; the entry's name is the hash of that object.
+A job is a JSON object that says everything its result depends on; the entry's name is the hash of that object.
 So a job whose file exists is done, whoever did it and whenever; two processes that do the same job write the same
 name and the first complete file wins. A file is written under a temporary name in the same folder, flushed to disk
 and then linked to its name, so a reader never sees half an entry and a kill leaves nothing but a stray temporary file.

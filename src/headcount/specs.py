@@ -50,7 +50,8 @@ class StudySpec(ModelSpec):
     """What a study measures: one model x tasks x shots."""
 
     tasks: tuple[str, ...]
-    """lm-eval tasks, groups or tags; `paper14`, `paper14-unseen`, `icl`; task YAML files; jsonl files of one's own."""
+    """lm-eval tasks, groups or tags; `paper14`, `paper14-unseen`, `icl`; task YAML files; jsonl files
+    of one's own, or folders of them (`./my-task`)."""
 
     shots: tuple[int, ...] = (0, 1, 5)
     """Numbers of shots."""
@@ -99,7 +100,7 @@ class StudySpec(ModelSpec):
     """What orders the FFNs: accuracy lost without each (the paper's), or the gradient score."""
 
     grid_fractions: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
-    """Shares of heads, and of FFNs, removed jointly; the paper's are 0.1 to 0.9. 0 is always there."""
+    """Shares of heads, and of FFNs, removed jointly; 0 is always there. The preset opt66b-study has 0.1 to 0.9."""
 
     grid_limit: int | None = None
     """Evaluated documents per task of the grid, the first N; by default as many as for the curves."""
