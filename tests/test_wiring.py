@@ -212,7 +212,7 @@ def test_p_values_of_curves_are_corrected_for_their_steps() -> None:
     p = curve_table(two_steps(), 1000).set_index("fraction")["p"]
     assert np.isnan(p[0.0])
     assert p[0.1] == 1
-    assert p[0.2] == pytest.approx(2 * (2 * 0.5**60))
+    assert p[0.2] == pytest.approx(2 * (2 * 0.5**60), rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize(("margin", "within"), [(0.02, [True, True, False, False]), (0.1, [True, True, True, False])])
