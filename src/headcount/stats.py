@@ -276,7 +276,8 @@ def degenerate(
         constant: As in `baseline`.
     """
     found: list[str] = []
-    n, what = (len(correct), "documents") if clusters is None else (len(np.unique(clusters)), "passages")
+    n = len(correct) if clusters is None else len(np.unique(clusters))
+    what = "documents" if n == len(correct) else "passages"
     if n < FEW_DOCUMENTS:
         found.append(f"{n} {what}, fewer than {FEW_DOCUMENTS}: intervals are wide and rough")
     option, share = most_predicted(prediction, num_options)

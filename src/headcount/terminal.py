@@ -215,7 +215,7 @@ def print_accuracy(study: Study, asked: Asked) -> None:
         table.add_row(row["task"], str(row["num_fewshot"]), f"{row['accuracy']:.3f}",
                       f"{row['low']:.3f} to {row['high']:.3f}", str(row["documents"]))
     _out.print(table)
-    for row in asked.of(study.degenerate(), study).to_dict("records"):
+    for row in asked.of(study.weak_results(), study).to_dict("records"):
         _out.print(f"{row['task']}, {row['num_fewshot']}-shot: {row['reason']}.", highlight=False)
     _print_truncations(study, asked)
 

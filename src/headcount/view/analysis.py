@@ -28,6 +28,7 @@ _LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fractio
            "ffns_removed", "parameters_removed")
 _IMPORTANCE = ["task", "num_fewshot", "component", "layer", "head", "method", "score", "importance", "stderr",
                "num_examples"]
+_REASONS = ["task", "num_fewshot", "reason"]
 _AGREEMENT = ["task", "num_fewshot", "component", "score", "oracle", "correlation", "low", "high", "components"]
 
 
@@ -244,6 +245,13 @@ class Study:
 
     def degenerate(self) -> pd.DataFrame:
         """What says little: one row per reason. Columns: task; num_fewshot; reason."""
+        layers = len(self.description["anatomy"]["heads_per_layer"])
+        rows = [{"task": task, "num_fewshot": k, "reason": reason} for (task, k), n in self.distinct_values.items()
+                for reason in stats.few_distinct(n, layers)]
+        return pd.concat([self.weak_results(), pd.DataFrame(rows, columns=_REASONS)], ignore_index=True)
+
+    def weak_results(self) -> pd.DataFrame:
+        """Of `degenerate` what is of the full model's accuracies."""
         low = {(task, k): compared([points_of(full, full)], [None])[0][None].low
                for (task, k), full in groups(self._full_models, "task", "num_fewshot")}
         rows = [{"task": task, "num_fewshot": k, "reason": reason}
@@ -252,10 +260,7 @@ class Study:
                     full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(), full["gold"].to_numpy(),
                     full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(), low=low[task, k],
                     constant=self._constant(str(task)))]
-        layers = len(self.description["anatomy"]["heads_per_layer"])
-        rows += [{"task": task, "num_fewshot": k, "reason": reason} for (task, k), n in self.distinct_values.items()
-                 for reason in stats.few_distinct(n, layers)]
-        return pd.DataFrame(rows, columns=["task", "num_fewshot", "reason"])
+        return pd.DataFrame(rows, columns=_REASONS)
 
     @functools.cached_property
     def evaluated(self) -> dict[str, tuple[int, str]]:
