@@ -23,9 +23,9 @@ _FREE = ("tasks", "shots", "measure", "unseen", "out", "data", "head_sample", "g
          "row_tokens", "batch_tokens", "model")
 # What induction scores hang on: they are of a model, not of tasks.
 _OF_MODEL = (*(f.name for f in dataclasses.fields(ModelSpec)), "protocol", "seed")
-# What a run without tasks says of them.
-_OF_INDUCTION = ("measure", "induction_seeds", "induction_lengths", "skip_control", "prefix_threshold",
-                 "copying_threshold")
+# What a run that measures them says of them.
+_OF_INDUCTION = ("induction_seeds", "induction_lengths", "skip_control", "prefix_threshold", "copying_threshold")
+_LISTS = ("tasks", "shots", "unseen", "measure")
 
 
 def previous(ledger: Ledger) -> dict[str, Any] | None:
@@ -94,14 +94,14 @@ def merged_spec(
     """The options to be kept: lists of what was ever asked for; where now no tasks are named, the others as before."""
     new = spec.to_json() | {"tasks": list(tasks), "unseen": list(unseen)}
     old = (before or {}).get("spec", {})
-    if "induction" not in spec.measure:
-        new |= {name: old[name] for name in _OF_INDUCTION if name in old and name != "measure"}
+    # What this run has nothing to say of stays as it was.
+    kept = {*(() if "induction" in spec.measure else _OF_INDUCTION)}
     if old.get("tasks") and not tasks:
-        new |= {name: value for name, value in old.items() if name not in (*_OF_MODEL, *_OF_INDUCTION)}
+        kept |= new.keys() - {*_OF_MODEL, *_OF_INDUCTION, "measure"}
+    new |= {name: old[name] for name in kept & old.keys()}
     if not old.get("tasks") and tasks:
-        old = {name: value for name, value in old.items() if name == "measure"}
-    together = {name: list(dict.fromkeys([*old.get(name, []), *new[name]]))
-                for name in ("tasks", "shots", "unseen", "measure")}
+        old = {"measure": old.get("measure", [])}
+    together = {name: list(dict.fromkeys([*old.get(name, []), *new[name]])) for name in _LISTS}
     return new | together | {"unseen": [name for name in together["unseen"] if name not in together["tasks"]]}
 
 

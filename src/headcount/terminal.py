@@ -223,20 +223,15 @@ def print_accuracy(study: Study, asked: Asked) -> None:
 def print_importance(study: Study, asked: Asked, component: Component, method: str = "gradient") -> None:
     """The most and the least important heads, or every FFN, per task and number of shots."""
     from headcount.view.points import groups
-    from headcount.view.scores import name_of
+    from headcount.view.scores import most_important_first, name_of
 
     importance = asked.of(study.importance(), study)
     score = "accuracy" if (component, method) == ("head", "oracle") else study.ordering_scores[component]
-    ties = importance[(importance["component"] == component)
-                      & (importance["score"] == study.tie_scores.get(component, score))]
-    places = ["task", "num_fewshot", "layer", "head"]
-    rows = importance[(importance["component"] == component) & (importance["score"] == score)].merge(
-        ties[[*places, "importance"]], on=places, suffixes=("", "_tie"))
+    rows, ties = (importance[(importance["component"] == component) & (importance["score"] == name)]
+                  for name in (score, study.tie_scores.get(component, score)))
     table = _table("task", "shots|r", component, "importance|r", "standard error|r")
     for (task, k), group in groups(rows, "task", "num_fewshot"):
-        # From the end of the order in which pruning goes.
-        ranked: list[Any] = group.sort_values(["importance", "importance_tie", "layer", "head"],
-                                              ascending=False).to_dict("records")
+        ranked: list[Any] = most_important_first(group, ties).to_dict("records")
         for row in _ends(ranked):
             table.add_row(*((str(task), str(k), name_of(component, row["layer"], row["head"]),
                              f"{row['importance']:.4g}", f"{row['stderr']:.2g}") if row else ("", "", "...", "", "")))

@@ -252,14 +252,12 @@ class Study:
 
     def weak_results(self) -> pd.DataFrame:
         """Of `degenerate` what is of the full model's accuracies."""
-        low = {(task, k): compared([points_of(full, full)], [None])[0][None].low
-               for (task, k), full in groups(self._full_models, "task", "num_fewshot")}
         rows = [{"task": task, "num_fewshot": k, "reason": reason}
                 for (task, k), full in groups(self._full_models, "task", "num_fewshot")
                 for reason in stats.degenerate(
                     full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(), full["gold"].to_numpy(),
-                    full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(), low=low[task, k],
-                    constant=self._constant(str(task)))]
+                    full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(),
+                    low=compared([points_of(full, full)], [None])[0][None].low, constant=self._constant(str(task)))]
         return pd.DataFrame(rows, columns=_REASONS)
 
     @functools.cached_property

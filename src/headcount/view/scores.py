@@ -69,6 +69,19 @@ def _sum_known(values: pd.Series) -> float:
     return float(values.sum(skipna=False))
 
 
+def most_important_first(rows: pd.DataFrame, ties: pd.DataFrame) -> pd.DataFrame:
+    """Rows of importance from the end of the order in which pruning goes.
+
+    Args:
+        rows: Of one score and kind of component.
+        ties: Of the score that decides between equal ones; what is still equal goes by layer, then head.
+    """
+    places = ["task", "num_fewshot", "layer", "head"]
+    both = rows.merge(ties[[*places, "importance"]], on=places, suffixes=("", "_tie"))
+    order = ["importance", "importance_tie", "layer", "head"]
+    return both.sort_values(order, ascending=False, kind="stable").drop(columns="importance_tie")
+
+
 def correlation_table(importance: pd.DataFrame, scores: Mapping[str, str], seed: int) -> pd.DataFrame:
     """`Study.correlations()`; `scores` says which score orders each kind of component."""
     return _together([

@@ -11,7 +11,7 @@ from headcount import stats
 from headcount.view import primitives
 from headcount.view.analysis import Study
 from headcount.view.points import MEAN, groups
-from headcount.view.scores import mean_importance, name_of
+from headcount.view.scores import mean_importance, most_important_first, name_of
 from headcount.view.words import millions, shots
 
 _NAMES = {"head": ("attention head", "attention heads"), "ffn": ("FFN", "FFNs")}
@@ -145,11 +145,7 @@ def ranking(study: Study, component: str) -> pd.DataFrame:
     mean, second = (mean_importance(table[(table["component"] == component) & (table["score"] == name)])
                     for name in (score, ties))
     mean["name"] = [name_of(component, layer, head) for layer, head in zip(mean["layer"], mean["head"], strict=True)]
-    places = ["num_fewshot", "layer", "head"]
-    mean = mean.merge(second[[*places, "importance"]], on=places, how="left", suffixes=("", "_tie"))
-    mean = mean.sort_values(["num_fewshot", "importance", "importance_tie", "layer", "head"],
-                            ascending=[True, False, False, False, False], kind="stable")
-    return mean.drop(columns="importance_tie")
+    return most_important_first(mean, second).sort_values("num_fewshot", kind="stable")
 
 
 def truncations(study: Study, tasks: Sequence[str] | None = None, shots: Sequence[int] | None = None) -> Iterator[str]:
