@@ -96,13 +96,13 @@ def test_the_baseline_is_that_of_the_best_constant_answer_if_there_is_one(
     ledger = Ledger(synthetic.write(tmp_path, tasks=("red",), shots=(5,)))
     description = synthetic.spec(("red",), (5,))
     baselines = []
-    for constant in (None, 0.6, 0.0):
+    for constant in (0.9, 0.6, 0.0, None):
         known = {**description["tasks"]["red"], "constant_answer": constant}  # type: ignore[index]
         ledger.write_json("study.json", {**description, "tasks": {"red": known}})
         study = open_study(tmp_path)
         baselines.append(study.baseline("red", 5))
-        assert study.free_fractions()["free_fraction"].isna().all() == (constant is None)
-    assert baselines == [1.0, 0.6, 0.25]
+        assert study.free_fractions()["free_fraction"].isna().all() == (constant == 0.9)
+    assert baselines == [0.9, 0.6, 0.25, 0.25]
 
 
 def test_tables_have_the_columns_that_are_promised(tmp_path: Path) -> None:

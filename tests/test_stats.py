@@ -77,17 +77,13 @@ def test_nothing_removed_is_free_without_a_margin_too() -> None:
 
 def test_chance_and_the_constant_answer() -> None:
     assert stats.chance(np.array([2, 4, 0])) == pytest.approx((0.5 + 0.25 + 0) / 3)
-    assert stats.baseline(np.array([0, 0]), np.array([1, 1])) == 1, "one option is no choice"
-    assert stats.constant_answer(np.array([0, 1, 1, 1]), np.array([2, 2, 2, 2])) == 0.75
-    assert np.isnan(stats.constant_answer(np.array([0, 1]), np.array([2, 3])))
-    assert np.isnan(stats.constant_answer(np.array([0, 0]), np.array([0, 0])))
-    always_first = np.zeros(60, np.int64), np.full(60, 4)
-    assert stats.baseline(*always_first) == 1
-    assert stats.baseline(*always_first, constant=0.0) == 0.25, "no model sees an option's place"
-    assert stats.baseline(*always_first, constant=0.4) == 0.4
+    assert stats.baseline(np.array([1, 1])) == 1, "one option is no choice"
+    first, options = np.zeros(60, np.int64), np.full(60, 4)
+    assert stats.baseline(options) == 0.25, "no model sees an option's place"
+    assert stats.baseline(options, 0.4) == 0.4
     right = np.ones(60)
-    assert stats.degenerate(right, always_first[0], *always_first, low=0.99, constant=0.0) == []
-    assert len(stats.degenerate(right, always_first[0], *always_first, low=0.99)) == 2
+    assert stats.degenerate(right, first, options, low=0.99) == []
+    assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0)) == 2
 
 
 def test_no_documents_no_interval() -> None:
@@ -275,28 +271,28 @@ def test_degenerate_results_are_marked() -> None:
     gold = rng.integers(0, 2, 200)
     options = np.full(200, 2)
     right = np.where(rng.random(200) < 0.9, gold, 1 - gold)
-    assert stats.degenerate((right == gold).astype(float), right, gold, options, low=0.85) == []
+    assert stats.degenerate((right == gold).astype(float), right, options, low=0.85, constant=0.53) == []
     constant = np.where(np.arange(200) < 192, 1, 0)  # 96 %
     correct = (constant == gold).astype(float)
-    reasons = stats.degenerate(correct, constant, gold, options, low=0.45)
+    reasons = stats.degenerate(correct, constant, options, low=0.45, constant=0.53)
     assert reasons[0] == "option 2 is the answer to 96 % of the documents, whatever they say"
     assert reasons[1].startswith(f"accuracy {correct.mean():.2f} (at least 0.45) is not shown to be above")
-    few = stats.degenerate((right == gold).astype(float), right, gold, options, low=0.85, clusters=np.arange(200) // 5)
+    few = stats.degenerate((right == gold).astype(float), right, options, low=0.85, clusters=np.arange(200) // 5)
     assert few == ["40 passages, fewer than 50: intervals are wide and rough"]
-    assert stats.degenerate(np.ones(49), gold[:49], gold[:49], options[:49], low=1.0)[0].startswith("49 documents,")
+    assert stats.degenerate(np.ones(49), gold[:49], options[:49], low=1.0)[0].startswith("49 documents,")
     # No options: the answer is produced, and there is nothing to be constant about. One: there is no choice.
     for options, marked in ((0, []), (1, ["accuracy 1.00 (at least 1.00) is not shown to be above 1.00, which guessing "
-                                          "or a constant answer gets"])):
+                                          "gets"])):
         zeros = np.zeros(60, int)
-        assert stats.degenerate(np.ones(60), zeros, zeros, zeros + options, low=1.0) == marked
+        assert stats.degenerate(np.ones(60), zeros, zeros + options, low=1.0) == marked
 
 
 def test_the_predicted_option_and_the_baseline() -> None:
     assert stats.most_predicted(np.array([2, 2, 0, 0, 0]), np.array([4, 4, 4, 1, 1])) == (2, pytest.approx(2 / 3))
     assert stats.most_predicted(np.array([0]), np.array([1])) == (-1, 0.0)
-    assert stats.baseline(np.array([0, 1, 1, 1]), np.array([2, 2, 2, 2])) == 0.75
-    assert stats.baseline(np.array([0, 0, 0]), np.array([2, 4, 4])) == pytest.approx(1 / 3)
-    assert stats.baseline(np.array([0]), np.array([0])) == 0
+    assert stats.baseline(np.array([2, 2, 2, 2]), 0.75) == 0.75
+    assert stats.baseline(np.array([2, 4, 4])) == pytest.approx(1 / 3)
+    assert stats.baseline(np.array([0])) == 0
 
 
 def test_an_oracle_with_few_values_is_marked() -> None:

@@ -237,39 +237,27 @@ def chance(num_options: Int[np.ndarray, " doc"]) -> float:
     return float(np.where(num_options > 0, 1 / np.maximum(num_options, 1), 0.0).mean())
 
 
-def constant_answer(gold: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, " doc"]) -> float:
-    """Accuracy of the best answer that is the same place for every document; NaN where options differ in number."""
-    if len(set(num_options.tolist())) != 1 or num_options[0] < 1:
-        return float("nan")
-    return float(np.bincount(gold).max() / len(gold))
-
-
-def baseline(
-    gold: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, " doc"], *, constant: float | None = None
-) -> float:
+def baseline(num_options: Int[np.ndarray, " doc"], constant: float | int = 0.0) -> float:
     """What a model gets without reading the documents: the better of guessing and the best constant answer.
 
     Args:
-        gold: Index of the right option.
         num_options: How many options each document has.
         constant: What the best answer gets that can be given to all documents, 0 where there is none: an option is
-            scored by its text, and its place is seen by nobody. Where texts are not known (None), the best place.
+            scored by its text, and its place is seen by nobody.
     """
-    # NaN where the options differ in number: then chance alone counts.
-    return float(np.nanmax([chance(num_options), constant_answer(gold, num_options) if constant is None else constant]))
+    return max(chance(num_options), float(constant))
 
 
 def degenerate(
-    correct: Float[np.ndarray, " doc"], prediction: Int[np.ndarray, " doc"], gold: Int[np.ndarray, " doc"],
-    num_options: Int[np.ndarray, " doc"], *, low: float, clusters: Clusters | None = None,
-    constant: float | None = None,
+    correct: Float[np.ndarray, " doc"], prediction: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, " doc"], *,
+    low: float, clusters: Clusters | None = None,
+    constant: float | int = 0.0,
 ) -> list[str]:
     """Why one model's result on one task says little: plain reasons, none if it is in order.
 
     Args:
         correct: The task's metric.
         prediction: Index of the option that the model took.
-        gold: Index of the right option.
         num_options: How many options each document has.
         low: Lower 95 % bound of the mean metric.
         clusters: The passage of each document: passages are then what must not be few.
@@ -281,12 +269,12 @@ def degenerate(
     if n < FEW_DOCUMENTS:
         found.append(f"{n} {what}, fewer than {FEW_DOCUMENTS}: intervals are wide and rough")
     option, share = most_predicted(prediction, num_options)
-    if constant != 0 and share >= CONSTANT_SHARE:
+    if constant > 0 and share >= CONSTANT_SHARE:
         found.append(f"option {option + 1} is the answer to {100 * share:.0f} % of the documents, whatever they say")
-    to_beat = baseline(gold, num_options, constant=constant)
+    to_beat = baseline(num_options, constant)
     if not low > to_beat:
         found.append(f"accuracy {correct.mean():.2f} (at least {low:.2f}) is not shown to be above {to_beat:.2f}, "
-                     f"which guessing{'' if constant == 0 else ' or a constant answer'} gets")
+                     f"which guessing{' or a constant answer' if constant > 0 else ''} gets")
     return found
 
 

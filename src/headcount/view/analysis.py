@@ -207,10 +207,9 @@ class Study:
         """What is known of each task, unseen ones (which are only pruned by others' orders) at the end."""
         return self.tasks | dict(self.description.get("unseen", {}))
 
-    def _constant(self, task: str) -> float | None:
-        """What the best answer gets that can be given to all documents, 0 if none; None where it was not looked at."""
-        found: float | None = self.known_tasks[task].get("constant_answer")
-        return found
+    def _constant(self, task: str) -> float:
+        """What the best answer gets that can be given to all documents, 0 if there is none."""
+        return float(self.known_tasks[task].get("constant_answer") or 0.0)
 
     @property
     def _aggregate(self) -> str:
@@ -255,7 +254,7 @@ class Study:
         rows = [{"task": task, "num_fewshot": k, "reason": reason}
                 for (task, k), full in groups(self._full_models, "task", "num_fewshot")
                 for reason in stats.degenerate(
-                    full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(), full["gold"].to_numpy(),
+                    full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(),
                     full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(),
                     low=compared([points_of(full, full)], [None])[0][None].low, constant=self._constant(str(task)))]
         return pd.DataFrame(rows, columns=_REASONS)

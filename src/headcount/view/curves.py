@@ -24,7 +24,7 @@ FREE_COLUMNS = ["task", "num_fewshot", "component", "order", "free_fraction", "f
 ByShots = Mapping[int, Mapping[str, Points]]
 
 
-def curve_points(evaluations: pd.DataFrame, tasks: Mapping[str, float | None]) -> dict[int, dict[str, Points]]:
+def curve_points(evaluations: pd.DataFrame, tasks: Mapping[str, float]) -> dict[int, dict[str, Points]]:
     """The evaluated documents of every number of shots and task that has its full model, with all points of curves.
 
     Args:

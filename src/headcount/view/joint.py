@@ -22,7 +22,7 @@ _OWN = ["gradient", "oracle"]
 
 
 def grid_table(
-    evaluations: pd.DataFrame, margin: float, parameters: int, constants: Mapping[str, float | None]
+    evaluations: pd.DataFrame, margin: float, parameters: int, constants: Mapping[str, float]
 ) -> pd.DataFrame:
     """`Study.grid()`: points where one of the two is 0 come from the curves, on the grid's documents.
 
@@ -39,7 +39,7 @@ def grid_table(
         of_task, full = _fewest_documents(of_task), same[same["order"] == "none"]
         if full.empty:
             continue
-        points = points_of(of_task, full, constant=constants.get(str(task)))
+        points = points_of(of_task, full, constant=constants.get(str(task), 0.0))
         steps = (set(of_task["fraction"]), set(of_task["ffn_fraction"]))
         curves = same[same["order"].isin(_OWN) & same["doc_id"].isin(of_task["doc_id"].unique())]
         for (component, fraction), of_point in groups(curves, "component", "fraction"):

@@ -77,7 +77,7 @@ class Compared:
     p: float
 
 
-def points_of(rows: pd.DataFrame, full: pd.DataFrame, *, constant: float | None = None) -> Points:
+def points_of(rows: pd.DataFrame, full: pd.DataFrame, *, constant: float = 0.0) -> Points:
     """The documents of one task and number of shots, without masks yet.
 
     Args:
@@ -86,7 +86,7 @@ def points_of(rows: pd.DataFrame, full: pd.DataFrame, *, constant: float | None 
         constant: What the best answer gets that can be given to all documents (`stats.baseline`).
     """
     full = full[full["doc_id"].isin(rows["doc_id"].unique())].sort_values("doc_id") if len(rows) else full
-    baseline = stats.baseline(full["gold"].to_numpy(), full["num_options"].to_numpy(), constant=constant)
+    baseline = stats.baseline(full["num_options"].to_numpy(), constant)
     return Points(full["correct"].to_numpy(np.float64), full["passage"].to_numpy(np.int64), baseline,
                   zlib.crc32(str(full["task"].iloc[0]).encode()))
 
