@@ -88,7 +88,7 @@ def correlations(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1,
             add(component, "reliability", "random", k, "random", k, 1.0)
         for task, (k, other) in itertools.product(_with_mean(tasks), itertools.combinations(shots, 2)):
             add(component, "shots", task, k, task, other, rng.uniform(0.4, 0.9) - 0.05 * abs(k - other))
-        for task, k in itertools.product(tasks, shots):
+        for task, k in itertools.product(_with_mean(tasks), shots):
             add(component, "shots", task, k, "random", -1, 0.01)
         add(component, "reliability", "random", -1, "random", -1, 1.0)
     frame = pd.DataFrame(rows)
@@ -135,7 +135,8 @@ def retained(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1, 5),
         for primitive, fraction in itertools.product(("prefix_matching", "copying"), np.arange(0.1, 1, 0.1).round(1)):
             bent = bend if primitive == "prefix_matching" else 1.1
             rows.append({"task": task, "num_fewshot": k, "primitive": primitive, "fraction": float(fraction),
-                         "retained": 1 - fraction**bent, "random_mean": 1 - fraction,
+                         "retained": 1 - fraction**bent, "low": 0.98 * (1 - fraction**bent),
+                         "high": min(1.0, 1.01 * (1 - fraction**bent)), "random_mean": 1 - fraction,
                          "random_low": 1 - fraction - 0.06,
                          "random_high": min(1.0, 1 - fraction + 0.06)})
     return pd.DataFrame(rows)
@@ -148,7 +149,8 @@ def among_important(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0,
     for (i, task), k, fraction in itertools.product(enumerate(_with_mean(tasks)), shots, (0.1, 0.2, 0.3)):
         common = int(0.75 * circuits) if task == "mean" else max(0, int(0.66 * circuits) - i)
         rows.append({"task": task, "num_fewshot": k, "fraction": fraction, "important": int(fraction * heads),
-                     "induction_heads": circuits, "common": common, "expected": circuits * fraction,
+                     "induction_heads": circuits, "common": common, "low": max(0, common - 1),
+                     "high": min(circuits, common + 1), "expected": circuits * fraction,
                      "p": 0.0004 if task == "mean" else 0.04, "p_fewer": 0.9})
     return pd.DataFrame(rows)
 
@@ -159,7 +161,36 @@ def top_sets(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1, 5),
         size = int(fraction * heads)
         common = int(0.3 * size)
         rows.append({"num_fewshot": k, "fraction": fraction, "size": size, "tasks": len(tasks), "common": common,
-                     "share": common / size, "expected": heads * fraction ** len(tasks), "pair_mean_share": 0.61})
+                     "share": common / size, "low": (common - 2) / size, "high": (common + 2) / size,
+                     "expected": heads * fraction ** len(tasks), "pair_mean_share": 0.61})
+    return pd.DataFrame(rows)
+
+
+def top_overlaps(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1, 5), heads: int = 270) -> pd.DataFrame:
+    """Pairs of tasks share half of their top heads; a fifth of those of the mean match prefixes, none copies."""
+    rows = []
+    for k, fraction in itertools.product(shots, (0.1, 0.2, 0.3)):
+        size = int(fraction * heads)
+        pairs = [(a, b, 0.5) for a, b in itertools.combinations(tasks, 2)]
+        pairs += [(task, "prefix_matching", 0.2) for task in _with_mean(tasks)]
+        pairs += [(task, "copying", 0.0) for task in _with_mean(tasks)]
+        for task, other, share in pairs:
+            common = int(share * size)
+            rows.append({"component": "head", "task": task, "other": other, "num_fewshot": k, "fraction": fraction,
+                         "size": size, "common": common, "low": max(0, common - 2), "high": common + 2,
+                         "expected": size * fraction, "p": 0.001 if share == 0.5 else 0.6,
+                         "p_fewer": 0.0002 if share == 0 else 0.55})
+    return pd.DataFrame(rows)
+
+
+def depth(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1, 5), known: bool = True) -> pd.DataFrame:
+    """Important heads lie in the middle third."""
+    rows = []
+    for task, k in itertools.product(_with_mean(tasks), shots):
+        for third, share in (("early", 0.1), ("middle", 0.75), ("late", 0.15)):
+            rows.append({"task": task, "num_fewshot": k, "fraction": 0.2, "third": third, "share": share,
+                         "low": share - 0.05 if known else np.nan, "high": share + 0.05 if known else np.nan,
+                         "expected": 1 / 3, "important": 54})
     return pd.DataFrame(rows)
 
 

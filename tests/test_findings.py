@@ -60,8 +60,10 @@ def test_induction_heads_are_counted_named_and_beside_random_weights() -> None:
     assert text.startswith(f"{len(best)} of 24 heads are induction heads (prefix matching of at least 0.4 and copying")
     assert f": L{top['layer']}H{top['head']}, " in text, "the strongest is named first"
     control = induction[induction["weights"] == "random"]
-    assert text.endswith(f"With random weights prefix matching is at most {control['prefix_matching'].max():.2g} and "
-                         f"copying {control['copying'].max():.2g}.")
+    assert text.endswith(f"With random weights 0 of 24 are: prefix matching is at most "
+                         f"{control['prefix_matching'].max():.2g} there and copying {control['copying'].max():.2g}.")
+    lax = induction.assign(induction=(induction["weights"] == "random") | induction["induction"])
+    assert "With random weights 24 of 24 are:" in primitives.induction_sentence(lax, frames.THRESHOLDS)
     unknown = induction.assign(induction=pd.Series(pd.NA, index=induction.index, dtype="boolean"))
     assert "was not measured" in primitives.induction_sentence(unknown, frames.THRESHOLDS)
     assert primitives.induction_sentence(induction.assign(induction=False), frames.THRESHOLDS).startswith("None of 24")
@@ -125,6 +127,7 @@ def test_shots_are_called_different_only_below_what_noise_allows() -> None:
     assert "1 shot" not in text, "the fewest and the most shots"
     assert "for the mean over tasks, from" in text
     assert "noise" not in text, "without reliabilities nothing is claimed"
+    assert "argsorts, which the paper's code takes, at 0.02 (median)" in text
 
 
 def test_the_best_and_the_worst_donor_are_found() -> None:
@@ -155,8 +158,11 @@ def test_unseen_tasks_stand_beside_the_full_model_and_a_random_order() -> None:
 
 def test_retained_is_more_than_random_only_outside_the_band() -> None:
     text = primitives.retained_sentence(frames.retained(TWO, (0, 5)))
-    assert "88 % of all prefix matching, more than random orders leave (50 %; 95 % of them 44 to 56 %)" in text
-    assert "53 % of all copying, within what random orders leave" in text
+    assert ("88 % of all prefix matching (86 to 88 %), more than random orders leave (50 %; 95 % of them 44 to 56 %)"
+            in text)
+    assert "53 % of all copying (52 to 54 %), within what random orders leave" in text
+    unknown = primitives.retained_sentence(frames.retained(TWO, (0, 5)).assign(low=np.nan, high=np.nan))
+    assert "88 % of all prefix matching, more than" in unknown
     less = primitives.retained_sentence(frames.retained(ONE, (0,)).assign(retained=0.1))
     assert "by importance on arc_easy" in less
     assert less.count("less than") == 2
@@ -164,24 +170,66 @@ def test_retained_is_more_than_random_only_outside_the_band() -> None:
 
 def test_sets_of_heads() -> None:
     text = primitives.among_important_sentence(frames.among_important(frames.TASKS[:4]))
-    assert "6 of the 8 induction heads are among the 54 heads (20 %) most important on the mean over tasks" in text
+    assert ("6 (95 % interval 5 to 7) of the 8 induction heads are among the 54 heads (20 %) most important on the "
+            "mean over tasks" in text)
     assert "chance gives 1.6 (p < 0.001 for so many, hypergeometric); on single tasks 2 to 5" in text
     none = frames.among_important(frames.TASKS[:4]).assign(common=0, p=1.0, p_fewer=0.19)
-    assert "0 of the 8 induction heads" in (text := primitives.among_important_sentence(none))
+    assert "0 (95 % interval 5 to 7) of the 8 induction heads" in (text := primitives.among_important_sentence(none))
     assert "chance gives 1.6 (p = 0.19 for so few, hypergeometric)" in text
     text = findings.top_sets_sentence(frames.top_sets(frames.TASKS[:4]))
-    assert "16 of each task's 54 most important heads (20 % of all) are common to all 4 tasks, chance gives 0.4" in text
+    assert ("16 (95 % interval 14 to 18) of each task's 54 most important heads (20 % of all) are common to all 4 "
+            "tasks, chance gives 0.4" in text)
     assert "common to both tasks, chance gives 10.8." in findings.top_sets_sentence(frames.top_sets(TWO))
     table = primitives.among_important_table(frames.among_important(TWO))
-    assert table["task"].tolist() == ["mean"] * 3 + [TWO[0]] * 3 + [TWO[1]] * 3, "one fraction, the mean first"
+    assert table["task"].tolist() == ["mean"] * 9 + [TWO[0]] * 3 + [TWO[1]] * 3, "of tasks one size, the mean first"
+    assert table["95 % interval"].iloc[0] == "5 to 7"
+    ranked = frames.among_important(TWO).replace({"task": {"mean": "mean of ranks"}})
+    assert "most important on the mean of ranks over tasks" in primitives.among_important_sentence(ranked)
+
+
+def test_pairs_of_top_sets_are_told_with_what_chance_gives() -> None:
+    overlaps = frames.top_overlaps(TWO, (0, 5))
+    assert primitives.overlap_sentence(overlaps) == (
+        "Of the 54 heads (20 %) most important on the mean over tasks 10 (8 to 12) are among the 54 highest on prefix "
+        "matching (p = 0.55 for so few), 0 (0 to 2) are among the 54 highest on copying (p < 0.001 for so few); chance "
+        "gives 10.8.")
+    table = primitives.overlap_table(overlaps)
+    assert table[["task", "and", "in both", "p of so many"]].to_numpy().tolist()[:3] == [
+        ["mean", "prefix matching", 10, "0.6"], ["mean", "copying", 0, "0.6"], [TWO[0], TWO[1], 27, "0.001"]]
+    assert set(table["shots"]) == {5}
+    assert primitives.overlap_sentence(overlaps[overlaps["other"] == TWO[1]]) == ""
+
+
+def test_all_induction_heads_are_listed_with_their_errors() -> None:
+    induction = frames.induction(20, 20, circuits=40)
+    found = int((induction["induction"] & (induction["weights"] == "trained")).sum())
+    table = primitives.induction_heads_table(induction.assign(previous_token_variance=np.nan))
+    assert len(table) == found >= 40
+    best = selection.induction_heads(induction).iloc[0]
+    assert table.loc[0, ["head", "prefix matching"]].tolist() == [
+        best["name"], f"{best['prefix_matching']:.3f} \N{PLUS-MINUS SIGN} {np.sqrt(0.001 / 98):.3f}"]
+    assert table.loc[0, "previous token"] == f"{best['previous_token']:.3f}"
+
+
+def test_the_scatter_is_told_as_it_is_drawn() -> None:
+    induction = frames.induction(6, 4, circuits=3)
+    trained = induction[induction["weights"] == "trained"]
+    high = [(trained[name] >= limit) for name, limit in frames.THRESHOLDS.items()]
+    text = primitives.scatter_sentence(induction, frames.THRESHOLDS)
+    assert text == (f"{high[0].sum()} of 24 heads reach the threshold of prefix matching, {high[1].sum()} that of "
+                    f"copying and {(high[0] & high[1]).sum()} both. Lines are the thresholds; beside the model the same "
+                    "shape with random weights, where nothing was learnt.")
+    alone = primitives.scatter_sentence(trained, frames.THRESHOLDS | {"copying": np.nan})
+    assert alone.endswith("The line is its threshold; random weights were not measured.")
 
 
 def test_depth_is_told_in_thirds() -> None:
-    table = frames.importance(TWO, (0, 5), 6, 10)
-    table["importance"] = np.where(table["layer"].isin([2, 3]), 1.0, 0.1) + 0.001 * table["head"]
-    text = findings.depth_sentence(table, "position")
-    assert "(12) lie by depth 0 % in the early third (single tasks 0 %), 100 % in the middle third" in text
+    text = findings.depth_sentence(frames.depth(TWO, (0, 5)))
+    assert ("With 5 shots, of the 20 % of the heads that matter most on the mean over tasks (54) lie by depth 10 % in "
+            "the early third (5 to 15; single tasks 10 %), 75 % in the middle third (70 to 80; single tasks "
+            "75 %)") in text
     assert "of all heads 33, 33, 33 % do" in text
+    assert "10 % in the early third, 75 %" in findings.depth_sentence(frames.depth(ONE, (5,), known=False))
 
 
 @pytest.mark.parametrize("text", [
@@ -199,7 +247,9 @@ def test_depth_is_told_in_thirds() -> None:
     primitives.among_important_sentence(frames.among_important()[:0]),
     primitives.among_important_sentence(frames.among_important(circuits=0)),
     findings.top_sets_sentence(frames.top_sets(ONE)),
-    findings.depth_sentence(frames.importance(), "no such score"),
+    findings.depth_sentence(frames.depth()[:0]),
+    primitives.overlap_sentence(frames.top_overlaps()[:0]),
+    primitives.scatter_sentence(frames.induction()[:0], frames.THRESHOLDS),
 ])
 def test_where_there_is_nothing_to_say_nothing_is_said(text: str) -> None:
     assert text == ""

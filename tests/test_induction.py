@@ -29,6 +29,7 @@ from headcount.measure.induction import induction_scores, randomised, split_half
 from headcount.model.anatomy import LayerAnatomy, find_anatomy
 from headcount.model.load import LoadedModel, wrap
 from headcount.results import InductionScores
+from headcount.specs import INDUCTION_TEXTS
 
 LENGTHS, REPEATS, SEEDS = (5, 8), 3, 2
 # Values that pass a norm or a gate before heads put them out.
@@ -290,7 +291,7 @@ def planted() -> LoadedModel:
     The residual stream has a part for the token, one for the position and one for the token before. L1H0 attends to
     its own position where nothing matches, and writes the token that it attends to.
     """
-    size, places, width = 24, 56, 160
+    size, places, width = 64, 56, 240
     model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=width, n_layer=2, n_head=2, n_positions=places,
                                        bos_token_id=0, eos_token_id=0))
     token, place, previous = 0, size, size + places
@@ -318,17 +319,20 @@ def planted() -> LoadedModel:
 
 
 def test_a_planted_induction_head_scores_1_and_the_others_0() -> None:
-    found = induction_scores(planted(), lengths=(4, 5), repeats=4, seeds=3)
+    lengths, repeats = (9, 13), 4
+    found = induction_scores(planted(), lengths=lengths, repeats=repeats, seeds=3)
     prefix, copying, previous, ov = (x.reshape(2, 2) for x in (found.prefix_matching, found.copying,
                                                                found.previous_token, found.ov_copying))
     assert prefix[1, 0] > 0.95
     assert copying[1, 0] > 0.95
     assert ov[1, 0] > 0.95
     assert previous[0, 0] > 0.95
-    # A head without weights attends to all alike: k of about k * length positions.
     assert max(prefix[0, 0], previous[1, 0]) < 0.1
-    assert max(prefix[0, 1], prefix[1, 1]) < 0.25
-    assert max(copying[0, 0], copying[0, 1], copying[1, 1]) == 0
+    # A head without weights attends to all alike: to one or more of the positions 0 to t.
+    alike = [np.mean([(t - 1) // n / (t + 1) for t in range(n + 1, repeats * n + 1)]) for n in lengths]
+    assert max(alike) < 0.1, "near 0"
+    np.testing.assert_allclose([prefix[0, 1], prefix[1, 1]], np.mean(alike), atol=1e-5)
+    assert max(copying[0, 0], copying[0, 1], copying[1, 1]) < 1e-3
     assert np.isnan(ov[0, 1])
     assert found.positions[2] == (1, 0)
 
@@ -375,7 +379,34 @@ def test_a_trained_model_grows_induction_heads() -> None:
     assert found.reliability["prefix_matching"] > 0.8
 
 
+def test_scores_cost_one_pass_per_text_and_one_row_of_logits() -> None:
+    loaded = wrap(tiny("llama"), reader(), "llama")
+    counts = []
+    for seeds in (1, 3):
+        tokens, rows, passes = list[int](), list[int](), list[int]()
+        hooks = [loaded.anatomy.layers[-1].block.register_forward_pre_hook(
+                     lambda module, args, seen=tokens: seen.append(args[0].shape[:2].numel())),
+                 loaded.model.get_output_embeddings().register_forward_hook(
+                     lambda module, args, out, seen=rows: seen.append(out.shape[:2].numel())),
+                 loaded.model.register_forward_pre_hook(lambda module, args, seen=passes: seen.append(1))]
+        induction_scores(loaded, lengths=LENGTHS, repeats=REPEATS, seeds=seeds)
+        for hook in hooks:
+            hook.remove()
+        counts.append((sum(tokens), sum(rows), len(passes)))
+    tokens, rows, passes = (more - few for few, more in zip(*counts, strict=True))
+    assert tokens == 2 * 2 * sum(1 + REPEATS * n for n in LENGTHS), "two more texts of either kind, each seen once"
+    assert rows == passes, "a single row of logits per pass, for the model's own sake"
+    assert counts[0][1] < VOCAB, "what norms do, and where the residual stream ends, is found without the vocabulary"
+
+
+def test_defaults_are_those_that_are_promised() -> None:
+    assert (induction.LENGTHS[0], induction.LENGTHS[-1], induction.REPEATS) == (25, 223, 4)
+    assert tuple(25 + 2 * i for i in range(100)) == induction.PAPER_LENGTHS
+    assert {"sound": (len(induction.LENGTHS), induction.SEEDS), "paper": (100, 1)} == INDUCTION_TEXTS
+
+
 def test_the_strongest_heads_of_a_real_model(smollm2: LoadedModel) -> None:
+    """At lengths 25, 75 and 125; at the default's, up to 223 tokens, longer texts bring some of these lower."""
     found = induction_scores(smollm2, lengths=(25, 75, 125), seeds=1)
     best = np.argsort(found.prefix_matching)[::-1][:3]
     assert [str(found.positions[i]) for i in best] == ["L18H6", "L17H3", "L17H4"]

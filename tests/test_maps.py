@@ -11,7 +11,7 @@ import pytest
 import vl_convert
 
 import synthetic_frames as frames
-from headcount.view import dots, maps
+from headcount.view import dots, maps, selection
 
 ONE, TWO = frames.TASKS[:1], frames.TASKS[:2]
 
@@ -121,11 +121,28 @@ def test_names_in_the_scatter_do_not_lie_on_one_another(seed: int) -> None:
     assert apart[~np.eye(len(places), dtype=bool)].all()
 
 
-def test_shots_are_compared_once_per_pair_and_never_with_random() -> None:
-    spec = drawn(dots.shots_dots(frames.correlations(TWO, (0, 1, 5))))
+def test_shots_are_compared_once_per_pair_beside_a_random_order() -> None:
+    spec = drawn(dots.shots_dots(frames.correlations(TWO, (0, 1, 5)).assign(score="position")))
+    random = [data for data in spec["datasets"].values() if data[0]["task"] == "random order"]
     for data in spec["datasets"].values():
+        if data in random:
+            assert {r["correlation"] for r in data} == {0.01}
+            continue
         assert len(data) == 3 * 3, "three pairs for two tasks and their mean"
         assert {r["pair"] for r in data} == {"no shots and 1 shot", "no shots and 5 shots", "1 shot and 5 shots"}
+    assert random
+
+
+def test_tasks_that_rank_alike_stand_together() -> None:
+    table = frames.correlations(frames.TASKS[:4], (5,))
+    a, b, c, d = frames.TASKS[:4]
+    near = {frozenset((a, d)): 0.95, frozenset((d, b)): 0.9, frozenset((a, b)): 0.85}
+    pairs = [near.get(frozenset(pair), 0.2) for pair in zip(table["task"], table["other_task"], strict=True)]
+    found = selection.alike_together(table.assign(correlation=pairs).query("component == 'head' and kind == 'tasks'"))
+    assert found in ([a, d, b, c], [b, d, a, c], [c, b, d, a], [c, a, d, b])
+    assert selection.alike_together(frames.correlations(TWO, (5,))) == list(TWO), "two are neighbours anyway"
+    unknown = frames.correlations(frames.TASKS[:4], (5,), known=False)
+    assert selection.alike_together(unknown[unknown["kind"] == "tasks"]) == []
 
 
 def test_unseen_tasks_start_at_the_full_model() -> None:
@@ -142,11 +159,11 @@ def test_retained_begins_with_everything() -> None:
         round(100 * (1 - 0.5**3.0), 2), round(100 * (1 - 0.5**1.1), 2)}
 
 
-def test_depth_counts_thirds() -> None:
-    found = list(rows_of(drawn(dots.depth_bars(frames.importance(TWO, (5,), 6, 4), "position"))))
+def test_depth_has_bars_over_tasks_with_intervals() -> None:
+    found = list(rows_of(drawn(dots.depth_bars(frames.depth(TWO, (5,))))))
     of_mean = [r for r in found if r["whole"]]
     assert [r["third"] for r in of_mean] == ["early", "middle", "late"]
-    assert sum(r["share"] for r in of_mean) == pytest.approx(100)
+    assert [(r["low"], r["share"], r["high"]) for r in of_mean] == [(5, 10, 15), (70, 75, 80), (10, 15, 20)]
     assert [r["expected"] for r in of_mean] == [33.3] * 3
 
 
@@ -161,7 +178,7 @@ def test_depth_counts_thirds() -> None:
     lambda: dots.shots_dots(frames.correlations(ONE, (0, 5))),
     lambda: dots.unseen_curves(frames.transfer(ONE, (0,)).query("donor == 'mean'"), "head"),
     lambda: dots.retained_curves(frames.retained(ONE, (0,)).assign(random_mean=np.nan)),
-    lambda: dots.depth_bars(frames.importance(ONE, (0,), 2, 2), "position"),
+    lambda: dots.depth_bars(frames.depth(ONE, (0,), known=False)),
 ])
 def test_small_and_unknown_frames_are_drawn(draw: Callable[[], Any]) -> None:
     assert any(rows_of(drawn(draw())))
@@ -180,4 +197,4 @@ def test_nothing_to_draw_is_none() -> None:
     assert dots.shots_dots(frames.correlations(known=False)) is None
     assert dots.unseen_curves(frames.transfer(unseen=()), "head") is None
     assert dots.retained_curves(none(frames.retained())) is None
-    assert dots.depth_bars(none(frames.importance()), "position") is None
+    assert dots.depth_bars(none(frames.depth())) is None

@@ -25,7 +25,8 @@ def test_retained_is_summed_head_by_head(aggregate: str) -> None:
     found = overlap.retained(SCORES, PRIMITIVES, fractions, draws=20, aggregate=aggregate)
     assert len(found) == 2 * 3 * 2 * len(fractions)
     for row in found.itertuples():
-        tasks = ["red", "green"] if row.task == "mean" else [row.task]
+        whole = row.task == ("mean" if aggregate == "mean" else "mean of ranks")
+        tasks = ["red", "green"] if whole else [row.task]
         scores = [SCORES[task, row.num_fewshot] for task in tasks]
         importance = sum(scores if aggregate == "mean" else map(rankdata, scores)) / len(tasks)
         gone = removal_order(importance)[: math.floor(row.fraction * 50 + 1e-9)]
@@ -55,6 +56,28 @@ def test_the_band_is_that_of_random_orders() -> None:
     assert found.groupby("primitive")["random_low"].nunique().eq(1).all(), "one band for every task"
     again = overlap.retained(SCORES, PRIMITIVES, [0.3], draws=4000)
     assert found.equals(again), "the draws are seeded"
+
+
+def test_intervals_are_those_of_the_same_counts_over_resampled_scores() -> None:
+    rng = np.random.default_rng(1)
+    resampled = {key: values + 0.1 * rng.normal(size=(40, 50)) for key, values in SCORES.items()}
+    flags = np.arange(50) % 7 == 0
+    whole = {**resampled, ("mean", 5): (resampled["red", 5] + resampled["green", 5]) / 2}
+    found = overlap.retained(SCORES, PRIMITIVES, [0.3], resampled=resampled).set_index(["task", "num_fewshot"])
+    among = overlap.induction_among_important(SCORES, flags, [0.3], resampled=resampled).set_index(
+        ["task", "num_fewshot"])
+    assert not found.isna().any(axis=None)
+    for key in (("red", 0), ("green", 5), ("mean", 5)):
+        drawn = []
+        for values in whole[key]:
+            left = removal_order(values)[15:]
+            drawn.append((PRIMITIVES["copying"][left].sum() / PRIMITIVES["copying"].sum(), flags[left[20:]].sum()))
+        spreads = 1.959964 * np.std(drawn, axis=0, ddof=1)
+        row = found[found["primitive"] == "copying"].loc[key]
+        assert row["high"] - row["retained"] == pytest.approx(spreads[0])
+        assert row["retained"] - row["low"] == pytest.approx(spreads[0])
+        assert among.loc[key, "high"] == pytest.approx(min(8, among.loc[key, "common"] + spreads[1]))
+        assert among.loc[key, "low"] == pytest.approx(max(0, among.loc[key, "common"] - spreads[1]))
 
 
 def test_nothing_to_retain_is_no_number() -> None:

@@ -7,12 +7,10 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import hypergeom, spearmanr
+from scipy.stats import spearmanr
 
 from headcount.errors import OptionError
-from headcount.masks import random_order, removal_order
+from headcount.masks import random_order
 from headcount.view import relations
 
 HEADS, DRAWS = 40, 30
@@ -195,7 +193,6 @@ def test_components_that_one_task_lacks_are_left_out_of_all() -> None:
 
 def test_little_or_nothing_is_no_error() -> None:
     assert relations.correlations({}).empty
-    assert relations.top_sets({}).empty
     assert relations.aggregates({}) == {}
     assert relations.correlations({("red", 0): np.arange(2.0), ("green", 0): np.arange(2.0)}).empty
     alone = relations.correlations({("red", 0): np.arange(9.0)})
@@ -205,33 +202,3 @@ def test_little_or_nothing_is_no_error() -> None:
     assert np.isnan(flat.set_index(["task", "other_task"]).loc[("red", "green"), "correlation"])
     with pytest.raises(OptionError, match="one length, not 4, 5"):
         relations.aggregates({("red", 0): np.arange(5.0), ("green", 0): np.arange(4.0)})
-
-
-@given(st.integers(2, 4), st.integers(4, 25), st.integers(0, 1000), st.floats(0, 1))
-def test_top_sets_are_counted(tasks: int, n: int, seed: int, fraction: float) -> None:
-    rng = np.random.default_rng(seed)
-    # Few values, so that ties are many: they go by position, as in pruning.
-    scores = {(f"task{i}", 1): rng.integers(0, 5, n).astype(float) for i in range(tasks)}
-    found = relations.top_sets(scores, [fraction])
-    size = int(np.floor(fraction * n + 1e-9))
-    if size == 0:
-        assert found.empty
-        return
-    tops = [set(removal_order(values)[n - size :]) for values in scores.values()]
-    row = found.iloc[0]
-    assert (row["num_fewshot"], row["size"], row["tasks"]) == (1, size, tasks)
-    assert row["common"] == len(set.intersection(*tops)) == round(row["share"] * size)
-    pairs = [len(a & b) / size for a, b in itertools.combinations(tops, 2)]
-    assert row["pair_mean_share"] == pytest.approx(np.mean(pairs))
-    assert row["expected"] == pytest.approx(n * (size / n) ** tasks)
-    if tasks == 2:
-        assert row["p"] == pytest.approx(sum(hypergeom.pmf(c, n, size, size) for c in range(int(row["common"]), n + 1)))
-    else:
-        assert np.isnan(row["p"])
-
-
-def test_planted_top_sets() -> None:
-    scores = {("red", 0): np.arange(10.0), ("green", 0): np.array([0.0, 1, 2, 3, 4, 9, 6, 7, 8, 5])}
-    found = relations.top_sets(scores, (0.05, 0.1, 0.3, 1.0)).set_index("fraction")
-    assert found.index.tolist() == [0.1, 0.3, 1.0], "a top set of no component says nothing"
-    assert found["common"].tolist() == [0, 2, 10]

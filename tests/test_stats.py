@@ -14,6 +14,21 @@ from headcount import ranks, stats
 from headcount.errors import OptionError
 
 
+def test_intervals_are_those_of_scipys_bootstrap() -> None:
+    values = np.random.default_rng(0).random((1, 80)) ** 3
+    ours = [float(x[0]) for x in stats.interval(stats.resampled_means(values, resamples=20_000))]
+    theirs = scipy.stats.bootstrap((values[0],), np.mean, n_resamples=20_000, method="percentile", rng=1)
+    np.testing.assert_allclose(ours, theirs.confidence_interval, atol=0.003)
+
+
+def test_intervals_around_are_as_wide_as_replicates_spread() -> None:
+    replicates = np.random.default_rng(0).normal(0.2, [0.1, 0.3], (4000, 2))
+    low, high = stats.around(np.array([0.5, 0.5]), replicates)
+    np.testing.assert_allclose(high - 0.5, [0.196, 0.588], rtol=0.05)
+    np.testing.assert_allclose(0.5 - low, high - 0.5)
+    assert np.isnan(stats.around(0.5, replicates[:1, 0])).all(), "one draw has no spread"
+
+
 def test_resampled_means_are_means_of_documents_drawn_with_replacement() -> None:
     values = np.array([[0.0, 1.0, 2.0, 7.0]])
     samples = stats.resampled_means(values, seed=3, resamples=20_000)[0]
@@ -83,7 +98,8 @@ def test_chance_and_the_constant_answer() -> None:
     assert stats.baseline(options, 0.4) == 0.4
     right = np.ones(60)
     assert stats.degenerate(right, first, options, low=0.99) == []
-    assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0)) == 2
+    assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0, places=[0])) == 2
+    assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0)) == 1, "one place, different answers"
 
 
 def test_no_documents_no_interval() -> None:
@@ -274,7 +290,7 @@ def test_degenerate_results_are_marked() -> None:
     assert stats.degenerate((right == gold).astype(float), right, options, low=0.85, constant=0.53) == []
     constant = np.where(np.arange(200) < 192, 1, 0)  # 96 %
     correct = (constant == gold).astype(float)
-    reasons = stats.degenerate(correct, constant, options, low=0.45, constant=0.53)
+    reasons = stats.degenerate(correct, constant, options, low=0.45, constant=0.53, places=[0, 1])
     assert reasons[0] == "option 2 is the answer to 96 % of the documents, whatever they say"
     assert reasons[1].startswith(f"accuracy {correct.mean():.2f} (at least 0.45) is not shown to be above")
     few = stats.degenerate((right == gold).astype(float), right, options, low=0.85, clusters=np.arange(200) // 5)

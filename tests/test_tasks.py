@@ -354,15 +354,16 @@ def test_malformed_bare_documents_are_told_by_line(tmp_path: Path, doc: dict[str
 
 def test_whether_one_answer_can_be_given_to_all_documents(tmp_path: Path) -> None:
     own: list[dict[str, object]] = [{"context": str(i), "options": [f"a{i}", "b"], "gold": 0} for i in range(3)]
-    assert constant_answer(get_tasks([str(bare(tmp_path / "own.jsonl", own))])["own"], 3) == 0
+    assert constant_answer(get_tasks([str(bare(tmp_path / "own.jsonl", own))])["own"], 3) == (0, [])
     same = [{**doc, "options": ["yes", "no"]} for doc in own]
-    assert constant_answer(get_tasks([str(bare(tmp_path / "same.jsonl", same))])["same"], 3) == 1
+    assert constant_answer(get_tasks([str(bare(tmp_path / "same.jsonl", same))])["same"], 3) == (1, [0, 1])
     # By the answer's text, wherever it stands, and without what is the document's own.
     mixed = [{"context": "a", "options": ["so yes", "so no"], "gold": 0},
              {"context": "b", "options": ["but no", "but yes"], "gold": 1},
              {"context": "c", "options": ["yes", "no", "maybe"], "gold": 1}]
-    assert constant_answer(get_tasks([str(bare(tmp_path / "mixed.jsonl", mixed))])["mixed"], 3) == pytest.approx(2 / 3)
-    assert constant_answer(get_tasks(["icl_plural"])["icl_plural"], 60) == 0
+    task = get_tasks([str(bare(tmp_path / "mixed.jsonl", mixed))])["mixed"]
+    assert constant_answer(task, 3) == (pytest.approx(2 / 3), [])
+    assert constant_answer(get_tasks(["icl_plural"])["icl_plural"], 60) == (0, [])
 
 
 def test_a_constant_answer_to_a_question_is_right_when_it_is_to_all_its_answers(shared: Path) -> None:
@@ -371,13 +372,14 @@ def test_a_constant_answer_to_a_question_is_right_when_it_is_to_all_its_answers(
     for prompt in task.prompts("evaluation", limit=100):
         wholes.setdefault((prompt.doc["idx"]["paragraph"], prompt.doc["idx"]["question"]), []).append(prompt.gold)
     best = max(sum(set(gold) == {answer} for gold in wholes.values()) for answer in (0, 1))
-    assert constant_answer(task, 100) == pytest.approx(best / len(wholes))
+    assert constant_answer(task, 100) == (pytest.approx(best / len(wholes)), [0, 1])
 
 
 @pytest.mark.parametrize("name", ["multirc", "boolq", "winogrande", "lambada_openai", "copa"])
 def test_constant_answers_to_the_papers_tasks(shared: Path, name: str) -> None:
     task = get_tasks([name], data=shared)[name]
-    found = constant_answer(task, 100)
+    found, places = constant_answer(task, 100)
+    assert places == ([0, 1] if name in ("multirc", "boolq") else [])
     if name in ("multirc", "boolq"):
         gold = [prompt.gold for prompt in task.prompts("evaluation", limit=100)]
         assert found == pytest.approx(np.bincount(gold).max() / 100)

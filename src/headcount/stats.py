@@ -13,11 +13,12 @@ with n documents a share of about 3 / n may well change unseen. Callers mark suc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import binom, hypergeom, rankdata
+from scipy.stats import binom, hypergeom, norm, rankdata
 
 from headcount.errors import OptionError
 
@@ -83,6 +84,30 @@ def interval(
     """Lower and upper bound of each row's percentile interval."""
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=1)
     return low, high
+
+
+def around(
+    value: Float[np.ndarray, "*shape"] | float, resampled: Float[np.ndarray, resample *shape], level: float = LEVEL
+) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+    """Interval of what orders of noisy scores give (ranks, shares of sets): centred, as wide as replicates spread.
+
+    A replicate of such scores carries their noise and its own on top, so that its order is further from the truth than
+    the measured one, and percentiles would be of something else (see `headcount.ranks`). The interval is the value plus
+    and minus 1.96 standard deviations over replicates.
+
+    Args:
+        value: What was measured.
+        resampled: The same of every draw of documents.
+        level: Of the interval.
+
+    Returns:
+        Lower and upper bound; NaN where there are fewer than two draws.
+    """
+    if len(resampled) < 2:
+        unknown = np.full(np.shape(value), np.nan)
+        return unknown, unknown
+    reach = float(norm.ppf((1 + level) / 2)) * resampled.std(axis=0, ddof=1)
+    return np.asarray(value - reach), np.asarray(value + reach)
 
 
 def free_fraction(
@@ -184,6 +209,7 @@ def holm(p: Float[np.ndarray, " point"]) -> Float[np.ndarray, " point"]:
     return corrected
 
 
+@functools.lru_cache(maxsize=100_000)
 def hypergeometric_overlap(total: int, set_a: int, set_b: int, common: int) -> tuple[float, float, float]:
     """How surprising it is that two sets have so much in common.
 
@@ -250,8 +276,7 @@ def baseline(num_options: Int[np.ndarray, " doc"], constant: float | int = 0.0) 
 
 def degenerate(
     correct: Float[np.ndarray, " doc"], prediction: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, " doc"], *,
-    low: float, clusters: Clusters | None = None,
-    constant: float | int = 0.0,
+    low: float, clusters: Clusters | None = None, constant: float | int = 0.0, places: Collection[int] = (),
 ) -> list[str]:
     """Why one model's result on one task says little: plain reasons, none if it is in order.
 
@@ -262,6 +287,8 @@ def degenerate(
         low: Lower 95 % bound of the mean metric.
         clusters: The passage of each document: passages are then what must not be few.
         constant: As in `baseline`.
+        places: The options that say the same in all documents, by index: one of them can be a constant answer, while
+            others, taken always, are different answers.
     """
     found: list[str] = []
     n = len(correct) if clusters is None else len(np.unique(clusters))
@@ -269,7 +296,7 @@ def degenerate(
     if n < FEW_DOCUMENTS:
         found.append(f"{n} {what}, fewer than {FEW_DOCUMENTS}: intervals are wide and rough")
     option, share = most_predicted(prediction, num_options)
-    if constant > 0 and share >= CONSTANT_SHARE:
+    if option in places and share >= CONSTANT_SHARE:
         found.append(f"option {option + 1} is the answer to {100 * share:.0f} % of the documents, whatever they say")
     to_beat = baseline(num_options, constant)
     if not low > to_beat:

@@ -205,7 +205,7 @@ class Runner:
             facts.name: {"fingerprint": facts.fingerprint, "metric": self.tasks[facts.name].metric,
                          "documents": min(facts.documents.values(), default=None),
                          "examples": min(facts.examples.values(), default=None),
-                         "constant_answer": self._constant_answer(facts),
+                         **self._constant_answer(facts),
                          "notes": list(self.tasks[facts.name].notes)}
             for facts in self.facts
         }
@@ -231,11 +231,12 @@ class Runner:
             "versions": versions(),
         }
 
-    def _constant_answer(self, facts: TaskFacts) -> float | None:
+    def _constant_answer(self, facts: TaskFacts) -> dict[str, Any]:
         from headcount.measure.constant import constant_answer
 
         documents = min(facts.documents.values(), default=None)
-        return None if documents is None else constant_answer(self.tasks[facts.name], documents)
+        found = (None, None) if documents is None else constant_answer(self.tasks[facts.name], documents)
+        return dict(zip(("constant_answer", "constant_places"), found, strict=True))
 
     def _do(self, planned: PlannedJob) -> None:
         started = time.monotonic()

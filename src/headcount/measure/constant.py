@@ -16,25 +16,30 @@ from headcount.measure.tasks import Prompt, Task
 _MOST = 1000
 
 
-def constant_answer(task: Task, documents: int) -> float:
-    """The best accuracy of one answer to all evaluated documents (the first ones); 0 where there is none.
+def constant_answer(task: Task, documents: int) -> tuple[float, list[int]]:
+    """The best accuracy of one answer to all evaluated documents (the first ones), 0 where there is none.
 
     Args:
         task: The task; where a question counts as a whole (protocol "paper"), all its documents must be right.
         documents: How many are evaluated.
+
+    Returns:
+        The accuracy, and the options, by index, that are such an answer at the same place in all documents.
     """
     if task.is_produced:
-        return 0.0
+        return 0.0, []
     # Most tasks have none, which two documents tell.
     for limit in (min(2, documents), min(_MOST, documents)):
         prompts = task.prompts("evaluation", limit=limit)
         options = [_options(prompt) for prompt in prompts]
         answers = set.intersection(*map(set, options))
         if not answers:
-            return 0.0
-    return max(_accuracy(task, prompts, [own[prompt.gold] == answer for own, prompt in zip(options, prompts,
+            return 0.0, []
+    best = max(_accuracy(task, prompts, [own[prompt.gold] == answer for own, prompt in zip(options, prompts,
                                                                                            strict=True)])
                for answer in answers)
+    same = [place for place, texts in enumerate(zip(*options, strict=False)) if len(set(texts)) == 1]
+    return best, same
 
 
 def _options(prompt: Prompt) -> list[str]:

@@ -7,7 +7,6 @@ over tasks, its interval from documents drawn within each task. Several random o
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,21 @@ from headcount.errors import StudyError
 from headcount.ledger import Entry, Ledger
 from headcount.tables import induction_entries
 from headcount.view.curves import curve_points, curve_table, free_table
+from headcount.view.entries import IMPORTANCE, evaluation_rows, importance_rows, induction_rows
 from headcount.view.joint import grid_table, transfer_table
 from headcount.view.points import MEAN, Points, compared, finished, groups, points_of
-from headcount.view.scores import among_important_table, correlation_table, retained_table, top_table
+from headcount.view.scores import (
+    aggregate_table,
+    agreement_table,
+    among_important_table,
+    correlation_table,
+    depth_table,
+    overlap_table,
+    retained_table,
+    top_table,
+)
 
-_LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fraction", "layer", "head", "heads_removed",
-           "ffns_removed", "parameters_removed")
-_IMPORTANCE = ["task", "num_fewshot", "component", "layer", "head", "method", "score", "importance", "stderr",
-               "num_examples"]
 _REASONS = ["task", "num_fewshot", "reason"]
-_AGREEMENT = ["task", "num_fewshot", "component", "score", "oracle", "correlation", "low", "high", "components"]
 
 
 def open_study(folder: str | Path) -> Study:
@@ -93,7 +97,21 @@ class Study:
         "oracle"); score ("position", "example" in nats; "accuracy" and "gold_loglikelihood" as what is lost);
         importance; stderr (over examples, those of a passage together); num_examples.
         """
-        return self._importance[_IMPORTANCE].copy()
+        return self._importance[IMPORTANCE].copy()
+
+    def aggregate_importance(self) -> pd.DataFrame:
+        """Importance over tasks: one row per component and score, for their mean and for the mean of their ranks.
+
+        Columns: task ("mean", the paper's aggregate, and "mean of ranks", 0..1; with one task alone that one);
+        num_fewshot; component; layer; head; method; score; importance; stderr (of the mean over these very tasks); rank
+        (1 goes last) with the ends rank_low, rank_high of its 95 % interval over documents, in whole ranks. Components
+        that a task lacks have none. The last `--aggregate` orders by one of the two.
+        """
+        return self._aggregate_importance.copy()
+
+    def depth(self) -> pd.DataFrame:
+        """In which layers the most important fifth of the heads lies; columns as in `headcount.view.tops.depth`."""
+        return self._depth.copy()
 
     def agreement(self) -> pd.DataFrame:
         """How well gradient scores rank components as their oracle does: one row per task, shots, component and score.
@@ -102,18 +120,7 @@ class Study:
         "gold_loglikelihood" lost); correlation (Spearman) with its 95 % interval low, high, over components; components
         (how many both methods scored). The oracle's own noise, few documents and few distinct values, lowers it.
         """
-        rows: list[dict[str, Any]] = []
-        for (task, k, component), of_task in groups(self._importance, "task", "num_fewshot", "component"):
-            wide = of_task.pivot_table(index=["layer", "head"], columns=["method", "score"], values="importance",
-                                       dropna=False).dropna(axis=1, how="all")
-            for score, lost in itertools.product(("position", "example"), ("accuracy", "gold_loglikelihood")):
-                if ("gradient", score) in wide and ("oracle", lost) in wide:
-                    both = wide[[("gradient", score), ("oracle", lost)]].dropna().to_numpy()
-                    rho, low, high = stats.rank_correlation(both[:, 0], both[:, 1])
-                    rows.append({"task": task, "num_fewshot": k, "component": component, "score": score,
-                                 "oracle": lost, "correlation": rho, "low": low, "high": high,
-                                 "components": len(both)})
-        return pd.DataFrame(rows, columns=_AGREEMENT)
+        return agreement_table(self._importance)
 
     def curves(self) -> pd.DataFrame:
         """One row per task, number of shots, component, order and fraction; task "mean" is the mean over tasks.
@@ -170,12 +177,21 @@ class Study:
         return self._correlations.copy()
 
     def top_sets(self) -> pd.DataFrame:
-        """How much the top heads, and FFNs, of different tasks have in common.
+        """How much the top heads, and FFNs, of all tasks have in common.
 
-        Columns: component; and those of `headcount.view.relations.top_sets`: num_fewshot, fraction, size, tasks,
-        common, share, expected, pair_mean_share, p.
+        Columns: component; and those of `headcount.view.tops.top_sets`: num_fewshot, fraction, size, tasks, common,
+        share with its 95 % interval low, high, expected, pair_mean_share.
         """
         return top_table(self._importance, self.ordering_scores, self.tie_scores)
+
+    def top_overlaps(self) -> pd.DataFrame:
+        """How much the top heads, and FFNs, of two tasks have in common, and the top heads with induction scores.
+
+        Columns: component; and those of `headcount.view.tops.top_overlaps`: task (and the aggregate, for heads), other
+        (another task, or "prefix_matching", "copying": the heads highest on it), num_fewshot, fraction, size, common
+        with its 95 % interval low, high, expected, p, p_fewer.
+        """
+        return self._top_overlaps.copy()
 
     def induction(self) -> pd.DataFrame:
         """Induction scores of every head: one row per head and weights.
@@ -190,17 +206,18 @@ class Study:
     def retained(self) -> pd.DataFrame:
         """Which share of prefix matching, and of copying, is left as heads go; `headcount.view.overlap.retained`.
 
-        Columns: task (and "mean"); num_fewshot; primitive; fraction of heads removed; retained; random_mean,
-        random_low, random_high (of random orders).
+        Columns: task (and the aggregate, "mean" or "mean of ranks"); num_fewshot; primitive; fraction of heads removed;
+        retained with its 95 % interval low, high; random_mean, random_low, random_high (of random orders).
         """
         return self._retained.copy()
 
     def induction_among_important(self) -> pd.DataFrame:
         """How many induction heads are among the important ones; `headcount.view.overlap.induction_among_important`.
 
-        Columns: task (and "mean"); num_fewshot; fraction; important; induction_heads; common; expected; p; p_fewer.
+        Columns: task (and the aggregate); num_fewshot; fraction; important; induction_heads; common with its 95 %
+        interval low, high; expected; p; p_fewer.
         """
-        return among_important_table(self._importance, self.ordering_scores["head"], self._induction, self._aggregate)
+        return self._among_important.copy()
 
     @property
     def known_tasks(self) -> dict[str, dict[str, Any]]:
@@ -256,7 +273,8 @@ class Study:
                 for reason in stats.degenerate(
                     full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(),
                     full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(),
-                    low=compared([points_of(full, full)], [None])[0][None].low, constant=self._constant(str(task)))]
+                    low=compared([points_of(full, full)], [None])[0][None].low, constant=self._constant(str(task)),
+                    places=self.known_tasks[str(task)].get("constant_places") or ())]
         return pd.DataFrame(rows, columns=_REASONS)
 
     @functools.cached_property
@@ -284,6 +302,10 @@ class Study:
                               self._aggregate)
 
     @functools.cached_property
+    def _among_important(self) -> pd.DataFrame:
+        return among_important_table(self._importance, self.ordering_scores["head"], self._induction, self._aggregate)
+
+    @functools.cached_property
     def _induction_entries(self) -> dict[str, Entry]:
         """By weights; see `headcount.tables.induction_entries`."""
         entries = (entry for entry in self._ledger.entries("induction") if self._is_of_model(entry.job))
@@ -291,21 +313,7 @@ class Study:
 
     @functools.cached_property
     def _induction(self) -> pd.DataFrame:
-        columns = ["layer", "head", "prefix_matching", "copying", "previous_token", "ov_copying", "induction",
-                   "weights", "protocol", "sequences"]
-        chosen = self._induction_entries
-        if not chosen:
-            return pd.DataFrame(columns=columns)
-        table = pd.concat([entry.table.assign(weights=weights, protocol=entry.job["protocol"],
-                                              sequences=entry.info["sequences"])
-                           for weights, entry in sorted(chosen.items(), reverse=True)], ignore_index=True)
-        limits = self.induction_thresholds
-        high = np.logical_and.reduce([table[name] >= least for name, least in limits.items()])
-        # Not known before the control is measured that copying's threshold hangs on.
-        table["induction"] = pd.array(high, "boolean") if not np.isnan(limits["copying"]) else pd.NA
-        table["induction"] = table["induction"].astype("boolean")
-        ordered: pd.DataFrame = table[[*columns, *(c for c in table if c not in columns)]]
-        return ordered
+        return induction_rows(self._induction_entries, self.induction_thresholds)
 
     def _entries(self, kind: str) -> list[Entry]:
         """By task and number of shots, in the study's order: the ledger's is that of hashes."""
@@ -319,34 +327,23 @@ class Study:
 
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
-        frames, aggregate = [], self._aggregate
-        for number, entry in enumerate(self._entries("evaluation")):
-            # An aggregate may have been taken of scores first and of ranks later; the last one asked for is shown.
-            if entry.job["curve"].get("aggregate", aggregate) != aggregate:
-                continue
-            labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
-            labels.insert(0, "mask", range(len(labels)))
-            for name in ("split", "num_fewshot", "task"):
-                labels.insert(1, name, entry.job[name])
-            labels = labels.assign(job=number, members=len(entry.job["curve"].get("importance", ())))
-            frames.append(labels.merge(entry.table, on="mask").drop(columns="mask"))
-        columns = ["task", "num_fewshot", "split", *_LABELS, "job", "members", "doc_id", "passage", "correct"]
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+        return evaluation_rows(self._entries("evaluation"), self._aggregate)
 
     @functools.cached_property
     def _importance(self) -> pd.DataFrame:
-        frames = []
-        for entry in self._entries("importance"):
-            known = {"task": entry.job["task"], "num_fewshot": entry.job["num_fewshot"],
-                     "method": entry.job["method"], "num_examples": entry.info["num_examples"]}
-            frames.append(entry.table.assign(**known))
-        if not frames:
-            return pd.DataFrame(columns=_IMPORTANCE)
-        table = pd.concat(frames, ignore_index=True)
-        # Oracles of a sample of heads and of all of them may both be there.
-        table = table.drop_duplicates(["task", "num_fewshot", "component", "layer", "head", "method", "score"])
-        table["head"] = table["head"].astype("Int64").where(table["component"] == "head")
-        return table
+        return importance_rows(self._entries("importance"))
+
+    @functools.cached_property
+    def _aggregate_importance(self) -> pd.DataFrame:
+        return aggregate_table(self._importance, self.ordering_scores, self.tie_scores)
+
+    @functools.cached_property
+    def _depth(self) -> pd.DataFrame:
+        return depth_table(self._importance, self.spec["head_score"], self._aggregate)
+
+    @functools.cached_property
+    def _top_overlaps(self) -> pd.DataFrame:
+        return overlap_table(self._importance, self.ordering_scores, self.tie_scores, self._induction, self._aggregate)
 
     @functools.cached_property
     def distinct_values(self) -> dict[tuple[str, int], int]:

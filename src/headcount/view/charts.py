@@ -165,8 +165,8 @@ def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["order"] != "none"]
     columns = ["task", "accuracy", "low", "high", "removed", "parameters_removed", "difference"]
     return rows[columns].round(4).assign(
-        percent=(100 * rows["fraction"]).round(2), by=rows["order"].map(_BY),
-        shots=rows["num_fewshot"].map(shots))
+        p=rows["p"].map(lambda p: float(f"{p:.2g}")), percent=(100 * rows["fraction"]).round(2),
+        by=rows["order"].map(_BY), shots=rows["num_fewshot"].map(shots))
 
 
 def fewest_first(names: Iterable[str]) -> list[str]:
@@ -197,7 +197,8 @@ def _curve_tooltip() -> list[alt.Tooltip]:
             alt.Tooltip("percent:Q", title="removed (%)"), alt.Tooltip("removed:Q", title="how many"),
             alt.Tooltip("parameters_removed:Q", title="parameters", format=","),
             alt.Tooltip("accuracy:Q", format=".3f"), alt.Tooltip("low:Q", format=".3f"),
-            alt.Tooltip("high:Q", format=".3f"), alt.Tooltip("difference:Q", format="+.3f")]
+            alt.Tooltip("high:Q", format=".3f"), alt.Tooltip("difference:Q", format="+.3f"),
+            alt.Tooltip("p:Q", title="p of the difference", format=".2g")]
 
 
 def _with_mean(rows: pd.DataFrame) -> pd.DataFrame:

@@ -16,16 +16,16 @@ from headcount.view.charts import COMPONENTS, PALETTE, Chart, dressed
 from headcount.view.points import MEAN
 from headcount.view.relations import RANDOM
 from headcount.view.selection import (
+    AGGREGATES,
     PRIMITIVES,
-    THIRDS,
     between_shots,
-    depth,
     induction_heads,
     of_score,
     summary,
     tasks_first,
     transferred,
 )
+from headcount.view.tops import THIRDS
 from headcount.view.words import shots
 
 _SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
@@ -97,28 +97,37 @@ def shots_dots(correlations: pd.DataFrame, *, scores: Mapping[str, str] | None =
     """
     panels = []
     for component, title in COMPONENTS.items():
-        rows = between_shots(of_score(correlations, component, (scores or {}).get(component)))
+        of_component = of_score(correlations, component, (scores or {}).get(component))
+        rows = between_shots(of_component)
         if rows["correlation"].notna().any():
-            panels.append(_shots_panel(rows).properties(title=f"{title[0].upper()}{title[1:]}", width=330))
+            panels.append(_shots_panel(rows, _beside_random(of_component, rows["task"])).properties(
+                title=f"{title[0].upper()}{title[1:]}", width=330))
     if not panels:
         return None
     return dressed(alt.hconcat(*panels)).configure_legend(orient="top", **charts.LEGEND)
 
 
-def _shots_panel(rows: pd.DataFrame) -> Chart:
+def _beside_random(rows: pd.DataFrame, tasks: pd.Series) -> pd.DataFrame:
+    """A random order held against the mean over tasks (or the only one), a row per number of shots."""
+    whole = MEAN if (tasks == MEAN).any() else tasks.iloc[0]
+    rows = rows[(rows["kind"] == "shots") & (rows["task"] == whole) & (rows["other_task"] == RANDOM)]
+    pairs = [f"{whole}, {shots(k)}, and a random order" for k in rows["num_fewshot"]]
+    return rows.assign(task=f"{RANDOM} order", pair=pairs)[["task", "pair", "correlation", "low", "high"]].round(4)
+
+
+def _shots_panel(rows: pd.DataFrame, random: pd.DataFrame) -> Chart:
     rows = rows.sort_values(["num_fewshot", "other_shots"], kind="stable")
     data = pd.DataFrame({"task": rows["task"], "correlation": rows["correlation"], "low": rows["low"],
                          "high": rows["high"], "pair": [f"{shots(a)} and {shots(b)}" for a, b in zip(
                              rows["num_fewshot"], rows["other_shots"], strict=True)]}).round(4)
     pairs, tasks = list(dict.fromkeys(data["pair"])), tasks_first(rows["task"])
     summaries = [name for name in tasks if name.startswith(MEAN)]
-    low = min(0.0, float(data[["low", "correlation"]].min().min()))
-    base = alt.Chart(data).encode(
-        y=alt.Y("task:N", title=None, sort=[*summaries, *(t for t in tasks if t not in summaries)],
-                scale=alt.Scale(paddingInner=0.25),
-                axis=alt.Axis(domain=False, ticks=False, grid=True, labelFontWeight=alt.ExprRef(
-                    expr=f"indexof({summaries}, datum.label) >= 0 ? 'bold' : 'normal'"))),
-        yOffset=alt.YOffset("pair:N", sort=pairs))
+    low = min(0.0, float(data[["low", "correlation"]].min().min()), float(random["low"].min()))
+    y = alt.Y("task:N", title=None, scale=alt.Scale(paddingInner=0.25),
+              sort=[*summaries, *(t for t in tasks if t not in summaries), f"{RANDOM} order"],
+              axis=alt.Axis(domain=False, ticks=False, grid=True, labelFontWeight=alt.ExprRef(
+                  expr=f"indexof({summaries}, datum.label) >= 0 ? 'bold' : 'normal'")))
+    base = alt.Chart(data).encode(y=y, yOffset=alt.YOffset("pair:N", sort=pairs))
     colour = alt.Color("pair:N", title=None, scale=alt.Scale(domain=pairs, range=PALETTE[: len(pairs)]))
     shape = alt.Shape("pair:N", title=None, scale=alt.Scale(domain=pairs, range=_SHAPES[: len(pairs)]))
     x = alt.X("correlation:Q", title="rank correlation of importance", scale=alt.Scale(domain=[low, 1]))
@@ -128,7 +137,13 @@ def _shots_panel(rows: pd.DataFrame) -> Chart:
                  alt.Tooltip("low:Q", format=".3f"), alt.Tooltip("high:Q", format=".3f")])
     lines = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6).encode(
         x="low:Q", x2="high:Q", color=colour)
-    return alt.layer(lines, dots).properties(height=alt.Step(max(8, 22 // max(1, len(pairs)))))
+    grey = alt.Chart(random).encode(y=y)
+    band = grey.mark_rule(color="#bbb", strokeWidth=5).encode(x="low:Q", x2="high:Q")
+    beside = grey.mark_tick(color="#555", thickness=2).encode(
+        x=x, tooltip=[alt.Tooltip("pair:N", title="what"), alt.Tooltip("correlation:Q", format=".3f"),
+                      alt.Tooltip("low:Q", title="95 % of random orders from", format=".3f"),
+                      alt.Tooltip("high:Q", title="to", format=".3f")])
+    return alt.layer(band, beside, lines, dots).properties(height=alt.Step(max(8, 22 // max(1, len(pairs)))))
 
 
 def unseen_curves(transfer: pd.DataFrame, component: str) -> Chart:
@@ -188,10 +203,11 @@ def retained_curves(retained: pd.DataFrame) -> Chart:
 
 def _retained_panel(rows: pd.DataFrame, bold: str) -> Chart:
     starts = rows.drop_duplicates(["task", "num_fewshot"]).assign(
-        fraction=0.0, retained=1.0, random_mean=1.0, random_low=1.0, random_high=1.0)
+        fraction=0.0, retained=1.0, low=1.0, high=1.0, random_mean=1.0, random_low=1.0, random_high=1.0)
     rows = pd.concat([starts, rows[rows["fraction"] > 0]], ignore_index=True)
     data = pd.DataFrame({"task": rows["task"], "shots": rows["num_fewshot"].map(shots),
-                         "removed": 100 * rows["fraction"], "left": 100 * rows["retained"]}).round(2)
+                         "removed": 100 * rows["fraction"], "left": 100 * rows["retained"], "low": 100 * rows["low"],
+                         "high": 100 * rows["high"]}).round(2)
     grey = rows[(rows["task"] == bold) & rows["random_mean"].notna()].groupby("fraction", as_index=False)[
         ["random_mean", "random_low", "random_high"]].mean()
     grey = (100 * grey).round(2).assign(name="random orders (95 %)")
@@ -210,7 +226,9 @@ def _retained_panel(rows: pd.DataFrame, bold: str) -> Chart:
                        legend=alt.Legend(symbolOpacity=1))
     shape = alt.Shape("shots:N", title=None, scale=alt.Scale(domain=names, range=_SHAPES[: len(names)]))
     tooltip = ["task:N", "shots:N", alt.Tooltip("removed:Q", title="heads removed (%)"),
-               alt.Tooltip("left:Q", title="score retained (%)", format=".1f")]
+               alt.Tooltip("left:Q", title="score retained (%)", format=".1f"),
+               alt.Tooltip("low:Q", title="at least", format=".1f"),
+               alt.Tooltip("high:Q", title="at most", format=".1f")]
     thin = alt.Chart(single).mark_line(strokeWidth=0.8, opacity=0.35).encode(
         x=x, y=y, color=colour, detail="task:N", tooltip=tooltip)
     line = alt.Chart(of_bold).mark_line(strokeWidth=2.6).encode(x=x, y=y, color=colour)
@@ -219,34 +237,33 @@ def _retained_panel(rows: pd.DataFrame, bold: str) -> Chart:
     return alt.layer(band, middle, *([thin] if len(single) else []), line, dots)
 
 
-def depth_bars(importance: pd.DataFrame, score: str, *, top: float = 0.2) -> Chart:
-    """Share of the most important heads in each third of the layers: bars for the mean, dots for tasks.
+def depth_bars(depth: pd.DataFrame) -> Chart:
+    """Share of the most important heads in each third of the layers: bars over tasks with intervals, dots for tasks.
 
     Args:
-        importance: `Study.importance()`.
-        score: Which score of importance.
-        top: Which share of all heads counts as the most important.
+        depth: `Study.depth()`.
     """
-    table = depth(importance, score, top=top)
-    if table.empty:
+    if depth.empty:
         return None
-    data = table.assign(shots=table["num_fewshot"].map(shots), share=(100 * table["share"]).round(1),
-                        expected=(100 * table["expected"]).round(1))
+    shares = {name: (100 * depth[name]).round(1) for name in ("share", "low", "high", "expected")}
+    data = depth.assign(shots=depth["num_fewshot"].map(shots), **shares)
     data["whole"] = data["task"] == summary(data)["task"].iloc[0]
     base = alt.Chart().encode(x=alt.X("third:N", title="third of the layers", sort=list(THIRDS),
                                       axis=alt.Axis(labelAngle=0, ticks=False)))
-    title = f"of the top {100 * top:.0f} % of heads (%)"
+    title = f"of the top {100 * depth['fraction'].iloc[0]:.0f} % of heads (%)"
     y = alt.Y("share:Q", title=title, scale=alt.Scale(domain=[0, 100]))
-    tooltip = ["task:N", "shots:N", "third:N", alt.Tooltip("share:Q", title="share (%)"),
-               alt.Tooltip("expected:Q", title="of all heads (%)")]
-    bars = base.transform_filter("datum.whole").mark_bar(color=PALETTE[5]).encode(y=y, tooltip=tooltip)
-    tick = base.transform_filter("datum.whole").mark_tick(thickness=2, color="black", bandSize=52).encode(
-        y=alt.Y("expected:Q", title=title))
+    tooltip = ["task:N", "shots:N", "third:N", alt.Tooltip("share:Q", title="share (%)"), alt.Tooltip("low:Q"),
+               alt.Tooltip("high:Q"), alt.Tooltip("expected:Q", title="of all heads (%)")]
+    whole = base.transform_filter("datum.whole")
+    bars = whole.mark_bar(color=PALETTE[5]).encode(y=y, tooltip=tooltip)
+    tick = whole.mark_tick(thickness=2, color="black", bandSize=52).encode(y=alt.Y("expected:Q", title=title))
+    errors = whole.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6).encode(
+        y=alt.Y("low:Q", title=title), y2="high:Q")
     dots = base.transform_filter("!datum.whole").mark_circle(size=20, color=PALETTE[1], opacity=0.8).encode(
         y=y, tooltip=tooltip)
-    several = not data["whole"].all()
-    whole = "mean over tasks; dots: single tasks" if several else data["task"].iloc[0]
-    words = f"bars: {whole}; lines: share of all heads"
-    chart = alt.layer(bars, dots, tick, data=data.drop(columns="num_fewshot")).properties(
+    name = data.loc[data["whole"], "task"].iloc[0]
+    bar = f"{name} over tasks; dots: single tasks" if name in AGGREGATES else name
+    words = f"bars: {bar}; lines: share of all heads"
+    chart = alt.layer(bars, dots, errors, tick, data=data.drop(columns="num_fewshot")).properties(
         width=alt.Step(64), height=200).facet(column=charts.shots_column(data))
     return dressed(chart.properties(title=alt.TitleParams(words, fontSize=12, fontWeight="normal")))

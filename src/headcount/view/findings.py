@@ -13,11 +13,11 @@ from headcount.view import words as say
 from headcount.view.points import MEAN, groups
 from headcount.view.relations import RANDOM
 from headcount.view.selection import (
+    AGGREGATES,
     SUMMARIES,
     TOP,
     WITHOUT_OWN,
     between_shots,
-    depth,
     most_shots,
     of_fraction,
     of_score,
@@ -131,8 +131,11 @@ def shots_sentence(correlations: pd.DataFrame, component: str, *, score: str | N
         said.append(f"from {ends[0]} to {ends[1]} for single tasks" if len(single) > 1 else ends[0])
     if not said:
         return ""
+    argsorts = single["argsort_correlation"].dropna()
+    lists = (f"; argsorts, which the paper's code takes, at {say.number(argsorts.median())}"
+             f"{' (median)' if len(argsorts) > 1 else ''}" if len(argsorts) else "")
     return (f"Importance of {_NAMES[component]} with {shots(few)} and with {shots(many)} correlates (Spearman) at "
-            f"{', '.join(said)}.{_beyond_noise(single)}")
+            f"{', '.join(said)}{lists}.{_beyond_noise(single)}")
 
 
 def _beyond_noise(single: pd.DataFrame) -> str:
@@ -216,27 +219,30 @@ def top_sets_sentence(top_sets: pd.DataFrame, *, fraction: float | None = None) 
     row = rows.iloc[0]
     tasks = "both tasks" if row["tasks"] == 2 else f"all {row['tasks']:.0f} tasks"
     pairs = f"; two tasks share {say.percent(row['pair_mean_share'])} of theirs on average" if row["tasks"] > 2 else ""
-    return (f"With {say.shots_of(rows)}, {row['common']:.0f} of each task's {row['size']:.0f} most important heads "
-            f"({say.share(row['fraction'])} of all) are common to {tasks}, chance gives "
+    ends = [row["size"] * row[bound] for bound in ("low", "high")]
+    hedged = f" (95 % interval {ends[0]:.0f} to {ends[1]:.0f})" if ends[0] == ends[0] else ""
+    return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of each task's {row['size']:.0f} most important "
+            f"heads ({say.share(row['fraction'])} of all) are common to {tasks}, chance gives "
             f"{row['expected']:.1f}{pairs}.")
 
 
-def depth_sentence(importance: pd.DataFrame, score: str, *, top: float = TOP) -> str:
+def depth_sentence(depth: pd.DataFrame) -> str:
     """In which third of the layers the important heads lie.
 
     Args:
-        importance: `Study.importance()`.
-        score: Which score of importance.
-        top: Which share of all heads counts as the most important.
+        depth: `Study.depth()`.
     """
-    table = most_shots(depth(importance, score, top=top))
+    table = most_shots(depth)
     if table.empty:
         return ""
     rows, said = summary(table), []
     for _, row in rows.iterrows():
-        single = table.loc[(table["task"] != MEAN) & (table["third"] == row["third"]), "share"]
-        spread = f" (single tasks {say.span((100 * single).round())} %)" if row["task"] == MEAN and len(single) else ""
-        said.append(f"{say.percent(row['share'])} in the {row['third']} third{spread}")
-    return (f"With {say.shots_of(rows)}, of the {say.share(top)} of the heads that matter most {say.on(rows)} "
-            f"({rows['important'].iloc[0]}) lie by depth {', '.join(said)}; of all heads "
+        single = table.loc[~table["task"].isin(SUMMARIES) & (table["third"] == row["third"]), "share"]
+        about = [f"{100 * row['low']:.0f} to {100 * row['high']:.0f}"] if row["low"] == row["low"] else []
+        if row["task"] in AGGREGATES and len(single):
+            about.append(f"single tasks {say.span((100 * single).round())}")
+        hedged = f" ({'; '.join(about)} %)" if about else ""
+        said.append(f"{say.percent(row['share'])} in the {row['third']} third{hedged}")
+    return (f"With {say.shots_of(rows)}, of the {say.share(rows['fraction'].iloc[0])} of the heads that matter most "
+            f"{say.on(rows)} ({rows['important'].iloc[0]}) lie by depth {', '.join(said)}; of all heads "
             f"{', '.join(f'{100 * e:.0f}' for e in rows['expected'])} % do.")

@@ -16,7 +16,15 @@ from headcount.view import charts
 from headcount.view.charts import COMPONENTS, PALETTE, Chart, dressed
 from headcount.view.points import MEAN, groups
 from headcount.view.scores import name_of
-from headcount.view.selection import PRIMITIVES, SUMMARIES, of_fraction, of_score, tasks_first, transferred
+from headcount.view.selection import (
+    PRIMITIVES,
+    SUMMARIES,
+    alike_together,
+    of_fraction,
+    of_score,
+    tasks_first,
+    transferred,
+)
 from headcount.view.words import shots
 
 WIDTH = 950  # of the page, in pixels
@@ -156,7 +164,7 @@ def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None
         return None
     turned = rows.rename(columns={"task": "other_task", "other_task": "task"})
     rows = pd.concat([rows, turned]).drop_duplicates(["task", "other_task", "num_fewshot"])
-    names = tasks_first([*rows["task"], *rows["other_task"]])
+    names = tasks_first([*alike_together(rows), *rows["task"], *rows["other_task"]])
     tooltip = [alt.Tooltip("row:N", title="task"), alt.Tooltip("column:N", title="and"), alt.Tooltip("shots:N"),
                alt.Tooltip("kind:N", title="what"), alt.Tooltip("value:Q", title="Spearman", format=".3f"),
                alt.Tooltip("low:Q", format=".3f"), alt.Tooltip("high:Q", format=".3f"),

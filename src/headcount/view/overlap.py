@@ -3,7 +3,8 @@
 Two views. `retained`: heads are removed, the least important first, and what is left of all prefix-matching (copying)
 score is counted, beside random orders. `induction_among_important`: how many of the induction heads are in the set of
 important ones, beside what chance would put there. Both go by the scores that pruning goes by: over tasks, by their
-mean or by the mean of their ranks.
+mean or by the mean of their ranks. Intervals are those of `headcount.stats.around`, over documents; which heads do
+induction, and how well, is taken as known.
 """
 
 from __future__ import annotations
@@ -18,40 +19,43 @@ from jaxtyping import Bool, Float
 
 from headcount import stats
 from headcount.errors import OptionError
-from headcount.masks import removal_order
-from headcount.view.points import MEAN
-from headcount.view.relations import MEAN_OF_RANKS, Key, Scores, aggregates, count, top
+from headcount.view.relations import Rows, Scores
+from headcount.view.tops import Places, count, places, with_aggregate
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DRAWS = 1000
-_RETAINED = ["task", "num_fewshot", "primitive", "fraction", "retained", "random_mean", "random_low", "random_high"]
-_INDUCTION = ["task", "num_fewshot", "fraction", "important", "induction_heads", "common", "expected", "p", "p_fewer"]
+_RETAINED = ["task", "num_fewshot", "primitive", "fraction", "retained", "low", "high", "random_mean", "random_low",
+             "random_high"]
+_INDUCTION = ["task", "num_fewshot", "fraction", "important", "induction_heads", "common", "low", "high", "expected",
+              "p", "p_fewer"]
 
 
 def retained(
     scores: Scores, primitives: Mapping[str, Float[np.ndarray, " head"]],
-    fractions: Sequence[float | int] = FRACTIONS, *, seed: int = 0, draws: int = DRAWS, aggregate: str = "mean",
+    fractions: Sequence[float | int] = FRACTIONS, *, resampled: Rows | None = None, seed: int = 0, draws: int = DRAWS,
+    aggregate: str = "mean",
 ) -> pd.DataFrame:
     """Which share of a primitive's total score is left as the least important heads go.
 
     Args:
         scores: Importance of all heads by (task, number of shots); their aggregate over tasks, where there are several,
-            is added as task "mean".
+            is added as task "mean" (or "mean of ranks").
         primitives: A score per head, never negative, by name ("prefix_matching", "copying").
         fractions: Shares of heads to remove; `floor(fraction * n)` heads go.
+        resampled: Bootstrap replicates of the scores, for the interval.
         seed: Of the random orders.
         draws: How many random orders.
         aggregate: "mean" of the tasks' scores, or of their "ranks".
 
     Returns:
-        Columns: task; num_fewshot; primitive; fraction; retained (0..1; NaN where the total is 0); random_mean (the
-        share of heads that is left: the expectation of a random order); random_low, random_high (what 95 % of random
-        orders leave; the same for every task).
+        Columns: task; num_fewshot; primitive; fraction; retained (0..1; NaN where the total is 0) with its
+        95 % interval low, high; random_mean (the share of heads that is left: the expectation of a
+        random order); random_low, random_high (what 95 % of random orders leave; the same for every task).
 
     Raises:
         OptionError: If scores are missing or not of one model's heads, or a primitive is negative somewhere.
     """
-    ordered = {key: removal_order(values) for key, values in _with_mean(scores, primitives, aggregate).items()}
+    ordered = _places(scores, primitives, resampled, aggregate)
     for name, values in primitives.items():
         if values.min(initial=0) < 0:
             raise OptionError(f"a share of {name} can only be told of scores that are never negative")
@@ -61,43 +65,50 @@ def retained(
         gone = [count(fraction, n) for fraction in fractions]
         shuffled = np.random.default_rng(seed).permuted(np.tile(values, (draws, 1)), axis=1)
         low, high = stats.interval(_left(shuffled, gone).T)
-        for (task, k), order in ordered.items():
-            left = _left(values[order][None], gone)[0]
-            rows += [dict(zip(_RETAINED, (task, k, name, fraction, left[i], 1 - gone[i] / n, low[i], high[i]),
-                              strict=True)) for i, fraction in enumerate(fractions)]
+        for (task, k), at in ordered.items():
+            in_order = np.empty(at.shape)
+            np.put_along_axis(in_order, at, values[None], axis=1)
+            left = _left(in_order, gone)
+            bounds = np.clip(stats.around(left[0], left[1:]), 0, 1)
+            rows += [dict(zip(_RETAINED, (task, k, name, fraction, left[0, i], *bounds[:, i], 1 - gone[i] / n, low[i],
+                                          high[i]), strict=True)) for i, fraction in enumerate(fractions)]
     return pd.DataFrame(rows, columns=_RETAINED)
 
 
 def induction_among_important(
     scores: Scores, induction_heads: Bool[np.ndarray, " head"],
-    fractions: Sequence[float | int] = (0.1, 0.2, 0.3, 0.5), *, aggregate: str = "mean",
+    fractions: Sequence[float | int] = (0.1, 0.2, 0.3, 0.5), *, resampled: Rows | None = None,
+    aggregate: str = "mean",
 ) -> pd.DataFrame:
     """How many of the induction heads are among the most important ones.
 
     Args:
         scores: Importance of all heads by (task, number of shots); their aggregate over tasks, where there are several,
-            is added as task "mean".
+            is added as task "mean" (or "mean of ranks").
         induction_heads: True for every head that is high on both primitives.
         fractions: Sizes of the important set, as shares of all heads: the last `floor(fraction * n)` of the order.
+        resampled: Bootstrap replicates of the scores, for the interval.
         aggregate: "mean" of the tasks' scores, or of their "ranks".
 
     Returns:
         Columns: task; num_fewshot; fraction; important (heads in the important set); induction_heads (how many there
-        are); common (in both); expected (by chance); p (the probability that a random set of this size holds at least
-        so many of them, hypergeometric) and p_fewer (at most so many); not corrected for the number of rows: see
-        `stats.holm`.
+        are); common (in both) with its 95 % interval low, high; expected (by chance); p (the probability that a random
+        set of this size holds at least so many of them, hypergeometric) and p_fewer (at most so many); not corrected
+        for the number of rows: see `stats.holm`.
 
     Raises:
         OptionError: If scores are missing or not of one model's heads.
     """
     total, there = len(induction_heads), int(induction_heads.sum())
-    everything = _with_mean(scores, {"induction": induction_heads.astype(np.float64)}, aggregate)
+    everything = _places(scores, {"induction": induction_heads.astype(np.float64)}, resampled, aggregate)
     rows: list[dict[str, Any]] = []
-    for ((task, k), values), fraction in itertools.product(everything.items(), fractions):
+    for ((task, k), at), fraction in itertools.product(everything.items(), fractions):
         size = count(fraction, total)
-        common = int((top(values, size) & induction_heads).sum())
-        more, fewer, expected = stats.hypergeometric_overlap(total, size, there, common)
-        rows.append(dict(zip(_INDUCTION, (task, k, fraction, size, there, common, expected, more, fewer), strict=True)))
+        common = ((at >= total - size) & induction_heads).sum(axis=1)
+        bounds = np.clip(stats.around(float(common[0]), common[1:].astype(np.float64)), 0, min(size, there))
+        more, fewer, expected = stats.hypergeometric_overlap(total, size, there, int(common[0]))
+        rows.append(dict(zip(_INDUCTION, (task, k, fraction, size, there, int(common[0]), *bounds, expected, more,
+                                          fewer), strict=True)))
     return pd.DataFrame(rows, columns=_INDUCTION)
 
 
@@ -109,14 +120,13 @@ def _left(ordered: Float[np.ndarray, "row head"], gone: Sequence[int]) -> Float[
         return np.asarray(sums[:, list(gone)] / sums[:, :1])
 
 
-def _with_mean(
-    scores: Scores, heads: Mapping[str, Float[np.ndarray, " head"]], aggregate: str
-) -> dict[Key, Float[np.ndarray, " head"]]:
-    """The scores and their aggregate over tasks, once they are known to be of the heads that the primitives score."""
+def _places(
+    scores: Scores, heads: Mapping[str, Float[np.ndarray, " head"]], resampled: Rows | None, aggregate: str
+) -> Places:
+    """Places of the tasks and their aggregate, once they are known to be of the heads that the primitives score."""
     lengths = {len(values) for values in (*scores.values(), *heads.values())}
     if len(lengths) > 1:
         raise OptionError(f"scores of one model's heads have one length, not {', '.join(map(str, sorted(lengths)))}")
     if not all(np.isfinite(values).all() for values in (*scores.values(), *heads.values())):
         raise OptionError("an order of all heads needs a score for each of them")
-    wanted = MEAN_OF_RANKS if aggregate == "ranks" else MEAN
-    return {**scores, **{(MEAN, k): values for (name, k), values in aggregates(scores).items() if name == wanted}}
+    return places(*with_aggregate(scores, resampled, aggregate))

@@ -1,4 +1,4 @@
-"""What induction scores say, and what of them is left as heads go: sentences and a table, computed from the data.
+"""What induction scores say, and what of them is left as heads go: sentences and tables, computed from the data.
 
 As in `headcount.view.findings`, a sentence is empty where there is nothing to say.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from headcount.view import words as say
-from headcount.view.points import MEAN
 from headcount.view.relations import RANDOM
 from headcount.view.selection import (
+    AGGREGATES,
     PRIMITIVES,
     TOP,
     borderline,
@@ -45,12 +46,27 @@ def induction_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float])
     limits = " and ".join(f"{name} of at least {thresholds[primitive]:.2g}" for primitive, name in PRIMITIVES.items())
     rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     which = f": {', '.join(found[:_NAMED])}{rest}" if found else ""
-    # Where copying's limit is the most that random weights reach, none of theirs is found by construction.
-    beside = (f" With random weights prefix matching is at most {random['prefix_matching'].max():.2g} and copying "
-              f"{random['copying'].max():.2g}." if len(random) else "")
+    # Where copying's limit is the most that random weights reach, hardly any of theirs can be found.
+    beside = (f" With random weights {int(random['induction'].sum())} of {len(random)} are: prefix matching is at most "
+              f"{random['prefix_matching'].max():.2g} there and copying {random['copying'].max():.2g}."
+              if len(random) else "")
     near = borderline(trained, thresholds)
     unsure = f" {near} lie{'s' * (near == 1)} within one standard error of the line." if near else ""
     return f"{_are(len(found), len(trained)).capitalize()} ({limits}){which}.{unsure}{beside}"
+
+
+def scatter_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float]) -> str:
+    """How many heads reach the one score and the other, and what is drawn; arguments as in `induction_sentence`."""
+    trained = induction[induction["weights"] == "trained"]
+    if trained.empty:
+        return ""
+    prefix, copying = (trained[name] >= thresholds[name] for name in PRIMITIVES)
+    known = thresholds["copying"] == thresholds["copying"]
+    also = (f", {copying.sum()} that of copying and {(prefix & copying).sum()} both. Lines are the thresholds" if known
+            else ". The line is its threshold")
+    beside = ("; beside the model the same shape with random weights, where nothing was learnt"
+              if (induction["weights"] == RANDOM).any() else "; random weights were not measured")
+    return f"{prefix.sum()} of {len(trained)} heads reach the threshold of prefix matching{also}{beside}."
 
 
 def texts_sentence(notes: Mapping[str, Any]) -> str:
@@ -86,14 +102,16 @@ def retained_sentence(retained: pd.DataFrame, *, fraction: float | None = None) 
         return ""
     said = []
     for primitive, row in rows.drop_duplicates("primitive").set_index("primitive").iterrows():
-        held = f"{say.percent(row['retained'])} of all {PRIMITIVES.get(str(primitive), str(primitive))}"
+        known = row["low"] == row["low"]
+        hedged = f" ({100 * row['low']:.0f} to {100 * row['high']:.0f} %)" if known else ""
+        held = f"{say.percent(row['retained'])} of all {PRIMITIVES.get(str(primitive), str(primitive))}{hedged}"
         if row["random_mean"] == row["random_mean"]:
             more = ("more than" if row["retained"] > row["random_high"] else "less than"
                     if row["retained"] < row["random_low"] else "within what")
             held += (f", {more} random orders leave ({say.percent(row['random_mean'])}; 95 % of them "
                       f"{100 * row['random_low']:.0f} to {100 * row['random_high']:.0f} %)")
         said.append(held)
-    by = f"by importance {'over all tasks' if rows['task'].iloc[0] == MEAN else say.on(rows)}"
+    by = f"by importance {say.on(rows)}"
     return (f"With {say.shots_of(rows)} and {say.share(rows['fraction'].iloc[0])} of the heads removed {by}, the "
             f"others hold {', and '.join(said)}.")
 
@@ -103,14 +121,38 @@ def among_important_sentence(among: pd.DataFrame, *, fraction: float | None = No
     rows = most_shots(of_fraction(among[among["induction_heads"] > 0], fraction, TOP))
     if rows.empty:
         return ""
-    row, single = summary(rows).iloc[0], rows.loc[rows["task"] != MEAN, "common"]
-    spread = f"; on single tasks {say.span(single)}" if row["task"] == MEAN and len(single) else ""
+    row, single = summary(rows).iloc[0], rows.loc[~rows["task"].isin(AGGREGATES), "common"]
+    spread = f"; on single tasks {say.span(single)}" if row["task"] in AGGREGATES and len(single) else ""
+    hedged = f" (95 % interval {row['low']:.0f} to {row['high']:.0f})" if row["low"] == row["low"] else ""
+    return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of the {row['induction_heads']:.0f} induction "
+            f"heads are among the {row['important']:.0f} heads ({say.share(row['fraction'])}) most important "
+            f"{say.over(row['task'])}, chance gives {row['expected']:.1f} ({_surprise(row)}, hypergeometric){spread}.")
+
+
+def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -> str:
+    """How many of the most important heads are among those highest on a primitive; `overlaps`: `Study.top_overlaps()`.
+
+    Args:
+        overlaps: One row per pair of sets.
+        fraction: Size of the sets; that nearest one fifth unless told.
+    """
+    rows = summary(most_shots(of_fraction(overlaps[overlaps["other"].isin(list(PRIMITIVES))], fraction, TOP)))
+    if rows.empty:
+        return ""
+    said = []
+    for _, row in rows.iterrows():
+        hedged = f" ({row['low']:.0f} to {row['high']:.0f})" if row["low"] == row["low"] else ""
+        said.append(f"{row['common']:.0f}{hedged} are among the {row['size']:.0f} highest on "
+                    f"{PRIMITIVES[row['other']]} ({_surprise(row)})")
+    row = rows.iloc[0]
+    return (f"Of the {row['size']:.0f} heads ({say.share(row['fraction'])}) most important {say.on(rows)} "
+            f"{', '.join(said)}; chance gives {row['expected']:.1f}.")
+
+
+def _surprise(row: pd.Series) -> str:
+    """`p = 0.08 for so few`: the tail on the side of what chance gives."""
     few = row["common"] < row["expected"]
-    surprise = f"{say.p_value(row['p_fewer' if few else 'p'])} for so {'few' if few else 'many'}"
-    return (f"With {say.shots_of(rows)}, {row['common']:.0f} of the {row['induction_heads']:.0f} induction heads are "
-            f"among the {row['important']:.0f} heads ({say.share(row['fraction'])}) most important "
-            f"{say.over(row['task'])}, chance gives {row['expected']:.1f} ({surprise}, "
-            f"hypergeometric){spread}.")
+    return f"{say.p_value(row['p_fewer' if few else 'p'])} for so {'few' if few else 'many'}"
 
 
 def _are(found: int, of: int) -> str:
@@ -118,12 +160,43 @@ def _are(found: int, of: int) -> str:
     return f"{number} of {of} heads {'is an induction head' if found < 2 else 'are induction heads'}"
 
 
-def among_important_table(among: pd.DataFrame, *, fraction: float | None = None) -> pd.DataFrame:
-    """The induction heads among the important ones, ready to be shown: the mean over tasks first."""
-    rows = of_fraction(pd.concat([among[among["task"] == MEAN], among[among["task"] != MEAN]]), fraction, TOP)
+def induction_heads_table(induction: pd.DataFrame) -> pd.DataFrame:
+    """All induction heads, those of random weights at the end, with their scores and standard errors."""
+    found = [induction_heads(induction[induction["weights"] == weights]) for weights in ("trained", RANDOM)]
+    rows = pd.concat(found, ignore_index=True)
+    errors = {name: np.sqrt(rows[f"{name}_variance"].astype(float) / rows["sequences"].astype(float))
+              for name in (*PRIMITIVES, "previous_token")}
+    scores = {name.replace("_", " "): [f"{value:.3f}" + (f" \N{PLUS-MINUS SIGN} {error:.3f}" if error == error else "")
+                                       for value, error in zip(rows[name], of_name, strict=True)]
+              for name, of_name in errors.items()}
+    return pd.DataFrame({"head": rows["name"], "weights": rows["weights"], **scores,
+                         "OV copying": rows["ov_copying"].map("{:.3f}".format)})
+
+
+def among_important_table(among: pd.DataFrame) -> pd.DataFrame:
+    """The induction heads among the important ones, ready to be shown: over tasks every share, of each task a fifth."""
+    whole = among["task"].isin(AGGREGATES)
+    rows = pd.concat([among[whole], of_fraction(among[~whole], None, TOP)])
+    return _sets(rows, {"heads": rows["important"], "induction heads": rows["induction_heads"]})
+
+
+def overlap_table(overlaps: pd.DataFrame) -> pd.DataFrame:
+    """Top sets in pairs, ready to be shown: of the size nearest one fifth, at the most shots."""
+    rows = most_shots(of_fraction(overlaps, None, TOP))
+    whole = rows["task"].isin(AGGREGATES)
+    rows = pd.concat([rows[whole], rows[~whole]])
+    names = {"head": "heads", "ffn": "FFNs"}
+    return _sets(rows, {"of": rows["component"].map(names), "and": rows["other"].replace(PRIMITIVES),
+                        "size": rows["size"]})
+
+
+def _sets(rows: pd.DataFrame, between: Mapping[str, pd.Series]) -> pd.DataFrame:
+    known = rows["low"].notna()
     return pd.DataFrame({
         "task": rows["task"], "shots": rows["num_fewshot"], "most important": rows["fraction"].map(say.percent),
-        "heads": rows["important"], "induction heads": rows["induction_heads"], "in both": rows["common"],
+        **between, "in both": rows["common"],
+        "95 % interval": [f"{low:.0f} to {high:.0f}" if k else "" for low, high, k in
+                          zip(rows["low"], rows["high"], known, strict=True)],
         "by chance": rows["expected"].map("{:.1f}".format),
         **{words: rows[p].map(say.p_value).str.removeprefix("p ").str.removeprefix("= ")
            for words, p in (("p of so many", "p"), ("p of so few", "p_fewer"))}})

@@ -12,8 +12,7 @@ same documents in each half.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from jaxtyping import Bool, Float
 
 from headcount import ranks, stats
 from headcount.errors import OptionError
-from headcount.masks import random_order, removal_order
+from headcount.masks import random_order
 from headcount.view.points import MEAN
 
 MEAN_OF_RANKS, RANDOM = "mean of ranks", "random"
@@ -32,7 +31,6 @@ Scores = Mapping[Key, Float[np.ndarray, " _"]]
 Rows = Mapping[Key, Float[np.ndarray, "_ _"]]
 _CORRELATION = ["task", "num_fewshot", "other_task", "other_shots", "correlation", "low", "high", "ceiling",
                 "disattenuated", "argsort_correlation", "kind"]
-_TOP = ["num_fewshot", "fraction", "size", "tasks", "common", "share", "expected", "pair_mean_share", "p"]
 
 
 class _Measured(NamedTuple):
@@ -42,11 +40,13 @@ class _Measured(NamedTuple):
     ranks: Float[np.ndarray, "row component"]
 
 
-def aggregates(scores: Scores) -> dict[Key, Float[np.ndarray, " component"]]:
+def aggregates(
+    scores: Mapping[Key, Float[np.ndarray, "*_ _"]]
+) -> dict[Key, Float[np.ndarray, "*_ _"]]:
     """Importance over tasks, for each number of shots that two tasks or more have.
 
     Args:
-        scores: Importance by (task, number of shots).
+        scores: Importance by (task, number of shots), or as many resampled means of each.
 
     Returns:
         By ("mean", k) the mean of the tasks' scores, which is the paper's and lets the task with the largest scores
@@ -56,15 +56,15 @@ def aggregates(scores: Scores) -> dict[Key, Float[np.ndarray, " component"]]:
     Raises:
         OptionError: If the arrays are not of one model's components.
     """
-    _check(scores)
-    found: dict[Key, Float[np.ndarray, " component"]] = {}
-    for k, tasks in _by_shots(scores).items():
+    check(scores)
+    found: dict[Key, Float[np.ndarray, "*_ _"]] = {}
+    for k, tasks in by_shots(scores).items():
         if len(tasks) > 1:
             of_k = np.stack([scores[task, k] for task in tasks])
             found[MEAN, k] = of_k.mean(axis=0)
-            known = np.isfinite(of_k).all(axis=0)
-            found[MEAN_OF_RANKS, k] = np.full(len(known), np.nan)
-            found[MEAN_OF_RANKS, k][known] = _scaled(ranks.ranks(of_k[:, known]).mean(axis=0))
+            there = np.isfinite(of_k).all(axis=tuple(range(of_k.ndim - 1)))
+            found[MEAN_OF_RANKS, k] = np.full(of_k.shape[1:], np.nan)
+            found[MEAN_OF_RANKS, k][..., there] = _scaled(ranks.ranks(of_k[..., there]).mean(axis=0))
     return found
 
 
@@ -103,8 +103,8 @@ def correlations(
     Raises:
         OptionError: If the arrays are not of one model's components.
     """
-    _check(scores, resampled, halves)
-    known = _known(scores)
+    check(scores, resampled, halves)
+    known = scored(scores)
     if known.sum() < 3:
         return pd.DataFrame(columns=_CORRELATION)
     found = {key: _measured(key, scores, resampled, halves, known) for key in scores}
@@ -112,62 +112,9 @@ def correlations(
     return pd.DataFrame([*_between_tasks(found, noise), *_between_shots(found, noise)], columns=_CORRELATION)
 
 
-def top_sets(scores: Scores, fractions: Sequence[float | int] = (0.1, 0.2, 0.3)) -> pd.DataFrame:
-    """How much the most important components of different tasks have in common.
-
-    Args:
-        scores: Importance by (task, number of shots). Components that one of them lacks are left out of all.
-        fractions: Sizes of the top sets, as shares of all components: the last `floor(fraction * n)` of each order.
-
-    Returns:
-        One row per number of shots that two tasks or more have, and fraction that is one component or more. Columns:
-        num_fewshot; fraction; size (of each top set); tasks (how many); common (components in the top set of *every*
-        task); share (common / size); expected (how many random top sets would have in common, n * (size / n)^tasks);
-        pair_mean_share (mean over pairs of tasks of their common share; of random sets size / n); p (where there are
-        two tasks: the probability that random sets have at least so many in common; else NaN).
-
-    Raises:
-        OptionError: If the arrays are not of one model's components.
-    """
-    _check(scores)
-    known = _known(scores)
-    n, rows = int(known.sum()), list[dict[str, Any]]()
-    for k, tasks in _by_shots(scores).items():
-        for fraction in fractions:
-            size = count(fraction, n)
-            if len(tasks) < 2 or size == 0:
-                continue
-            tops = np.stack([top(scores[task, k][known], size) for task in tasks])
-            common = int(tops.all(axis=0).sum())
-            pairs = [int((a & b).sum()) / size for a, b in itertools.combinations(tops, 2)]
-            p = stats.hypergeometric_overlap(n, size, size, common)[0] if len(tasks) == 2 else np.nan
-            rows.append(dict(zip(_TOP, (k, fraction, size, len(tasks), common, common / size,
-                                        n * (size / n) ** len(tasks), float(np.mean(pairs)), p), strict=True)))
-    return pd.DataFrame(rows, columns=_TOP)
-
-
-def count(fraction: float | int, n: int) -> int:
-    """How many of n components a fraction is: `floor(fraction * n)`, as orders are pruned.
-
-    Raises:
-        OptionError: If it is no fraction.
-    """
-    if not 0 <= fraction <= 1:
-        raise OptionError(f"a fraction lies between 0 and 1, not {fraction}")
-    # The small constant keeps 0.7 * 10 = 6.999... from losing a component.
-    return math.floor(fraction * n + 1e-9)
-
-
-def top(scores: Float[np.ndarray, " component"], size: int) -> Bool[np.ndarray, " component"]:
-    """True for so many of the most important components: those that go last."""
-    chosen = np.zeros(len(scores), bool)
-    chosen[removal_order(scores)[len(scores) - size :]] = True
-    return chosen
-
-
 def _between_tasks(found: Mapping[Key, _Measured], noise: _Measured) -> Iterator[dict[str, Any]]:
     """Rows of the kinds "tasks" and "reliability", by number of shots."""
-    for k, tasks in _by_shots(found).items():
+    for k, tasks in by_shots(found).items():
         of_k = {task: found[task, k] for task in tasks}
         whole = {name: how(of_k.values()) for name, how in _AGGREGATES.items()} if len(tasks) > 1 else {}
         for name, one in (of_k | whole).items():
@@ -186,7 +133,7 @@ def _between_tasks(found: Mapping[Key, _Measured], noise: _Measured) -> Iterator
 
 def _between_shots(found: Mapping[Key, _Measured], noise: _Measured) -> Iterator[dict[str, Any]]:
     """Rows of the kind "shots", by task, then aggregates."""
-    shots = sorted(_by_shots(found))
+    shots = sorted(by_shots(found))
     for task in dict.fromkeys(task for task, _ in found):
         of_task = {k: found[task, k] for k in shots if (task, k) in found}
         for a, b in itertools.combinations(of_task, 2):
@@ -273,7 +220,7 @@ def _scaled(places: Float[np.ndarray, "*rows component"]) -> Float[np.ndarray, "
     return np.asarray((places - 1) / max(places.shape[-1] - 1, 1))
 
 
-def _by_shots(keys: Iterable[Key]) -> dict[int, list[str]]:
+def by_shots(keys: Iterable[Key]) -> dict[int, list[str]]:
     """The tasks of each number of shots, fewest shots first."""
     found: dict[int, list[str]] = {}
     for task, k in sorted(keys, key=lambda key: key[1]):
@@ -281,13 +228,17 @@ def _by_shots(keys: Iterable[Key]) -> dict[int, list[str]]:
     return found
 
 
-def _known(scores: Scores) -> Bool[np.ndarray, " component"]:
+def scored(scores: Scores) -> Bool[np.ndarray, " component"]:
     """Which components all of these have scored."""
     return np.isfinite(np.stack(list(scores.values()))).all(axis=0) if scores else np.zeros(0, bool)
 
 
-def _check(scores: Scores, *more: Rows | None) -> None:
-    """Refuse arrays that do not have one number for each component of one model."""
-    lengths = {values.shape[-1] for table in (scores, *more) if table for values in table.values()}
+def check(*of_components: Mapping[Any, Float[np.ndarray, ...]] | None) -> None:
+    """Refuse arrays that do not have one number for each component of one model.
+
+    Raises:
+        OptionError: If there are any.
+    """
+    lengths = {values.shape[-1] for table in of_components if table for values in table.values()}
     if len(lengths) > 1:
         raise OptionError(f"scores of one model have one length, not {', '.join(map(str, sorted(lengths)))}")

@@ -22,10 +22,11 @@ from headcount.view import charts, primitives, sentences, words
 from headcount.view.analysis import Study, open_study
 from headcount.view.points import MEAN, groups
 from headcount.view.sections import Section, sections
+from headcount.view.selection import first_differences
 
 # Tables that are written as CSV: names of files, and of the study's methods.
-_CSV = ("curves", "free_fractions", "importance", "agreement", "grid", "correlations", "top_sets", "transfer",
-        "induction", "retained", "induction_among_important", "degenerate")
+_CSV = ("curves", "free_fractions", "importance", "aggregate_importance", "depth", "agreement", "grid", "correlations",
+        "top_sets", "top_overlaps", "transfer", "induction", "retained", "induction_among_important", "degenerate")
 _LISTED = 10
 
 
@@ -135,16 +136,20 @@ def _tables(study: Study) -> Iterator[Table]:
                                                             strict=True)]
         share = [f"{100 * f:.3g} %" if f == f else "not defined" for f in free["free_fraction"]]
         at_most = [f"{100 * f:.3g} %" if f == f else "" for f in free["free_high"]]
+        keys = ["task", "num_fewshot", "component", "order"]
+        differs = free[keys].merge(first_differences(study.curves()), on=keys, how="left")["fraction"]
         frame = _thousandths(free, "accuracy", "full_accuracy", "baseline").assign(
-            free=share, interval=interval, at_most=at_most)[
-            ["task", "num_fewshot", "component", "free", "at_most", "removed", "parameters_removed", "accuracy",
-             "interval", "full_accuracy", "baseline"]]
+            free=share, interval=interval, at_most=at_most,
+            differs_at=[f"{100 * f:.3g} %" if f == f else "no step" for f in differs])[
+            ["task", "num_fewshot", "component", "free", "at_most", "differs_at", "removed", "parameters_removed",
+             "accuracy", "interval", "full_accuracy", "baseline"]]
         yield Table("Free fractions", "The largest share that can go while a loss of the margin or more is ruled out "
                     "at every step; endless documents might show more, up to 'at most' (both are the ends of a 95 % "
-                    "interval). Accuracy at the free share, and the 95 % interval of its difference to the full model "
-                    "in points; 'unchanged' where no document changed, so that there is no interval and a change in "
-                    "about 3 of n documents may go unseen. Baseline: chance, or the best constant answer; not defined "
-                    "where the full model's "
+                    "interval). 'Differs at': the first step at which as many documents falling as rising is ruled out "
+                    "(McNemar's exact test, p < 0.05 as corrected for the curve's steps by Holm's method). Accuracy at "
+                    "the free share, and the 95 % interval of its difference to the full model in points; 'unchanged' "
+                    "where no document changed, so that there is no interval and a change in about 3 of n documents "
+                    "may go unseen. Baseline: chance, or the best constant answer; not defined where the full model's "
                     "accuracy is not shown to be above it.", _plain_columns(frame))
     curves = study.curves()
     full = _mean_first(curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"]))
@@ -167,7 +172,7 @@ def _tables(study: Study) -> Iterator[Table]:
             frame = pd.DataFrame({"rank": range(1, len(most) + 1), "most important": most["name"].tolist(),
                                   "importance": most["importance"].tolist(), "least important": least["name"].tolist(),
                                   "importance ": least["importance"].tolist()})
-            what = sentences.ranked_on(study, int(k))
+            what = sentences.ranked_on(of_k)
             yield Table(f"Most and least important {title}, {words.shots(int(k))}",
                         f"{what[0].upper()}{what[1:]}.", frame)
 
@@ -190,8 +195,17 @@ def _compared(study: Study) -> Iterator[Table]:
                     _plain_columns(rows[["task", "num_fewshot", "component", "donor", "fraction", "accuracy",
                                          "difference", "difference_low", "difference_high", "documents"]]))
     if len(top := study.top_sets()):
-        yield Table("What top sets have in common", "Of the most important components of every task.",
-                    _plain_columns(top.drop(columns="p").round(3)))
+        yield Table("What top sets have in common", "Of the most important components of every task: the share that is "
+                    "common to all with its 95 % interval over documents, and that of two tasks on average.",
+                    _plain_columns(top.round(3)))
+    if len(overlaps := study.top_overlaps()):
+        yield Table("Top sets in pairs", "The most important components of a task (and of all tasks together) beside "
+                    "those of another, or the heads highest on an induction score; p: of at least, and of at most, so "
+                    "many (hypergeometric, not corrected for how many pairs there are). Other sizes and numbers of "
+                    "shots: tables/top_overlaps.csv.", primitives.overlap_table(overlaps))
+    if (induction := study.induction())["induction"].fillna(False).any():
+        yield Table("Induction heads", "Means over texts with standard errors; those highest on the lower of the two "
+                    "scores first.", primitives.induction_heads_table(induction))
     if len(among := study.induction_among_important()):
         yield Table("Induction heads among the important ones", "By chance, sets of this size would have as many in "
                     "common as stands there; p: of at least, and of at most, so many.",

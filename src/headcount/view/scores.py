@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from headcount import tables
-from headcount.masks import removal_order
-from headcount.view import overlap, relations
+from headcount import stats, tables
+from headcount.view import overlap, relations, tops
 from headcount.view.points import MEAN, groups
-from headcount.view.relations import Key
+from headcount.view.relations import MEAN_OF_RANKS, Key
+
+_PRIMITIVES = ("prefix_matching", "copying")
+_AGREEMENT = ["task", "num_fewshot", "component", "score", "oracle", "correlation", "low", "high", "components"]
+_AGGREGATE = ["task", "num_fewshot", "component", "layer", "head", "method", "score", "importance", "stderr", "rank",
+              "rank_low", "rank_high"]
 
 
 class Measured(NamedTuple):
@@ -34,7 +39,7 @@ def measured(importance: pd.DataFrame, component: str, score: str) -> Measured:
     """
     rows = importance[(importance["component"] == component) & (importance["score"] == score)]
     found = Measured({}, {}, {})
-    places = {place: i for i, place in enumerate(sorted(set(zip(rows["layer"], rows["head"].fillna(-1), strict=True))))}
+    places = {place: i for i, place in enumerate(components(rows))}
     for (task, k), of_key in groups(rows, "task", "num_fewshot"):
         key = (str(task), int(k))
         at = [places[place] for place in zip(of_key["layer"], of_key["head"].fillna(-1), strict=True)]
@@ -44,6 +49,11 @@ def measured(importance: pd.DataFrame, component: str, score: str) -> Measured:
             found.halves[key] = _placed(halves, at, len(places))
             found.resampled[key] = _placed(tables.resampled_from(of_key), at, len(places))
     return found
+
+
+def components(rows: pd.DataFrame) -> list[tuple[int, int]]:
+    """Layer and head (-1 for FFNs) of every component there is, in the order of `measured`'s arrays."""
+    return sorted(set(zip(rows["layer"].tolist(), rows["head"].fillna(-1).tolist(), strict=True)))
 
 
 def name_of(component: str, layer: int, head: object) -> str:
@@ -84,56 +94,161 @@ def most_important_first(rows: pd.DataFrame, ties: pd.DataFrame) -> pd.DataFrame
 
 def correlation_table(importance: pd.DataFrame, scores: Mapping[str, str], seed: int) -> pd.DataFrame:
     """`Study.correlations()`; `scores` says which score orders each kind of component."""
-    return _together([
+    return _concatenated([
         relations.correlations(*measured(importance, component, score), seed=seed).assign(component=component,
                                                                                           score=score)
         for component, score in scores.items()])
 
 
+def aggregate_table(importance: pd.DataFrame, scores: Mapping[str, str], ties: Mapping[str, str]) -> pd.DataFrame:
+    """`Study.aggregate_importance()`.
+
+    Args:
+        importance: Rows of importance entries.
+        scores: Which score orders each kind of component.
+        ties: Which decides between equal ones, where one does.
+    """
+    found = []
+    for (component, score), rows in groups(importance, "component", "score"):
+        tie = ties.get(component) if score == scores[component] else None
+        second = measured(importance, component, tie) if tie else None
+        known = measured(rows, component, score)
+        there = np.array([(layer, head) for layer, head in components(rows)])[relations.scored(known.scores)]
+        mean = mean_importance(rows).set_index(["num_fewshot", "layer"])
+        for k, tasks in relations.by_shots(known.scores).items():
+            for name, (values, places) in _together_by(known, second, [(task, k) for task in tasks]):
+                ranks = len(there) - places
+                low, high = stats.around(ranks[0].astype(np.float64), ranks[1:].astype(np.float64))
+                frame = pd.DataFrame({"layer": there[:, 0], "head": there[:, 1], "importance": values, "rank": ranks[0],
+                                      "rank_low": np.floor(low).clip(1),
+                                      "rank_high": np.ceil(high).clip(None, len(there))})
+                errors = mean.loc[k].reset_index()[["layer", "head", "stderr"]].fillna({"head": -1})
+                frame = frame.merge(errors, on=["layer", "head"])
+                found.append(frame.assign(
+                    task=name, num_fewshot=k, component=component, score=score, method=rows["method"].iloc[0],
+                    stderr=np.nan if name == MEAN_OF_RANKS else frame["stderr"],
+                    head=frame["head"].astype("Int64").where(frame["head"] >= 0)))
+    return pd.concat(found, ignore_index=True)[_AGGREGATE] if found else pd.DataFrame(columns=_AGGREGATE)
+
+
+def _together_by(
+    known: Measured, second: Measured | None, keys: Sequence[Key]
+) -> Iterator[tuple[str, tuple[Float[np.ndarray, " component"], Int[np.ndarray, "row component"]]]]:
+    """Mean and mean of ranks of these tasks (of a single one itself): the values, and places in the order they give."""
+    there = relations.scored(known.scores)
+    rows = _rows(known, keys)[..., there]
+    ties = None
+    if second is not None:
+        rows, ties = _alike(rows, _rows(second, keys)[..., there])
+    of_tasks = [tops.placed(own, None if ties is None else ties[i]) for i, own in enumerate(rows)]
+    if len(keys) == 1:
+        yield keys[0][0], (rows[0, 0], of_tasks[0])
+        return
+    mean = rows.mean(axis=0)
+    yield MEAN, (mean[0], tops.placed(mean, None if ties is None else ties.mean(axis=0)))
+    # Scaled last: sums of whole numbers are exact, so that equal means stay equal.
+    ranks = np.mean(of_tasks, axis=0) / max(there.sum() - 1, 1)
+    yield MEAN_OF_RANKS, (ranks[0], tops.placed(ranks))
+
+
+def _rows(found: Measured, keys: Sequence[Key]) -> Float[np.ndarray, "task row component"]:
+    """What was measured, then as many draws as all of these have."""
+    draws = min(len(found.resampled.get(key, ())) for key in keys)
+    return np.stack([np.concatenate([found.scores[key][None], found.resampled[key][:draws]]) if draws else
+                     found.scores[key][None] for key in keys])
+
+
+def _alike(*found: Float[np.ndarray, "*_ row component"]) -> list[Float[np.ndarray, "*_ row component"]]:
+    """As many rows of each as all of them have."""
+    rows = min(values.shape[-2] for values in found)
+    return [values[..., :rows, :] for values in found]
+
+
 def top_table(importance: pd.DataFrame, scores: Mapping[str, str], ties: Mapping[str, str]) -> pd.DataFrame:
-    """`Study.top_sets()`; `scores` as above, `ties` the score that decides between equal ones, as in pruning."""
+    """`Study.top_sets()`; `scores` and `ties` as above."""
     found = []
     for component, score in scores.items():
-        of_tasks = measured(importance, component, score).scores
-        if component in ties:
-            second = measured(importance, component, ties[component]).scores
-            of_tasks = {key: _placed_by(values, second[key]) for key, values in of_tasks.items()}
-        found.append(relations.top_sets(of_tasks).assign(component=component))
-    return _together(found)
+        known = ordered(importance, component, score, ties.get(component))
+        found.append(tops.top_sets(known.scores, resampled=known.resampled).assign(component=component))
+    return _concatenated(found)
 
 
-def _placed_by(
-    values: Float[np.ndarray, " component"], ties: Float[np.ndarray, " component"]
-) -> Float[np.ndarray, " component"]:
-    """Each component's place in the order by values, then by what decides between equal ones; NaN where unknown."""
-    known = np.flatnonzero(np.isfinite(values))
-    places = np.full(len(values), np.nan)
-    places[known[removal_order(values[known], ties[known])]] = np.arange(len(known))
-    return places
+def overlap_table(
+    importance: pd.DataFrame, scores: Mapping[str, str], ties: Mapping[str, str], induction: pd.DataFrame,
+    aggregate: str,
+) -> pd.DataFrame:
+    """`Study.top_overlaps()`; `scores` and `ties` as above."""
+    found = []
+    for component, score in scores.items():
+        known = ordered(importance, component, score, ties.get(component))
+        trained = _trained(induction, known.scores) if component == "head" else None
+        others = {name: trained[name].to_numpy(np.float64) for name in _PRIMITIVES} if trained is not None else None
+        found.append(tops.top_overlaps(known.scores, others, resampled=known.resampled, aggregate=aggregate).assign(
+            component=component))
+    return _concatenated(found)
+
+
+def depth_table(importance: pd.DataFrame, score: str, aggregate: str, *, fraction: float = 0.2) -> pd.DataFrame:
+    """`Study.depth()`."""
+    known = measured(importance, "head", score)
+    heads = importance[(importance["component"] == "head") & (importance["score"] == score)]
+    return tops.depth(known.scores, [layer for layer, _ in components(heads)], resampled=known.resampled,
+                      aggregate=aggregate, fraction=fraction)
+
+
+def ordered(importance: pd.DataFrame, component: str, score: str, tie: str | None) -> Measured:
+    """Scores as in `measured`; where another decides between equal ones, each component's place in that order."""
+    known = measured(importance, component, score)
+    if tie is None:
+        return known
+    second = measured(importance, component, tie)
+    found = Measured({}, {}, {})
+    for key in known.scores:
+        rows, ties = _alike(*(_rows(m, [key])[0] for m in (known, second)))
+        there = np.isfinite(rows[0])
+        places = np.full(rows.shape, np.nan)
+        places[:, there] = tops.placed(rows[:, there], ties[:, there])
+        found.scores[key], found.resampled[key] = places[0], places[1:]
+    return found
+
+
+def agreement_table(importance: pd.DataFrame) -> pd.DataFrame:
+    """`Study.agreement()`."""
+    rows: list[dict[str, Any]] = []
+    for (task, k, component), of_task in groups(importance, "task", "num_fewshot", "component"):
+        wide = of_task.pivot_table(index=["layer", "head"], columns=["method", "score"], values="importance",
+                                   dropna=False).dropna(axis=1, how="all")
+        for score, lost in itertools.product(("position", "example"), ("accuracy", "gold_loglikelihood")):
+            if ("gradient", score) in wide and ("oracle", lost) in wide:
+                both = wide[[("gradient", score), ("oracle", lost)]].dropna().to_numpy()
+                rho, low, high = stats.rank_correlation(both[:, 0], both[:, 1])
+                rows.append(dict(zip(_AGREEMENT, (task, k, component, score, lost, rho, low, high, len(both)),
+                                     strict=True)))
+    return pd.DataFrame(rows, columns=_AGREEMENT)
 
 
 def retained_table(
     importance: pd.DataFrame, score: str, induction: pd.DataFrame, seed: int, aggregate: str
 ) -> pd.DataFrame:
     """`Study.retained()`."""
-    found = measured(importance, "head", score).scores
-    trained = _trained(induction, found)
+    found = measured(importance, "head", score)
+    trained = _trained(induction, found.scores)
     if trained is None:
         return overlap.retained({}, {}, seed=seed)
-    primitives = {name: trained[name].to_numpy(np.float64) for name in ("prefix_matching", "copying")}
-    return overlap.retained(found, primitives, seed=seed, aggregate=aggregate)
+    primitives = {name: trained[name].to_numpy(np.float64) for name in _PRIMITIVES}
+    return overlap.retained(found.scores, primitives, resampled=found.resampled, seed=seed, aggregate=aggregate)
 
 
 def among_important_table(
     importance: pd.DataFrame, score: str, induction: pd.DataFrame, aggregate: str
 ) -> pd.DataFrame:
     """`Study.induction_among_important()`; empty where it is not known which heads are induction heads."""
-    found = measured(importance, "head", score).scores
-    trained = _trained(induction, found)
+    found = measured(importance, "head", score)
+    trained = _trained(induction, found.scores)
     if trained is None or trained["induction"].isna().any():
         return overlap.induction_among_important({}, np.zeros(0, bool))
     chosen: Bool[np.ndarray, " head"] = trained["induction"].to_numpy(bool)
-    return overlap.induction_among_important(found, chosen, aggregate=aggregate)
+    return overlap.induction_among_important(found.scores, chosen, resampled=found.resampled, aggregate=aggregate)
 
 
 def _trained(induction: pd.DataFrame, scores: Mapping[Key, Float[np.ndarray, " _"]]) -> pd.DataFrame | None:
@@ -142,7 +257,7 @@ def _trained(induction: pd.DataFrame, scores: Mapping[Key, Float[np.ndarray, " _
     return found if len(found) and scores else None
 
 
-def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
+def _concatenated(frames: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 
 

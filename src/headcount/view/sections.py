@@ -13,6 +13,7 @@ from headcount.view.points import MEAN
 from headcount.view.selection import transferred
 
 _BANDS = "Bands are 95 % bootstrap intervals over documents; point at a mark for its numbers."
+_COVERAGE = "In simulated studies such intervals over documents cover in 84 to 97 % of cases."
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def _importance(study: Study) -> Iterator[Section]:
             "the largest in its panel; point at a head for its value.",
             static=lambda: charts.head_map(importance, score, choose=False))
         yield _section(
-            "depth", "Where important heads lie", lambda: dots.depth_bars(importance, score),
-            findings.depth_sentence(importance, score), "Bars: mean over tasks; dots: single tasks; lines: the share "
-            "that a third of the layers has of all heads.")
+            "depth", "Where important heads lie", lambda: dots.depth_bars(study.depth()),
+            findings.depth_sentence(study.depth()), "Bars: over tasks, with 95 % intervals over documents; dots: "
+            "single tasks; short lines: the share that a third of the layers has of all heads.")
     if (importance["component"] == "ffn").any():
         yield _section(
             "ffn_bars", "Which FFNs matter", lambda: charts.ffn_bars(importance, score, choose=True),
@@ -89,7 +90,8 @@ def _curves(study: Study) -> Iterator[Section]:
     yield _section(
         "headline", "How much can go", lambda: charts.headline(pruned, study.free_fractions(), baselines),
         "Accuracy as the least important components go (solid) and as random ones go (dashed).", _BANDS,
-        "A diamond marks the free fraction.", sentences.curve_sentence(study, "head"))
+        "A diamond marks the free fraction.", sentences.curve_sentence(study, "head"),
+        *(sentences.differences_sentence(study, component) for component in ("head", "ffn")))
     if (pruned["component"] == "head").any():
         yield _section("head_curves", "Pruning heads, task by task", lambda: charts.task_curves(pruned, "head"),
                        _by_task(study, "head"), _BANDS)
@@ -99,17 +101,22 @@ def _curves(study: Study) -> Iterator[Section]:
 
 
 def _by_task(study: Study, component: str) -> str:
-    """How the free fraction differs between tasks, at the most shots at which it is defined."""
+    """How the free fraction differs between tasks, at the most shots at which it is defined, and how sure that is."""
     free = study.free_fractions()
-    free = free[(free["task"] != MEAN) & (free["component"] == component) & free["free_fraction"].notna()]
-    free = free[free["num_fewshot"] == free["num_fewshot"].max()]
-    if len(free) < 2:
-        return ""
+    free = free[(free["task"] != MEAN) & (free["component"] == component)]
+    defined = free[free["free_fraction"].notna()]
+    if defined.empty:
+        return "On no task the full model is shown to be above a baseline, so that no free fraction is defined." if len(
+            free) else ""
+    free = defined[defined["num_fewshot"] == defined["num_fewshot"].max()].sort_values("free_fraction", kind="stable")
     shots = words.shots(int(free["num_fewshot"].iloc[0]))
-    least, most = free["free_fraction"].min(), free["free_fraction"].max()
+    ends = [f"{words.share(row['free_fraction'])} ({'' if len(free) == 1 else row['task'] + ', '}endless documents "
+            f"might show up to {words.share(row['free_high'])})" for _, row in free.iloc[[0, -1]].iterrows()]
+    if len(free) == 1:
+        return f"With {shots} the free fraction on {free['task'].iloc[0]} is {ends[0]}."
     none = int((free["free_fraction"] == 0).sum())
-    return (f"With {shots} the free fraction of single tasks lies between {100 * least:.3g} and {100 * most:.3g} %; "
-            f"for {none} of the {len(free)} tasks where it is defined no share is shown to be free.")
+    return (f"With {shots} the free fraction of single tasks lies between {ends[0]} and {ends[1]}; for {none} of the "
+            f"{len(free)} tasks where it is defined no share is shown to be free.")
 
 
 def _grid(study: Study) -> Iterator[Section]:
@@ -136,11 +143,14 @@ def _comparisons(study: Study) -> Iterator[Section]:
                 findings.tasks_sentence(found, component, score=score),
                 findings.top_sets_sentence(top[top["component"] == "head"]) if component == "head" else "",
                 "Spearman's correlation of importance; the diagonal is what a score would correlate with itself, "
-                "measured on as many other documents. The means leave out the task that they stand beside.")
+                "measured on as many other documents. The means leave out the task that they stand beside; tasks that "
+                "rank alike stand together.", _COVERAGE)
     if len(found) and (found["kind"] == "shots").any():
         yield _section("cross_shot", "Does the order hang on the number of shots?",
                        lambda: dots.shots_dots(found, scores=study.ordering_scores),
-                       *(findings.shots_sentence(found, c, score=s) for c, s in study.ordering_scores.items()))
+                       *(findings.shots_sentence(found, c, score=s) for c, s in study.ordering_scores.items()),
+                       "In grey a random order beside the scores of each number of shots, and what 95 % of random "
+                       "orders reach.", _COVERAGE)
 
 
 def _transfer(study: Study) -> Iterator[Section]:
@@ -171,10 +181,11 @@ def _induction(study: Study) -> Iterator[Section]:
                    primitives.induction_sentence(induction, study.induction_thresholds),
                    primitives.reliability_caution(notes.get("reliability", {})), *told)
     yield _section("induction_scatter", "Heads high on both", lambda: dots.induction_scatter(
-        induction, study.induction_thresholds), "Lines are the thresholds; beside the model the same shape with random "
-        "weights, where nothing was learnt.")
+        induction, study.induction_thresholds),
+                   primitives.scatter_sentence(induction, study.induction_thresholds))
     retained = study.retained()
     if len(retained):
         yield _section("retained", "Do induction heads survive pruning?", lambda: dots.retained_curves(retained),
                        primitives.retained_sentence(retained),
-                       primitives.among_important_sentence(study.induction_among_important()))
+                       primitives.among_important_sentence(study.induction_among_important()),
+                       primitives.overlap_sentence(study.top_overlaps()), "Grey: 95 % of random orders.")

@@ -6,23 +6,25 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.cluster.hierarchy import leaves_list, linkage
 
-from headcount.view.points import MEAN, groups
+from headcount.view.points import MEAN
 from headcount.view.relations import MEAN_OF_RANKS, RANDOM
-from headcount.view.scores import mean_importance, name_of
+from headcount.view.scores import name_of
 
 WITHOUT_OWN = "mean without own"
 SUMMARIES = (MEAN, MEAN_OF_RANKS, WITHOUT_OWN, RANDOM)  # the order of their rows, below the tasks
 PRIMITIVES = {"prefix_matching": "prefix matching", "copying": "copying"}
-THIRDS = ("early", "middle", "late")
+AGGREGATES = (MEAN, MEAN_OF_RANKS)
 TOP = 0.2  # the share of the heads that is called the most important
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the mean over tasks, or of the only (else the first) task."""
+    """The rows of the mean over tasks (or of the mean of their ranks), or of the only (else the first) task."""
     if table.empty:
         return table
-    return table[table["task"] == (MEAN if (table["task"] == MEAN).any() else table["task"].iloc[0])]
+    found = [name for name in AGGREGATES if (table["task"] == name).any()]
+    return table[table["task"] == (found or [table["task"].iloc[0]])[0]]
 
 
 def most_shots(table: pd.DataFrame) -> pd.DataFrame:
@@ -54,6 +56,28 @@ def between_shots(correlations: pd.DataFrame) -> pd.DataFrame:
     both = rows[["num_fewshot", "other_shots"]]
     rows = rows.assign(num_fewshot=both.min(axis=1), other_shots=both.max(axis=1))
     return rows.drop_duplicates(["component", "score", "task", "num_fewshot", "other_shots"])
+
+
+def alike_together(pairs: pd.DataFrame) -> list[str]:
+    """The tasks in such an order that those which rank alike are neighbours: leaves of a tree of average distances.
+
+    The distance is one minus the rank correlation, mean over numbers of shots; of the orders that the tree allows the
+    one with the nearest neighbours (Bar-Joseph et al. 2001, by scipy).
+
+    Args:
+        pairs: Correlations between tasks, each pair at least once.
+    """
+    rows = pairs[~pairs["task"].isin(SUMMARIES) & ~pairs["other_task"].isin(SUMMARIES) & pairs["correlation"].notna()]
+    names = tasks_first([*rows["task"], *rows["other_task"]])
+    square = rows.pivot_table(index="task", columns="other_task", values="correlation").reindex(
+        index=names, columns=names).to_numpy(copy=True)
+    square = np.where(np.isnan(square), square.T, square)
+    distances = 1 - square[np.triu_indices(len(names), 1)]
+    if len(names) < 3 or np.isnan(distances).any():
+        return names
+    # Rounding may leave a correlation a hair above 1.
+    tree = linkage(distances.clip(min=0), "average", optimal_ordering=True)
+    return [names[i] for i in leaves_list(tree)]
 
 
 def tasks_first(names: Sequence[str] | pd.Series) -> list[str]:
@@ -116,26 +140,14 @@ def over_recipients(rows: pd.DataFrame) -> pd.DataFrame:
     return mean.assign(task=MEAN, difference_low=np.nan, difference_high=np.nan)
 
 
-def depth(importance: pd.DataFrame, score: str, *, top: float = TOP) -> pd.DataFrame:
-    """Share of the most important heads in each third of the layers, per task (and "mean") and number of shots.
+def first_differences(curves: pd.DataFrame) -> pd.DataFrame:
+    """The first step of every measured curve at which accuracy differs from the full model's: p < .05 as corrected.
 
-    Columns: task; num_fewshot; third ("early", "middle", "late"); share; expected (the third's share of all heads);
-    important (how many the most important are).
-
-    Args:
-        importance: `Study.importance()`.
-        score: Which score of importance.
-        top: Which share of all heads counts as the most important.
+    Columns: task; num_fewshot; component; order; fraction (NaN where no step does).
     """
-    rows = importance[(importance["component"] == "head") & (importance["score"] == score)]
-    if rows["task"].nunique() > 1:
-        rows = pd.concat([mean_importance(rows), rows], ignore_index=True)
-    found = []
-    for (task, k), of_task in groups(rows, "task", "num_fewshot"):
-        third = of_task["layer"] * 3 // (of_task["layer"].max() + 1)
-        size = max(1, int(top * len(of_task) + 1e-9))
-        chosen = third[of_task["importance"].sort_values(ascending=False, kind="stable").index[:size]]
-        found += [{"task": task, "num_fewshot": k, "third": name, "share": float((chosen == i).mean()),
-                   "expected": float((third == i).mean()), "important": size}
-                  for i, name in enumerate(THIRDS) if (third == i).any()]
-    return pd.DataFrame(found, columns=["task", "num_fewshot", "third", "share", "expected", "important"])
+    keys = ["task", "num_fewshot", "component", "order"]
+    steps = curves[(curves["fraction"] > 0) & ~curves["order"].isin([RANDOM, "none"])]
+    differs = steps["fraction"].where(steps["p"] < 0.05)
+    found: pd.DataFrame = steps.assign(fraction=differs).groupby(keys, sort=False, as_index=False).agg(
+        fraction=("fraction", "min"))
+    return found

@@ -11,8 +11,10 @@ from headcount import stats
 from headcount.view import primitives
 from headcount.view.analysis import Study
 from headcount.view.points import MEAN, groups
-from headcount.view.scores import mean_importance, most_important_first, name_of
-from headcount.view.words import millions, shots
+from headcount.view.relations import MEAN_OF_RANKS
+from headcount.view.scores import name_of
+from headcount.view.selection import first_differences
+from headcount.view.words import millions, over, shots
 
 _NAMES = {"head": ("attention head", "attention heads"), "ffn": ("FFN", "FFNs")}
 
@@ -56,7 +58,7 @@ def _can_go(study: Study, row: pd.Series) -> str:
     total = heads if row["component"] == "head" else ffns
     names = _NAMES[row["component"]][1]
     margin = f"{100 * study.spec['margin']:.3g} points"
-    over = "mean accuracy" if row["task"] == MEAN else f"accuracy on {row['task']}"
+    what = "mean accuracy" if row["task"] == MEAN else f"accuracy on {row['task']}"
     beginning = f"With {shots(int(row['num_fewshot']))}, "
     if row["free_fraction"] == 0:
         curves = study.curves()
@@ -67,10 +69,10 @@ def _can_go(study: Study, row: pd.Series) -> str:
             return f"{beginning}no step removes one of the {total} {names}: ask for larger fractions."
         first = removing.iloc[0]
         return (f"{beginning}no share of the {names} is shown to be free: already without {first['removed']} of "
-                f"{total} {over} changes by {_points(first['difference'])} points ({_interval(first)}), and a loss of "
+                f"{total} {what} changes by {_points(first['difference'])} points ({_interval(first)}), and a loss of "
                 f"{margin} or more cannot be ruled out.")
     return (f"{beginning}{100 * row['free_fraction']:.3g} % of the {names} ({row['removed']:.0f} of {total}, "
-            f"{millions(row['parameters_removed'])} parameters) can go: {over} is then {row['accuracy']:.3f}, the full "
+            f"{millions(row['parameters_removed'])} parameters) can go: {what} is then {row['accuracy']:.3f}, the full "
             f"model's {row['full_accuracy']:.3f} ({_interval(row)}; up to there a loss of {margin} or more is ruled "
             "out at every step).")
 
@@ -112,40 +114,66 @@ def curve_sentence(study: Study, component: str) -> str:
             f"({other['low']:.2f} to {other['high']:.2f}){apart}.")
 
 
+def differences_sentence(study: Study, component: str) -> str:
+    """From which step on accuracy is shown to differ from the full model's, at the most shots."""
+    found = first_differences(study.curves())
+    found = found[found["component"] == component]
+    if found.empty:
+        return ""
+    found = found[found["num_fewshot"] == found["num_fewshot"].max()]
+    whole, single = found[found["task"] == MEAN], found.loc[found["task"] != MEAN, "fraction"]
+    names, k = _NAMES[component][1], int(found["num_fewshot"].iloc[0])
+    said = [f"{_first(whole['fraction'])} of the {names} over all tasks"] if len(whole) else []
+    said.append(f"on single tasks {_first(single)}" if said else f"{_first(single)} of the {names}")
+    return (f"With {shots(k)} accuracy differs from the full model's (McNemar's paired test, p < 0.05 as corrected for "
+            f"a curve's steps by Holm's method) {'; '.join(said)}.")
+
+
+def _first(fractions: pd.Series) -> str:
+    """`first at 20 %`, `first at 10 to 30 % (2 of 5: at no step)`, `at no step up to the largest`."""
+    known = fractions.dropna()
+    if known.empty:
+        return "at no step"
+    least, most = (f"{100 * x:.3g}" for x in (known.min(), known.max()))
+    never = f" ({len(fractions) - len(known)} of {len(fractions)}: at no step)" if len(known) < len(fractions) else ""
+    return f"first at {least}{'' if least == most else f' to {most}'} %{never}"
+
+
 def importance_sentence(study: Study, component: str) -> str:
-    """Which components matter most on the mean over tasks, at the most shots, and where they lie."""
+    """Which components matter most over tasks, at the most shots, how sure their ranks are, and where they lie."""
     ranked = ranking(study, component)
     if ranked.empty:
         return ""
     ranked = ranked[ranked["num_fewshot"] == ranked["num_fewshot"].max()]
-    k, over = int(ranked["num_fewshot"].iloc[0]), ranked_on(study, int(ranked["num_fewshot"].iloc[0]))
+    beginning = f"With {shots(int(ranked['num_fewshot'].iloc[0]))}"
+    where = ranked_on(ranked)
     useful = ranked[ranked["importance"] > 0]
     top = useful.head(5 if component == "head" else 3)
     if top.empty:
-        return f"With {shots(k)} no {_NAMES[component][0]} costs accuracy {over} when it alone is off."
+        return f"{beginning} no {_NAMES[component][0]} costs accuracy {where} when it alone is off."
     tenth = ranked.head(max(1, len(ranked) // 10))
     layers = len(study.description["anatomy"]["heads_per_layer"])
-    names = ", ".join(top["name"])
+    sure = top["rank_low"].notna().all()
+    names = ", ".join(f"{row['name']} ({row['rank_low']:.0f} to {row['rank_high']:.0f})" if sure else str(row["name"])
+                      for _, row in top.iterrows())
+    ranks = " (in brackets: 95 % intervals of their ranks, over documents)" if sure else ""
     middle = f"; the median layer of the top tenth is {tenth['layer'].median():.0f} of 0 to {layers - 1}"
-    return f"With {shots(k)}, {over}, the most important {_NAMES[component][1]} are {names}{middle}."
+    return f"{beginning}, {where}, the most important {_NAMES[component][1]} are {names}{ranks}{middle}."
 
 
-def ranked_on(study: Study, k: int) -> str:
-    """What a ranking at this number of shots is of: the mean over tasks, or the only one."""
-    table = study.importance()
-    tasks = table.loc[table["num_fewshot"] == k, "task"].unique()
-    return "on the mean over tasks" if len(tasks) > 1 else f"on {tasks[0]}"
+def ranked_on(ranked: pd.DataFrame) -> str:
+    """What rows of a ranking, at one number of shots, are of: the mean over tasks, or the only one."""
+    return over(str(ranked["task"].iloc[0]))
 
 
 def ranking(study: Study, component: str) -> pd.DataFrame:
-    """Components by mean importance over tasks, the most important first, with their names; by number of shots."""
-    table = study.importance()
-    score = study.ordering_scores[component]
-    ties = study.tie_scores.get(component, score)
-    mean, second = (mean_importance(table[(table["component"] == component) & (table["score"] == name)])
-                    for name in (score, ties))
-    mean["name"] = [name_of(component, layer, head) for layer, head in zip(mean["layer"], mean["head"], strict=True)]
-    return most_important_first(mean, second).sort_values("num_fewshot", kind="stable")
+    """Components by importance over tasks, the most important first, with their names; by number of shots."""
+    table = study.aggregate_importance()
+    left_out = MEAN if study.spec.get("aggregate") == "ranks" else MEAN_OF_RANKS
+    rows = table[(table["component"] == component) & (table["score"] == study.ordering_scores[component])
+                 & (table["task"] != left_out)]
+    names = [name_of(component, layer, head) for layer, head in zip(rows["layer"], rows["head"], strict=True)]
+    return rows.assign(name=names).sort_values(["num_fewshot", "rank"])
 
 
 def truncations(study: Study, tasks: Sequence[str] | None = None, shots: Sequence[int] | None = None) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from headcount.view.points import MEAN
+from headcount.view.relations import MEAN_OF_RANKS
 
 
 def shots(k: int) -> str:
@@ -29,7 +30,7 @@ def on(rows: pd.DataFrame) -> str:
 
 def over(task: str) -> str:
     """`on copa`, `on the mean over tasks`."""
-    return "on the mean over tasks" if task == MEAN else f"on {task}"
+    return {MEAN: "on the mean over tasks", MEAN_OF_RANKS: "on the mean of ranks over tasks"}.get(task, f"on {task}")
 
 
 def share(fraction: float) -> str:

@@ -1,0 +1,74 @@
+"""Entries of the ledger as frames: one row per document and mask, per component and score, per head and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+
+from headcount.ledger import Entry
+
+IMPORTANCE = ["task", "num_fewshot", "component", "layer", "head", "method", "score", "importance", "stderr",
+              "num_examples"]
+_LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fraction", "layer", "head", "heads_removed",
+           "ffns_removed", "parameters_removed")
+_EVALUATION = ["task", "num_fewshot", "split", *_LABELS, "job", "members", "doc_id", "passage", "correct"]
+_INDUCTION = ["layer", "head", "prefix_matching", "copying", "previous_token", "ov_copying", "induction", "weights",
+              "protocol", "sequences"]
+
+
+def evaluation_rows(entries: Iterable[Entry], aggregate: str) -> pd.DataFrame:
+    """`Study.evaluations()`, and besides: job (number of the entry), members (tasks that its order is of).
+
+    Args:
+        entries: Evaluation entries.
+        aggregate: An aggregate may have been taken of scores first and of ranks later; the last one asked for is shown.
+    """
+    frames = []
+    for number, entry in enumerate(entries):
+        if entry.job["curve"].get("aggregate", aggregate) != aggregate:
+            continue
+        labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
+        labels.insert(0, "mask", range(len(labels)))
+        for name in ("split", "num_fewshot", "task"):
+            labels.insert(1, name, entry.job[name])
+        labels = labels.assign(job=number, members=len(entry.job["curve"].get("importance", ())))
+        frames.append(labels.merge(entry.table, on="mask").drop(columns="mask"))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_EVALUATION)
+
+
+def importance_rows(entries: Iterable[Entry]) -> pd.DataFrame:
+    """`Study.importance()`, and besides what importance was resampled to."""
+    frames = []
+    for entry in entries:
+        known = {"task": entry.job["task"], "num_fewshot": entry.job["num_fewshot"], "method": entry.job["method"],
+                 "num_examples": entry.info["num_examples"]}
+        frames.append(entry.table.assign(**known))
+    if not frames:
+        return pd.DataFrame(columns=IMPORTANCE)
+    table = pd.concat(frames, ignore_index=True)
+    # Oracles of a sample of heads and of all of them may both be there.
+    table = table.drop_duplicates(["task", "num_fewshot", "component", "layer", "head", "method", "score"])
+    table["head"] = table["head"].astype("Int64").where(table["component"] == "head")
+    return table
+
+
+def induction_rows(entries: Mapping[str, Entry], thresholds: Mapping[str, float]) -> pd.DataFrame:
+    """`Study.induction()`.
+
+    Args:
+        entries: By weights.
+        thresholds: What an induction head reaches on each primitive; NaN where that is not known.
+    """
+    if not entries:
+        return pd.DataFrame(columns=_INDUCTION)
+    table = pd.concat([entry.table.assign(weights=weights, protocol=entry.job["protocol"],
+                                          sequences=entry.info["sequences"])
+                       for weights, entry in sorted(entries.items(), reverse=True)], ignore_index=True)
+    high = np.logical_and.reduce([table[name] >= least for name, least in thresholds.items()])
+    # Not known before the control is measured that copying's threshold hangs on.
+    table["induction"] = pd.array(high, "boolean") if not np.isnan(thresholds["copying"]) else pd.NA
+    table["induction"] = table["induction"].astype("boolean")
+    ordered: pd.DataFrame = table[[*_INDUCTION, *(c for c in table if c not in _INDUCTION)]]
+    return ordered

@@ -1,0 +1,228 @@
+"""Sets of the most important components: what tasks share, what else is high in them, and in which layers they lie.
+
+A top set holds the last `floor(fraction * n)` components of the order of removal, those that pruning keeps longest.
+Everything takes the scores of one kind of component, one array per (task, number of shots), and where they are known
+their means over resampled documents; intervals are those of `headcount.stats.around`, over documents.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from headcount import stats
+from headcount.errors import OptionError
+from headcount.masks import removal_order
+from headcount.view.points import MEAN
+from headcount.view.relations import MEAN_OF_RANKS, Key, Rows, Scores, aggregates, by_shots, check, scored
+
+FRACTIONS = (0.1, 0.2, 0.3)
+THIRDS = ("early", "middle", "late")
+_TOP = ["num_fewshot", "fraction", "size", "tasks", "common", "share", "low", "high", "expected", "pair_mean_share"]
+_OVERLAP = ["task", "other", "num_fewshot", "fraction", "size", "common", "low", "high", "expected", "p", "p_fewer"]
+_DEPTH = ["task", "num_fewshot", "fraction", "third", "share", "low", "high", "expected", "important"]
+# The place of every component in orders of removal, 0 the first to go: row 0 as measured, then of every draw.
+Places = Mapping[Key, Int[np.ndarray, "row component"]]
+
+
+def count(fraction: float | int, n: int) -> int:
+    """How many of n components a fraction is: `floor(fraction * n)`, as orders are pruned.
+
+    Raises:
+        OptionError: If it is no fraction.
+    """
+    if not 0 <= fraction <= 1:
+        raise OptionError(f"a fraction lies between 0 and 1, not {fraction}")
+    # The small constant keeps 0.7 * 10 = 6.999... from losing a component.
+    return math.floor(fraction * n + 1e-9)
+
+
+def places(scores: Scores, resampled: Rows | None = None) -> dict[Key, Int[np.ndarray, "row component"]]:
+    """Where each component stands in the order of removal, as measured and of every draw of documents.
+
+    Args:
+        scores: Importance by (task, number of shots); no component may lack one.
+        resampled: Bootstrap replicates of each.
+
+    Returns:
+        By (task, number of shots): 0 for the first to go, in a row for what was measured and one per replicate.
+
+    Raises:
+        OptionError: If the arrays are not of one model's components.
+    """
+    check(scores, resampled)
+    return {key: placed(np.concatenate([values[None], (resampled or {}).get(key, np.empty((0, len(values))))]))
+            for key, values in scores.items()}
+
+
+def placed(
+    scores: Float[np.ndarray, "row component"], ties: Float[np.ndarray, "row component"] | None = None
+) -> Int[np.ndarray, "row component"]:
+    """Where each component stands in the order of removal that a row gives, 0 for the first to go.
+
+    Args:
+        scores: What decides; row 0, which was measured, is rounded as in pruning (`headcount.masks.removal_order`).
+        ties: What decides between equal ones; last comes the component's number.
+    """
+    further = (ties,) if ties is not None else ()
+    measured = np.array([removal_order(*(values[0] for values in (scores, *further)))], np.int64)
+    # The last key decides.
+    drawn = np.lexsort([values[1:] for values in (*further, scores)], axis=-1)
+    found = np.empty(scores.shape, np.int64)
+    np.put_along_axis(found, np.concatenate([measured.reshape(1, -1), drawn]), np.arange(scores.shape[1])[None], axis=1)
+    return found
+
+
+def with_aggregate(
+    scores: Scores, resampled: Rows | None = None, aggregate: str = "mean"
+) -> tuple[dict[Key, Float[np.ndarray, " component"]], dict[Key, Float[np.ndarray, "resample component"]]]:
+    """Scores and replicates of the tasks, and of their aggregate where there are several: "mean" or "mean of ranks".
+
+    Args:
+        scores: Importance by (task, number of shots).
+        resampled: Bootstrap replicates of each; an aggregate has them where all its tasks have.
+        aggregate: "mean" of the tasks' scores, or of their "ranks".
+    """
+    wanted, of_draws = MEAN_OF_RANKS if aggregate == "ranks" else MEAN, dict(resampled or {})
+    found = {key: values for key, values in aggregates(scores).items() if key[0] == wanted}
+    complete = {k: tasks for k, tasks in by_shots(scores).items() if all((task, k) in of_draws for task in tasks)}
+    for k, tasks in complete.items():
+        draws = min(len(of_draws[task, k]) for task in tasks)
+        of_k = aggregates({(task, k): of_draws[task, k][:draws] for task in tasks})
+        of_draws |= {key: values for key, values in of_k.items() if key[0] == wanted}
+    return {**scores, **found}, of_draws
+
+
+def top_sets(
+    scores: Scores, fractions: Sequence[float | int] = FRACTIONS, *, resampled: Rows | None = None
+) -> pd.DataFrame:
+    """How much the most important components of different tasks have in common.
+
+    Args:
+        scores: Importance by (task, number of shots). Components that one of them lacks are left out of all.
+        fractions: Sizes of the top sets, as shares of all components.
+        resampled: Bootstrap replicates of each, for the interval.
+
+    Returns:
+        One row per number of shots that two tasks or more have, and fraction that is one component or more. Columns:
+        num_fewshot; fraction; size (of each top set); tasks (how many); common (components in the top set of *every*
+        task); share (common / size) with its 95 % interval low, high; expected (how many random top sets would have in
+        common, n * (size / n)^tasks); pair_mean_share (mean over pairs of tasks of their common share; of random sets
+        size / n). Single pairs: `top_overlaps`.
+
+    Raises:
+        OptionError: If the arrays are not of one model's components.
+    """
+    found, n = _known_places(scores, resampled)
+    rows = list[dict[str, Any]]()
+    for k, tasks in by_shots(scores).items():
+        for fraction in fractions:
+            size = count(fraction, n)
+            if len(tasks) < 2 or size == 0:
+                continue
+            tops = _together([found[task, k] >= n - size for task in tasks])
+            shares = tops.all(axis=0).sum(axis=1) / size
+            pairs = [int((a & b).sum()) / size for a, b in itertools.combinations(tops[:, 0], 2)]
+            rows.append(dict(zip(_TOP, (k, fraction, size, len(tasks), round(shares[0] * size), shares[0],
+                                        *_around(shares, 1), n * (size / n) ** len(tasks), float(np.mean(pairs))),
+                                 strict=True)))
+    return pd.DataFrame(rows, columns=_TOP)
+
+
+def top_overlaps(
+    scores: Scores, others: Mapping[str, Float[np.ndarray, " component"]] | None = None,
+    fractions: Sequence[float | int] = FRACTIONS, *, resampled: Rows | None = None, aggregate: str = "mean",
+) -> pd.DataFrame:
+    """What the most important components of one task have in common with those of another, or with other top sets.
+
+    Args:
+        scores: Importance by (task, number of shots). Components that one of them lacks are left out of all.
+        others: Other scores of the same components, by name ("prefix_matching"). Each task's top set is held against
+            the components highest on them, and so is that of the aggregate.
+        fractions: Sizes of both sets, as shares of all components.
+        resampled: Bootstrap replicates of each, for the interval.
+        aggregate: "mean" of the tasks' scores, or of their "ranks".
+
+    Returns:
+        One row per number of shots, pair and fraction that is one component or more. Columns: task; other (a task, or a
+        name of `others`); num_fewshot; fraction; size (of either set); common, with its 95 % interval low, high;
+        expected (by chance); p (the probability that a random set has at least so many in common, hypergeometric),
+        p_fewer (at most so many), neither corrected for the number of rows: see `stats.holm`.
+
+    Raises:
+        OptionError: If the arrays are not of one model's components.
+    """
+    check(scores, others)
+    everything, draws = with_aggregate(scores, resampled, aggregate) if others else (scores, resampled)
+    found, n = _known_places(everything, draws)
+    there = scored(scores)
+    fixed = {name: places({(name, 0): values[there]})[name, 0] for name, values in (others or {}).items()}
+    rows = list[dict[str, Any]]()
+    tasks = by_shots(scores)
+    for k, names in by_shots(everything).items():
+        pairs = [(a, b, found[b, k]) for a, b in itertools.combinations(tasks[k], 2)]
+        pairs += [(task, other, of_other) for task in names for other, of_other in fixed.items()]
+        for (a, b, of_b), fraction in itertools.product(pairs, fractions):
+            if size := count(fraction, n):
+                of_a = found[a, k] >= n - size
+                fit = len(of_a) if b in fixed else min(len(of_a), len(of_b))  # other scores have no draws
+                common = (of_a[:fit] & (of_b >= n - size)[:fit]).sum(axis=1)
+                more, fewer, expected = stats.hypergeometric_overlap(n, size, size, int(common[0]))
+                rows.append(dict(zip(_OVERLAP, (a, b, k, fraction, size, int(common[0]), *_around(common, size),
+                                                expected, more, fewer), strict=True)))
+    return pd.DataFrame(rows, columns=_OVERLAP)
+
+
+def depth(
+    scores: Scores, layers: Sequence[int], *, resampled: Rows | None = None, aggregate: str = "mean",
+    fraction: float = 0.2,
+) -> pd.DataFrame:
+    """Share of the most important components in each third of the layers.
+
+    Args:
+        scores: Importance by (task, number of shots). Components that one of them lacks are left out of all.
+        layers: Of every component.
+        resampled: Bootstrap replicates of each, for the interval.
+        aggregate: "mean" of the tasks' scores, or of their "ranks".
+        fraction: Which share counts as the most important; one component at least.
+
+    Returns:
+        Columns: task (and the aggregate); num_fewshot; fraction; third ("early", "middle", "late"); share with its 95 %
+        interval low, high; expected (the third's share of all components); important (how many the most important are).
+    """
+    everything, draws = with_aggregate(scores, resampled, aggregate)
+    found, n = _known_places(everything, draws)
+    third = np.asarray(layers)[scored(scores)] * 3 // (max(layers, default=0) + 1)
+    size = max(1, count(fraction, n))
+    rows = list[dict[str, Any]]()
+    for ((task, k), of_task), (i, name) in itertools.product(found.items(), enumerate(THIRDS)):
+        if (third == i).any():
+            shares = ((of_task >= n - size) & (third == i)).sum(axis=1) / size
+            rows.append(dict(zip(_DEPTH, (task, k, fraction, name, shares[0], *_around(shares, 1),
+                                          float((third == i).mean()), size), strict=True)))
+    return pd.DataFrame(rows, columns=_DEPTH)
+
+
+def _known_places(scores: Scores, resampled: Rows | None) -> tuple[Places, int]:
+    """Places among the components that all of these have scored, and how many these are."""
+    check(scores, resampled)
+    there = scored(scores)
+    return places({key: values[there] for key, values in scores.items()},
+                  {key: values[:, there] for key, values in (resampled or {}).items()}), int(there.sum())
+
+
+def _together(tops: Sequence[Bool[np.ndarray, "_ component"]]) -> Bool[np.ndarray, "task row component"]:
+    rows = min(map(len, tops))
+    return np.stack([top[:rows] for top in tops])
+
+
+def _around(found: Float[np.ndarray, " row"] | Int[np.ndarray, " row"], most: float | int) -> Iterator[float]:
+    """The interval of row 0 by the spread of the others, between 0 and `most`."""
+    for bound in stats.around(float(found[0]), found[1:].astype(np.float64)):
+        yield float(np.clip(bound, 0, most))
