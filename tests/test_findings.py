@@ -216,9 +216,9 @@ def test_the_scatter_is_told_as_it_is_drawn() -> None:
     trained = induction[induction["weights"] == "trained"]
     high = [(trained[name] >= limit) for name, limit in frames.THRESHOLDS.items()]
     text = primitives.scatter_sentence(induction, frames.THRESHOLDS)
-    assert text == (f"{high[0].sum()} of 24 heads reach the threshold of prefix matching, {high[1].sum()} that of "
-                    f"copying and {(high[0] & high[1]).sum()} both. Lines are the thresholds; beside the model the same "
-                    "shape with random weights, where nothing was learnt.")
+    assert text == (f"{high[0].sum()} of 24 heads reach the threshold of prefix matching, {high[1].sum()} that "
+                    f"of copying and {(high[0] & high[1]).sum()} both. Lines are the thresholds; beside the model the "
+                    "same shape with random weights, where nothing was learnt.")
     alone = primitives.scatter_sentence(trained, frames.THRESHOLDS | {"copying": np.nan})
     assert alone.endswith("The line is its threshold; random weights were not measured.")
 
