@@ -17,18 +17,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from headcount.ledger import Job, Ledger
 from headcount.masks import Mask, prune, random_order
 from headcount.measure.budget import budget_of
+from headcount.measure.copying import Reading, paper_copying, sound_copying
 from headcount.measure.encoding import encode
 from headcount.measure.forward import Likelihoods, masked_loglikelihoods, sweep_contract, target_logprobs
 from headcount.measure.importance import example_scores
+from headcount.measure.induction import LENGTHS, REPEATS, prefix_matching, usable_tokens
 from headcount.measure.packing import Batch, batches, pack
 from headcount.measure.scoring import Prepared, prepare, score
 from headcount.measure.tasks import get_tasks
+from headcount.model.attention import attention_keywords, attention_seen, eager
 from headcount.model.load import LoadedModel, load
+from headcount.model.weights import ov_copying
 
 Row = dict[str, Any]
 
@@ -101,6 +106,38 @@ def _with_transformer_lens(bridge: Any, packed: list[Batch]) -> None:
 def _loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     chosen = logits[torch.from_numpy(batch.rows), torch.from_numpy(batch.positions)].float()
     return torch.nn.functional.cross_entropy(chosen, torch.from_numpy(batch.targets))
+
+
+@torch.no_grad()
+def induction(loaded: LoadedModel, data: Path, repetitions: int = 3) -> list[Row]:
+    """Prefix matching and copying of every head, and eager forward passes of the same texts without logits."""
+    rows = []
+    with eager(loaded.model):
+        told = attention_keywords(loaded.name, loaded.model, loaded.anatomy)
+        once, reading = _timed(functools.partial(Reading.of, loaded, told))
+        ov, _ = _timed(functools.partial(ov_copying, loaded.model, loaded.anatomy, reading.ends, reading.norms, told))
+        for length in (LENGTHS[0], LENGTHS[3], LENGTHS[-1]):
+            texts = max(1, 500 // length)
+            tokens, _ = usable_tokens(loaded)
+            own = np.stack([np.random.default_rng(i).choice(tokens, REPEATS * length, False) for i in range(texts)])
+            unique = torch.from_numpy(own)
+            repeated = unique[:, :length].repeat(1, REPEATS)
+            sides: dict[str, Callable[[], Any]] = {
+                "forward": functools.partial(reading.run, unique),
+                "prefix_matching": functools.partial(_prefix_matching, reading, repeated, length),
+                "copying": functools.partial(sound_copying, reading, unique),
+                "paper_copying": functools.partial(paper_copying, reading, unique)}
+            rows.append({"length": length, "texts": texts, "tokens": unique.numel(), "once": once + ov,
+                         **_alternating(sides, repetitions)})
+    return rows
+
+
+def _prefix_matching(reading: Reading, ids: torch.Tensor, length: int) -> None:
+    def visit(layer: int, z: torch.Tensor, attention: torch.Tensor) -> None:
+        prefix_matching(attention, length, REPEATS, 0)
+
+    with attention_seen(reading.loaded.anatomy, visit):
+        reading.run(ids)
 
 
 def oracles(loaded: LoadedModel, data: Path, limit: int = 40) -> list[Row]:

@@ -6,6 +6,7 @@ docs/performance.md is written from what is kept. Sections:
 counts      tokens through the model / nodes of the prompts' tries, on every task of the paper
 scoring     wall time of lm-eval's HF backend / headcount, on every task of the paper; kept task by task
 importance  all heads and FFNs by gradient / one forward pass / autograd with parameter gradients / TransformerLens
+induction   prefix matching, copying / one eager forward pass of the same texts
 oracles     single FFNs off, and single heads off, by layer sweep / one evaluation
 scaling     seconds and peak memory against masks, documents, layers, length of prompts
 demo        wall time of the demo, by kind of job, beside the speed of matrix products
@@ -38,8 +39,8 @@ from performance_page import page
 
 _ROOT = Path(__file__).resolve().parents[1]
 _WHOLE = {"counts": against_lm_eval.counts, "importance": against_the_obvious.importance,
-          "oracles": against_the_obvious.oracles, "scaling": against_the_obvious.scaling,
-          "demo": against_the_obvious.demo}
+          "induction": against_the_obvious.induction, "oracles": against_the_obvious.oracles,
+          "scaling": against_the_obvious.scaling, "demo": against_the_obvious.demo}
 SECTIONS = (*_WHOLE, "scoring")
 
 

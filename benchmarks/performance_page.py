@@ -112,6 +112,18 @@ def _importance(rows: list[Row]) -> str:
         + (f" {r['transformer_lens'] / r['forward']:.2f} |" if bridge else "") for r in rows), ""])
 
 
+def _induction(rows: list[Row]) -> str:
+    lines = ["## Induction heads", "", "SmolLM2-135M, every head, random texts of four times *length* tokens; in eager "
+             "forward passes of the same texts without logits. Once for a model, besides: "
+             f"{rows[0]['once']:.1f} s for the OV score, what norms do and where the residual stream ends.", "",
+             "| length | texts | tokens | forward, s | prefix matching | copying | copying, protocol `paper` |",
+             "|--:|--:|--:|--:|--:|--:|--:|"]
+    return "\n".join([*lines, *(
+        f"| {r['length']} | {r['texts']} | {r['tokens']:,} | {r['forward']:.2f} | "
+        f"{r['prefix_matching'] / r['forward']:.2f} | {r['copying'] / r['forward']:.2f} | "
+        f"{r['paper_copying'] / r['forward']:.2f} |" for r in rows), ""])
+
+
 def _oracles(rows: list[Row]) -> str:
     lines = ["## Oracles", "", "SmolLM2-135M; in evaluations of the full model. *Counted* is in layer-tokens, which do "
              "not depend on the machine.", "",
@@ -148,8 +160,8 @@ def _demo(rows: list[Row]) -> str:
 
 
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {
-    "counts": _counts, "scoring": _scoring, "importance": _importance, "oracles": _oracles, "scaling": _scaling,
-    "demo": _demo}
+    "counts": _counts, "scoring": _scoring, "importance": _importance, "induction": _induction, "oracles": _oracles,
+    "scaling": _scaling, "demo": _demo}
 _HEAD = """\
 # Performance
 

@@ -13,9 +13,9 @@ Token ids are drawn, never text. The tokenizer's merges rank tokens by frequency
 text hangs on the seed, its length and its number alone, so that no score depends on batches. The protocol "paper" has
 the paper's lengths, one text of each of 25, 27, ... 223; the paper's draw had no seed, this one has.
 
-Cost, in eager forward passes of the same text without logits (SmolLM2, two cores): prefix matching .99 to 1.06, copying
-1.5 to 2.1 ("paper": 2.4 to 2.9), and once 3 s for the OV score and what norms do. 98 texts of each kind: 97,412 tokens,
-192 s.
+Cost, in eager forward passes of the same text without logits (SmolLM2, two cores; docs/performance.md): prefix matching
+.98 to 1.01, copying 1.3 to 1.8 ("paper": 2.3 to 2.9), and once 2 s for the OV score and what norms do. 98 texts of each
+kind: 97,412 tokens, 192 s.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from headcount.view import charts
@@ -122,22 +123,25 @@ def _shots_panel(rows: pd.DataFrame, random: pd.DataFrame) -> Chart:
                              rows["num_fewshot"], rows["other_shots"], strict=True)]}).round(4)
     pairs, tasks = list(dict.fromkeys(data["pair"])), tasks_first(rows["task"])
     summaries = [name for name in tasks if name.startswith(MEAN)]
-    low = min(0.0, float(data[["low", "correlation"]].min().min()), float(random["low"].min()))
+    low = np.floor(5 * min(0.0, float(data[["low", "correlation"]].min().min()), float(random["low"].min()))) / 5
     y = alt.Y("task:N", title=None, scale=alt.Scale(paddingInner=0.25),
               sort=[*summaries, *(t for t in tasks if t not in summaries), f"{RANDOM} order"],
               axis=alt.Axis(domain=False, ticks=False, grid=True, labelFontWeight=alt.ExprRef(
                   expr=f"indexof({summaries}, datum.label) >= 0 ? 'bold' : 'normal'")))
-    base = alt.Chart(data).encode(y=y, yOffset=alt.YOffset("pair:N", sort=pairs))
+    base = alt.Chart(data).encode(y=y, yOffset=alt.YOffset("pair:N", scale=alt.Scale(domain=pairs)))
     colour = alt.Color("pair:N", title=None, scale=alt.Scale(domain=pairs, range=PALETTE[: len(pairs)]))
     shape = alt.Shape("pair:N", title=None, scale=alt.Scale(domain=pairs, range=_SHAPES[: len(pairs)]))
-    x = alt.X("correlation:Q", title="rank correlation of importance", scale=alt.Scale(domain=[low, 1]))
+    x = alt.X("correlation:Q", title="rank correlation of importance", scale=alt.Scale(domain=[low, 1]),
+              axis=alt.Axis(labelFlush=False))
     dots = base.mark_point(filled=True, size=42, opacity=1).encode(
         x=x, color=colour, shape=shape,
         tooltip=["task:N", alt.Tooltip("pair:N", title="shots"), alt.Tooltip("correlation:Q", format=".3f"),
                  alt.Tooltip("low:Q", format=".3f"), alt.Tooltip("high:Q", format=".3f")])
     lines = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6).encode(
         x="low:Q", x2="high:Q", color=colour)
-    grey = alt.Chart(random).encode(y=y)
+    # All in the middle of their row; without an offset of their own rows would be no higher than one of them.
+    grey = alt.Chart(random.assign(offset=pairs[len(pairs) // 2])).encode(y=y, yOffset=alt.YOffset(
+        "offset:N", scale=alt.Scale(domain=pairs)))
     band = grey.mark_rule(color="#bbb", strokeWidth=5).encode(x="low:Q", x2="high:Q")
     beside = grey.mark_tick(color="#555", thickness=2).encode(
         x=x, tooltip=[alt.Tooltip("pair:N", title="what"), alt.Tooltip("correlation:Q", format=".3f"),
