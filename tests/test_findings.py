@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import synthetic_frames as frames
-from headcount.view import findings, primitives, selection
+from headcount.view import findings, primitives, selection, words
 
 ONE, TWO = frames.TASKS[:1], frames.TASKS[:2]
 MINUS = "\N{MINUS SIGN}"
@@ -60,10 +60,11 @@ def test_induction_heads_are_counted_named_and_beside_random_weights() -> None:
     assert text.startswith(f"{len(best)} of 24 heads are induction heads (prefix matching of at least 0.4 and copying")
     assert f": L{top['layer']}H{top['head']}, " in text, "the strongest is named first"
     control = induction[induction["weights"] == "random"]
-    assert text.endswith(f"With random weights 0 of 24 are: prefix matching is at most "
-                         f"{control['prefix_matching'].max():.2g} there and copying {control['copying'].max():.2g}.")
+    assert text.endswith(f"With random weights prefix matching is at most {control['prefix_matching'].max():.2g} and "
+                         f"copying {control['copying'].max():.2g}."), "none is found by construction"
     lax = induction.assign(induction=(induction["weights"] == "random") | induction["induction"])
-    assert "With random weights 24 of 24 are:" in primitives.induction_sentence(lax, frames.THRESHOLDS)
+    limits = {"prefix_matching": 0.0, "copying": 0.05}
+    assert "With random weights 24 of 24 are: prefix" in primitives.induction_sentence(lax, limits)
     unknown = induction.assign(induction=pd.Series(pd.NA, index=induction.index, dtype="boolean"))
     assert "was not measured" in primitives.induction_sentence(unknown, frames.THRESHOLDS)
     assert primitives.induction_sentence(induction.assign(induction=False), frames.THRESHOLDS).startswith("None of 24")
@@ -158,9 +159,9 @@ def test_unseen_tasks_stand_beside_the_full_model_and_a_random_order() -> None:
 
 def test_retained_is_more_than_random_only_outside_the_band() -> None:
     text = primitives.retained_sentence(frames.retained(TWO, (0, 5)))
-    assert ("88 % of all prefix matching (86 to 88 %), more than random orders leave (50 %; 95 % of them 44 to 56 %)"
-            in text)
-    assert "53 % of all copying (52 to 54 %), within what random orders leave" in text
+    assert ("88 % of all prefix matching (95 % interval 85 to 89 %), more than random orders leave (50 %; 95 % of them "
+            "44 to 56 %)") in text
+    assert "53 % of all copying (95 % interval 52 to 54 %), within what random orders leave" in text
     unknown = primitives.retained_sentence(frames.retained(TWO, (0, 5)).assign(low=np.nan, high=np.nan))
     assert "88 % of all prefix matching, more than" in unknown
     less = primitives.retained_sentence(frames.retained(ONE, (0,)).assign(retained=0.1))
@@ -172,10 +173,10 @@ def test_sets_of_heads() -> None:
     text = primitives.among_important_sentence(frames.among_important(frames.TASKS[:4]))
     assert ("6 (95 % interval 5 to 7) of the 8 induction heads are among the 54 heads (20 %) most important on the "
             "mean over tasks" in text)
-    assert "chance gives 1.6 (p < 0.001 for so many, hypergeometric); on single tasks 2 to 5" in text
+    assert "chance gives 1.6 (p < 0.001 for so many, one-sided, hypergeometric); on single tasks 2 to 5" in text
     none = frames.among_important(frames.TASKS[:4]).assign(common=0, p=1.0, p_fewer=0.19)
     assert "0 (95 % interval 5 to 7) of the 8 induction heads" in (text := primitives.among_important_sentence(none))
-    assert "chance gives 1.6 (p = 0.19 for so few, hypergeometric)" in text
+    assert "chance gives 1.6 (p = 0.19 for so few, one-sided, hypergeometric)" in text
     text = findings.top_sets_sentence(frames.top_sets(frames.TASKS[:4]))
     assert ("16 (95 % interval 14 to 18) of each task's 54 most important heads (20 % of all) are common to all 4 "
             "tasks, chance gives 0.4" in text)
@@ -190,14 +191,26 @@ def test_sets_of_heads() -> None:
 def test_pairs_of_top_sets_are_told_with_what_chance_gives() -> None:
     overlaps = frames.top_overlaps(TWO, (0, 5))
     assert primitives.overlap_sentence(overlaps) == (
-        "Of the 54 heads (20 %) most important on the mean over tasks 10 (8 to 12) are among the 54 highest on prefix "
-        "matching (p = 0.55 for so few), 0 (0 to 2) are among the 54 highest on copying (p < 0.001 for so few); chance "
-        "gives 10.8.")
+        "With 5 shots, of the 54 heads (20 %) most important on the mean over tasks 10 are among the 54 highest on "
+        "prefix matching (95 % interval 8 to 12; p = 0.55 for so few), 0 are among the 54 highest on copying (95 % "
+        "interval 0 to 2; p < 0.001 for so few); chance gives 10.8.")
     table = primitives.overlap_table(overlaps)
     assert table[["task", "and", "in both", "p of so many"]].to_numpy().tolist()[:3] == [
         ["mean", "prefix matching", 10, "0.6"], ["mean", "copying", 0, "0.6"], [TWO[0], TWO[1], 27, "0.001"]]
     assert set(table["shots"]) == {5}
     assert primitives.overlap_sentence(overlaps[overlaps["other"] == TWO[1]]) == ""
+    ffns = overlaps.query("num_fewshot == 0 and other == @TWO[1]").assign(component="ffn")
+    both = primitives.overlap_table(pd.concat([overlaps, ffns]))
+    assert both[["of", "shots"]].drop_duplicates().to_numpy().tolist() == [["heads", 5], ["FFNs", 0]]
+
+
+def test_intervals_of_counts_are_rounded_outwards() -> None:
+    row = pd.Series({"low": 2.61, "high": 3.39})
+    assert words.counts(row) == "2 to 4"
+    assert words.counts(pd.Series({"low": 0.5, "high": 53.999999999 / 54}), 54) == "27 to 54"
+    assert words.counts(pd.Series({"low": np.nan, "high": np.nan})) == ""
+    assert words.bracketed("", "a", "b") == " (a; b)"
+    assert words.bracketed("") == ""
 
 
 def test_all_induction_heads_are_listed_with_their_errors() -> None:
@@ -226,8 +239,8 @@ def test_the_scatter_is_told_as_it_is_drawn() -> None:
 def test_depth_is_told_in_thirds() -> None:
     text = findings.depth_sentence(frames.depth(TWO, (0, 5)))
     assert ("With 5 shots, of the 20 % of the heads that matter most on the mean over tasks (54) lie by depth 10 % in "
-            "the early third (5 to 15; single tasks 10 %), 75 % in the middle third (70 to 80; single tasks "
-            "75 %)") in text
+            "the early third (5 to 15 %; single tasks 10 %), 75 % in the middle third (70 to 80 %; single "
+            "tasks 75 %)") in text
     assert "of all heads 33, 33, 33 % do" in text
     assert "10 % in the early third, 75 %" in findings.depth_sentence(frames.depth(ONE, (5,), known=False))
 

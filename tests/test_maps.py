@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -122,11 +123,13 @@ def test_names_in_the_scatter_do_not_lie_on_one_another(seed: int) -> None:
 
 
 def test_shots_are_compared_once_per_pair_beside_a_random_order() -> None:
-    spec = drawn(dots.shots_dots(frames.correlations(TWO, (0, 1, 5)).assign(score="position")))
+    table = frames.correlations(TWO, (0, 1, 5)).assign(score="position")
+    table.loc[(table["task"] == "mean") & (table["other_task"] == "random"), "correlation"] = 0.07
+    spec = drawn(dots.shots_dots(table))
     random = [data for data in spec["datasets"].values() if data[0]["task"] == "random order"]
     for data in spec["datasets"].values():
         if data in random:
-            assert {r["correlation"] for r in data} == {0.01}
+            assert {r["correlation"] for r in data} == {0.07}, "beside the mean over tasks"
             continue
         assert len(data) == 3 * 3, "three pairs for two tasks and their mean"
         assert {r["pair"] for r in data} == {"no shots and 1 shot", "no shots and 5 shots", "1 shot and 5 shots"}
@@ -140,6 +143,9 @@ def test_tasks_that_rank_alike_stand_together() -> None:
     pairs = [near.get(frozenset(pair), 0.2) for pair in zip(table["task"], table["other_task"], strict=True)]
     found = selection.alike_together(table.assign(correlation=pairs).query("component == 'head' and kind == 'tasks'"))
     assert found in ([a, d, b, c], [b, d, a, c], [c, b, d, a], [c, a, d, b])
+    spec = drawn(maps.task_matrix(table.assign(correlation=pairs), "head"))
+    axes = json.dumps(spec)
+    assert json.dumps([*found, "mean", "mean of ranks", "random"]) in axes, "the matrix is in this order"
     assert selection.alike_together(frames.correlations(TWO, (5,))) == list(TWO), "two are neighbours anyway"
     unknown = frames.correlations(frames.TASKS[:4], (5,), known=False)
     assert selection.alike_together(unknown[unknown["kind"] == "tasks"]) == []

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from headcount.errors import OptionError
 from headcount.masks import random_order
@@ -76,7 +76,9 @@ def test_an_aggregate_leaves_out_the_task_it_is_compared_with() -> None:
 def test_aggregates_between_shots_and_with_each_other() -> None:
     scores, _, _ = world()
     found = table()["correlation"]
-    whole = relations.aggregates(scores)
+    whole = {(name, k): how([scores[task, k] for task in TASKS]) for k in (0, 5) for name, how in (
+        ("mean", lambda values: np.mean(values, axis=0)),
+        ("mean of ranks", lambda values: np.mean([rankdata(x) for x in values], axis=0)))}
     for name in ("mean", "mean of ranks"):
         assert found["shots", name, 0, name, 5] == pytest.approx(rho(whole[name, 0], whole[name, 5]))
     assert found["tasks", "mean", 5, "mean of ranks", 5] == pytest.approx(rho(whole["mean", 5],
@@ -90,15 +92,6 @@ def test_aggregates_between_shots_are_over_the_tasks_of_both() -> None:
     row = found[(found["kind"] == "shots") & (found["task"] == "mean") & (found["other_shots"] == 5)].iloc[0]
     a, b = (scores["red", k] + scores["green", k] for k in (0, 5))
     assert row["correlation"] == pytest.approx(rho(a, b))
-
-
-def test_aggregates_are_means_of_scores_and_of_ranks() -> None:
-    scores = {("red", 0): np.array([10.0, 30.0, 20.0, 20.0]), ("green", 0): np.array([0.4, 0.3, 0.2, 0.1]),
-              ("red", 5): np.zeros(4)}
-    found = relations.aggregates(scores)
-    assert set(found) == {("mean", 0), ("mean of ranks", 0)}, "one task has no aggregate"
-    np.testing.assert_allclose(found["mean", 0], [5.2, 15.15, 10.1, 10.05])
-    np.testing.assert_allclose(found["mean of ranks", 0], [(0 + 3) / 6, (3 + 2) / 6, (1.5 + 1) / 6, (1.5 + 0) / 6])
 
 
 def test_the_diagonal_is_the_reliability_and_it_bounds_the_pairs() -> None:
@@ -185,15 +178,10 @@ def test_components_that_one_task_lacks_are_left_out_of_all() -> None:
                                       {key: values[:, kept] for key, values in resampled.items()},
                                       {key: values[:, kept] for key, values in halves.items()})
     pd.testing.assert_frame_equal(relations.correlations(holes, resampled, halves), expected)
-    whole = relations.aggregates(holes)
-    for name in ("mean", "mean of ranks"):
-        assert (np.isnan(whole[name, 0]) == ~kept).all()
-        assert not np.isnan(whole[name, 5]).any()
 
 
 def test_little_or_nothing_is_no_error() -> None:
     assert relations.correlations({}).empty
-    assert relations.aggregates({}) == {}
     assert relations.correlations({("red", 0): np.arange(2.0), ("green", 0): np.arange(2.0)}).empty
     alone = relations.correlations({("red", 0): np.arange(9.0)})
     assert set(alone["kind"]) == {"tasks", "reliability"}
@@ -201,4 +189,4 @@ def test_little_or_nothing_is_no_error() -> None:
     flat = relations.correlations({("red", 0): np.zeros(9), ("green", 0): np.arange(9.0)})
     assert np.isnan(flat.set_index(["task", "other_task"]).loc[("red", "green"), "correlation"])
     with pytest.raises(OptionError, match="one length, not 4, 5"):
-        relations.aggregates({("red", 0): np.arange(5.0), ("green", 0): np.arange(4.0)})
+        relations.correlations({("red", 0): np.arange(5.0), ("green", 0): np.arange(4.0)})

@@ -99,7 +99,8 @@ def test_chance_and_the_constant_answer() -> None:
     right = np.ones(60)
     assert stats.degenerate(right, first, options, low=0.99) == []
     assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0, places=[0])) == 2
-    assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0)) == 1, "one place, different answers"
+    assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0, places=[])) == 1, "many answers"
+    assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0)) == 2, "nobody looked"
 
 
 def test_no_documents_no_interval() -> None:

@@ -152,6 +152,18 @@ def random_order(n: int, seed: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).permutation(n)]
 
 
+def count(fraction: float | int, n: int) -> int:
+    """How many of n components a fraction is: `floor(fraction * n)`.
+
+    Raises:
+        OptionError: If it is no fraction.
+    """
+    if not 0 <= fraction <= 1:
+        raise OptionError(f"a fraction lies between 0 and 1, not {fraction}")
+    # The small constant keeps 0.7 * 10 = 6.999... from losing a component.
+    return math.floor(fraction * n + 1e-9)
+
+
 def prune(heads_per_layer: Sequence[int], component: Component, order: Sequence[int], fraction: float) -> Mask:
     """The mask without the `floor(fraction * n)` components that come first in the order.
 
@@ -165,16 +177,13 @@ def prune(heads_per_layer: Sequence[int], component: Component, order: Sequence[
         OptionError: If the component is neither, the fraction is out of range, or the order does not list every
             component once.
     """
-    if not 0 <= fraction <= 1:
-        raise OptionError(f"a fraction lies between 0 and 1, not {fraction}")
     if component not in ("head", "ffn"):
         raise OptionError(f"a component is head or ffn, not {component!r}")
     everything = all_heads(heads_per_layer)
     n = len(everything) if component == "head" else len(heads_per_layer)
     if sorted(order) != list(range(n)):
         raise OptionError(f"an order lists each of this model's {n} {component}s once; this one has {len(order)} items")
-    # The small constant keeps 0.7 * 10 = 6.999... from losing a component.
-    gone = order[: math.floor(fraction * n + 1e-9)]
+    gone = order[: count(fraction, n)]
     full = Mask.full(heads_per_layer)
     return full.without_heads(everything[i] for i in gone) if component == "head" else full.without_ffns(gone)
 

@@ -87,13 +87,16 @@ def interval(
 
 
 def around(
-    value: Float[np.ndarray, "*shape"] | float, resampled: Float[np.ndarray, resample *shape], level: float = LEVEL
-) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
-    """Interval of what orders of noisy scores give (ranks, shares of sets): centred, as wide as replicates spread.
+    value: Float[np.ndarray, "..."] | float, resampled: Float[np.ndarray, "resample ..."], level: float = LEVEL
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """Interval of what orders of noisy scores give (shares of sets, of scores): centred, as wide as replicates spread.
 
     A replicate of such scores carries their noise and its own on top, so that its order is further from the truth than
     the measured one, and percentiles would be of something else (see `headcount.ranks`). The interval is the value plus
-    and minus 1.96 standard deviations over replicates.
+    and minus 1.96 standard deviations over replicates. It is for the expectation in studies of as many documents, not
+    for what endless documents would show. In simulated studies it covers in 84 to 97 % of cases, least with noisy
+    scores (test_tops.py); of the rank of a single component in 78 to 91 %, and in 58 to 86 % where that component was
+    chosen because it ranked high.
 
     Args:
         value: What was measured.
@@ -276,7 +279,7 @@ def baseline(num_options: Int[np.ndarray, " doc"], constant: float | int = 0.0) 
 
 def degenerate(
     correct: Float[np.ndarray, " doc"], prediction: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, " doc"], *,
-    low: float, clusters: Clusters | None = None, constant: float | int = 0.0, places: Collection[int] = (),
+    low: float, clusters: Clusters | None = None, constant: float | int = 0.0, places: Collection[int] | None = None,
 ) -> list[str]:
     """Why one model's result on one task says little: plain reasons, none if it is in order.
 
@@ -288,7 +291,7 @@ def degenerate(
         clusters: The passage of each document: passages are then what must not be few.
         constant: As in `baseline`.
         places: The options that say the same in all documents, by index: one of them can be a constant answer, while
-            others, taken always, are different answers.
+            others, taken always, are different answers. None where nobody looked: then all, if there is such an answer.
     """
     found: list[str] = []
     n = len(correct) if clusters is None else len(np.unique(clusters))
@@ -296,7 +299,8 @@ def degenerate(
     if n < FEW_DOCUMENTS:
         found.append(f"{n} {what}, fewer than {FEW_DOCUMENTS}: intervals are wide and rough")
     option, share = most_predicted(prediction, num_options)
-    if option in places and share >= CONSTANT_SHARE:
+    same = option in places if places is not None else constant > 0
+    if same and share >= CONSTANT_SHARE:
         found.append(f"option {option + 1} is the answer to {100 * share:.0f} % of the documents, whatever they say")
     to_beat = baseline(num_options, constant)
     if not low > to_beat:

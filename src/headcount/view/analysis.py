@@ -103,9 +103,10 @@ class Study:
         """Importance over tasks: one row per component and score, for their mean and for the mean of their ranks.
 
         Columns: task ("mean", the paper's aggregate, and "mean of ranks", 0..1; with one task alone that one);
-        num_fewshot; component; layer; head; method; score; importance; stderr (of the mean over these very tasks); rank
-        (1 goes last) with the ends rank_low, rank_high of its 95 % interval over documents, in whole ranks. Components
-        that a task lacks have none. The last `--aggregate` orders by one of the two.
+        num_fewshot; component; layer; head; method; score; importance; stderr (of the mean over these very tasks; NaN
+        for ranks); rank (1 goes last); rank_low, rank_high: the rank less and plus 1.96 standard deviations over
+        resampled documents, in whole ranks, too narrow where a component was picked for its rank (`stats.around`).
+        Components that a task lacks have none. `--aggregate` says which of the two orders.
         """
         return self._aggregate_importance.copy()
 
@@ -182,7 +183,7 @@ class Study:
         Columns: component; and those of `headcount.view.tops.top_sets`: num_fewshot, fraction, size, tasks, common,
         share with its 95 % interval low, high, expected, pair_mean_share.
         """
-        return top_table(self._importance, self.ordering_scores, self.tie_scores)
+        return self._top_sets.copy()
 
     def top_overlaps(self) -> pd.DataFrame:
         """How much the top heads, and FFNs, of two tasks have in common, and the top heads with induction scores.
@@ -274,7 +275,7 @@ class Study:
                     full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(),
                     full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(),
                     low=compared([points_of(full, full)], [None])[0][None].low, constant=self._constant(str(task)),
-                    places=self.known_tasks[str(task)].get("constant_places") or ())]
+                    places=self.known_tasks[str(task)].get("constant_places"))]
         return pd.DataFrame(rows, columns=_REASONS)
 
     @functools.cached_property
@@ -340,6 +341,10 @@ class Study:
     @functools.cached_property
     def _depth(self) -> pd.DataFrame:
         return depth_table(self._importance, self.spec["head_score"], self._aggregate)
+
+    @functools.cached_property
+    def _top_sets(self) -> pd.DataFrame:
+        return top_table(self._importance, self.ordering_scores, self.tie_scores)
 
     @functools.cached_property
     def _top_overlaps(self) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """What the tables of a whole analysis say: a sentence for each figure, hedged by its intervals, computed from the data.
 
-Every sentence is of the most shots and of the mean over tasks (or of the only task), and of the fraction nearest one
-half (a fifth for sets of the most important heads), unless it says otherwise or is told. It is empty where there is
-nothing to say.
+Every sentence is of the most shots and of the mean over tasks (of importance, where that was asked for, the mean of
+ranks; with one task, of that one), and of the fraction nearest one half (a fifth for sets of the most important heads),
+unless it says otherwise or is told. It is empty where there is nothing to say.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from headcount.view.relations import RANDOM
 from headcount.view.selection import (
     AGGREGATES,
     SUMMARIES,
-    TOP,
     WITHOUT_OWN,
     between_shots,
     most_shots,
@@ -26,6 +25,7 @@ from headcount.view.selection import (
     summary,
     transferred,
 )
+from headcount.view.tops import TOP
 from headcount.view.words import shots
 
 _NAMES = {"head": "heads", "ffn": "FFNs"}
@@ -219,11 +219,11 @@ def top_sets_sentence(top_sets: pd.DataFrame, *, fraction: float | None = None) 
     row = rows.iloc[0]
     tasks = "both tasks" if row["tasks"] == 2 else f"all {row['tasks']:.0f} tasks"
     pairs = f"; two tasks share {say.percent(row['pair_mean_share'])} of theirs on average" if row["tasks"] > 2 else ""
-    ends = [row["size"] * row[bound] for bound in ("low", "high")]
-    hedged = f" (95 % interval {ends[0]:.0f} to {ends[1]:.0f})" if ends[0] == ends[0] else ""
+    bounds = say.counts(row, float(row["size"]))
+    hedged = say.bracketed(f"95 % interval {bounds}" if bounds else "")
     return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of each task's {row['size']:.0f} most important "
-            f"heads ({say.share(row['fraction'])} of all) are common to {tasks}, chance gives "
-            f"{row['expected']:.1f}{pairs}.")
+            f"heads ({say.share(row['fraction'])} of all) {'is' if row['common'] == 1 else 'are'} common to {tasks}, "
+            f"chance gives {row['expected']:.1f}{pairs}.")
 
 
 def depth_sentence(depth: pd.DataFrame) -> str:
@@ -238,10 +238,9 @@ def depth_sentence(depth: pd.DataFrame) -> str:
     rows, said = summary(table), []
     for _, row in rows.iterrows():
         single = table.loc[~table["task"].isin(SUMMARIES) & (table["third"] == row["third"]), "share"]
-        about = [f"{100 * row['low']:.0f} to {100 * row['high']:.0f}"] if row["low"] == row["low"] else []
-        if row["task"] in AGGREGATES and len(single):
-            about.append(f"single tasks {say.span((100 * single).round())}")
-        hedged = f" ({'; '.join(about)} %)" if about else ""
+        apart = row["task"] in AGGREGATES and len(single)
+        about = [say.counts(row, 100), f"single tasks {say.span((100 * single).round())}" if apart else ""]
+        hedged = say.bracketed(*(f"{words} %" for words in about if words))
         said.append(f"{say.percent(row['share'])} in the {row['third']} third{hedged}")
     return (f"With {say.shots_of(rows)}, of the {say.share(rows['fraction'].iloc[0])} of the heads that matter most "
             f"{say.on(rows)} ({rows['important'].iloc[0]}) lie by depth {', '.join(said)}; of all heads "

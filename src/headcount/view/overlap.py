@@ -19,8 +19,9 @@ from jaxtyping import Bool, Float
 
 from headcount import stats
 from headcount.errors import OptionError
+from headcount.masks import count
 from headcount.view.relations import Rows, Scores
-from headcount.view.tops import Places, count, places, with_aggregate
+from headcount.view.tops import Places, places, with_aggregate
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DRAWS = 1000

@@ -12,17 +12,18 @@ import numpy as np
 import pandas as pd
 
 from headcount.view import words as say
+from headcount.view.points import groups
 from headcount.view.relations import RANDOM
 from headcount.view.selection import (
     AGGREGATES,
     PRIMITIVES,
-    TOP,
     borderline,
     induction_heads,
     most_shots,
     of_fraction,
     summary,
 )
+from headcount.view.tops import TOP
 
 RELIABLE = 0.8  # halves that agree less than this make a score noisy
 _NAMED = 8
@@ -46,13 +47,20 @@ def induction_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float])
     limits = " and ".join(f"{name} of at least {thresholds[primitive]:.2g}" for primitive, name in PRIMITIVES.items())
     rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     which = f": {', '.join(found[:_NAMED])}{rest}" if found else ""
-    # Where copying's limit is the most that random weights reach, hardly any of theirs can be found.
-    beside = (f" With random weights {int(random['induction'].sum())} of {len(random)} are: prefix matching is at most "
-              f"{random['prefix_matching'].max():.2g} there and copying {random['copying'].max():.2g}."
-              if len(random) else "")
+    reached = (f"{random[name].max():.2g}" for name in PRIMITIVES)
+    beside = (f" With random weights{_counted(random, thresholds)} prefix matching is at most "
+              f"{' and copying '.join(reached)}." if len(random) else "")
     near = borderline(trained, thresholds)
     unsure = f" {near} lie{'s' * (near == 1)} within one standard error of the line." if near else ""
     return f"{_are(len(found), len(trained)).capitalize()} ({limits}){which}.{unsure}{beside}"
+
+
+def _counted(random: pd.DataFrame, thresholds: Mapping[str, float]) -> str:
+    """How many heads of random weights are induction heads, unless they set the limit, which they then hardly reach."""
+    if random["copying"].max() <= thresholds["copying"]:
+        return ""
+    found = int(random["induction"].sum())
+    return f" {found} of {len(random)} {'is' if found == 1 else 'are'}:"
 
 
 def scatter_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float]) -> str:
@@ -66,7 +74,8 @@ def scatter_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float]) -
             else ". The line is its threshold")
     beside = ("; beside the model the same shape with random weights, where nothing was learnt"
               if (induction["weights"] == RANDOM).any() else "; random weights were not measured")
-    return f"{prefix.sum()} of {len(trained)} heads reach the threshold of prefix matching{also}{beside}."
+    reach = "reaches" if prefix.sum() == 1 else "reach"
+    return f"{prefix.sum()} of {len(trained)} heads {reach} the threshold of prefix matching{also}{beside}."
 
 
 def texts_sentence(notes: Mapping[str, Any]) -> str:
@@ -102,8 +111,8 @@ def retained_sentence(retained: pd.DataFrame, *, fraction: float | None = None) 
         return ""
     said = []
     for primitive, row in rows.drop_duplicates("primitive").set_index("primitive").iterrows():
-        known = row["low"] == row["low"]
-        hedged = f" ({100 * row['low']:.0f} to {100 * row['high']:.0f} %)" if known else ""
+        bounds = say.counts(row, 100)
+        hedged = say.bracketed(f"95 % interval {bounds} %" if bounds else "")
         held = f"{say.percent(row['retained'])} of all {PRIMITIVES.get(str(primitive), str(primitive))}{hedged}"
         if row["random_mean"] == row["random_mean"]:
             more = ("more than" if row["retained"] > row["random_high"] else "less than"
@@ -123,10 +132,14 @@ def among_important_sentence(among: pd.DataFrame, *, fraction: float | None = No
         return ""
     row, single = summary(rows).iloc[0], rows.loc[~rows["task"].isin(AGGREGATES), "common"]
     spread = f"; on single tasks {say.span(single)}" if row["task"] in AGGREGATES and len(single) else ""
-    hedged = f" (95 % interval {row['low']:.0f} to {row['high']:.0f})" if row["low"] == row["low"] else ""
+    bounds = say.counts(row)
+    hedged = say.bracketed(f"95 % interval {bounds}" if bounds else "")
+    heads = "head" if row["induction_heads"] == 1 else "heads"
+    verb = "is" if row["common"] == 1 else "are"
     return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of the {row['induction_heads']:.0f} induction "
-            f"heads are among the {row['important']:.0f} heads ({say.share(row['fraction'])}) most important "
-            f"{say.over(row['task'])}, chance gives {row['expected']:.1f} ({_surprise(row)}, hypergeometric){spread}.")
+            f"{heads} {verb} among the {row['important']:.0f} heads ({say.share(row['fraction'])}) most important "
+            f"{say.over(row['task'])}, chance gives {row['expected']:.1f} ({_surprise(row)}, one-sided, "
+            f"hypergeometric){spread}.")
 
 
 def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -> str:
@@ -141,16 +154,17 @@ def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -
         return ""
     said = []
     for _, row in rows.iterrows():
-        hedged = f" ({row['low']:.0f} to {row['high']:.0f})" if row["low"] == row["low"] else ""
-        said.append(f"{row['common']:.0f}{hedged} are among the {row['size']:.0f} highest on "
-                    f"{PRIMITIVES[row['other']]} ({_surprise(row)})")
+        bounds = say.counts(row)
+        hedged = say.bracketed(f"95 % interval {bounds}" if bounds else "", _surprise(row))
+        said.append(f"{row['common']:.0f} {'is' if row['common'] == 1 else 'are'} among the {row['size']:.0f} highest "
+                    f"on {PRIMITIVES[row['other']]}{hedged}")
     row = rows.iloc[0]
-    return (f"Of the {row['size']:.0f} heads ({say.share(row['fraction'])}) most important {say.on(rows)} "
-            f"{', '.join(said)}; chance gives {row['expected']:.1f}.")
+    return (f"With {say.shots_of(rows)}, of the {row['size']:.0f} heads ({say.share(row['fraction'])}) most important "
+            f"{say.on(rows)} {', '.join(said)}; chance gives {row['expected']:.1f}.")
 
 
 def _surprise(row: pd.Series) -> str:
-    """`p = 0.08 for so few`: the tail on the side of what chance gives."""
+    """`p = 0.08 for so few`: the tail (one-sided) on the side of what chance gives."""
     few = row["common"] < row["expected"]
     return f"{say.p_value(row['p_fewer' if few else 'p'])} for so {'few' if few else 'many'}"
 
@@ -181,8 +195,8 @@ def among_important_table(among: pd.DataFrame) -> pd.DataFrame:
 
 
 def overlap_table(overlaps: pd.DataFrame) -> pd.DataFrame:
-    """Top sets in pairs, ready to be shown: of the size nearest one fifth, at the most shots."""
-    rows = most_shots(of_fraction(overlaps, None, TOP))
+    """Top sets in pairs, ready to be shown: of the size nearest one fifth, at the most shots of either component."""
+    rows = pd.concat([most_shots(of_fraction(of_one, None, TOP)) for _, of_one in groups(overlaps, "component")])
     whole = rows["task"].isin(AGGREGATES)
     rows = pd.concat([rows[whole], rows[~whole]])
     names = {"head": "heads", "ffn": "FFNs"}
@@ -191,12 +205,10 @@ def overlap_table(overlaps: pd.DataFrame) -> pd.DataFrame:
 
 
 def _sets(rows: pd.DataFrame, between: Mapping[str, pd.Series]) -> pd.DataFrame:
-    known = rows["low"].notna()
     return pd.DataFrame({
         "task": rows["task"], "shots": rows["num_fewshot"], "most important": rows["fraction"].map(say.percent),
         **between, "in both": rows["common"],
-        "95 % interval": [f"{low:.0f} to {high:.0f}" if k else "" for low, high, k in
-                          zip(rows["low"], rows["high"], known, strict=True)],
+        "95 % interval": [say.counts(row) for _, row in rows.iterrows()],
         "by chance": rows["expected"].map("{:.1f}".format),
         **{words: rows[p].map(say.p_value).str.removeprefix("p ").str.removeprefix("= ")
            for words, p in (("p of so many", "p"), ("p of so few", "p_fewer"))}})

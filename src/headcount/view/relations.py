@@ -40,34 +40,6 @@ class _Measured(NamedTuple):
     ranks: Float[np.ndarray, "row component"]
 
 
-def aggregates(
-    scores: Mapping[Key, Float[np.ndarray, "*_ _"]]
-) -> dict[Key, Float[np.ndarray, "*_ _"]]:
-    """Importance over tasks, for each number of shots that two tasks or more have.
-
-    Args:
-        scores: Importance by (task, number of shots), or as many resampled means of each.
-
-    Returns:
-        By ("mean", k) the mean of the tasks' scores, which is the paper's and lets the task with the largest scores
-        decide; by ("mean of ranks", k) the mean of their ranks, scaled to 0..1 (least to most important for every
-        task). NaN for components that one of the tasks lacks.
-
-    Raises:
-        OptionError: If the arrays are not of one model's components.
-    """
-    check(scores)
-    found: dict[Key, Float[np.ndarray, "*_ _"]] = {}
-    for k, tasks in by_shots(scores).items():
-        if len(tasks) > 1:
-            of_k = np.stack([scores[task, k] for task in tasks])
-            found[MEAN, k] = of_k.mean(axis=0)
-            there = np.isfinite(of_k).all(axis=tuple(range(of_k.ndim - 1)))
-            found[MEAN_OF_RANKS, k] = np.full(of_k.shape[1:], np.nan)
-            found[MEAN_OF_RANKS, k][..., there] = _scaled(ranks.ranks(of_k[..., there]).mean(axis=0))
-    return found
-
-
 def correlations(
     scores: Scores, resampled: Rows | None = None, halves: Rows | None = None, *, seed: int = 0
 ) -> pd.DataFrame:

@@ -140,15 +140,13 @@ def _together_by(
     ties = None
     if second is not None:
         rows, ties = _alike(rows, _rows(second, keys)[..., there])
-    of_tasks = [tops.placed(own, None if ties is None else ties[i]) for i, own in enumerate(rows)]
     if len(keys) == 1:
-        yield keys[0][0], (rows[0, 0], of_tasks[0])
+        yield keys[0][0], (rows[0, 0], tops.placed(rows[0], None if ties is None else ties[0]))
         return
     mean = rows.mean(axis=0)
     yield MEAN, (mean[0], tops.placed(mean, None if ties is None else ties.mean(axis=0)))
-    # Scaled last: sums of whole numbers are exact, so that equal means stay equal.
-    ranks = np.mean(of_tasks, axis=0) / max(there.sum() - 1, 1)
-    yield MEAN_OF_RANKS, (ranks[0], tops.placed(ranks))
+    ranks = tops.mean_of_places(rows, ties)
+    yield MEAN_OF_RANKS, (ranks[0] / max(there.sum() - 1, 1), tops.placed(ranks))
 
 
 def _rows(found: Measured, keys: Sequence[Key]) -> Float[np.ndarray, "task row component"]:
@@ -188,12 +186,12 @@ def overlap_table(
     return _concatenated(found)
 
 
-def depth_table(importance: pd.DataFrame, score: str, aggregate: str, *, fraction: float = 0.2) -> pd.DataFrame:
+def depth_table(importance: pd.DataFrame, score: str, aggregate: str) -> pd.DataFrame:
     """`Study.depth()`."""
     known = measured(importance, "head", score)
     heads = importance[(importance["component"] == "head") & (importance["score"] == score)]
     return tops.depth(known.scores, [layer for layer, _ in components(heads)], resampled=known.resampled,
-                      aggregate=aggregate, fraction=fraction)
+                      aggregate=aggregate)
 
 
 def ordered(importance: pd.DataFrame, component: str, score: str, tie: str | None) -> Measured:

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from headcount.view import charts, dots, findings, maps, primitives, sentences, words
 from headcount.view.analysis import Study
 from headcount.view.points import MEAN
 from headcount.view.selection import transferred
 
 _BANDS = "Bands are 95 % bootstrap intervals over documents; point at a mark for its numbers."
-_COVERAGE = "In simulated studies such intervals over documents cover in 84 to 97 % of cases."
+_COVERAGE = ("Intervals are for studies of as many documents; in simulations they cover in 84 to 97 % of cases, least "
+             "where scores are noisy.")
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,13 @@ def _importance(study: Study) -> Iterator[Section]:
         yield _section(
             "head_map", "Which heads matter", lambda: charts.head_map(importance, score, choose=True),
             sentences.importance_sentence(study, "head"), "The colour is a head's gradient importance as a share of "
-            "the largest in its panel; point at a head for its value.",
+            "the largest in its panel ('mean' is that of scores); point at a head for its value.",
             static=lambda: charts.head_map(importance, score, choose=False))
         yield _section(
             "depth", "Where important heads lie", lambda: dots.depth_bars(study.depth()),
-            findings.depth_sentence(study.depth()), "Bars: over tasks, with 95 % intervals over documents; dots: "
-            "single tasks; short lines: the share that a third of the layers has of all heads.")
+            findings.depth_sentence(study.depth()), "Bars: over tasks, with 95 % intervals over documents where they "
+            "are known; dots: single tasks; short lines: the share that a third of the layers has of all heads.",
+            _COVERAGE)
     if (importance["component"] == "ffn").any():
         yield _section(
             "ffn_bars", "Which FFNs matter", lambda: charts.ffn_bars(importance, score, choose=True),
@@ -106,17 +110,28 @@ def _by_task(study: Study, component: str) -> str:
     free = free[(free["task"] != MEAN) & (free["component"] == component)]
     defined = free[free["free_fraction"].notna()]
     if defined.empty:
-        return "On no task the full model is shown to be above a baseline, so that no free fraction is defined." if len(
-            free) else ""
-    free = defined[defined["num_fewshot"] == defined["num_fewshot"].max()].sort_values("free_fraction", kind="stable")
-    shots = words.shots(int(free["num_fewshot"].iloc[0]))
-    ends = [f"{words.share(row['free_fraction'])} ({'' if len(free) == 1 else row['task'] + ', '}endless documents "
-            f"might show up to {words.share(row['free_high'])})" for _, row in free.iloc[[0, -1]].iterrows()]
+        return ("The full model is on no task shown to be above a baseline, so that no free fraction is defined."
+                if len(free) else "")
+    free = defined[defined["num_fewshot"] == defined["num_fewshot"].max()].sort_values(
+        ["free_fraction", "free_high"], kind="stable")
+    beginning = f"With {words.shots(int(free['num_fewshot'].iloc[0]))} the free fraction"
+    curves = study.curves()
+    last = float(curves.loc[curves["component"] == component, "fraction"].max())
+    least, most = (_free_with_bound(row, last) for _, row in free.iloc[[0, -1]].iterrows())
     if len(free) == 1:
-        return f"With {shots} the free fraction on {free['task'].iloc[0]} is {ends[0]}."
+        return f"{beginning} on {free['task'].iloc[0]} is {least}."
     none = int((free["free_fraction"] == 0).sum())
-    return (f"With {shots} the free fraction of single tasks lies between {ends[0]} and {ends[1]}; for {none} of the "
-            f"{len(free)} tasks where it is defined no share is shown to be free.")
+    spread = (f"is {least} on each of {len(free)} tasks" if least == most else
+              f"of single tasks lies between {least} on {free['task'].iloc[0]} and {most} on {free['task'].iloc[-1]}")
+    return (f"{beginning} {spread}; for {none} of the {len(free)} tasks where it is defined no share is shown to be "
+            "free.")
+
+
+def _free_with_bound(row: pd.Series, last: float) -> str:
+    """`10 % (endless documents might show up to 30 %)`, or `or more` where the curve ends there."""
+    high = f"{words.share(row['free_high'])}{' or more' if row['free_high'] >= last else ''}"
+    more = row["free_high"] > row["free_fraction"] or row["free_high"] >= last
+    return words.share(row["free_fraction"]) + (f" (endless documents might show up to {high})" if more else "")
 
 
 def _grid(study: Study) -> Iterator[Section]:
@@ -143,8 +158,8 @@ def _comparisons(study: Study) -> Iterator[Section]:
                 findings.tasks_sentence(found, component, score=score),
                 findings.top_sets_sentence(top[top["component"] == "head"]) if component == "head" else "",
                 "Spearman's correlation of importance; the diagonal is what a score would correlate with itself, "
-                "measured on as many other documents. The means leave out the task that they stand beside; tasks that "
-                "rank alike stand together.", _COVERAGE)
+                "measured on as many other documents. The means leave out the task that they stand beside. Three tasks "
+                "and more are placed so that those which rank alike are neighbours.", _COVERAGE)
     if len(found) and (found["kind"] == "shots").any():
         yield _section("cross_shot", "Does the order hang on the number of shots?",
                        lambda: dots.shots_dots(found, scores=study.ordering_scores),
@@ -188,4 +203,4 @@ def _induction(study: Study) -> Iterator[Section]:
         yield _section("retained", "Do induction heads survive pruning?", lambda: dots.retained_curves(retained),
                        primitives.retained_sentence(retained),
                        primitives.among_important_sentence(study.induction_among_important()),
-                       primitives.overlap_sentence(study.top_overlaps()), "Grey: 95 % of random orders.")
+                       primitives.overlap_sentence(study.top_overlaps()), "Grey: 95 % of random orders.", _COVERAGE)

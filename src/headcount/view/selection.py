@@ -16,7 +16,6 @@ WITHOUT_OWN = "mean without own"
 SUMMARIES = (MEAN, MEAN_OF_RANKS, WITHOUT_OWN, RANDOM)  # the order of their rows, below the tasks
 PRIMITIVES = {"prefix_matching": "prefix matching", "copying": "copying"}
 AGGREGATES = (MEAN, MEAN_OF_RANKS)
-TOP = 0.2  # the share of the heads that is called the most important
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

@@ -123,19 +123,20 @@ def differences_sentence(study: Study, component: str) -> str:
     found = found[found["num_fewshot"] == found["num_fewshot"].max()]
     whole, single = found[found["task"] == MEAN], found.loc[found["task"] != MEAN, "fraction"]
     names, k = _NAMES[component][1], int(found["num_fewshot"].iloc[0])
-    said = [f"{_first(whole['fraction'])} of the {names} over all tasks"] if len(whole) else []
-    said.append(f"on single tasks {_first(single)}" if said else f"{_first(single)} of the {names}")
-    return (f"With {shots(k)} accuracy differs from the full model's (McNemar's paired test, p < 0.05 as corrected for "
-            f"a curve's steps by Holm's method) {'; '.join(said)}.")
+    said = [f"{_first(whole['fraction'])} of the {names} on all tasks' documents together"] if len(whole) else []
+    said.append(f"on single tasks (not corrected for how many they are) {_first(single)}" if said or len(single) > 1
+                else f"{_first(single)} of the {names} on {found['task'].iloc[0]}")
+    return (f"With {shots(k)} accuracy is shown to differ from the full model's (McNemar's paired test over documents, "
+            f"p < 0.05 as corrected for a curve's steps by Holm's method) {'; '.join(said)}.")
 
 
 def _first(fractions: pd.Series) -> str:
-    """`first at 20 %`, `first at 10 to 30 % (2 of 5: at no step)`, `at no step up to the largest`."""
+    """`first at 20 %`, `first at 10 to 30 % (on 2 of 5 at no step)`, `at no step`."""
     known = fractions.dropna()
     if known.empty:
         return "at no step"
     least, most = (f"{100 * x:.3g}" for x in (known.min(), known.max()))
-    never = f" ({len(fractions) - len(known)} of {len(fractions)}: at no step)" if len(known) < len(fractions) else ""
+    never = f" (on {len(fractions) - len(known)} of {len(fractions)} at no step)" if len(known) < len(fractions) else ""
     return f"first at {least}{'' if least == most else f' to {most}'} %{never}"
 
 
@@ -147,16 +148,16 @@ def importance_sentence(study: Study, component: str) -> str:
     ranked = ranked[ranked["num_fewshot"] == ranked["num_fewshot"].max()]
     beginning = f"With {shots(int(ranked['num_fewshot'].iloc[0]))}"
     where = ranked_on(ranked)
-    useful = ranked[ranked["importance"] > 0]
-    top = useful.head(5 if component == "head" else 3)
+    top = ranked[ranked["useful"]].head(5 if component == "head" else 3)
     if top.empty:
         return f"{beginning} no {_NAMES[component][0]} costs accuracy {where} when it alone is off."
     tenth = ranked.head(max(1, len(ranked) // 10))
     layers = len(study.description["anatomy"]["heads_per_layer"])
-    sure = top["rank_low"].notna().all()
-    names = ", ".join(f"{row['name']} ({row['rank_low']:.0f} to {row['rank_high']:.0f})" if sure else str(row["name"])
+    known = top["rank_low"].notna().all()
+    names = ", ".join(f"{row['name']} ({row['rank_low']:.0f} to {row['rank_high']:.0f})" if known else str(row["name"])
                       for _, row in top.iterrows())
-    ranks = " (in brackets: 95 % intervals of their ranks, over documents)" if sure else ""
+    ranks = (" (in brackets: how far ranks spread over resampled documents, 1.96 standard deviations either way; in "
+             "another study they may lie further away)" if known else "")
     middle = f"; the median layer of the top tenth is {tenth['layer'].median():.0f} of 0 to {layers - 1}"
     return f"{beginning}, {where}, the most important {_NAMES[component][1]} are {names}{ranks}{middle}."
 
@@ -169,9 +170,12 @@ def ranked_on(ranked: pd.DataFrame) -> str:
 def ranking(study: Study, component: str) -> pd.DataFrame:
     """Components by importance over tasks, the most important first, with their names; by number of shots."""
     table = study.aggregate_importance()
+    rows = table[(table["component"] == component) & (table["score"] == study.ordering_scores[component])]
+    # Ranks are never negative: whether a component is of use is told by its mean score.
+    places = ["num_fewshot", "layer", "head"]
+    useful = rows[rows["task"] != MEAN_OF_RANKS].assign(useful=rows["importance"] > 0)[[*places, "useful"]]
     left_out = MEAN if study.spec.get("aggregate") == "ranks" else MEAN_OF_RANKS
-    rows = table[(table["component"] == component) & (table["score"] == study.ordering_scores[component])
-                 & (table["task"] != left_out)]
+    rows = rows[rows["task"] != left_out].merge(useful, on=places)
     names = [name_of(component, layer, head) for layer, head in zip(rows["layer"], rows["head"], strict=True)]
     return rows.assign(name=names).sort_values(["num_fewshot", "rank"])
 

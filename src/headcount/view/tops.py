@@ -8,7 +8,6 @@ their means over resampled documents; intervals are those of `headcount.stats.ar
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,30 +16,18 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from headcount import stats
-from headcount.errors import OptionError
-from headcount.masks import removal_order
+from headcount.masks import count, removal_order
 from headcount.view.points import MEAN
-from headcount.view.relations import MEAN_OF_RANKS, Key, Rows, Scores, aggregates, by_shots, check, scored
+from headcount.view.relations import MEAN_OF_RANKS, Key, Rows, Scores, by_shots, check, scored
 
 FRACTIONS = (0.1, 0.2, 0.3)
+TOP = 0.2  # the share that is called the most important
 THIRDS = ("early", "middle", "late")
 _TOP = ["num_fewshot", "fraction", "size", "tasks", "common", "share", "low", "high", "expected", "pair_mean_share"]
 _OVERLAP = ["task", "other", "num_fewshot", "fraction", "size", "common", "low", "high", "expected", "p", "p_fewer"]
 _DEPTH = ["task", "num_fewshot", "fraction", "third", "share", "low", "high", "expected", "important"]
 # The place of every component in orders of removal, 0 the first to go: row 0 as measured, then of every draw.
 Places = Mapping[Key, Int[np.ndarray, "row component"]]
-
-
-def count(fraction: float | int, n: int) -> int:
-    """How many of n components a fraction is: `floor(fraction * n)`, as orders are pruned.
-
-    Raises:
-        OptionError: If it is no fraction.
-    """
-    if not 0 <= fraction <= 1:
-        raise OptionError(f"a fraction lies between 0 and 1, not {fraction}")
-    # The small constant keeps 0.7 * 10 = 6.999... from losing a component.
-    return math.floor(fraction * n + 1e-9)
 
 
 def places(scores: Scores, resampled: Rows | None = None) -> dict[Key, Int[np.ndarray, "row component"]]:
@@ -85,18 +72,37 @@ def with_aggregate(
     """Scores and replicates of the tasks, and of their aggregate where there are several: "mean" or "mean of ranks".
 
     Args:
-        scores: Importance by (task, number of shots).
+        scores: Importance by (task, number of shots). An aggregate has no number for components that one of them lacks.
         resampled: Bootstrap replicates of each; an aggregate has them where all its tasks have.
         aggregate: "mean" of the tasks' scores, or of their "ranks".
     """
-    wanted, of_draws = MEAN_OF_RANKS if aggregate == "ranks" else MEAN, dict(resampled or {})
-    found = {key: values for key, values in aggregates(scores).items() if key[0] == wanted}
-    complete = {k: tasks for k, tasks in by_shots(scores).items() if all((task, k) in of_draws for task in tasks)}
-    for k, tasks in complete.items():
-        draws = min(len(of_draws[task, k]) for task in tasks)
-        of_k = aggregates({(task, k): of_draws[task, k][:draws] for task in tasks})
-        of_draws |= {key: values for key, values in of_k.items() if key[0] == wanted}
-    return {**scores, **found}, of_draws
+    found, draws = dict(scores), dict(resampled or {})
+    there = scored(scores)
+    for k, tasks in by_shots(scores).items():
+        if len(tasks) > 1:
+            fit = min(len(draws.get((task, k), ())) for task in tasks)
+            rows = np.stack([np.concatenate([scores[task, k][None], draws.get((task, k), scores[task, k][None])[:fit]])
+                             for task in tasks])
+            whole = np.full(rows.shape[1:], np.nan)
+            known = rows[..., there]
+            whole[:, there] = mean_of_places(known) if aggregate == "ranks" else known.mean(axis=0)
+            key = (MEAN_OF_RANKS if aggregate == "ranks" else MEAN, k)
+            found[key] = whole[0]
+            if fit:
+                draws[key] = whole[1:]
+    return found, draws
+
+
+def mean_of_places(
+    scores: Float[np.ndarray, "task row component"], ties: Float[np.ndarray, "task row component"] | None = None
+) -> Float[np.ndarray, "row component"]:
+    """Mean over tasks of each component's place in the order of removal, which is what `--aggregate ranks` prunes by.
+
+    Args:
+        scores: What decides; row 0 was measured.
+        ties: What decides between equal ones.
+    """
+    return np.asarray(np.mean([placed(own, None if ties is None else ties[i]) for i, own in enumerate(scores)], axis=0))
 
 
 def top_sets(
@@ -181,7 +187,7 @@ def top_overlaps(
 
 def depth(
     scores: Scores, layers: Sequence[int], *, resampled: Rows | None = None, aggregate: str = "mean",
-    fraction: float = 0.2,
+    fraction: float = TOP,
 ) -> pd.DataFrame:
     """Share of the most important components in each third of the layers.
 

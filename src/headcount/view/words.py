@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from headcount.view.points import MEAN
@@ -80,6 +82,24 @@ def span(values: pd.Series) -> str:
     """`3`, or `1 to 5`."""
     least, most = f"{values.min():.0f}", f"{values.max():.0f}"
     return least if least == most else f"{least} to {most}"
+
+
+def counts(row: pd.Series, times: float | int = 1) -> str:
+    """`3 to 5`: the interval of a count, in whole numbers outwards; nothing where it is not known.
+
+    Args:
+        row: Its bounds are `low` and `high`.
+        times: What they are shares of.
+    """
+    low, high = times * row["low"], times * row["high"]
+    # 53.999999 of 54 is 54.
+    return f"{math.floor(low + 1e-9)} to {math.ceil(high - 1e-9)}" if low == low else ""
+
+
+def bracketed(*said: str) -> str:
+    """` (a; b)`: what is not empty, in brackets."""
+    known = "; ".join(filter(None, said))
+    return f" ({known})" if known else ""
 
 
 def p_value(value: float) -> str:
