@@ -114,7 +114,7 @@ def test_aggregates_are_means_of_scores_and_of_places() -> None:
     found, _ = tops.with_aggregate(scores, aggregate="ranks")
     np.testing.assert_allclose(found["mean of ranks", 0], [(0 + 3) / 2, (3 + 2) / 2, (1 + 1) / 2, (2 + 0) / 2])
     found, _ = tops.with_aggregate({**scores, ("red", 5): np.array([1, 2, 3, np.nan])}, aggregate="ranks")
-    np.testing.assert_allclose(found["mean of ranks", 0], [1, 1.5, 0.5, np.nan], err_msg="of what every task has scored")
+    np.testing.assert_allclose(found["mean of ranks", 0], [1, 1.5, 0.5, np.nan], err_msg="of what all have scored")
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "ranks"])

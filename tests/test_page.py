@@ -1,0 +1,151 @@
+"""What a page says of planted numbers: the aggregate, weak results, first differences, free fractions, sections."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import headcount as hc
+import synthetic_study as synthetic
+from headcount.ledger import Ledger
+from headcount.view import report, sentences
+from headcount.view.report import write_report
+from headcount.view.sections import sections
+from headcount.view.selection import first_differences
+
+
+def test_what_is_said_of_all_tasks_is_of_the_aggregate_that_was_asked_for(tmp_path: Path) -> None:
+    folder = synthetic.write(tmp_path)
+    ledger = Ledger(folder)
+    for entry in ledger.entries("importance"):
+        if entry.job["task"] == "green" and entry.job["method"] == "gradient":
+            heads = (entry.table["component"] == "head").to_numpy()
+            # One head is all that matters to the one task, and second to least to the other.
+            scores = np.where(heads & (entry.table["layer"] == 0) & (entry.table["head"] == 1), 9.0,
+                              entry.table["importance"])
+            ledger.path(entry.job).unlink()
+            ledger.write(entry.job, entry.table.assign(importance=scores), entry.info)
+    description = ledger.read_json("study.json")
+    for aggregate, said, first in (("mean", "on the mean over tasks", "L0H1"),
+                                   ("ranks", "on the mean of ranks over tasks", "L5H3")):
+        ledger.write_json("study.json", {**description, "spec": {**description["spec"], "aggregate": aggregate}})
+        study = hc.open_study(folder)
+        assert f"{said}, the most important attention heads are {first}" in sentences.importance_sentence(study, "head")
+        assert said in " ".join(section.caption for section in sections(study) if section.name == "depth")
+        assert set(study.depth()["task"]) == {"red", "green", said.removeprefix("on the ").removesuffix(" over tasks")}
+    flat = ledger.read_json("study.json")
+    for entry in ledger.entries("importance"):
+        if entry.job["method"] == "oracle":
+            ledger.path(entry.job).unlink()
+            ledger.write(entry.job, entry.table.assign(importance=-0.1), entry.info)
+    ledger.write_json("study.json", flat)
+    assert "no FFN costs accuracy on the mean of ranks" in sentences.importance_sentence(hc.open_study(folder), "ffn")
+
+
+def test_weak_results_of_a_study_are_marked_with_their_reasons(tmp_path: Path) -> None:
+    ledger = Ledger(synthetic.write(tmp_path, documents=40))
+    description = ledger.read_json("study.json")
+    known = {task: {**facts, "constant_answer": 0.3, "constant_places": [0] if task == "red" else []}
+             for task, facts in description["tasks"].items()}
+    ledger.write_json("study.json", {**description, "tasks": known})
+    found = hc.open_study(tmp_path).degenerate().set_index(["task", "num_fewshot"])["reason"]
+    for k in (0, 5):
+        assert found.loc[("red", k)].tolist() == [
+            "40 documents, fewer than 50: intervals are wide and rough",
+            "option 1 is the answer to 100 % of the documents, whatever they say",
+            *(["accuracy 0.25 (at least 0.12) is not shown to be above 0.30, which guessing or a constant answer gets"]
+              if k == 0 else []),
+            "the oracle found 2 distinct values for 6 components, so that ties decide the order"]
+        assert not found.loc[("green", k)].str.contains("whatever they say").any(), "one place, but many answers"
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Results that say little" in text
+    assert "the oracle found 2 distinct values" in text
+    assert len(pd.read_csv(tmp_path / "tables" / "degenerate.csv")) == len(found)
+
+
+def test_where_curves_differ_from_the_full_model_is_told(tmp_path: Path) -> None:
+    study = hc.open_study(synthetic.write(tmp_path))
+    assert sentences.differences_sentence(study, "head") == (
+        "With 5 shots accuracy is shown to differ from the full model's (McNemar's paired test over documents, p < "
+        "0.05 as corrected for a curve's steps by Holm's method) first at 75 % of the attention heads on all tasks' "
+        "documents together; on single tasks (not corrected for how many they are) first at 75 %.")
+    assert "first at 25 % of the FFNs" in sentences.differences_sentence(study, "ffn")
+    found = first_differences(study.curves()).set_index(["task", "num_fewshot", "component"])["fraction"]
+    assert found["red", 5, "head"] == 0.75
+    assert np.isnan(found["red", 0, "head"])
+    curves = study.curves()
+    row = curves[(curves["task"] == "red") & (curves["num_fewshot"] == 5) & (curves["component"] == "ffn")
+                 & (curves["order"] == "oracle")]
+    assert row.set_index("fraction").loc[0.25, "p"] == pytest.approx(2 * 0.5**20), "20 of 100 fell, none rose"
+    (table,) = (table for table in report._tables(study) if table.title == "Free fractions")
+    told = table.frame.set_index(["task", "shots", "component"])["differs at"]
+    assert told.to_dict() == {(task, k, component): "no step" if k == 0 else "75 %" if component == "head" else "25 %"
+                              for task in ("mean", "red", "green") for k in (0, 5) for component in ("head", "ffn")}
+    few = hc.open_study(synthetic.write(tmp_path / "few", tasks=("red",), documents=4, shots=(5,)))
+    assert sentences.differences_sentence(few, "head").endswith(" at no step of the attention heads on red.")
+
+
+def induction_entry(ledger: Ledger, reliability: float) -> None:
+    layer, head = np.divmod(np.arange(24), 4)
+    for weights in ("trained", "random"):
+        table = pd.DataFrame({"layer": layer, "head": head, "previous_token": 0.1, "ov_copying": 0.2,
+                              "prefix_matching": np.where((layer == 5) & (head > 0) & (weights == "trained"), 0.9,
+                                                          0.1 - 0.001 * layer),
+                              "copying": 0.2 if weights == "random" else np.where(layer > 3, 0.5, 0.1),
+                              "prefix_matching_variance": 0.01, "copying_variance": 0.01,
+                              "previous_token_variance": 0.01})
+        ledger.write({"kind": "induction", "protocol": "sound", "model": "abc", "weights": weights, "seeds": 14,
+                      "seed": 1}, table, {"sequences": 98, "lengths": [25], "repeats": 4, "notes": [],
+                                          "reliability": {"prefix_matching": 0.97, "copying": reliability}})
+
+
+def test_a_page_has_its_sections_in_the_papers_order_and_says_what_is_noisy(tmp_path: Path) -> None:
+    ledger = Ledger(synthetic.write(tmp_path))
+    induction_entry(ledger, 0.62)
+    study = hc.open_study(tmp_path)
+    found = sections(study)
+    assert [section.name for section in found] == [
+        "headline", "head_map", "depth", "ffn_bars", "head_curves", "ffn_curves", "cross_task_head", "cross_task_ffn",
+        "cross_shot", "induction_maps", "induction_scatter", "retained"]
+    captions = {section.name: section.caption for section in found}
+    assert "The reliability of copying is below 0.8: this score is noisy" in captions["induction_maps"]
+    assert captions["induction_scatter"].startswith("3 of 24 heads reach the threshold of prefix matching, 8 that of "
+                                                    "copying and 3 both.")
+    assert ("With 5 shots, of the 4 heads (20 %) most important on the mean over tasks 3 are among the 4 highest on "
+            "prefix matching") in captions["retained"]
+    assert "With 5 shots the free fraction is 50 % on each of 2 tasks; for 0 of the 2" in captions["head_curves"]
+    for name, caption in captions.items():
+        found = re.sub(r"\d+ to \d+ % of cases|95 %|1\.96", "", caption)
+        assert re.search(r"\d", found), f"{name} says what was found"
+    text = write_report(study).read_text(encoding="utf-8")
+    assert "below 0.8" in text
+    assert "0.900 \N{PLUS-MINUS SIGN} 0.010" in text, "every induction head is listed"
+    for name in ("depth", "cross_task_head", "cross_shot", "induction_maps", "induction_scatter", "retained"):
+        assert (tmp_path / "figures" / f"{name}.png").exists()
+        assert (tmp_path / "figures" / f"{name}.pdf").exists()
+    lines = pd.read_csv(tmp_path / "tables" / "top_overlaps.csv").query("other == 'prefix_matching' and task == 'mean'")
+    assert lines.set_index(["num_fewshot", "fraction"]).loc[(5, 0.1), "common"] == 2
+
+
+def test_a_single_task_has_captions_with_intervals_too(tmp_path: Path) -> None:
+    study = hc.open_study(synthetic.write(tmp_path, tasks=("red",), shots=(5,)))
+    captions = {section.name: section.caption for section in sections(study)}
+    assert captions["head_curves"].startswith("With 5 shots the free fraction on red is 50 %. Bands")
+    chance = hc.open_study(synthetic.write(tmp_path / "chance", tasks=("red",), shots=(0,)))
+    captions = {section.name: section.caption for section in sections(chance)}
+    assert captions["head_curves"].startswith("The full model is on no task shown to be above a baseline")
+
+
+@pytest.mark.parametrize(("right", "said"), [
+    ((80, 80, 80, 80), "free fraction is 75 % (endless documents might show up to 75 % or more) on each of 2 tasks"),
+    ((80, 79, 60, 40), "free fraction is 0 % (endless documents might show up to 25 %) on each of 2 tasks")])
+def test_the_free_fraction_of_tasks_is_told_with_what_endless_documents_might_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: tuple[int, ...], said: str
+) -> None:
+    monkeypatch.setattr(synthetic, "RIGHT", {**synthetic.RIGHT, ("head", "gradient"): right})
+    study = hc.open_study(synthetic.write(tmp_path, shots=(5,)))
+    assert said in next(section.caption for section in sections(study) if section.name == "head_curves")
