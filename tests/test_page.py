@@ -134,7 +134,7 @@ def test_a_page_has_its_sections_in_the_papers_order_and_says_what_is_noisy(tmp_
 def test_a_single_task_has_captions_with_intervals_too(tmp_path: Path) -> None:
     study = hc.open_study(synthetic.write(tmp_path, tasks=("red",), shots=(5,)))
     captions = {section.name: section.caption for section in sections(study)}
-    assert captions["head_curves"].startswith("With 5 shots the free fraction on red is 50 %. Bands")
+    assert captions["head_curves"].startswith("With 5 shots the free fraction on red is 50 %. With")
     chance = hc.open_study(synthetic.write(tmp_path / "chance", tasks=("red",), shots=(0,)))
     captions = {section.name: section.caption for section in sections(chance)}
     assert captions["head_curves"].startswith("The full model is on no task shown to be above a baseline")

@@ -339,6 +339,10 @@ def test_an_interval_of_a_perfect_correlation_is_a_number() -> None:
     assert high == 1
     assert np.isnan(ranks.document_interval(float("nan"), np.array([0.9, 1.0]), 10)).all()
     assert np.isnan(ranks.document_interval(0.5, np.array([np.nan, 0.4]), 10)).all()
+    few = np.array([np.nan, *np.full(19, 0.5)])
+    assert not np.isnan(ranks.document_interval(0.5, few, 10)).any(), "one of twenty"
+    few[1] = np.nan
+    assert np.isnan(ranks.document_interval(0.5, few, 10)).all(), "single documents decide"
 
 
 # How alike the tasks are, how noisy documents are, and whether both scores are of the same documents.

@@ -62,10 +62,12 @@ def document_interval(
         level: Of the interval.
 
     Returns:
-        Lower and upper bound; NaN where rho is NaN or fewer than two replicates have a correlation.
+        Lower and upper bound; NaN where rho is NaN, fewer than two replicates have a correlation, or more than one in
+        twenty has none: single documents then decide all (an oracle with one right answer), and replicates that hold
+        them are all alike.
     """
     known = resampled[~np.isnan(resampled)]
-    if np.isnan(rho) or len(known) < 2:
+    if np.isnan(rho) or len(known) < max(2, level * len(resampled)):
         return float("nan"), float("nan")
     most = 1 - 6 / (components * (components**2 - 1))
     spread = float(np.arctanh(np.clip(known, -most, most)).std(ddof=1))

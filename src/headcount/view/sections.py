@@ -94,14 +94,14 @@ def _curves(study: Study) -> Iterator[Section]:
     yield _section(
         "headline", "How much can go", lambda: charts.headline(pruned, study.free_fractions(), baselines),
         "Accuracy as the least important components go (solid) and as random ones go (dashed).", _BANDS,
-        "A diamond marks the free fraction.", sentences.curve_sentence(study, "head"),
-        *(sentences.differences_sentence(study, component) for component in ("head", "ffn")))
+        "A diamond marks the free fraction.", sentences.curve_sentence(study, "head"))
     if (pruned["component"] == "head").any():
         yield _section("head_curves", "Pruning heads, task by task", lambda: charts.task_curves(pruned, "head"),
-                       _by_task(study, "head"), _BANDS)
+                       _by_task(study, "head"), sentences.differences_sentence(study, "head"), _BANDS)
     if (pruned["component"] == "ffn").any():
         yield _section("ffn_curves", "Pruning FFNs, task by task", lambda: charts.task_curves(pruned, "ffn"),
-                       _by_task(study, "ffn"), sentences.curve_sentence(study, "ffn"), _BANDS)
+                       _by_task(study, "ffn"), sentences.differences_sentence(study, "ffn"),
+                       sentences.curve_sentence(study, "ffn"), _BANDS)
 
 
 def _by_task(study: Study, component: str) -> str:
