@@ -22,8 +22,9 @@ from headcount.pruning import aggregate_order
 from headcount.specs import StudySpec
 from headcount.study import Runner, run_study
 from headcount.tables import importance_table, stored_order
+from headcount.view import sentences
 from headcount.view.analysis import Study
-from headcount.view.report import write_report
+from headcount.view.report import _CSV, write_report
 
 TASKS, UNSEEN = ("icl_plural", "icl_gerund", "icl_agent"), "icl_antonym"
 SPEC = StudySpec(
@@ -133,7 +134,13 @@ def test_the_report_has_all_of_it(study: Study) -> None:
                     "Does the order of all tasks serve an unseen one?", "Induction scores of every head",
                     "Do induction heads survive pruning?", "Does the order hang on the number of shots?"):
         assert heading in text, heading
-    assert {f.name for f in (study.folder / "tables").iterdir()} >= {"grid.csv", "transfer.csv", "induction.csv"}
+    assert {f.stem for f in (study.folder / "tables").iterdir()} == set(_CSV)
+    assert {f.name for f in (study.folder / "figures").iterdir()} >= {
+        f"{name}.{kind}" for kind in ("png", "pdf")
+        for name in ("grid", "transfer_head", "transfer_ffn", "unseen_head", "induction_maps", "retained")}
+    assert "cover in 84 to 97 % of cases" in " ".join(sentences.cautions(study))
+    depth = study.depth()
+    assert depth["low"].notna().all(), "importance was resampled"
 
 
 def test_more_can_be_measured_in_a_folder_that_is_there(tmp_path: Path) -> None:

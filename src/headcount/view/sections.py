@@ -15,8 +15,6 @@ from headcount.view.points import MEAN
 from headcount.view.selection import transferred
 
 _BANDS = "Bands are 95 % bootstrap intervals over documents; point at a mark for its numbers."
-_COVERAGE = ("Intervals are for studies of as many documents; in simulations they cover in 84 to 97 % of cases, least "
-             "where scores are noisy.")
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ def _importance(study: Study) -> Iterator[Section]:
         yield _section(
             "depth", "Where important heads lie", lambda: dots.depth_bars(study.depth()),
             findings.depth_sentence(study.depth()), "Bars: over tasks, with 95 % intervals over documents where they "
-            "are known; dots: single tasks; short lines: the share that a third of the layers has of all heads.",
-            _COVERAGE)
+            "are known; dots: single tasks; short lines: the share that a third of the layers has of all heads.")
     if (importance["component"] == "ffn").any():
         yield _section(
             "ffn_bars", "Which FFNs matter", lambda: charts.ffn_bars(importance, score, choose=True),
@@ -159,13 +156,13 @@ def _comparisons(study: Study) -> Iterator[Section]:
                 findings.top_sets_sentence(top[top["component"] == "head"]) if component == "head" else "",
                 "Spearman's correlation of importance; the diagonal is what a score would correlate with itself, "
                 "measured on as many other documents. The means leave out the task that they stand beside. Three tasks "
-                "and more are placed so that those which rank alike are neighbours.", _COVERAGE)
+                "and more are placed so that those which rank alike are neighbours.")
     if len(found) and (found["kind"] == "shots").any():
         yield _section("cross_shot", "Does the order hang on the number of shots?",
                        lambda: dots.shots_dots(found, scores=study.ordering_scores),
                        *(findings.shots_sentence(found, c, score=s) for c, s in study.ordering_scores.items()),
                        "In grey a random order beside the scores of each number of shots, and what 95 % of random "
-                       "orders reach.", _COVERAGE)
+                       "orders reach.")
 
 
 def _transfer(study: Study) -> Iterator[Section]:
@@ -203,4 +200,4 @@ def _induction(study: Study) -> Iterator[Section]:
         yield _section("retained", "Do induction heads survive pruning?", lambda: dots.retained_curves(retained),
                        primitives.retained_sentence(retained),
                        primitives.among_important_sentence(study.induction_among_important()),
-                       primitives.overlap_sentence(study.top_overlaps()), "Grey: 95 % of random orders.", _COVERAGE)
+                       primitives.overlap_sentence(study.top_overlaps()), "Grey: 95 % of random orders.")

@@ -208,6 +208,9 @@ def cautions(study: Study) -> Iterator[str]:
         orders = int(spec["random_orders"])
         drawn = "one draw; its interval covers" if orders == 1 else f"the mean of {orders} draws; its interval covers"
         yield f"The random order is {drawn} the choice of documents, not other draws."
+    if study.depth()["low"].notna().any():
+        yield ("Intervals of correlations, of sets of heads or FFNs and of what is retained are for studies of as many "
+               "documents; in simulations they cover in 84 to 97 % of cases, least where scores are noisy.")
     for task, known in study.known_tasks.items():
         yield from (f"{task}: {note}." for note in known["notes"])
     few = {t: words for t, (n, words) in study.evaluated.items() if n < stats.FEW_DOCUMENTS}
