@@ -7,11 +7,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import synthetic_study as synthetic
 from headcount.errors import StudyError
-from headcount.view.report import write_report
+from headcount.view.report import Table, write_report
 
 FIGURES = ("headline", "head_map", "ffn_bars", "head_curves", "ffn_curves")
 
@@ -68,6 +69,12 @@ def test_an_unfinished_or_small_study_has_a_page(tmp_path: Path, parts: dict[str
     text = write_report(synthetic.write(tmp_path, **parts)).read_text(encoding="utf-8")  # type: ignore[arg-type]
     assert ("Not measured in this study" in text) == (parts.get("evaluations") is False)
     assert ("Which heads matter" in text) == ("importance" not in parts)
+
+
+def test_numbers_are_written_as_people_read_them() -> None:
+    cells = {float("nan"): "", 4_859_136.5: "4,859,136", 12.0: "12", 3.0: "3", 0.123456: "0.1235", -0.5: "-0.5"}
+    (rows,) = Table("", "", pd.DataFrame([list(cells)])).rows
+    assert rows == list(cells.values())
 
 
 def test_no_study_no_page(tmp_path: Path) -> None:

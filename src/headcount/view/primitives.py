@@ -191,7 +191,8 @@ def among_important_table(among: pd.DataFrame) -> pd.DataFrame:
     """The induction heads among the important ones, ready to be shown: over tasks every share, of each task a fifth."""
     whole = among["task"].isin(AGGREGATES)
     rows = pd.concat([among[whole], of_fraction(among[~whole], None, TOP)])
-    return _sets(rows, {"heads": rows["important"], "induction heads": rows["induction_heads"]})
+    return _sets(rows, {"most important": rows["fraction"].map(say.percent), "heads": rows["important"],
+                        "induction heads": rows["induction_heads"]})
 
 
 def overlap_table(overlaps: pd.DataFrame) -> pd.DataFrame:
@@ -200,14 +201,13 @@ def overlap_table(overlaps: pd.DataFrame) -> pd.DataFrame:
     whole = rows["task"].isin(AGGREGATES)
     rows = pd.concat([rows[whole], rows[~whole]])
     names = {"head": "heads", "ffn": "FFNs"}
-    return _sets(rows, {"of": rows["component"].map(names), "and": rows["other"].replace(PRIMITIVES),
+    return _sets(rows, {"and": rows["other"].replace(PRIMITIVES), "of": rows["component"].map(names),
                         "size": rows["size"]})
 
 
 def _sets(rows: pd.DataFrame, between: Mapping[str, pd.Series]) -> pd.DataFrame:
     return pd.DataFrame({
-        "task": rows["task"], "shots": rows["num_fewshot"], "most important": rows["fraction"].map(say.percent),
-        **between, "in both": rows["common"],
+        "task": rows["task"], "shots": rows["num_fewshot"], **between, "in both": rows["common"],
         "95 % interval": [say.counts(row) for _, row in rows.iterrows()],
         "by chance": rows["expected"].map("{:.1f}".format),
         **{words: rows[p].map(say.p_value).str.removeprefix("p ").str.removeprefix("= ")

@@ -199,10 +199,11 @@ def _compared(study: Study) -> Iterator[Table]:
                     "common to all with its 95 % interval over documents, and that of two tasks on average.",
                     _plain_columns(top.round(3)))
     if len(overlaps := study.top_overlaps()):
-        yield Table("Top sets in pairs", "The most important components of a task (and of all tasks together) beside "
-                    "those of another, or the heads highest on an induction score; p: of at least, and of at most, so "
-                    "many (hypergeometric, not corrected for how many pairs there are). Other sizes and numbers of "
-                    "shots: tables/top_overlaps.csv.", primitives.overlap_table(overlaps))
+        yield Table("Top sets in pairs", "The most important fifth of a task's heads or FFNs (and of those of all "
+                    "tasks together) beside that of another task, or beside as many heads that are highest on an "
+                    "induction score; p: of at least, and of at most, so many (hypergeometric, not corrected for how "
+                    "many pairs there are). Other sizes and numbers of shots: tables/top_overlaps.csv.",
+                    primitives.overlap_table(overlaps))
     if (induction := study.induction())["induction"].fillna(False).any():
         yield Table("Induction heads", "Means over texts with standard errors; those highest on the lower of the two "
                     "scores first.", primitives.induction_heads_table(induction))
@@ -263,7 +264,9 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         if value != value:
             return ""
-        return f"{value:,.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.4g}"
+        # Large numbers are means of parameters, whose decimals say nothing.
+        whole = (value == int(value) and abs(value) >= 10) or abs(value) >= 10_000
+        return f"{value:,.0f}" if whole else f"{value:.4g}"
     return str(value)
 
 
