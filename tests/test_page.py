@@ -61,10 +61,8 @@ def test_weak_results_of_a_study_are_marked_with_their_reasons(tmp_path: Path) -
               if k == 0 else []),
             "the oracle found 2 distinct values for 6 components, so that ties decide the order"]
         assert not found.loc[("green", k)].str.contains("whatever they say").any(), "one place, but many answers"
-    text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "Results that say little" in text
-    assert "the oracle found 2 distinct values" in text
-    assert len(pd.read_csv(tmp_path / "tables" / "degenerate.csv")) == len(found)
+    (table,) = (t for t in report._tables(hc.open_study(tmp_path)) if t.title == "Results that say little")
+    assert table.frame["reason"].tolist() == found.tolist()
 
 
 def test_where_curves_differ_from_the_full_model_is_told(tmp_path: Path) -> None:

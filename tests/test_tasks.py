@@ -354,7 +354,7 @@ def test_malformed_bare_documents_are_told_by_line(tmp_path: Path, doc: dict[str
 
 def test_whether_one_answer_can_be_given_to_all_documents(tmp_path: Path) -> None:
     own: list[dict[str, object]] = [{"context": str(i), "options": [f"a{i}", "b"], "gold": 0} for i in range(3)]
-    assert constant_answer(get_tasks([str(bare(tmp_path / "own.jsonl", own))])["own"], 3) == (0, [])
+    assert constant_answer(get_tasks([str(bare(tmp_path / "own.jsonl", own))])["own"], 3) == (0, [1])
     same = [{**doc, "options": ["yes", "no"]} for doc in own]
     assert constant_answer(get_tasks([str(bare(tmp_path / "same.jsonl", same))])["same"], 3) == (1, [0, 1])
     # By the answer's text, wherever it stands, and without what is the document's own.
