@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import headcount as hc
@@ -21,7 +22,7 @@ from headcount.plan import TaskFacts, plan
 from headcount.pruning import aggregate_order
 from headcount.specs import StudySpec
 from headcount.study import Runner, run_study
-from headcount.tables import importance_table, stored_order
+from headcount.tables import importance_table, resampled_from, stored_order
 from headcount.view import sentences
 from headcount.view.analysis import Study
 from headcount.view.report import _CSV, write_report
@@ -281,11 +282,19 @@ def test_nothing_is_left_to_do_in_a_finished_folder(study: Study) -> None:
     assert "own" in donors
 
 
+def test_a_draw_that_costs_nothing_ties_with_what_never_cost_anything() -> None:
+    # A quarter of the largest distance is 31.75 steps, kept as 32.
+    rows = pd.DataFrame({"importance": [-1 / 60, 0.0], "spread": [4 / 60, 0.0],
+                         "resampled": [np.array([32, -127], np.int8), np.zeros(2, np.int8)]})
+    drawn = resampled_from(rows)
+    assert drawn[0].tolist() == [0.0, 0.0]
+    assert drawn[1, 0] < -0.02
+
+
 def test_resampled_means_survive_the_entry() -> None:
     task = get_tasks(["icl_plural"])["icl_plural"]
     measured = hc.head_importance(tiny.loaded("llama"), task, limit=8)
     table = importance_table(measured)
-    from headcount.tables import resampled_from
 
     rows = table[table["score"] == "position"]
     spread = np.abs(measured.resampled["position"] - measured.scores["position"]).max(axis=0)
