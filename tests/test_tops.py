@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
+from headcount import stats
 from headcount.errors import OptionError
 from headcount.masks import removal_order
 from headcount.view import overlap, tops
+from headcount.view.scores import aggregate_table
 
 RNG = np.random.default_rng(0)
 SCORES = {(task, k): RNG.random(60) for k in (0, 5) for task in ("red", "green", "blue")}
@@ -142,13 +145,17 @@ def test_little_or_nothing_is_no_error() -> None:
         tops.top_sets({("red", 0): np.arange(5.0), ("green", 0): np.arange(5.0)}, [30])
 
 
-def simulated(noise: float, studies: int, heads: int = 90, documents: int = 60) -> dict[str, np.ndarray]:
-    """What studies of the same two tasks find, with the bounds that each of them gives: depth, retained, common."""
+def simulated(
+    noise: float, studies: int, heads: int = 90, documents: int = 60
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What studies of the same two tasks find, with the bounds that each of them gives; and every head's rank."""
     rng = np.random.default_rng(0)
     truth, layers = np.exp(0.5 * rng.normal(size=heads)), np.repeat(np.arange(30), 3).tolist()
     truths = {("red", 0): truth, ("green", 0): truth * np.exp(0.3 * rng.normal(size=heads))}
     primitive = np.where(rng.random(heads) < 0.1, 1.0, 0.05) * rng.random(heads)
-    found: dict[str, list[tuple[float, float, float]]] = {"depth": [], "retained": [], "pair": []}
+    found: dict[str, list[tuple[float, float, float]]] = {
+        name: [] for name in ("depth", "retained", "pair", "prefix_matching", "among")}
+    ranks = []
     for _ in range(studies):
         scores, resampled = {}, {}
         for key, of_task in truths.items():
@@ -157,19 +164,42 @@ def simulated(noise: float, studies: int, heads: int = 90, documents: int = 60) 
             scores[key], resampled[key] = drawn.mean(axis=0), counts @ drawn / documents
         rows = {"depth": tops.depth(scores, layers, resampled=resampled), "retained": overlap.retained(
             scores, {"p": primitive}, [0.5], resampled=resampled, draws=2), "pair": tops.top_overlaps(
-            scores, None, [0.2], resampled=resampled)}
+            scores, None, [0.2], resampled=resampled), "prefix_matching": tops.top_overlaps(
+            scores, {"prefix_matching": primitive}, [0.2], resampled=resampled).query("other == 'prefix_matching'"),
+            "among": overlap.induction_among_important(scores, primitive > 0.1, [0.2], resampled=resampled)}
+        places = heads - tops.places(scores, resampled)["red", 0]
+        ranks.append((places[0], *stats.around(places[0].astype(float), places[1:].astype(float))))
         for name, table in rows.items():
             row = table[table["task"] == "red"].iloc[0]
-            value = row["common" if name == "pair" else name if name == "retained" else "share"]
+            value = row[{"depth": "share", "retained": "retained"}.get(name, "common")]
             found[name].append((value, row["low"], row["high"]))
-    return {name: np.array(values) for name, values in found.items()}
+    return {name: np.array(values) for name, values in found.items()}, np.array(ranks)
 
 
 @pytest.mark.parametrize(("noise", "least"), [(0.8, 0.88), (2.0, 0.78)])
 def test_intervals_of_sets_cover_what_other_documents_give(noise: float, least: float) -> None:
     """Of simulated studies, as many as are promised hold what is found on average; and none is far too wide."""
-    for name, found in simulated(noise, 80).items():
+    sets, ranks = simulated(noise, 80)
+    for name, found in sets.items():
         value, low, high = found.T
         covered = np.mean((low <= value.mean()) & (value.mean() <= high))
         assert least <= covered <= 1.0, name
         assert np.mean(high - low) < 1.35 * 2 * 1.96 * value.std(ddof=1), name
+    value, low, high = ranks.transpose(1, 0, 2)
+    covered = (low <= value.mean(axis=0)) & (value.mean(axis=0) <= high)
+    first = np.mean(covered[value <= 5])
+    assert 0.72 <= covered.mean() <= 0.94, "why ranks have a spread, and no interval"
+    assert 0.5 <= first < covered.mean(), "those chosen by their rank even less"
+
+
+def test_tasks_that_have_no_component_in_common_have_no_sets() -> None:
+    apart = {("red", 0): np.array([1.0, 2, np.nan, np.nan]), ("green", 0): np.array([np.nan, np.nan, 1.0, 2])}
+    assert tops.top_sets(apart).empty
+    assert tops.top_overlaps(apart).empty
+    rows = pd.DataFrame({"task": ["red", "red", "green", "green"], "num_fewshot": 0, "component": "head", "layer": 0,
+                         "head": pd.array([0, 1, 2, 3], "Int64"), "method": "oracle", "score": "accuracy",
+                         "importance": [0.1, 0.2, 0.3, 0.4], "stderr": 0.1})
+    assert aggregate_table(rows, {"head": "position", "ffn": "accuracy"}, {}).empty
+    known = aggregate_table(rows.assign(head=pd.array([0, 1, 1, 2], "Int64")), {"head": "position", "ffn": ""}, {})
+    assert known[["task", "head", "rank"]].to_numpy().tolist() == [["mean", 1, 1], ["mean of ranks", 1, 1]]
+    assert known.loc[0, "importance"] == pytest.approx(0.25)

@@ -18,20 +18,10 @@ from headcount import stats
 from headcount.errors import StudyError
 from headcount.ledger import Entry, Ledger
 from headcount.tables import induction_entries
+from headcount.view import entries, scores
 from headcount.view.curves import curve_points, curve_table, free_table
-from headcount.view.entries import IMPORTANCE, evaluation_rows, importance_rows, induction_rows
 from headcount.view.joint import grid_table, transfer_table
 from headcount.view.points import MEAN, Points, compared, finished, groups, points_of
-from headcount.view.scores import (
-    aggregate_table,
-    agreement_table,
-    among_important_table,
-    correlation_table,
-    depth_table,
-    overlap_table,
-    retained_table,
-    top_table,
-)
 
 _REASONS = ["task", "num_fewshot", "reason"]
 
@@ -97,7 +87,7 @@ class Study:
         "oracle"); score ("position", "example" in nats; "accuracy" and "gold_loglikelihood" as what is lost);
         importance; stderr (over examples, those of a passage together); num_examples.
         """
-        return self._importance[IMPORTANCE].copy()
+        return self._importance[entries.IMPORTANCE].copy()
 
     def aggregate_importance(self) -> pd.DataFrame:
         """Importance over tasks: one row per component and score, for their mean and for the mean of their ranks.
@@ -121,7 +111,7 @@ class Study:
         "gold_loglikelihood" lost); correlation (Spearman) with its 95 % interval low, high, over components; components
         (how many both methods scored). The oracle's own noise, few documents and few distinct values, lowers it.
         """
-        return agreement_table(self._importance)
+        return scores.agreement_table(self._importance)
 
     def curves(self) -> pd.DataFrame:
         """One row per task, number of shots, component, order and fraction; task "mean" is the mean over tasks.
@@ -295,26 +285,29 @@ class Study:
 
     @functools.cached_property
     def _correlations(self) -> pd.DataFrame:
-        return correlation_table(self._importance, self.ordering_scores, self.spec["seed"])
+        return scores.correlation_table(self._importance, self.ordering_scores, self.spec["seed"])
 
     @functools.cached_property
     def _retained(self) -> pd.DataFrame:
-        return retained_table(self._importance, self.ordering_scores["head"], self._induction, self.spec["seed"],
-                              self._aggregate)
+        return scores.retained_table(
+            self._importance, self.ordering_scores["head"], self._induction, self.spec["seed"], self._aggregate
+        )
 
     @functools.cached_property
     def _among_important(self) -> pd.DataFrame:
-        return among_important_table(self._importance, self.ordering_scores["head"], self._induction, self._aggregate)
+        return scores.among_important_table(
+            self._importance, self.ordering_scores["head"], self._induction, self._aggregate
+        )
 
     @functools.cached_property
     def _induction_entries(self) -> dict[str, Entry]:
         """By weights; see `headcount.tables.induction_entries`."""
-        entries = (entry for entry in self._ledger.entries("induction") if self._is_of_model(entry.job))
-        return induction_entries(entries, self.spec)
+        return induction_entries((entry for entry in self._ledger.entries("induction")
+                                  if self._is_of_model(entry.job)), self.spec)
 
     @functools.cached_property
     def _induction(self) -> pd.DataFrame:
-        return induction_rows(self._induction_entries, self.induction_thresholds)
+        return entries.induction_rows(self._induction_entries, self.induction_thresholds)
 
     def _entries(self, kind: str) -> list[Entry]:
         """By task and number of shots, in the study's order: the ledger's is that of hashes."""
@@ -328,47 +321,42 @@ class Study:
 
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
-        return evaluation_rows(self._entries("evaluation"), self._aggregate)
+        return entries.evaluation_rows(self._entries("evaluation"), self._aggregate)
 
     @functools.cached_property
     def _importance(self) -> pd.DataFrame:
-        return importance_rows(self._entries("importance"))
+        return entries.importance_rows(self._entries("importance"))
 
     @functools.cached_property
     def _aggregate_importance(self) -> pd.DataFrame:
-        return aggregate_table(self._importance, self.ordering_scores, self.tie_scores)
+        return scores.aggregate_table(self._importance, self.ordering_scores, self.tie_scores)
 
     @functools.cached_property
     def _depth(self) -> pd.DataFrame:
-        return depth_table(self._importance, self.spec["head_score"], self._aggregate)
+        return scores.depth_table(self._importance, self.spec["head_score"], self._aggregate)
 
     @functools.cached_property
     def _top_sets(self) -> pd.DataFrame:
-        return top_table(self._importance, self.ordering_scores, self.tie_scores)
+        return scores.top_table(self._importance, self.ordering_scores, self.tie_scores)
 
     @functools.cached_property
     def _top_overlaps(self) -> pd.DataFrame:
-        return overlap_table(self._importance, self.ordering_scores, self.tie_scores, self._induction, self._aggregate)
+        return scores.overlap_table(
+            self._importance, self.ordering_scores, self.tie_scores, self._induction, self._aggregate
+        )
 
     @functools.cached_property
     def distinct_values(self) -> dict[tuple[str, int], int]:
         """How many distinct accuracies each FFN oracle found, by (task, number of shots)."""
-        found = {(job["task"], job["num_fewshot"]): info["distinct_values"]
-                 for job, info in self._ledger.descriptions("importance")
-                 if self._is_of_model(job) and job["method"] == "oracle" and job.get("component", "ffn") == "ffn"}
-        return dict(sorted(found.items()))
+        return entries.distinct_values(self._described("importance"))
 
     @functools.cached_property
     def truncated(self) -> dict[tuple[str, int], int]:
         """How many requests were cut to fit the window, by (task, number of shots), where any were."""
-        found: dict[tuple[str, int], int] = {}
-        for job, info in self._ledger.descriptions():
-            if job["kind"] == "induction" or not self._is_of_model(job):
-                continue
-            # Evaluated and training documents have entries of their own: neither may hide the other's count.
-            key = (job["task"], job["num_fewshot"])
-            found[key] = max(found.get(key, 0), info.get("truncated", 0))
-        return {key: n for key, n in sorted(found.items()) if n}
+        return entries.truncated(self._described())
+
+    def _described(self, kind: str | None = None) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        return [(job, info) for job, info in self._ledger.descriptions(kind) if self._is_of_model(job)]
 
     @functools.cached_property
     def _points(self) -> dict[int, dict[str, Points]]:

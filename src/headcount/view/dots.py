@@ -14,11 +14,11 @@ import pandas as pd
 
 from headcount.view import charts
 from headcount.view.charts import COMPONENTS, PALETTE, Chart, dressed
+from headcount.view.overlap import PRIMITIVES
 from headcount.view.points import MEAN
 from headcount.view.relations import RANDOM
 from headcount.view.selection import (
     AGGREGATES,
-    PRIMITIVES,
     between_shots,
     induction_heads,
     of_score,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from headcount.ledger import Entry
 
+# An entry's job and what is known of its result, without the table.
+Described: TypeAlias = Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]
 IMPORTANCE = ["task", "num_fewshot", "component", "layer", "head", "method", "score", "importance", "stderr",
               "num_examples"]
 _LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fraction", "layer", "head", "heads_removed",
@@ -72,3 +75,21 @@ def induction_rows(entries: Mapping[str, Entry], thresholds: Mapping[str, float]
     table["induction"] = table["induction"].astype("boolean")
     ordered: pd.DataFrame = table[[*_INDUCTION, *(c for c in table if c not in _INDUCTION)]]
     return ordered
+
+
+def distinct_values(entries: Described) -> dict[tuple[str, int], int]:
+    """How many distinct accuracies each FFN oracle found, by (task, number of shots)."""
+    found = {(job["task"], job["num_fewshot"]): info["distinct_values"] for job, info in entries
+             if job["method"] == "oracle" and job.get("component", "ffn") == "ffn"}
+    return dict(sorted(found.items()))
+
+
+def truncated(entries: Described) -> dict[tuple[str, int], int]:
+    """How many requests were cut to fit the window, by (task, number of shots), where any were."""
+    found: dict[tuple[str, int], int] = {}
+    for job, info in entries:
+        if job["kind"] != "induction":
+            # Evaluated and training documents have entries of their own: neither may hide the other's count.
+            key = (job["task"], job["num_fewshot"])
+            found[key] = max(found.get(key, 0), info.get("truncated", 0))
+    return {key: n for key, n in sorted(found.items()) if n}

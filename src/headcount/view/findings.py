@@ -219,8 +219,7 @@ def top_sets_sentence(top_sets: pd.DataFrame, *, fraction: float | None = None) 
     row = rows.iloc[0]
     tasks = "both tasks" if row["tasks"] == 2 else f"all {row['tasks']:.0f} tasks"
     pairs = f"; two tasks share {say.percent(row['pair_mean_share'])} of theirs on average" if row["tasks"] > 2 else ""
-    bounds = say.counts(row, float(row["size"]))
-    hedged = say.bracketed(f"95 % interval {bounds}" if bounds else "")
+    hedged = say.bracketed(say.interval(row, float(row["size"])))
     return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of each task's {row['size']:.0f} most important "
             f"heads ({say.share(row['fraction'])} of all) {'is' if row['common'] == 1 else 'are'} common to {tasks}, "
             f"chance gives {row['expected']:.1f}{pairs}.")

@@ -14,10 +14,10 @@ import pandas as pd
 
 from headcount.view import charts
 from headcount.view.charts import COMPONENTS, PALETTE, Chart, dressed
+from headcount.view.overlap import PRIMITIVES
 from headcount.view.points import MEAN, groups
 from headcount.view.scores import name_of
 from headcount.view.selection import (
-    PRIMITIVES,
     SUMMARIES,
     alike_together,
     of_fraction,

@@ -20,11 +20,12 @@ from jaxtyping import Bool, Float
 from headcount import stats
 from headcount.errors import OptionError
 from headcount.masks import count
-from headcount.view.relations import Rows, Scores
+from headcount.view.relations import Rows, Scores, check
 from headcount.view.tops import Places, places, with_aggregate
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DRAWS = 1000
+PRIMITIVES = {"prefix_matching": "prefix matching", "copying": "copying"}  # and how people say them
 _RETAINED = ["task", "num_fewshot", "primitive", "fraction", "retained", "low", "high", "random_mean", "random_low",
              "random_high"]
 _INDUCTION = ["task", "num_fewshot", "fraction", "important", "induction_heads", "common", "low", "high", "expected",
@@ -125,9 +126,7 @@ def _places(
     scores: Scores, heads: Mapping[str, Float[np.ndarray, " head"]], resampled: Rows | None, aggregate: str
 ) -> Places:
     """Places of the tasks and their aggregate, once they are known to be of the heads that the primitives score."""
-    lengths = {len(values) for values in (*scores.values(), *heads.values())}
-    if len(lengths) > 1:
-        raise OptionError(f"scores of one model's heads have one length, not {', '.join(map(str, sorted(lengths)))}")
+    check(scores, heads)
     if not all(np.isfinite(values).all() for values in (*scores.values(), *heads.values())):
         raise OptionError("an order of all heads needs a score for each of them")
     return places(*with_aggregate(scores, resampled, aggregate))

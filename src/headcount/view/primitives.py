@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 
 from headcount.view import words as say
+from headcount.view.overlap import PRIMITIVES
 from headcount.view.points import groups
 from headcount.view.relations import RANDOM
 from headcount.view.selection import (
     AGGREGATES,
-    PRIMITIVES,
     borderline,
     induction_heads,
     most_shots,
@@ -111,8 +111,7 @@ def retained_sentence(retained: pd.DataFrame, *, fraction: float | None = None) 
         return ""
     said = []
     for primitive, row in rows.drop_duplicates("primitive").set_index("primitive").iterrows():
-        bounds = say.counts(row, 100)
-        hedged = say.bracketed(f"95 % interval {bounds} %" if bounds else "")
+        hedged = say.bracketed(say.interval(row, 100, " %"))
         held = f"{say.percent(row['retained'])} of all {PRIMITIVES.get(str(primitive), str(primitive))}{hedged}"
         if row["random_mean"] == row["random_mean"]:
             more = ("more than" if row["retained"] > row["random_high"] else "less than"
@@ -132,8 +131,7 @@ def among_important_sentence(among: pd.DataFrame, *, fraction: float | None = No
         return ""
     row, single = summary(rows).iloc[0], rows.loc[~rows["task"].isin(AGGREGATES), "common"]
     spread = f"; on single tasks {say.span(single)}" if row["task"] in AGGREGATES and len(single) else ""
-    bounds = say.counts(row)
-    hedged = say.bracketed(f"95 % interval {bounds}" if bounds else "")
+    hedged = say.bracketed(say.interval(row))
     heads = "head" if row["induction_heads"] == 1 else "heads"
     verb = "is" if row["common"] == 1 else "are"
     return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of the {row['induction_heads']:.0f} induction "
@@ -154,8 +152,7 @@ def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -
         return ""
     said = []
     for _, row in rows.iterrows():
-        bounds = say.counts(row)
-        hedged = say.bracketed(f"95 % interval {bounds}" if bounds else "", _surprise(row))
+        hedged = say.bracketed(say.interval(row), _surprise(row))
         said.append(f"{row['common']:.0f} {'is' if row['common'] == 1 else 'are'} among the {row['size']:.0f} highest "
                     f"on {PRIMITIVES[row['other']]}{hedged}")
     row = rows.iloc[0]

@@ -15,7 +15,6 @@ from headcount.view import overlap, relations, tops
 from headcount.view.points import MEAN, groups
 from headcount.view.relations import MEAN_OF_RANKS, Key
 
-_PRIMITIVES = ("prefix_matching", "copying")
 _AGREEMENT = ["task", "num_fewshot", "component", "score", "oracle", "correlation", "low", "high", "components"]
 _AGGREGATE = ["task", "num_fewshot", "component", "layer", "head", "method", "score", "importance", "stderr", "rank",
               "rank_low", "rank_high"]
@@ -180,7 +179,7 @@ def overlap_table(
     for component, score in scores.items():
         known = ordered(importance, component, score, ties.get(component))
         trained = _trained(induction, known.scores) if component == "head" else None
-        others = {name: trained[name].to_numpy(np.float64) for name in _PRIMITIVES} if trained is not None else None
+        others = _primitives(trained) if trained is not None else None
         found.append(tops.top_overlaps(known.scores, others, resampled=known.resampled, aggregate=aggregate).assign(
             component=component))
     return _concatenated(found)
@@ -233,8 +232,9 @@ def retained_table(
     trained = _trained(induction, found.scores)
     if trained is None:
         return overlap.retained({}, {}, seed=seed)
-    primitives = {name: trained[name].to_numpy(np.float64) for name in _PRIMITIVES}
-    return overlap.retained(found.scores, primitives, resampled=found.resampled, seed=seed, aggregate=aggregate)
+    return overlap.retained(
+        found.scores, _primitives(trained), resampled=found.resampled, seed=seed, aggregate=aggregate
+    )
 
 
 def among_important_table(
@@ -253,6 +253,10 @@ def _trained(induction: pd.DataFrame, scores: Mapping[Key, Float[np.ndarray, " _
     """The model's own induction scores by layer, then head, where importance is there to be held against them."""
     found = induction[induction["weights"] == "trained"].sort_values(["layer", "head"])
     return found if len(found) and scores else None
+
+
+def _primitives(trained: pd.DataFrame) -> dict[str, Float[np.ndarray, " head"]]:
+    return {name: trained[name].to_numpy(np.float64) for name in overlap.PRIMITIVES}
 
 
 def _concatenated(frames: list[pd.DataFrame]) -> pd.DataFrame:

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 from scipy.cluster.hierarchy import leaves_list, linkage
 
+from headcount.view.overlap import PRIMITIVES
 from headcount.view.points import MEAN
 from headcount.view.relations import MEAN_OF_RANKS, RANDOM
 from headcount.view.scores import name_of
 
 WITHOUT_OWN = "mean without own"
 SUMMARIES = (MEAN, MEAN_OF_RANKS, WITHOUT_OWN, RANDOM)  # the order of their rows, below the tasks
-PRIMITIVES = {"prefix_matching": "prefix matching", "copying": "copying"}
 AGGREGATES = (MEAN, MEAN_OF_RANKS)
 
 

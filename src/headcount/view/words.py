@@ -96,6 +96,12 @@ def counts(row: pd.Series, times: float | int = 1) -> str:
     return f"{math.floor(low + 1e-9)} to {math.ceil(high - 1e-9)}" if low == low else ""
 
 
+def interval(row: pd.Series, times: float | int = 1, unit: str = "") -> str:
+    """`95 % interval 3 to 5`, as in `counts`; nothing where it is not known."""
+    bounds = counts(row, times)
+    return f"95 % interval {bounds}{unit}" if bounds else ""
+
+
 def bracketed(*said: str) -> str:
     """` (a; b)`: what is not empty, in brackets."""
     known = "; ".join(filter(None, said))
