@@ -211,6 +211,35 @@ def test_what_is_free_says_how_many_documents_changed(tmp_path: Path) -> None:
     assert heads["changed"] == 0, "the interval has no width, and readers can see it"
 
 
+def test_a_mean_says_what_tasks_above_chance_lose(tmp_path: Path) -> None:
+    """Of two tasks one is at its constant answer's accuracy and keeps it; the other loses twice what the mean does."""
+    ledger = Ledger(synthetic.write(tmp_path, shots=(5,)))
+    description = synthetic.spec(shots=(5,))
+    description["spec"]["margin"] = 0.55  # type: ignore[index]
+    description["tasks"]["green"]["constant_answer"] = 0.8  # type: ignore[index]
+    ledger.write_json("study.json", description)
+    for entry in list(ledger.entries("evaluation")):
+        if entry.job["task"] == "green" and entry.job["curve"] != {"order": "none"}:
+            unharmed = entry.table.assign(correct=(entry.table["doc_id"] < 80).astype(float))
+            ledger.path(entry.job).unlink()
+            ledger.write(entry.job, unharmed, entry.info)
+    study = open_study(tmp_path)
+    free = study.free_fractions().query("component == 'head'").set_index("task")
+    red, mean = free.loc["red"], free.loc["mean"]
+    assert (mean["free_fraction"], red["free_fraction"]) == (0.75, 0.75)
+    assert mean["difference_low"] < -0.2 < mean["difference_high"]
+    assert mean[["tasks", "above_chance"]].tolist() == [2, 1]
+    assert mean["above_chance_difference"] == pytest.approx(-0.4)
+    bounds = ["difference_low", "difference_high"]
+    assert mean[["above_chance_low", "above_chance_high"]].tolist() == pytest.approx(red[bounds].tolist())
+    assert free.loc["green", "above_chance"] == 0
+    assert np.isnan(free.loc["green", "above_chance_difference"])
+    said = sentences.headline(study)[0]
+    assert "on 1 of the 2 tasks of that mean; on that alone the difference is \N{MINUS SIGN}40.0 points" in said
+    assert not any("of that mean" in line for line in sentences.headline(
+        open_study(synthetic.write(tmp_path / "both", shots=(5,))))), "nothing where every task is above chance"
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_is_measured_so_far_can_be_shown(tmp_path: Path, seed: int) -> None:
     folder = synthetic.write(tmp_path)

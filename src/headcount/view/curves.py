@@ -20,7 +20,8 @@ COLUMNS = ["task", "num_fewshot", "component", "order", "fraction", "removed", "
            "p", "documents", "changed"]
 FREE_COLUMNS = ["task", "num_fewshot", "component", "order", "free_fraction", "free_high", "reason", "removed",
                 "parameters_removed", "accuracy", "difference_low", "difference_high", "changed", "full_accuracy",
-                "full_low", "baseline"]
+                "full_low", "baseline", "tasks", "above_chance", "above_chance_difference", "above_chance_low",
+                "above_chance_high"]
 ByShots = Mapping[int, Mapping[str, Points]]
 
 
@@ -85,20 +86,26 @@ def free_table(curves: pd.DataFrame, points: ByShots, margin: float) -> pd.DataF
         margin: The loss of accuracy that must be ruled out.
     """
     measured = curves[~curves["order"].isin(["random", "none"])]
+    full = curves[(curves["fraction"] == 0) & (curves["task"] != MEAN)].set_index(["task", "num_fewshot"])["low"]
+    lows = full[~full.index.duplicated()]
     rows = []
     for (task, k, component, order), curve in groups(measured, "task", "num_fewshot", "component", "order"):
-        members = list(finished(points[k]).values()) if task == MEAN else [points[k][task]]
+        members = finished(points[k]) if task == MEAN else {task: points[k][task]}
+        able = [t for name, t in members.items() if lows[name, k] > t.baseline]
         rows.append({"task": task, "num_fewshot": k, "component": component, "order": order,
-                     **_free(curve, members, margin)})
+                     **_free(curve, list(members.values()), able, margin)})
     return pd.DataFrame(rows, columns=FREE_COLUMNS)
 
 
-def _free(curve: pd.DataFrame, tasks: Sequence[Points], margin: float) -> dict[str, Any]:
+def _free(
+    curve: pd.DataFrame, tasks: Sequence[Points], able: Sequence[Points], margin: float
+) -> dict[str, Any]:
     full = curve.iloc[0]
     # A tenth of six FFNs is none of them: where nothing is removed nothing is shown to be free.
     curve = curve[(curve["fraction"] == 0) | (curve["removed"] > 0)]
     baseline = float(np.mean([t.baseline for t in tasks]))
-    found = {"reason": "", "full_accuracy": full["accuracy"], "full_low": full["low"], "baseline": baseline}
+    found = {"reason": "", "full_accuracy": full["accuracy"], "full_low": full["low"], "baseline": baseline,
+             "tasks": len(tasks), "above_chance": len(able)}
     if not full["low"] > baseline:
         reason = (f"the full model's accuracy, {full['accuracy']:.2f} (at least {full['low']:.2f}), is not shown to be "
                   f"above {baseline:.2f}, which guessing or a constant answer gets")
@@ -107,6 +114,12 @@ def _free(curve: pd.DataFrame, tasks: Sequence[Points], margin: float) -> dict[s
     _, differences = compared(tasks, [None if key[2] == 0 else key for key in steps])
     free, high = stats.free_fraction_interval(curve["fraction"].tolist(), differences, margin)
     at = curve[curve["fraction"] == free].iloc[0]
+    if able:
+        # Tasks at chance have little to lose, and hide in a mean what the others do.
+        key = (at["component"], at["order"], at["fraction"]) if free > 0 else None
+        of_able = compared(able, [key])[0][key]
+        found |= {"above_chance_difference": of_able.difference, "above_chance_low": of_able.difference_low,
+                  "above_chance_high": of_able.difference_high}
     return {**found, "free_fraction": free, "free_high": high,
             **{name: at[name] for name in ("removed", "parameters_removed", "accuracy", "difference_low",
                                            "difference_high", "changed")}}

@@ -74,7 +74,18 @@ def _can_go(study: Study, row: pd.Series) -> str:
     return (f"{beginning}{100 * row['free_fraction']:.3g} % of the {names} ({row['removed']:.0f} of {total}, "
             f"{millions(row['parameters_removed'])} parameters) can go: {what} is then {row['accuracy']:.3f}, the full "
             f"model's {row['full_accuracy']:.3f} ({_interval(row)}; up to there a loss of {margin} or more is ruled "
-            "out at every step).")
+            f"out at every step).{_on_those_above_chance(row)}")
+
+
+def _on_those_above_chance(row: pd.Series) -> str:
+    """What a mean hides where some of its tasks have little to lose."""
+    tasks, able = int(row["tasks"]), int(row["above_chance"])
+    if able in (0, tasks):
+        return ""
+    of_them = "that alone" if able == 1 else "those alone"
+    return (f" The full model is shown to be above chance, or above a constant answer, on {able} of the {tasks} tasks "
+            f"of that mean; on {of_them} the difference is {_points(row['above_chance_difference'])} points "
+            f"({_points(row['above_chance_low'])} to {_points(row['above_chance_high'])}).")
 
 
 def _listed(names: list[str], of: int, what: str, most: int = 6) -> str:
