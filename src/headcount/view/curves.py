@@ -54,7 +54,7 @@ def curve_table(points: ByShots, parameters: int) -> pd.DataFrame:
     of_means: list[dict[str, Any]] = []
     for k, of_tasks in points.items():
         for task, members in with_mean(of_tasks, finished(of_tasks)):
-            (of_means if task == MEAN else rows).extend(_curve_rows(task, k, members, parameters))
+            (of_means if task == MEAN else rows).extend(_curve_rows(task, k, list(members.values()), parameters))
     order = list(dict.fromkeys(task for of_tasks in points.values() for task in of_tasks))
     rows.sort(key=lambda row: (order.index(row["task"]), row["num_fewshot"]))
     return pd.DataFrame([*rows, *of_means], columns=COLUMNS)
@@ -91,6 +91,7 @@ def free_table(curves: pd.DataFrame, points: ByShots, margin: float) -> pd.DataF
     rows = []
     for (task, k, component, order), curve in groups(measured, "task", "num_fewshot", "component", "order"):
         members = finished(points[k]) if task == MEAN else {task: points[k][task]}
+        # Chosen by these documents' accuracy: what they lose is overstated rather than understated.
         able = [t for name, t in members.items() if lows[name, k] > t.baseline]
         rows.append({"task": task, "num_fewshot": k, "component": component, "order": order,
                      **_free(curve, list(members.values()), able, margin)})

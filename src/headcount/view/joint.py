@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from headcount.view.points import Points, compared, finished, groups, points_of, removed_by, with_mean
+from headcount.view.points import (
+    MEAN,
+    Points,
+    compared,
+    finished,
+    groups,
+    most_measured,
+    points_of,
+    removed_by,
+    with_mean,
+)
 from headcount.view.relations import RANDOM
 
 GRID = ["task", "num_fewshot", "heads_fraction", "ffns_fraction", "heads_removed", "ffns_removed",
@@ -36,7 +46,7 @@ def grid_table(
     by_shots: dict[int, dict[str, Points]] = {}
     for (task, k), of_task in groups(rows[rows["order"] == "grid"], "task", "num_fewshot"):
         same = rows[(rows["task"] == task) & (rows["num_fewshot"] == k)]
-        of_task, full = _fewest_documents(of_task), same[same["order"] == "none"]
+        of_task, full = _measured_alike(of_task), same[same["order"] == "none"]
         if full.empty:
             continue
         points = points_of(of_task, full, constant=constants.get(str(task), 0.0))
@@ -50,7 +60,7 @@ def grid_table(
         by_shots.setdefault(int(k), {})[str(task)] = points
     found = [row for k, of_tasks in sorted(by_shots.items())
              for task, members in with_mean(of_tasks, finished(of_tasks))
-             for row in _grid_rows(task, k, members, margin, parameters)]
+             for row in _grid_rows(task, k, list(members.values()), margin, parameters)]
     return pd.DataFrame(found, columns=GRID)
 
 
@@ -87,16 +97,22 @@ def transfer_table(evaluations: pd.DataFrame, unseen: Sequence[str]) -> pd.DataF
             same = rows[(rows["task"] == task) & (rows["num_fewshot"] == k)]
             if not (same["order"] == "none").any():
                 continue
-            points = _transfer_points(_largest_group(of_task), same, component)
+            points = _transfer_points(_largest_jobs(of_task), same, component)
             for fraction in dict.fromkeys(key[1] for key in points.values):
                 by_fraction.setdefault(fraction, {})[str(task)] = points
+        together = set[frozenset[str]]()
         for fraction, of_tasks in sorted(by_fraction.items()):
             known = {task: points for task, points in of_tasks.items()
                      if task not in unseen and (OWN, fraction) in points.values}
             for task, members in with_mean(known, _all_pairs(known, fraction)):
                 found += _transfer_rows(task, int(k), component, fraction, members, unseen=False)
+                together |= {frozenset(members)} if task == MEAN else set()
             for task in (t for t in of_tasks if t in unseen):
-                found += _transfer_rows(task, int(k), component, fraction, [of_tasks[task]], unseen=True)
+                found += _transfer_rows(task, int(k), component, fraction, {task: of_tasks[task]}, unseen=True)
+        if len(together) > 1:
+            # At some fractions fewer tasks are done, and there is no one mean of the full model.
+            found = [row for row in found if not (row["task"] == MEAN and row["donor"] == "none"
+                                                  and (row["num_fewshot"], row["component"]) == (k, component))]
     table = pd.DataFrame(found, columns=TRANSFER).drop_duplicates(TRANSFER[:5])
     # The full model stands there once, for all fractions: there is no one order of the task's own to compare it with.
     apart = (table["donor"] == "none") & ~table["unseen"].astype(bool)
@@ -119,17 +135,17 @@ def _transfer_points(moved: pd.DataFrame, same: pd.DataFrame, component: str) ->
 
 
 def _transfer_rows(
-    task: str, k: int, component: str, fraction: float, tasks: Sequence[Points], *, unseen: bool
+    task: str, k: int, component: str, fraction: float, tasks: Mapping[str, Points], *, unseen: bool
 ) -> list[dict[str, Any]]:
     own = None if unseen else (OWN, fraction)
-    keys = [None, *dict.fromkeys(key for t in tasks for key in t.values if key[1] == fraction)]
-    shared = [key for key in keys if key is None or all(key in t.values for t in tasks)]
-    found, _ = compared(tasks, shared, to=own)
+    keys = [None, *dict.fromkeys(key for t in tasks.values() for key in t.values if key[1] == fraction)]
+    shared = [key for key in keys if key is None or all(key in t.values for t in tasks.values())]
+    found, _ = compared(list(tasks.values()), shared, to=own)
     for key in (key for key in keys if key not in shared):
         # A task is no donor to itself: on the mean it is one to all others, or not yet.
-        others = [t for t in tasks if key in t.values]
-        if len(others) == len(tasks) - 1:
-            found |= compared(others, [key], to=own)[0]
+        others = {name: t for name, t in tasks.items() if key in t.values}
+        if {*tasks} - {*others} == {key[0]}:
+            found |= compared(list(others.values()), [key], to=own)[0]
     return [{"task": task, "num_fewshot": k, "component": component, "donor": key[0] if key else "none",
              "fraction": fraction if key else 0.0, **vars(found[key]), "unseen": unseen}
             for key in keys if key in found]
@@ -148,19 +164,23 @@ def _all_pairs(of_tasks: Mapping[str, Points], fraction: float) -> dict[str, Poi
     return found
 
 
-def _fewest_documents(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the documents that all points have: a grid may have been measured on more of them later."""
-    counts = rows.groupby(["fraction", "ffn_fraction"])["doc_id"].nunique()
-    fewest = sorted(rows["doc_id"].unique())[: int(counts.min())]
-    return rows[rows["doc_id"].isin(fewest)].drop_duplicates(["fraction", "ffn_fraction", "doc_id"])
+def _measured_alike(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the documents that all points have: some may have been measured on more of them, or fewer, before."""
+    points = ["fraction", "ffn_fraction"]
+    counts = rows.groupby(points)["doc_id"].nunique()
+    wanted = sorted(rows["doc_id"].unique())[:most_measured(counts.to_dict())]
+    of_each = rows.groupby(points)["doc_id"].transform("nunique")
+    return rows[rows["doc_id"].isin(wanted) & (of_each >= len(wanted))].drop_duplicates([*points, "doc_id"])
 
 
-def _largest_group(rows: pd.DataFrame) -> pd.DataFrame:
+def _largest_jobs(rows: pd.DataFrame) -> pd.DataFrame:
     """Of every donor and fraction the rows of the most documents, and of aggregates those of the most tasks."""
-    kept = []
-    for _, of_step in groups(rows, "donor", "fraction"):
+    kept = {}
+    for step, of_step in groups(rows, "donor", "fraction"):
         jobs = [job for _, job in groups(of_step, "job")]
-        kept.append(max(jobs, key=lambda job: (job["members"].iloc[0], len(job))))
-    together = pd.concat(kept)
-    shared = set.intersection(*({*job["doc_id"]} for job in kept))
+        kept[step] = max(jobs, key=lambda job: (job["members"].iloc[0], len(job)))
+    enough = most_measured({step: len(job) for step, job in kept.items()})
+    jobs = [job for job in kept.values() if len(job) >= enough]
+    shared = set.intersection(*({*job["doc_id"]} for job in jobs))
+    together = pd.concat(jobs)
     return together[together["doc_id"].isin(shared)]

@@ -7,7 +7,7 @@ together. A task's documents are drawn alike at every number of shots, and other
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -51,7 +51,12 @@ class Points:
     removed: dict[Key, Removed] = field(default_factory=dict)
 
     def add(self, key: Key, rows: pd.DataFrame) -> None:
-        """Take in one mask's rows, or several orders' that are averaged."""
+        """Take in one mask's rows, or several orders' that are averaged; not those of only some of the documents.
+
+        Random orders of a task that was unseen are of the documents of transfer, which may be fewer than a curve's.
+        """
+        if rows["doc_id"].nunique() < len(self.full):
+            return
         self.values[key] = rows.groupby("doc_id")["correct"].mean().to_numpy(np.float64)
         self.removed[key] = Removed(*(float(rows[f"{what}_removed"].mean())
                                       for what in ("heads", "ffns", "parameters")))
@@ -145,13 +150,25 @@ def finished(of_tasks: Mapping[str, Points]) -> dict[str, Points]:
 
 
 def with_mean(
-    of_tasks: Mapping[str, Points], together: Mapping[str, Points] | None = None
-) -> Iterator[tuple[str, list[Points]]]:
-    """Every task alone, and where there are several all of them (or those `together`) as "mean"."""
-    yield from ((task, [points]) for task, points in of_tasks.items())
-    together = of_tasks if together is None else together
+    of_tasks: Mapping[str, Points], together: Mapping[str, Points]
+) -> Iterator[tuple[str, Mapping[str, Points]]]:
+    """Every task alone, and where there are several those `together` as "mean"."""
+    yield from ((task, {task: points}) for task, points in of_tasks.items())
     if len(together) > 1:
-        yield MEAN, list(together.values())
+        yield MEAN, together
+
+
+def most_measured(documents: Mapping[Hashable, int]) -> int:
+    """On how many documents points are shown of which some were measured on fewer, in an earlier run.
+
+    Points of fewer documents are then left out, and of the others no more documents are taken. Chosen is what keeps
+    the most, points times documents.
+
+    Args:
+        documents: How many each point was measured on; the first so many of the task's.
+    """
+    numbers = sorted(documents.values())
+    return max(numbers, key=lambda n: n * sum(other >= n for other in numbers), default=0)
 
 
 def groups(table: pd.DataFrame, *columns: str) -> Iterator[tuple[Any, pd.DataFrame]]:

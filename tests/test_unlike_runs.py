@@ -1,0 +1,107 @@
+"""Tables of a folder whose runs differ: of documents, of fractions, or of tasks that are done."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from headcount.view.curves import curve_points, curve_table
+from headcount.view.joint import grid_table, transfer_table
+from headcount.view.points import most_measured
+
+JOBS = itertools.count()
+TASKS = ("red", "green", "blue")
+
+
+def rows(task: str, order: str, documents: int, right: float = 0.5, **labels: Any) -> pd.DataFrame:
+    """Documents of one mask, of which the first are right."""
+    ids = np.arange(documents)
+    known = {"task": task, "num_fewshot": 0, "split": "evaluation", "component": "none", "order": order, "donor": "",
+             "order_seed": -1, "fraction": 0.0, "ffn_fraction": 0.0, "heads_removed": 1, "ffns_removed": 0,
+             "parameters_removed": 10, "job": next(JOBS), "members": 1, **labels}
+    return pd.DataFrame({**known, "doc_id": ids, "passage": ids, "correct": (ids < right * documents).astype(float),
+                         "num_options": 4})
+
+
+def transferred(task: str, donors: Sequence[str], fraction: float, documents: int = 20) -> Iterator[pd.DataFrame]:
+    """What transfer measures of a task: its own order, and these donors'."""
+    yield rows(task, "gradient", documents, 0.8, component="head", fraction=fraction)
+    for donor in donors:
+        if donor != task:
+            yield rows(task, "transfer", documents, 0.5 if task == "red" else 0.7, component="head", donor=donor,
+                       fraction=fraction)
+
+
+def transfer(frames: Sequence[pd.DataFrame], documents: int = 20) -> pd.DataFrame:
+    return transfer_table(pd.concat([*(rows(task, "none", documents, 0.9) for task in TASKS), *frames]), ())
+
+
+def donors_of_mean(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    found = transfer(frames)
+    return found[found["task"] == "mean"].set_index(["donor", "fraction"])
+
+
+@pytest.mark.parametrize("orders", [["gradient"], ["gradient", "random"]])
+def test_random_orders_of_a_task_that_was_unseen_are_no_curve_of_it(orders: list[str]) -> None:
+    steps = [rows("red", order, 20, component="head", fraction=f) for order in orders for f in (0.3, 0.5)]
+    unseen = [rows("red", "random", 10, component="head", fraction=f) for f in (0.3, 0.35)]
+    points = curve_points(pd.concat([rows("red", "none", 20), *steps, *unseen]), {"red": 0.25})
+    curves = curve_table(points, 100)
+    assert (curves["documents"] == 20).all()
+    assert set(zip(curves["order"], curves["fraction"], strict=True)) == {(o, f) for o in orders for f in (0, 0.3, 0.5)}
+
+
+def test_a_larger_grid_is_not_cut_to_an_older_smaller_one() -> None:
+    def cells(fractions: Sequence[float], documents: int) -> list[pd.DataFrame]:
+        return [rows("red", "grid", documents, component="both", fraction=h, ffn_fraction=f, ffns_removed=1)
+                for h in fractions for f in fractions]
+
+    full, old, new = rows("red", "none", 60), cells([0.2, 0.4], 10), cells([0.5, 0.7], 60)
+    both = grid_table(pd.concat([full, *old, *new]), 0.02, 100, {})
+    assert set(both["documents"]) == {60}
+    assert set(both["heads_fraction"]) == {0.0, 0.5, 0.7}
+    under_way = grid_table(pd.concat([full, *cells([0.2, 0.4], 40), *new[:1]]), 0.02, 100, {})
+    assert set(under_way["documents"]) == {40}
+    assert set(under_way["heads_fraction"]) == {0.0, 0.2, 0.4, 0.5}, "the new cell is shown on the old ones' documents"
+
+
+def test_a_larger_transfer_is_not_cut_to_an_older_smaller_one() -> None:
+    old = [frame for task in TASKS for frame in transferred(task, TASKS, 0.3, 10)]
+    new = [frame for task in TASKS for frame in transferred(task, TASKS, 0.5, 60)]
+    found = transfer([*old, *new], 60)
+    pruned = found[found["fraction"] > 0]
+    assert set(pruned["fraction"]) == {0.5}
+    assert set(pruned.query("task != 'mean'")["documents"]) == {60}
+
+
+def test_most_is_kept_where_points_are_of_unlike_numbers_of_documents() -> None:
+    assert most_measured({}) == 0
+    assert most_measured({"a": 10, "b": 60}) == 60
+    assert most_measured({"a": 40, "b": 60}) == 40
+    assert most_measured(dict.fromkeys("abcdef", 10) | {"g": 60}) == 70 // 7
+
+
+def test_a_donors_mean_lacks_no_task_but_the_donor() -> None:
+    complete = [frame for task in TASKS for frame in transferred(task, (*TASKS, "mean"), 0.5)]
+    partly = [*complete, *(frame for task in TASKS[:2] for frame in transferred(task, ["mean without own"], 0.5))]
+    random = rows("red", "random", 20, 0.1, component="head", fraction=0.5)
+    found = donors_of_mean([*partly, random])
+    assert set(found.index.get_level_values("donor")) == {"none", "own", "mean", *TASKS}
+    assert found.loc[("red", 0.5), "accuracy"] == pytest.approx(0.7), "a donor to all but itself"
+    assert found.loc[("green", 0.5), "accuracy"] == pytest.approx(0.6)
+    every = [*partly, *transferred("blue", ["mean without own"], 0.5)]
+    assert ("mean without own", 0.5) in donors_of_mean(every).index
+
+
+def test_the_full_models_mean_is_not_beside_means_over_other_tasks() -> None:
+    done = [frame for task in TASKS for frame in transferred(task, TASKS, 0.3)]
+    found = donors_of_mean([*done, *(frame for task in TASKS[:2] for frame in transferred(task, TASKS, 0.7))])
+    assert "none" not in found.index.get_level_values("donor")
+    assert found.loc[("own", 0.3), "documents"] == 60
+    assert found.loc[("own", 0.7), "documents"] == 40
+    assert "none" in donors_of_mean(done).index.get_level_values("donor")
