@@ -151,7 +151,8 @@ def among_important(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0,
         rows.append({"task": task, "num_fewshot": k, "fraction": fraction, "important": int(fraction * heads),
                      "induction_heads": circuits, "common": common, "low": max(0, common - 1),
                      "high": min(circuits, common + 1), "expected": circuits * fraction,
-                     "p": 0.0004 if task == "mean" else 0.04, "p_fewer": 0.9})
+                     "p": 0.0004 if task == "mean" else 0.04, "p_fewer": 0.9, "expected_in_layers": 3.2,
+                     "p_in_layers": 0.02, "p_fewer_in_layers": 0.95})
     return pd.DataFrame(rows)
 
 
@@ -179,7 +180,8 @@ def top_overlaps(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1,
             rows.append({"component": "head", "task": task, "other": other, "num_fewshot": k, "fraction": fraction,
                          "size": size, "common": common, "low": max(0, common - 2), "high": common + 2,
                          "expected": size * fraction, "p": 0.001 if share == 0.5 else 0.6,
-                         "p_fewer": 0.0002 if share == 0 else 0.55})
+                         "p_fewer": 0.0002 if share == 0 else 0.55, "expected_in_layers": 6.3, "p_in_layers": 0.1,
+                         "p_fewer_in_layers": 0.95})
     return pd.DataFrame(rows)
 
 

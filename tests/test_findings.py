@@ -173,10 +173,11 @@ def test_sets_of_heads() -> None:
     text = primitives.among_important_sentence(frames.among_important(frames.TASKS[:4]))
     assert ("6 (95 % interval 5 to 7) of the 8 induction heads are among the 54 heads (20 %) most important on the "
             "mean over tasks" in text)
-    assert "chance gives 1.6 (p < 0.001 for so many, one-sided, hypergeometric); on single tasks 2 to 5" in text
-    none = frames.among_important(frames.TASKS[:4]).assign(common=0, p=1.0, p_fewer=0.19)
+    assert ("; chance gives 1.6, p < 0.001, and 3.2, p = 0.04, among heads of the same layers (two-sided, "
+            "hypergeometric); on single tasks 2 to 5" in text)
+    none = frames.among_important(frames.TASKS[:4]).assign(common=0, p=1.0, p_fewer=0.19, expected_in_layers=np.nan)
     assert "0 (95 % interval 5 to 7) of the 8 induction heads" in (text := primitives.among_important_sentence(none))
-    assert "chance gives 1.6 (p = 0.19 for so few, one-sided, hypergeometric)" in text
+    assert "chance gives 1.6, p = 0.38 (two-sided, hypergeometric)" in text
     text = findings.top_sets_sentence(frames.top_sets(frames.TASKS[:4]))
     assert ("16 (95 % interval 14 to 18) of each task's 54 most important heads (20 % of all) are common to all 4 "
             "tasks, chance gives 0.4" in text)
@@ -192,16 +193,20 @@ def test_pairs_of_top_sets_are_told_with_what_chance_gives() -> None:
     overlaps = frames.top_overlaps(TWO, (0, 5))
     assert primitives.overlap_sentence(overlaps) == (
         "With 5 shots, of the 54 heads (20 %) most important on the mean over tasks 10 are among the 54 highest on "
-        "prefix matching (95 % interval 8 to 12; p = 0.55 for so few), 0 are among the 54 highest on copying (95 % "
-        "interval 0 to 2; p < 0.001 for so few); chance gives 10.8.")
+        "prefix matching (95 % interval 8 to 12; chance gives 10.8, p = 1, and 6.3, p = 0.2, among heads of the same "
+        "layers), 0 are among the 54 highest on copying (95 % interval 0 to 2; chance gives 10.8, p < 0.001, and 6.3, "
+        "p = 0.2, among heads of the same layers) (p: two-sided, hypergeometric).")
     table = primitives.overlap_table(overlaps)
-    assert table[["task", "and", "in both", "p of so many"]].to_numpy().tolist()[:3] == [
-        ["mean", "prefix matching", 10, "0.6"], ["mean", "copying", 0, "0.6"], [TWO[0], TWO[1], 27, "0.001"]]
+    assert table[["task", "and", "in both", "p", "in the same layers", "p there"]].to_numpy().tolist()[:3] == [
+        ["mean", "prefix matching", 10, "1", "6.3", "0.2"], ["mean", "copying", 0, "< 0.001", "6.3", "0.2"],
+        [TWO[0], TWO[1], 27, "0.002", "6.3", "0.2"]]
     assert set(table["shots"]) == {5}
     assert primitives.overlap_sentence(overlaps[overlaps["other"] == TWO[1]]) == ""
-    ffns = overlaps.query("num_fewshot == 0 and other == @TWO[1]").assign(component="ffn")
+    of_ffns = {name: np.nan for name in overlaps if "in_layers" in name}
+    ffns = overlaps.query("num_fewshot == 0 and other == @TWO[1]").assign(component="ffn", **of_ffns)
     both = primitives.overlap_table(pd.concat([overlaps, ffns]))
     assert both[["of", "shots"]].drop_duplicates().to_numpy().tolist() == [["heads", 5], ["FFNs", 0]]
+    assert both.loc[both["of"] == "FFNs", ["in the same layers", "p there"]].to_numpy().tolist() == [["", ""]]
 
 
 def test_intervals_of_counts_are_rounded_outwards() -> None:

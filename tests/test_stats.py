@@ -283,6 +283,20 @@ def test_overlap_of_sets_by_counting_them(total: int, a: int, b: int) -> None:
         stats.hypergeometric_overlap(total, a, b, max(shared) + 1)
 
 
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.booleans()), max_size=9))
+def test_overlap_within_layers_by_counting_every_set(things: list[tuple[int, bool, bool]]) -> None:
+    strata = np.array([s for s, _, _ in things], np.int64)
+    one, other = (np.array([thing[i] for thing in things], bool) for i in (1, 2))
+    chosen = [itertools.combinations(np.flatnonzero(strata == s), int(other[strata == s].sum())) for s in range(3)]
+    shared = [sum(one[i] for of_one in sets for i in of_one) for sets in itertools.product(*map(list, chosen))]
+    common = int((one & other).sum())
+    found = stats.overlap_within(strata, one, other)
+    assert found == pytest.approx((np.mean([s >= common for s in shared]), np.mean([s <= common for s in shared]),
+                                   np.mean(shared)), abs=1e-12)
+    together = stats.overlap_within(np.zeros_like(strata), one, other)
+    assert together == pytest.approx(stats.hypergeometric_overlap(len(one), int(one.sum()), int(other.sum()), common))
+
+
 def test_degenerate_results_are_marked() -> None:
     rng = np.random.default_rng(0)
     gold = rng.integers(0, 2, 200)

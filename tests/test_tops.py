@@ -85,6 +85,34 @@ def test_tasks_and_their_aggregate_are_held_against_other_scores(aggregate: str)
     assert shared["high"] - shared["share"] == pytest.approx(1.959964 * np.std(every, ddof=1))
 
 
+def test_sets_in_the_same_layers_have_more_in_common_by_chance() -> None:
+    """Both sets lie in the first of two layers: within layers what they share is just what chance gives."""
+    layers = [0] * 20 + [1] * 20
+    scores = {("red", 0): np.concatenate([np.tile([4.0, 3], 10), np.tile([2.0, 1], 10)]) + 0.001 * np.arange(40)}
+    other = np.concatenate([np.tile([4.0, 4, 3, 3], 5), np.tile([2.0, 2, 1, 1], 5)]) + 0.001 * np.arange(40)
+    row = tops.top_overlaps(scores, {"copying": other}, (0.25,), layers=layers).iloc[0]
+    assert row[["common", "expected", "expected_in_layers"]].tolist() == pytest.approx([5, 2.5, 5])
+    assert row["p"] < 0.1
+    assert min(row["p_in_layers"], row["p_fewer_in_layers"]) > 0.5
+    flags = other >= np.sort(other)[30]
+    among = overlap.induction_among_important(scores, flags, (0.25,), layers=layers).iloc[0]
+    columns = ["common", "expected", "p", "p_fewer", "expected_in_layers", "p_in_layers", "p_fewer_in_layers"]
+    assert among[columns].tolist() == pytest.approx(row[columns].tolist())
+    assert tops.top_overlaps(scores, {"copying": other}, (0.25,))["p_in_layers"].isna().all()
+    lacking = {("red", 0): np.where(np.arange(40) == 39, np.nan, scores["red", 0])}
+    row = tops.top_overlaps(lacking, {"copying": other}, (0.25,), layers=layers).iloc[0]
+    assert row["expected_in_layers"] == pytest.approx(9 * 9 / 20)
+
+
+def test_thirds_are_alike_at_both_ends() -> None:
+    def sizes(layers: int, **of: int) -> list[int]:
+        found = tops.depth({("red", 0): np.arange(float(layers))}, range(layers), **of)
+        return [round(share * layers) for share in found["expected"]]
+
+    assert [sizes(n) for n in (2, 3, 4, 5, 30, 32)] == [[1, 1], [1, 1, 1], [1, 2, 1], [2, 1, 2], [10] * 3, [11, 10, 11]]
+    assert sizes(2, num_layers=6) == [2], "layers without heads are layers too"
+
+
 def test_depth_counts_thirds_of_the_layers() -> None:
     layers = [layer for layer in range(6) for _ in range(10)]
     middle = np.where(np.isin(layers, [2, 3]), 1.0, 0.1) + 0.001 * np.arange(60)

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Collection, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.stats import binom, hypergeom, norm, rankdata
 
 from headcount.errors import OptionError
@@ -236,6 +236,36 @@ def hypergeometric_overlap(total: int, set_a: int, set_b: int, common: int) -> t
     more = float(hypergeom.sf(common - 1, total, set_a, set_b)) if common else 1.0
     fewer = float(hypergeom.cdf(common, total, set_a, set_b)) if total else 1.0
     return more, fewer, set_a * set_b / max(total, 1)
+
+
+def overlap_within(
+    strata: Int[np.ndarray, " thing"], set_a: Bool[np.ndarray, " thing"], set_b: Bool[np.ndarray, " thing"]
+) -> tuple[float, float, float]:
+    """As `hypergeometric_overlap`, for random sets that have as many things of every stratum as these two.
+
+    What two sets have in common because both lie in the same layers is no surprise then.
+
+    Args:
+        strata: The stratum of each thing, from 0 on.
+        set_a: Which things are in the first set.
+        set_b: Which are in the second one.
+
+    Returns:
+        The probability that such sets have at least so many in common, that they have at most so many, and how many
+        they have on average.
+    """
+    kinds = int(strata.max(initial=-1)) + 1
+    total, a, b = (np.bincount(strata[there], minlength=kinds) for there in (strata >= 0, set_a, set_b))
+    least = np.minimum(a, b)
+    counts = np.arange(least.max(initial=0) + 1)
+    each = np.asarray(hypergeom.pmf(counts[None], total[:, None], a[:, None], b[:, None]))
+    chances = np.ones(1)
+    for of_one, most in zip(each, least, strict=True):
+        if most:
+            chances = np.convolve(chances, of_one[: most + 1])
+    common = int((set_a & set_b).sum())
+    return float(min(1, chances[common:].sum())), float(min(1, chances[: common + 1].sum())), float(
+        chances @ np.arange(len(chances)))
 
 
 def rank_correlation(

@@ -182,7 +182,8 @@ class Study:
 
         Columns: component; and those of `headcount.view.tops.top_overlaps`: task (and the aggregate, for heads), other
         (another task, or "prefix_matching", "copying": the heads highest on it), num_fewshot, fraction, size, common
-        with its 95 % interval low, high, expected, p, p_fewer.
+        with its 95 % interval low, high, expected, p, p_fewer, and for heads expected_in_layers, p_in_layers,
+        p_fewer_in_layers.
         """
         return self._top_overlaps.copy()
 
@@ -208,7 +209,7 @@ class Study:
         """How many induction heads are among the important ones; `headcount.view.overlap.induction_among_important`.
 
         Columns: task (and the aggregate); num_fewshot; fraction; important; induction_heads; common with its 95 %
-        interval low, high; expected; p; p_fewer.
+        interval low, high; expected; p; p_fewer; expected_in_layers; p_in_layers; p_fewer_in_layers.
         """
         return self._among_important.copy()
 
@@ -335,7 +336,8 @@ class Study:
 
     @functools.cached_property
     def _depth(self) -> pd.DataFrame:
-        return scores.depth_table(self._importance, self.spec["head_score"], self._aggregate)
+        return scores.depth_table(self._importance, self.spec["head_score"], self._aggregate,
+                                  len(self.description["anatomy"]["heads_per_layer"]))
 
     @functools.cached_property
     def _top_sets(self) -> pd.DataFrame:

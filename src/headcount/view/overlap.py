@@ -21,7 +21,7 @@ from headcount import stats
 from headcount.errors import OptionError
 from headcount.masks import count
 from headcount.view.relations import Rows, Scores, check
-from headcount.view.tops import Places, places, with_aggregate
+from headcount.view.tops import Places, by_chance, places, with_aggregate
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DRAWS = 1000
@@ -29,7 +29,7 @@ PRIMITIVES = {"prefix_matching": "prefix matching", "copying": "copying"}  # and
 _RETAINED = ["task", "num_fewshot", "primitive", "fraction", "retained", "low", "high", "random_mean", "random_low",
              "random_high"]
 _INDUCTION = ["task", "num_fewshot", "fraction", "important", "induction_heads", "common", "low", "high", "expected",
-              "p", "p_fewer"]
+              "p", "p_fewer", "expected_in_layers", "p_in_layers", "p_fewer_in_layers"]
 
 
 def retained(
@@ -79,8 +79,8 @@ def retained(
 
 def induction_among_important(
     scores: Scores, induction_heads: Bool[np.ndarray, " head"],
-    fractions: Sequence[float | int] = (0.1, 0.2, 0.3, 0.5), *, resampled: Rows | None = None,
-    aggregate: str = "mean",
+    fractions: Sequence[float | int] = (0.1, 0.2, 0.3, 0.5), *, layers: Sequence[int] | None = None,
+    resampled: Rows | None = None, aggregate: str = "mean",
 ) -> pd.DataFrame:
     """How many of the induction heads are among the most important ones.
 
@@ -89,28 +89,31 @@ def induction_among_important(
             is added as task "mean" (or "mean of ranks").
         induction_heads: True for every head that is high on both primitives.
         fractions: Sizes of the important set, as shares of all heads: the last `floor(fraction * n)` of the order.
+        layers: Of every head.
         resampled: Bootstrap replicates of the scores, for the interval.
         aggregate: "mean" of the tasks' scores, or of their "ranks".
 
     Returns:
         Columns: task; num_fewshot; fraction; important (heads in the important set); induction_heads (how many there
         are); common (in both) with its 95 % interval low, high; expected (by chance); p (the probability that a random
-        set of this size holds at least so many of them, hypergeometric) and p_fewer (at most so many); not corrected
-        for the number of rows: see `stats.holm`.
+        set of this size holds at least so many of them, hypergeometric) and p_fewer (at most so many); then
+        expected_in_layers, p_in_layers and p_fewer_in_layers, where chance takes as many of each layer as there are
+        among the important and among the induction heads. No p is corrected for the number of rows: see `stats.holm`.
 
     Raises:
         OptionError: If scores are missing or not of one model's heads.
     """
     total, there = len(induction_heads), int(induction_heads.sum())
     everything = _places(scores, {"induction": induction_heads.astype(np.float64)}, resampled, aggregate)
+    of_layers = None if layers is None else np.asarray(layers)
     rows: list[dict[str, Any]] = []
     for ((task, k), at), fraction in itertools.product(everything.items(), fractions):
         size = count(fraction, total)
-        common = ((at >= total - size) & induction_heads).sum(axis=1)
+        important = at >= total - size
+        common = (important & induction_heads).sum(axis=1)
         bounds = np.clip(stats.around(float(common[0]), common[1:].astype(np.float64)), 0, min(size, there))
-        more, fewer, expected = stats.hypergeometric_overlap(total, size, there, int(common[0]))
-        rows.append(dict(zip(_INDUCTION, (task, k, fraction, size, there, int(common[0]), *bounds, expected, more,
-                                          fewer), strict=True)))
+        rows.append(dict(zip(_INDUCTION, (task, k, fraction, size, there, int(common[0]), *bounds,
+                                          *by_chance(important[0], induction_heads, of_layers)), strict=True)))
     return pd.DataFrame(rows, columns=_INDUCTION)
 
 

@@ -136,8 +136,7 @@ def among_important_sentence(among: pd.DataFrame, *, fraction: float | None = No
     verb = "is" if row["common"] == 1 else "are"
     return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of the {row['induction_heads']:.0f} induction "
             f"{heads} {verb} among the {row['important']:.0f} heads ({say.share(row['fraction'])}) most important "
-            f"{say.over(row['task'])}, chance gives {row['expected']:.1f} ({_surprise(row)}, one-sided, "
-            f"hypergeometric){spread}.")
+            f"{say.over(row['task'])}; {_by_chance(row)} (two-sided, hypergeometric){spread}.")
 
 
 def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -> str:
@@ -152,18 +151,27 @@ def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -
         return ""
     said = []
     for _, row in rows.iterrows():
-        hedged = say.bracketed(say.interval(row), _surprise(row))
+        hedged = say.bracketed(say.interval(row), _by_chance(row))
         said.append(f"{row['common']:.0f} {'is' if row['common'] == 1 else 'are'} among the {row['size']:.0f} highest "
                     f"on {PRIMITIVES[row['other']]}{hedged}")
     row = rows.iloc[0]
     return (f"With {say.shots_of(rows)}, of the {row['size']:.0f} heads ({say.share(row['fraction'])}) most important "
-            f"{say.on(rows)} {', '.join(said)}; chance gives {row['expected']:.1f}.")
+            f"{say.on(rows)} {', '.join(said)} (p: two-sided, hypergeometric).")
 
 
-def _surprise(row: pd.Series) -> str:
-    """`p = 0.08 for so few`: the tail (one-sided) on the side of what chance gives."""
-    few = row["common"] < row["expected"]
-    return f"{say.p_value(row['p_fewer' if few else 'p'])} for so {'few' if few else 'many'}"
+def _by_chance(row: pd.Series) -> str:
+    """`chance gives 1.6, p = 0.19, and 0.4, p = 0.72, among heads of the same layers`."""
+    said = f"chance gives {row['expected']:.1f}, {say.p_value(_two_sided(row))}"
+    if row["expected_in_layers"] == row["expected_in_layers"]:
+        said += (f", and {row['expected_in_layers']:.1f}, {say.p_value(_two_sided(row, '_in_layers'))}, among heads of "
+                 "the same layers")
+    return said
+
+
+def _two_sided(row: pd.Series, suffix: str = "") -> float:
+    """Twice the smaller tail: which side it is on was not known before."""
+    tail = float(min(row[f"p{suffix}"], row[f"p_fewer{suffix}"]))
+    return tail if tail != tail else min(1.0, 2 * tail)
 
 
 def _are(found: int, of: int) -> str:
@@ -206,6 +214,11 @@ def _sets(rows: pd.DataFrame, between: Mapping[str, pd.Series]) -> pd.DataFrame:
     return pd.DataFrame({
         "task": rows["task"], "shots": rows["num_fewshot"], **between, "in both": rows["common"],
         "95 % interval": [say.counts(row) for _, row in rows.iterrows()],
-        "by chance": rows["expected"].map("{:.1f}".format),
-        **{words: rows[p].map(say.p_value).str.removeprefix("p ").str.removeprefix("= ")
-           for words, p in (("p of so many", "p"), ("p of so few", "p_fewer"))}})
+        "by chance": rows["expected"].map("{:.1f}".format), "p": _p_column(rows),
+        "in the same layers": rows["expected_in_layers"].map(lambda e: f"{e:.1f}" if e == e else ""),
+        "p there": _p_column(rows, "_in_layers")})
+
+
+def _p_column(rows: pd.DataFrame, suffix: str = "") -> list[str]:
+    found = [_two_sided(row, suffix) for _, row in rows.iterrows()]
+    return ["" if p != p else say.p_value(p).removeprefix("p ").removeprefix("= ") for p in found]

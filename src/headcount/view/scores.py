@@ -180,17 +180,17 @@ def overlap_table(
         known = ordered(importance, component, score, ties.get(component))
         trained = _trained(induction, known.scores) if component == "head" else None
         others = _primitives(trained) if trained is not None else None
-        found.append(tops.top_overlaps(known.scores, others, resampled=known.resampled, aggregate=aggregate).assign(
-            component=component))
+        layers = _layers(importance, component, score) if component == "head" else None
+        found.append(tops.top_overlaps(known.scores, others, layers=layers, resampled=known.resampled,
+                                       aggregate=aggregate).assign(component=component))
     return _concatenated(found)
 
 
-def depth_table(importance: pd.DataFrame, score: str, aggregate: str) -> pd.DataFrame:
+def depth_table(importance: pd.DataFrame, score: str, aggregate: str, num_layers: int) -> pd.DataFrame:
     """`Study.depth()`."""
     known = measured(importance, "head", score)
-    heads = importance[(importance["component"] == "head") & (importance["score"] == score)]
-    return tops.depth(known.scores, [layer for layer, _ in components(heads)], resampled=known.resampled,
-                      aggregate=aggregate)
+    return tops.depth(known.scores, _layers(importance, "head", score), num_layers=num_layers,
+                      resampled=known.resampled, aggregate=aggregate)
 
 
 def ordered(importance: pd.DataFrame, component: str, score: str, tie: str | None) -> Measured:
@@ -246,13 +246,20 @@ def among_important_table(
     if trained is None or trained["induction"].isna().any():
         return overlap.induction_among_important({}, np.zeros(0, bool))
     chosen: Bool[np.ndarray, " head"] = trained["induction"].to_numpy(bool)
-    return overlap.induction_among_important(found.scores, chosen, resampled=found.resampled, aggregate=aggregate)
+    return overlap.induction_among_important(found.scores, chosen, layers=_layers(importance, "head", score),
+                                             resampled=found.resampled, aggregate=aggregate)
 
 
 def _trained(induction: pd.DataFrame, scores: Mapping[Key, Float[np.ndarray, " _"]]) -> pd.DataFrame | None:
     """The model's own induction scores by layer, then head, where importance is there to be held against them."""
     found = induction[induction["weights"] == "trained"].sort_values(["layer", "head"])
     return found if len(found) and scores else None
+
+
+def _layers(importance: pd.DataFrame, component: str, score: str) -> list[int]:
+    """Of every component that has this score, in the order of `measured`'s arrays."""
+    rows = importance[(importance["component"] == component) & (importance["score"] == score)]
+    return [layer for layer, _ in components(rows)]
 
 
 def _primitives(trained: pd.DataFrame) -> dict[str, Float[np.ndarray, " head"]]:

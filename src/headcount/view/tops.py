@@ -8,6 +8,7 @@ their means over resampled documents; intervals are those of `headcount.stats.ar
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ FRACTIONS = (0.1, 0.2, 0.3)
 TOP = 0.2  # the share that is called the most important
 THIRDS = ("early", "middle", "late")
 _TOP = ["num_fewshot", "fraction", "size", "tasks", "common", "share", "low", "high", "expected", "pair_mean_share"]
-_OVERLAP = ["task", "other", "num_fewshot", "fraction", "size", "common", "low", "high", "expected", "p", "p_fewer"]
+_OVERLAP = ["task", "other", "num_fewshot", "fraction", "size", "common", "low", "high", "expected", "p", "p_fewer",
+            "expected_in_layers", "p_in_layers", "p_fewer_in_layers"]
 _DEPTH = ["task", "num_fewshot", "fraction", "third", "share", "low", "high", "expected", "important"]
 # The place of every component in orders of removal, 0 the first to go: row 0 as measured, then of every draw.
 Places = Mapping[Key, Int[np.ndarray, "row component"]]
@@ -143,7 +145,8 @@ def top_sets(
 
 def top_overlaps(
     scores: Scores, others: Mapping[str, Float[np.ndarray, " component"]] | None = None,
-    fractions: Sequence[float | int] = FRACTIONS, *, resampled: Rows | None = None, aggregate: str = "mean",
+    fractions: Sequence[float | int] = FRACTIONS, *, layers: Sequence[int] | None = None, resampled: Rows | None = None,
+    aggregate: str = "mean",
 ) -> pd.DataFrame:
     """What the most important components of one task have in common with those of another, or with other top sets.
 
@@ -152,6 +155,7 @@ def top_overlaps(
         others: Other scores of the same components, by name ("prefix_matching"). Each task's top set is held against
             the components highest on them, and so is that of the aggregate.
         fractions: Sizes of both sets, as shares of all components.
+        layers: Of every component, where a layer has several.
         resampled: Bootstrap replicates of each, for the interval.
         aggregate: "mean" of the tasks' scores, or of their "ranks".
 
@@ -159,7 +163,8 @@ def top_overlaps(
         One row per number of shots, pair and fraction that is one component or more. Columns: task; other (a task, or a
         name of `others`); num_fewshot; fraction; size (of either set); common, with its 95 % interval low, high;
         expected (by chance); p (the probability that a random set has at least so many in common, hypergeometric),
-        p_fewer (at most so many), neither corrected for the number of rows: see `stats.holm`.
+        p_fewer (at most so many); and expected_in_layers, p_in_layers, p_fewer_in_layers, where chance takes as many of
+        each layer as there are in the two sets. No p is corrected for the number of rows: see `stats.holm`.
 
     Raises:
         OptionError: If the arrays are not of one model's components.
@@ -169,6 +174,7 @@ def top_overlaps(
     found, n = _known_places(everything, draws)
     there = scored(scores)
     fixed = {name: places({(name, 0): values[there]})[name, 0] for name, values in (others or {}).items()}
+    of_layers = None if layers is None else np.asarray(layers)[there]
     rows = list[dict[str, Any]]()
     tasks = by_shots(scores)
     for k, names in by_shots(everything).items():
@@ -176,24 +182,37 @@ def top_overlaps(
         pairs += [(task, other, of_other) for task in names for other, of_other in fixed.items()]
         for (a, b, of_b), fraction in itertools.product(pairs, fractions):
             if size := count(fraction, n):
-                of_a = found[a, k] >= n - size
+                of_a, high = found[a, k] >= n - size, of_b >= n - size
                 fit = len(of_a) if b in fixed else min(len(of_a), len(of_b))  # other scores have no draws
-                common = (of_a[:fit] & (of_b >= n - size)[:fit]).sum(axis=1)
-                more, fewer, expected = stats.hypergeometric_overlap(n, size, size, int(common[0]))
+                common = (of_a[:fit] & high[:fit]).sum(axis=1)
                 rows.append(dict(zip(_OVERLAP, (a, b, k, fraction, size, int(common[0]), *_around(common, size),
-                                                expected, more, fewer), strict=True)))
+                                                *by_chance(of_a[0], high[0], of_layers)), strict=True)))
     return pd.DataFrame(rows, columns=_OVERLAP)
 
 
+def by_chance(
+    one: Bool[np.ndarray, " component"], other: Bool[np.ndarray, " component"],
+    layers: Int[np.ndarray, " component"] | None,
+) -> tuple[float, ...]:
+    """What random sets have in common, and how likely at least, and at most, so many are; then within layers."""
+    more, fewer, expected = stats.hypergeometric_overlap(len(one), int(one.sum()), int(other.sum()),
+                                                         int((one & other).sum()))
+    if layers is None:
+        return expected, more, fewer, math.nan, math.nan, math.nan
+    more_there, fewer_there, expected_there = stats.overlap_within(layers, one, other)
+    return expected, more, fewer, expected_there, more_there, fewer_there
+
+
 def depth(
-    scores: Scores, layers: Sequence[int], *, resampled: Rows | None = None, aggregate: str = "mean",
-    fraction: float = TOP,
+    scores: Scores, layers: Sequence[int], *, num_layers: int | None = None, resampled: Rows | None = None,
+    aggregate: str = "mean", fraction: float = TOP,
 ) -> pd.DataFrame:
-    """Share of the most important components in each third of the layers.
+    """Share of the most important components in each third of the layers, which a layer's middle lies in.
 
     Args:
         scores: Importance by (task, number of shots). Components that one of them lacks are left out of all.
         layers: Of every component.
+        num_layers: Of the whole model; as many as these components lie in unless told.
         resampled: Bootstrap replicates of each, for the interval.
         aggregate: "mean" of the tasks' scores, or of their "ranks".
         fraction: Which share counts as the most important; one component at least.
@@ -204,7 +223,7 @@ def depth(
     """
     everything, draws = with_aggregate(scores, resampled, aggregate)
     found, n = _known_places(everything, draws)
-    third = np.asarray(layers)[scored(scores)] * 3 // (max(layers, default=0) + 1)
+    third = (2 * np.asarray(layers)[scored(scores)] + 1) * 3 // (2 * (num_layers or max(layers, default=0) + 1))
     size = max(1, count(fraction, n))
     rows = list[dict[str, Any]]()
     for ((task, k), of_task), (i, name) in itertools.product(found.items(), enumerate(THIRDS)):
