@@ -134,7 +134,8 @@ class Study:
         (there; where fraction > 0 and changed is 0 the interval has no width and promises too much); full_accuracy,
         full_low; baseline (the better of chance and the best constant answer); tasks (how many the row is over),
         above_chance (how many of them the full model is shown to be above that on), above_chance_difference with
-        above_chance_low, above_chance_high (the difference on the mean of those alone, at that fraction).
+        above_chance_low, above_chance_high (the difference on the mean of those alone, at that fraction; rather too
+        large a loss, as these documents chose them).
         """
         return self._free_fractions.copy()
 

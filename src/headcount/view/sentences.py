@@ -85,7 +85,8 @@ def _on_those_above_chance(row: pd.Series) -> str:
     of_them = "that alone" if able == 1 else "those alone"
     return (f" The full model is shown to be above chance, or above a constant answer, on {able} of the {tasks} tasks "
             f"of that mean; on {of_them} the difference is {_points(row['above_chance_difference'])} points "
-            f"({_points(row['above_chance_low'])} to {_points(row['above_chance_high'])}).")
+            f"({_points(row['above_chance_low'])} to {_points(row['above_chance_high'])}; as these documents chose the "
+            "tasks, losses are rather overstated).")
 
 
 def _listed(names: list[str], of: int, what: str, most: int = 6) -> str:

@@ -1,0 +1,43 @@
+"""What the documentation names is there: tests, files of a study, links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from headcount.view.report import _CSV
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    module = ""
+    for named, test in re.findall(r"(test_\w+\.py)?(?:::(test_\w+))?", page.read_text(encoding="utf-8")):
+        module = named or module
+        if named:
+            assert (ROOT / "tests" / named).exists(), named
+        if test:
+            assert f"def {test}(" in (ROOT / "tests" / module).read_text(encoding="utf-8"), f"{module}::{test}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_linked_exist(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_tables_that_the_paper_page_names_are_written() -> None:
+    named = set(re.findall(r"tables/(\w+)\.csv", (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")))
+    assert named
+    assert named <= set(_CSV)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda folder: folder.name)
+def test_results_have_the_tables_of_this_version(folder: Path) -> None:
+    assert {path.stem for path in (folder / "tables").glob("*.csv")} <= set(_CSV)
+    text = "".join(path.read_text(encoding="utf-8") for path in (folder / "tables").glob("*.csv"))
+    assert str(ROOT) not in text, "no path of the machine that made them"
