@@ -111,17 +111,20 @@ def _by_task(study: Study, component: str) -> str:
                 if len(free) else "")
     free = defined[defined["num_fewshot"] == defined["num_fewshot"].max()].sort_values(
         ["free_fraction", "free_high"], kind="stable")
-    beginning = f"With {words.shots(int(free['num_fewshot'].iloc[0]))} the free fraction"
+    shots, names = words.shots(int(free["num_fewshot"].iloc[0])), {"head": "heads", "ffn": "FFNs"}[component]
     curves = study.curves()
     last = float(curves.loc[curves["component"] == component, "fraction"].max())
     least, most = (_free_with_bound(row, last) for _, row in free.iloc[[0, -1]].iterrows())
     if len(free) == 1:
-        return f"{beginning} on {free['task'].iloc[0]} is {least}."
+        return f"With {shots} the free fraction on {free['task'].iloc[0]} is {least}."
     none = int((free["free_fraction"] == 0).sum())
-    spread = (f"is {least} on each of {len(free)} tasks" if least == most else
-              f"of single tasks lies between {least} on {free['task'].iloc[0]} and {most} on {free['task'].iloc[-1]}")
-    return (f"{beginning} {spread}; for {none} of the {len(free)} tasks where it is defined no share is shown to be "
-            "free.")
+    spread = (f"{least} on each of {len(free)} tasks" if least == most else
+              f"{least} on {free['task'].iloc[0]} and {most} on {free['task'].iloc[-1]}")
+    if none == len(free):
+        return f"With {shots} no share of the {names} is shown to be free on any task where that is defined: {spread}."
+    beginning = f"With {shots} the free fraction " + ("is" if least == most else "of single tasks lies between")
+    rest = f"; for {none} of the {len(free)} tasks where it is defined no share is shown to be free" if none else ""
+    return f"{beginning} {spread}{rest}."
 
 
 def _free_with_bound(row: pd.Series, last: float) -> str:
