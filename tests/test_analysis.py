@@ -211,6 +211,17 @@ def test_what_is_free_says_how_many_documents_changed(tmp_path: Path) -> None:
     assert heads["changed"] == 0, "the interval has no width, and readers can see it"
 
 
+def test_chance_within_layers_is_that_of_the_heads_layers(tmp_path: Path) -> None:
+    study = open_study(synthetic.write(tmp_path))
+    overlaps, importance = study.top_overlaps(), study.importance()
+    assert overlaps.loc[overlaps["component"] == "ffn", "expected_in_layers"].isna().all()
+    row = pick(overlaps, component="head", task="red", other="green", num_fewshot=5, fraction=0.3).iloc[0]
+    heads = pick(importance, component="head", score="position", task="red", num_fewshot=5)
+    top = heads.nlargest(int(row["size"]), "importance")["layer"].value_counts()
+    assert row["expected_in_layers"] == pytest.approx(sum(top**2 / synthetic.HEADS)), "both have the same scores"
+    assert pick(study.depth(), task="red", num_fewshot=5)["third"].tolist() == ["early", "middle", "late"]
+
+
 def test_a_mean_says_what_tasks_above_chance_lose(tmp_path: Path) -> None:
     """Of two tasks one is at its constant answer's accuracy and keeps it; the other loses twice what the mean does."""
     ledger = Ledger(synthetic.write(tmp_path, shots=(5,)))
@@ -236,6 +247,7 @@ def test_a_mean_says_what_tasks_above_chance_lose(tmp_path: Path) -> None:
     assert np.isnan(free.loc["green", "above_chance_difference"])
     said = sentences.headline(study)[0]
     assert "on 1 of the 2 tasks of that mean; on that alone the difference is \N{MINUS SIGN}40.0 points" in said
+    assert "tasks and share were chosen on these documents" in said
     assert not any("of that mean" in line for line in sentences.headline(
         open_study(synthetic.write(tmp_path / "both", shots=(5,))))), "nothing where every task is above chance"
 

@@ -182,10 +182,11 @@ def test_a_study_that_is_stopped_says_what_is_kept(model_folder: Path, tmp_path:
     arguments = study_arguments(model_folder, tmp_path)
     process = subprocess.Popen([sys.executable, "-m", "headcount", *map(str, arguments)], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
-    for _ in range(1200):
-        if list((tmp_path / "study" / "entries").glob("*.parquet")) or process.poll() is not None:
-            break
-        time.sleep(0.1)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "study" / "entries").glob("*.parquet")):
+        assert process.poll() is None, "over before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err

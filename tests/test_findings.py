@@ -173,11 +173,11 @@ def test_sets_of_heads() -> None:
     text = primitives.among_important_sentence(frames.among_important(frames.TASKS[:4]))
     assert ("6 (95 % interval 5 to 7) of the 8 induction heads are among the 54 heads (20 %) most important on the "
             "mean over tasks" in text)
-    assert ("; chance gives 1.6, p < 0.001, and 3.2, p = 0.04, among heads of the same layers (two-sided, "
-            "hypergeometric); on single tasks 2 to 5" in text)
+    assert ("; chance gives 1.6 (p < 0.001), sets with as many heads in each layer 3.2 (p = 0.04); p: two-sided, "
+            "hypergeometric; on single tasks 2 to 5" in text)
     none = frames.among_important(frames.TASKS[:4]).assign(common=0, p=1.0, p_fewer=0.19, expected_in_layers=np.nan)
     assert "0 (95 % interval 5 to 7) of the 8 induction heads" in (text := primitives.among_important_sentence(none))
-    assert "chance gives 1.6, p = 0.38 (two-sided, hypergeometric)" in text
+    assert "chance gives 1.6 (p = 0.38); p: two-sided, hypergeometric" in text
     text = findings.top_sets_sentence(frames.top_sets(frames.TASKS[:4]))
     assert ("16 (95 % interval 14 to 18) of each task's 54 most important heads (20 % of all) are common to all 4 "
             "tasks, chance gives 0.4" in text)
@@ -192,10 +192,10 @@ def test_sets_of_heads() -> None:
 def test_pairs_of_top_sets_are_told_with_what_chance_gives() -> None:
     overlaps = frames.top_overlaps(TWO, (0, 5))
     assert primitives.overlap_sentence(overlaps) == (
-        "With 5 shots, of the 54 heads (20 %) most important on the mean over tasks 10 are among the 54 highest on "
-        "prefix matching (95 % interval 8 to 12; chance gives 10.8, p = 1, and 6.3, p = 0.2, among heads of the same "
-        "layers), 0 are among the 54 highest on copying (95 % interval 0 to 2; chance gives 10.8, p < 0.001, and 6.3, "
-        "p = 0.2, among heads of the same layers) (p: two-sided, hypergeometric).")
+        "With 5 shots, of the 54 heads (20 %) most important on the mean over tasks 10 (95 % interval 8 to 12) are "
+        "among the 54 highest on prefix matching, where chance gives 10.8 (p = 1), sets with as many heads in each "
+        "layer 6.3 (p = 0.2); 0 (95 % interval 0 to 2) are among the 54 highest on copying, where chance gives 10.8 "
+        "(p < 0.001), sets with as many heads in each layer 6.3 (p = 0.2); p: two-sided, hypergeometric.")
     table = primitives.overlap_table(overlaps)
     assert table[["task", "and", "in both", "p", "in the same layers", "p there"]].to_numpy().tolist()[:3] == [
         ["mean", "prefix matching", 10, "1", "6.3", "0.2"], ["mean", "copying", 0, "< 0.001", "6.3", "0.2"],

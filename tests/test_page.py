@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import headcount as hc
 import synthetic_study as synthetic
 from headcount.ledger import Ledger
 from headcount.view import report, sentences
+from headcount.view import sections as page_sections
 from headcount.view.report import write_report
 from headcount.view.sections import sections
 from headcount.view.selection import first_differences
@@ -148,3 +150,13 @@ def test_the_free_fraction_of_tasks_is_told_with_what_endless_documents_might_sh
     monkeypatch.setattr(synthetic, "RIGHT", {**synthetic.RIGHT, ("head", "gradient"): right})
     study = hc.open_study(synthetic.write(tmp_path, shots=(5,)))
     assert said in next(section.caption for section in sections(study) if section.name == "head_curves")
+
+
+def test_nothing_free_on_unlike_tasks_is_no_range_from_0_to_0() -> None:
+    free = pd.DataFrame({"task": ["red", "green", "blue"], "component": "head", "num_fewshot": 5, "free_fraction": 0.0,
+                         "free_high": [0.6, 0.1, 0.3]})
+    curves = pd.DataFrame({"component": ["head"] * 3, "fraction": [0.0, 0.5, 0.9]})
+    study = SimpleNamespace(free_fractions=lambda: free, curves=lambda: curves)
+    assert page_sections._by_task(study, "head") == (
+        "With 5 shots no share of the heads is shown to be free on any task where that is defined: endless documents "
+        "might show up to 10 % on green, and up to 60 % on red, the ends of 3.")

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from headcount.view.curves import curve_points, curve_table
-from headcount.view.joint import grid_table, transfer_table
+from headcount.view.joint import GRID, grid_table, transfer_table, unshown
 from headcount.view.points import most_measured
 
 JOBS = itertools.count()
@@ -50,10 +50,24 @@ def donors_of_mean(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def test_random_orders_of_a_task_that_was_unseen_are_no_curve_of_it(orders: list[str]) -> None:
     steps = [rows("red", order, 20, component="head", fraction=f) for order in orders for f in (0.3, 0.5)]
     unseen = [rows("red", "random", 10, component="head", fraction=f) for f in (0.3, 0.35)]
-    points = curve_points(pd.concat([rows("red", "none", 20), *steps, *unseen]), {"red": 0.25})
+    points = curve_points(pd.concat([rows("red", "none", 20), *steps, *unseen]), {"red": 0.25}, [0.3, 0.5])
     curves = curve_table(points, 100)
     assert (curves["documents"] == 20).all()
     assert set(zip(curves["order"], curves["fraction"], strict=True)) == {(o, f) for o in orders for f in (0, 0.3, 0.5)}
+
+
+def test_a_random_order_that_two_jobs_measured_counts_once() -> None:
+    """A task that was unseen has the first random order at transfer's fractions, on all documents here."""
+    full = rows("red", "none", 20)
+    drawn = [rows("red", "random", 20, right, component="head", fraction=0.3, order_seed=seed)
+             for seed, right in ((7, 0.9), (8, 0.3), (9, 0.3))]
+    again = [rows("red", "random", 20, 0.9, component="head", fraction=f, order_seed=7) for f in (0.3, 0.35)]
+    curves = curve_table(curve_points(pd.concat([full, *drawn, *again]), {"red": 0.25}, [0.3]), 100)
+    assert curves["fraction"].tolist() == [0, 0.3]
+    assert curves["accuracy"].iloc[1] == pytest.approx(0.5)
+    moved = list(transferred("red", ["green"], 0.3))
+    table = transfer_table(pd.concat([full, *drawn, *again, *moved]), ())
+    assert table.set_index(["donor", "fraction"]).loc[("random", 0.3), "accuracy"] == pytest.approx(0.5)
 
 
 def test_a_larger_grid_is_not_cut_to_an_older_smaller_one() -> None:
@@ -74,16 +88,26 @@ def test_a_larger_transfer_is_not_cut_to_an_older_smaller_one() -> None:
     old = [frame for task in TASKS for frame in transferred(task, TASKS, 0.3, 10)]
     new = [frame for task in TASKS for frame in transferred(task, TASKS, 0.5, 60)]
     found = transfer([*old, *new], 60)
+    assert unshown(pd.concat([*old, *new]), pd.DataFrame(columns=GRID), found) == {"transfer": len(TASKS) * 2}
     pruned = found[found["fraction"] > 0]
     assert set(pruned["fraction"]) == {0.5}
     assert set(pruned.query("task != 'mean'")["documents"]) == {60}
 
 
 def test_most_is_kept_where_points_are_of_unlike_numbers_of_documents() -> None:
-    assert most_measured({}) == 0
-    assert most_measured({"a": 10, "b": 60}) == 60
-    assert most_measured({"a": 40, "b": 60}) == 40
-    assert most_measured(dict.fromkeys("abcdef", 10) | {"g": 60}) == 70 // 7
+    assert most_measured([]) == 0
+    assert most_measured([10, 60]) == 60
+    assert most_measured([40, 60]) == 40
+    assert most_measured([10] * 6 + [60]) == 10
+
+
+def test_an_aggregate_of_fewer_tasks_is_taken_where_the_larger_one_has_too_few_documents() -> None:
+    donors = [frame for task in TASKS for frame in transferred(task, TASKS, 0.5, 60)]
+    means = [rows(task, "transfer", documents, right, component="head", donor="mean", fraction=0.5, members=members)
+             for task in TASKS for documents, members, right in ((60, 3, 0.5), (20, 4, 0.9))]
+    found = transfer([*donors, *means], 60).set_index(["task", "donor"])
+    assert found.loc[("red", "mean"), "accuracy"] == pytest.approx(0.5)
+    assert found.loc[("red", "mean"), "documents"] == 60
 
 
 def test_a_donors_mean_lacks_no_task_but_the_donor() -> None:

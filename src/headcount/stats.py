@@ -255,7 +255,7 @@ def overlap_within(
         they have on average.
     """
     kinds = int(strata.max(initial=-1)) + 1
-    total, a, b = (np.bincount(strata[there], minlength=kinds) for there in (strata >= 0, set_a, set_b))
+    total, a, b = (np.bincount(found, minlength=kinds) for found in (strata, strata[set_a], strata[set_b]))
     least = np.minimum(a, b)
     counts = np.arange(least.max(initial=0) + 1)
     each = np.asarray(hypergeom.pmf(counts[None], total[:, None], a[:, None], b[:, None]))
@@ -264,8 +264,8 @@ def overlap_within(
         if most:
             chances = np.convolve(chances, of_one[: most + 1])
     common = int((set_a & set_b).sum())
-    return float(min(1, chances[common:].sum())), float(min(1, chances[: common + 1].sum())), float(
-        chances @ np.arange(len(chances)))
+    more, fewer = chances[common:].sum(), chances[: common + 1].sum()
+    return min(1.0, float(more)), min(1.0, float(fewer)), float(chances @ np.arange(len(chances)))
 
 
 def rank_correlation(

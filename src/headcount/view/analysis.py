@@ -20,7 +20,7 @@ from headcount.ledger import Entry, Ledger
 from headcount.tables import induction_entries
 from headcount.view import entries, scores
 from headcount.view.curves import curve_points, curve_table, free_table
-from headcount.view.joint import grid_table, transfer_table
+from headcount.view.joint import grid_table, transfer_table, unshown
 from headcount.view.points import MEAN, Points, compared, finished, groups, points_of
 
 _REASONS = ["task", "num_fewshot", "reason"]
@@ -133,9 +133,9 @@ class Study:
         empty); removed and parameters_removed (at that fraction); accuracy, difference_low, difference_high, changed
         (there; where fraction > 0 and changed is 0 the interval has no width and promises too much); full_accuracy,
         full_low; baseline (the better of chance and the best constant answer); tasks (how many the row is over),
-        above_chance (how many of them the full model is shown to be above that on), above_chance_difference with
-        above_chance_low, above_chance_high (the difference on the mean of those alone, at that fraction; rather too
-        large a loss, as these documents chose them).
+        above_chance (on how many of them the full model is shown to be above its baseline), above_chance_difference
+        with above_chance_low, above_chance_high (the difference on the mean of those alone, at that fraction; both were
+        chosen on these documents).
         """
         return self._free_fractions.copy()
 
@@ -156,8 +156,8 @@ class Study:
         "own", another task, "mean" for the aggregate of all tasks, "mean without own", "random"); fraction; accuracy
         with its 95 % interval low, high; difference to the own order (of an unseen task: to the full model) with
         difference_low, difference_high; p (paired test, one by one); documents; changed; unseen. The full model has no
-        difference where a task has an order of its own. On the mean, a donor serves all tasks but itself, so that two
-        donors' means are not over the same tasks.
+        difference where a task has an order of its own, and no mean where some fractions' means are over fewer tasks.
+        On the mean, a donor serves all tasks but itself, so that two donors' means are not over the same tasks.
         """
         return self._transfer.copy()
 
@@ -360,12 +360,18 @@ class Study:
         """How many requests were cut to fit the window, by (task, number of shots), where any were."""
         return entries.truncated(self._described())
 
+    @functools.cached_property
+    def unshown(self) -> dict[str, int]:
+        """How many measured points of "grid" and "transfer" their tables leave out."""
+        return unshown(self._evaluations, self._grid, self._transfer)
+
     def _described(self, kind: str | None = None) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         return [(job, info) for job, info in self._ledger.descriptions(kind) if self._is_of_model(job)]
 
     @functools.cached_property
     def _points(self) -> dict[int, dict[str, Points]]:
-        return curve_points(self._evaluations, {task: self._constant(task) for task in self.spec["tasks"]})
+        return curve_points(self._evaluations, {task: self._constant(task) for task in self.spec["tasks"]},
+                            self.spec["fractions"])
 
     @functools.cached_property
     def _curves(self) -> pd.DataFrame:

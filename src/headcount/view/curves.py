@@ -6,14 +6,24 @@ tested together: p-values are corrected for their number (Holm).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from headcount import stats
-from headcount.view.points import MEAN, Points, compared, finished, groups, points_of, removed_by, with_mean
+from headcount.view.points import (
+    MEAN,
+    Points,
+    compared,
+    finished,
+    groups,
+    once,
+    points_of,
+    removed_by,
+    with_mean,
+)
 
 COLUMNS = ["task", "num_fewshot", "component", "order", "fraction", "removed", "parameters_removed",
            "parameters_removed_share", "accuracy", "low", "high", "difference", "difference_low", "difference_high",
@@ -25,20 +35,25 @@ FREE_COLUMNS = ["task", "num_fewshot", "component", "order", "free_fraction", "f
 ByShots = Mapping[int, Mapping[str, Points]]
 
 
-def curve_points(evaluations: pd.DataFrame, tasks: Mapping[str, float]) -> dict[int, dict[str, Points]]:
+def curve_points(
+    evaluations: pd.DataFrame, tasks: Mapping[str, float], fractions: Collection[float | int]
+) -> dict[int, dict[str, Points]]:
     """The evaluated documents of every number of shots and task that has its full model, with all points of curves.
 
     Args:
         evaluations: `Study.evaluations()`.
         tasks: In the order in which they are wanted, and what the best constant answer to each gets
             (`stats.baseline`); other tasks are left out.
+        fractions: Those of curves: a task that was unseen has random orders at transfer's.
     """
     rows = evaluations[(evaluations["split"] == "evaluation") & evaluations["task"].isin(list(tasks))]
     found: dict[int, dict[str, Points]] = {}
     by_key = {(str(task), int(k)): group for (task, k), group in groups(rows, "task", "num_fewshot")}
     for task, k in sorted(by_key, key=lambda key: (list(tasks).index(key[0]), key[1])):
         group = by_key[task, k]
-        full, curves = group[group["order"] == "none"], group[group["order"].isin(["gradient", "oracle", "random"])]
+        full = group[group["order"] == "none"]
+        curves = once(group[group["order"].isin(["gradient", "oracle", "random"])
+                            & group["fraction"].isin(list(fractions))])
         if full.empty:
             continue
         points = points_of(curves, full, constant=tasks[task])
@@ -91,7 +106,6 @@ def free_table(curves: pd.DataFrame, points: ByShots, margin: float) -> pd.DataF
     rows = []
     for (task, k, component, order), curve in groups(measured, "task", "num_fewshot", "component", "order"):
         members = finished(points[k]) if task == MEAN else {task: points[k][task]}
-        # Chosen by these documents' accuracy: what they lose is overstated rather than understated.
         able = [t for name, t in members.items() if lows[name, k] > t.baseline]
         rows.append({"task": task, "num_fewshot": k, "component": component, "order": order,
                      **_free(curve, list(members.values()), able, margin)})
@@ -115,12 +129,14 @@ def _free(
     _, differences = compared(tasks, [None if key[2] == 0 else key for key in steps])
     free, high = stats.free_fraction_interval(curve["fraction"].tolist(), differences, margin)
     at = curve[curve["fraction"] == free].iloc[0]
+    # Tasks at chance have little to lose, and hide in a mean what the others do.
+    bounds = [at[name] for name in ("difference", "difference_low", "difference_high")]
+    if free > 0 and 0 < len(able) < len(tasks):
+        key = (at["component"], at["order"], at["fraction"])
+        one = compared(able, [key])[0][key]
+        bounds = [one.difference, one.difference_low, one.difference_high]
     if able:
-        # Tasks at chance have little to lose, and hide in a mean what the others do.
-        key = (at["component"], at["order"], at["fraction"]) if free > 0 else None
-        of_able = compared(able, [key])[0][key]
-        found |= {"above_chance_difference": of_able.difference, "above_chance_low": of_able.difference_low,
-                  "above_chance_high": of_able.difference_high}
+        found |= dict(zip(("above_chance_difference", "above_chance_low", "above_chance_high"), bounds, strict=True))
     return {**found, "free_fraction": free, "free_high": high,
             **{name: at[name] for name in ("removed", "parameters_removed", "accuracy", "difference_low",
                                            "difference_high", "changed")}}

@@ -15,6 +15,7 @@ from headcount.view.points import (
     finished,
     groups,
     most_measured,
+    once,
     points_of,
     removed_by,
     with_mean,
@@ -124,8 +125,8 @@ def transfer_table(evaluations: pd.DataFrame, unseen: Sequence[str]) -> pd.DataF
 def _transfer_points(moved: pd.DataFrame, same: pd.DataFrame, component: str) -> Points:
     """The documents of one task, with what is left by (donor, fraction); its own and random orders from the curves."""
     points = points_of(moved, same[same["order"] == "none"])
-    alike = same[(same["component"] == component) & same["doc_id"].isin(moved["doc_id"].unique())
-                 & same["fraction"].isin(moved["fraction"].unique())]
+    alike = once(same[(same["component"] == component) & same["doc_id"].isin(moved["doc_id"].unique())
+                      & same["order"].isin([*_OWN, RANDOM]) & same["fraction"].isin(moved["fraction"].unique())])
     for name, orders in ((OWN, _OWN), (RANDOM, [RANDOM])):
         for fraction, of_step in groups(alike[alike["order"].isin(orders)], "fraction"):
             points.add((name, fraction), of_step)
@@ -164,23 +165,33 @@ def _all_pairs(of_tasks: Mapping[str, Points], fraction: float) -> dict[str, Poi
     return found
 
 
+def unshown(evaluations: pd.DataFrame, grid: pd.DataFrame, transfer: pd.DataFrame) -> dict[str, int]:
+    """How many points were measured that are in neither table: on fewer documents, or there is nothing beside them."""
+    rows = evaluations[evaluations["split"] == "evaluation"]
+    keys = ["task", "num_fewshot", "fraction"]
+    cells = grid.rename(columns={"heads_fraction": "fraction", "ffns_fraction": "ffn_fraction"})
+    found = {}
+    for order, table, more in (("grid", cells, ["ffn_fraction"]), ("transfer", transfer, ["component", "donor"])):
+        measured = set(rows.loc[rows["order"] == order, [*keys, *more]].itertuples(index=False, name=None))
+        found[order] = len(measured - set(table[[*keys, *more]].itertuples(index=False, name=None)))
+    return {order: n for order, n in found.items() if n}
+
+
 def _measured_alike(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of the documents that all points have: some may have been measured on more of them, or fewer, before."""
     points = ["fraction", "ffn_fraction"]
     counts = rows.groupby(points)["doc_id"].nunique()
-    wanted = sorted(rows["doc_id"].unique())[:most_measured(counts.to_dict())]
+    wanted = sorted(rows["doc_id"].unique())[:most_measured(counts.tolist())]
     of_each = rows.groupby(points)["doc_id"].transform("nunique")
     return rows[rows["doc_id"].isin(wanted) & (of_each >= len(wanted))].drop_duplicates([*points, "doc_id"])
 
 
 def _largest_jobs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of every donor and fraction the rows of the most documents, and of aggregates those of the most tasks."""
-    kept = {}
-    for step, of_step in groups(rows, "donor", "fraction"):
-        jobs = [job for _, job in groups(of_step, "job")]
-        kept[step] = max(jobs, key=lambda job: (job["members"].iloc[0], len(job)))
-    enough = most_measured({step: len(job) for step, job in kept.items()})
-    jobs = [job for job in kept.values() if len(job) >= enough]
-    shared = set.intersection(*({*job["doc_id"]} for job in jobs))
-    together = pd.concat(jobs)
+    """Of every donor and fraction one job's rows: one of enough documents, and of aggregates that of the most tasks."""
+    by_step = [[job for _, job in groups(of_step, "job")] for _, of_step in groups(rows, "donor", "fraction")]
+    enough = most_measured([max(map(len, jobs)) for jobs in by_step])
+    fit = [[job for job in jobs if len(job) >= enough] for jobs in by_step]
+    kept = [max(jobs, key=lambda job: (job["members"].iloc[0], len(job))) for jobs in fit if jobs]
+    shared = set.intersection(*({*job["doc_id"]} for job in kept))
+    together = pd.concat(kept)
     return together[together["doc_id"].isin(shared)]

@@ -7,7 +7,7 @@ together. A task's documents are drawn alike at every number of shots, and other
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -158,17 +158,21 @@ def with_mean(
         yield MEAN, together
 
 
-def most_measured(documents: Mapping[Hashable, int]) -> int:
-    """On how many documents points are shown of which some were measured on fewer, in an earlier run.
+def once(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of orders without those that an earlier job has measured too."""
+    return rows.drop_duplicates(["component", "order", "order_seed", "fraction", "doc_id"])
 
-    Points of fewer documents are then left out, and of the others no more documents are taken. Chosen is what keeps
-    the most, points times documents.
+
+def most_measured(documents: Collection[int]) -> int:
+    """The number of documents that all points are shown on where they were measured on unlike numbers of them.
+
+    Points of fewer documents are left out, and of the others the first so many documents are taken. Chosen is what
+    keeps the most: points times documents.
 
     Args:
-        documents: How many each point was measured on; the first so many of the task's.
+        documents: How many each point was measured on.
     """
-    numbers = sorted(documents.values())
-    return max(numbers, key=lambda n: n * sum(other >= n for other in numbers), default=0)
+    return max(documents, key=lambda n: n * sum(other >= n for other in documents), default=0)
 
 
 def groups(table: pd.DataFrame, *columns: str) -> Iterator[tuple[Any, pd.DataFrame]]:

@@ -136,7 +136,7 @@ def among_important_sentence(among: pd.DataFrame, *, fraction: float | None = No
     verb = "is" if row["common"] == 1 else "are"
     return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of the {row['induction_heads']:.0f} induction "
             f"{heads} {verb} among the {row['important']:.0f} heads ({say.share(row['fraction'])}) most important "
-            f"{say.over(row['task'])}; {_by_chance(row)} (two-sided, hypergeometric){spread}.")
+            f"{say.over(row['task'])}; {_by_chance(row)}; p: two-sided, hypergeometric{spread}.")
 
 
 def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -> str:
@@ -151,20 +151,19 @@ def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -
         return ""
     said = []
     for _, row in rows.iterrows():
-        hedged = say.bracketed(say.interval(row), _by_chance(row))
-        said.append(f"{row['common']:.0f} {'is' if row['common'] == 1 else 'are'} among the {row['size']:.0f} highest "
-                    f"on {PRIMITIVES[row['other']]}{hedged}")
+        said.append(f"{row['common']:.0f}{say.bracketed(say.interval(row))} {'is' if row['common'] == 1 else 'are'} "
+                    f"among the {row['size']:.0f} highest on {PRIMITIVES[row['other']]}, where {_by_chance(row)}")
     row = rows.iloc[0]
     return (f"With {say.shots_of(rows)}, of the {row['size']:.0f} heads ({say.share(row['fraction'])}) most important "
-            f"{say.on(rows)} {', '.join(said)} (p: two-sided, hypergeometric).")
+            f"{say.on(rows)} {'; '.join(said)}; p: two-sided, hypergeometric.")
 
 
 def _by_chance(row: pd.Series) -> str:
-    """`chance gives 1.6, p = 0.19, and 0.4, p = 0.72, among heads of the same layers`."""
-    said = f"chance gives {row['expected']:.1f}, {say.p_value(_two_sided(row))}"
+    """`chance gives 1.6 (p = 0.19), sets with as many heads in each layer 0.4 (p = 0.72)`."""
+    said = f"chance gives {row['expected']:.1f} ({say.p_value(_two_sided(row))})"
     if row["expected_in_layers"] == row["expected_in_layers"]:
-        said += (f", and {row['expected_in_layers']:.1f}, {say.p_value(_two_sided(row, '_in_layers'))}, among heads of "
-                 "the same layers")
+        said += (f", sets with as many heads in each layer {row['expected_in_layers']:.1f} "
+                 f"({say.p_value(_two_sided(row, '_in_layers'))})")
     return said
 
 

@@ -201,17 +201,18 @@ def _compared(study: Study) -> Iterator[Table]:
     if len(overlaps := study.top_overlaps()):
         yield Table("Top sets in pairs", "The most important fifth of a task's heads or FFNs (and of those of all "
                     "tasks together) beside that of another task, or beside as many heads that are highest on an "
-                    "induction score. By chance: what random sets have in common; in the same layers: those that have "
-                    "as many heads of each layer. p: two-sided, hypergeometric, not corrected for how many pairs there "
-                    "are. Other sizes and numbers of shots: tables/top_overlaps.csv.",
+                    "induction score. 'By chance': what random sets have in common; 'in the same layers' (and 'p "
+                    "there'): random sets with as many heads in each layer. p: two-sided, hypergeometric, not "
+                    "corrected for how many pairs there are. Other sizes and numbers of shots: "
+                    "tables/top_overlaps.csv, where p and p_fewer are one-sided.",
                     primitives.overlap_table(overlaps))
     if (induction := study.induction())["induction"].fillna(False).any():
         yield Table("Induction heads", "Means over texts with standard errors; those highest on the lower of the two "
                     "scores first.", primitives.induction_heads_table(induction))
     if len(among := study.induction_among_important()):
-        yield Table("Induction heads among the important ones", "By chance, sets of this size would have as many in "
-                    "common as stands there, and sets that have as many heads of each layer as in the same layers; "
-                    "p: two-sided, hypergeometric, not corrected for how many rows there are.",
+        yield Table("Induction heads among the important ones", "'By chance': what random sets of these sizes have "
+                    "in common; 'in the same layers' (and 'p there'): random sets with as many heads in each layer. p: "
+                    "two-sided, hypergeometric, not corrected for how many rows there are.",
                     _plain_columns(primitives.among_important_table(among)))
     if len(degenerate := study.degenerate()):
         yield Table("Results that say little", "And why.", _plain_columns(degenerate))

@@ -121,6 +121,9 @@ def _by_task(study: Study, component: str) -> str:
     spread = (f"{least} on each of {len(free)} tasks" if least == most else
               f"{least} on {free['task'].iloc[0]} and {most} on {free['task'].iloc[-1]}")
     if none == len(free):
+        if least != most:
+            bounds = [f"{words.share(row['free_high'])} on {row['task']}" for _, row in free.iloc[[0, -1]].iterrows()]
+            spread = f"endless documents might show up to {bounds[0]}, and up to {bounds[1]}, the ends of {len(free)}"
         return f"With {shots} no share of the {names} is shown to be free on any task where that is defined: {spread}."
     beginning = f"With {shots} the free fraction " + ("is" if least == most else "of single tasks lies between")
     rest = f"; for {none} of the {len(free)} tasks where it is defined no share is shown to be free" if none else ""

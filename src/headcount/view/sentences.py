@@ -14,7 +14,7 @@ from headcount.view.points import MEAN, groups
 from headcount.view.relations import MEAN_OF_RANKS
 from headcount.view.scores import name_of
 from headcount.view.selection import first_differences
-from headcount.view.words import millions, over, shots
+from headcount.view.words import millions, over, shots, signed
 
 _NAMES = {"head": ("attention head", "attention heads"), "ffn": ("FFN", "FFNs")}
 
@@ -69,7 +69,7 @@ def _can_go(study: Study, row: pd.Series) -> str:
             return f"{beginning}no step removes one of the {total} {names}: ask for larger fractions."
         first = removing.iloc[0]
         return (f"{beginning}no share of the {names} is shown to be free: already without {first['removed']} of "
-                f"{total} {what} changes by {_points(first['difference'])} points ({_interval(first)}), and a loss of "
+                f"{total} {what} changes by {signed(first['difference'])} points ({_interval(first)}), and a loss of "
                 f"{margin} or more cannot be ruled out.")
     return (f"{beginning}{100 * row['free_fraction']:.3g} % of the {names} ({row['removed']:.0f} of {total}, "
             f"{millions(row['parameters_removed'])} parameters) can go: {what} is then {row['accuracy']:.3f}, the full "
@@ -82,11 +82,12 @@ def _on_those_above_chance(row: pd.Series) -> str:
     tasks, able = int(row["tasks"]), int(row["above_chance"])
     if able in (0, tasks):
         return ""
-    of_them = "that alone" if able == 1 else "those alone"
-    return (f" The full model is shown to be above chance, or above a constant answer, on {able} of the {tasks} tasks "
-            f"of that mean; on {of_them} the difference is {_points(row['above_chance_difference'])} points "
-            f"({_points(row['above_chance_low'])} to {_points(row['above_chance_high'])}; as these documents chose the "
-            "tasks, losses are rather overstated).")
+    low, high = row["above_chance_low"], row["above_chance_high"]
+    interval = f"{signed(low)} to {signed(high)}" if low < high else "no document changed"
+    return (f" The full model is shown to be above both chance and the best constant answer on {able} of the {tasks} "
+            f"tasks of that mean; on {'that' if able == 1 else 'those'} alone the difference is "
+            f"{signed(row['above_chance_difference'])} points ({interval}; tasks and share were chosen on these "
+            "documents).")
 
 
 def _listed(names: list[str], of: int, what: str, most: int = 6) -> str:
@@ -94,13 +95,9 @@ def _listed(names: list[str], of: int, what: str, most: int = 6) -> str:
     return ", ".join(names) if len(names) <= most else f"{len(names)} of {of} {what}"
 
 
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
 def _interval(row: pd.Series) -> str:
-    return (f"95 % interval of the difference {_points(row['difference_low'])} to "
-            f"{_points(row['difference_high'])} points")
+    return (f"95 % interval of the difference {signed(row['difference_low'])} to "
+            f"{signed(row['difference_high'])} points")
 
 
 def curve_sentence(study: Study, component: str) -> str:
@@ -243,6 +240,10 @@ def cautions(study: Study) -> Iterator[str]:
         yield (f"{decides} decides much of the order of FFNs where an oracle found fewer than {layers / 2:.0f} "
                f"distinct accuracies: {names}.")
     yield from truncations(study)
+    for what, n in study.unshown.items():
+        points = "1 measured point" if n == 1 else f"{n} measured points"
+        yield (f"Of the {what} {points} {'is' if n == 1 else 'are'} not shown: of fewer documents than others, or what "
+               "it would stand beside is not measured.")
     unchanged = study.curves().query("removed > 0 and changed == 0")
     if len(unchanged):
         points = "1 point" if len(unchanged) == 1 else f"{len(unchanged)} points"

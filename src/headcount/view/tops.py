@@ -207,7 +207,7 @@ def depth(
     scores: Scores, layers: Sequence[int], *, num_layers: int | None = None, resampled: Rows | None = None,
     aggregate: str = "mean", fraction: float = TOP,
 ) -> pd.DataFrame:
-    """Share of the most important components in each third of the layers, which a layer's middle lies in.
+    """Share of the most important components in each third of the layers; a layer counts to the one its middle is in.
 
     Args:
         scores: Importance by (task, number of shots). Components that one of them lacks are left out of all.
