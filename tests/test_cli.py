@@ -180,8 +180,10 @@ def test_single_steps_print_what_was_asked_of_a_folder_that_holds_more(model_fol
 
 def test_a_study_that_is_stopped_says_what_is_kept(model_folder: Path, tmp_path: Path) -> None:
     arguments = study_arguments(model_folder, tmp_path)
+    # A suite that runs in the background has interrupts ignored, and hands that on.
     process = subprocess.Popen([sys.executable, "-m", "headcount", *map(str, arguments)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 200
     while not list((tmp_path / "study" / "entries").glob("*.parquet")):
         assert process.poll() is None, "over before it could be stopped"
