@@ -228,6 +228,10 @@ def test_a_folder_that_lost_its_full_model_still_has_tables(study: Study, tmp_pa
     found = hc.open_study(copy)
     for table in (found.grid(), found.transfer(), found.curves()):
         assert set(table["num_fewshot"]) == {0}
+    measured = found.evaluations().query("order == 'grid' and num_fewshot == 1")
+    cells = len(measured.drop_duplicates(["task", "fraction", "ffn_fraction"]))
+    assert any(f"Of the grid {cells} measured points are not shown" in line for line in sentences.cautions(found))
+    assert not study.unshown
 
 
 def test_a_mean_of_unfinished_transfer_is_over_the_tasks_that_are_done(study: Study, tmp_path: Path) -> None:

@@ -154,10 +154,10 @@ def test_the_free_fraction_of_tasks_is_told_with_what_endless_documents_might_sh
 
 def test_nothing_free_on_unlike_tasks_is_no_range_from_0_to_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = pd.DataFrame({"task": ["red", "green", "blue"], "component": "head", "num_fewshot": 5, "free_fraction": 0.0,
-                         "free_high": [0.6, 0.1, 0.3]})
+                         "free_high": [0.9, 0.1, 0.3]})
     curves = pd.DataFrame({"component": ["head"] * 3, "fraction": [0.0, 0.5, 0.9]})
     monkeypatch.setattr(Study, "free_fractions", lambda study: free)
     monkeypatch.setattr(Study, "curves", lambda study: curves)
     assert page_sections._by_task(hc.open_study(synthetic.write(tmp_path)), "head") == (
         "With 5 shots no share of the heads is shown to be free on any task where that is defined: endless documents "
-        "might show up to 10 % on green, and up to 60 % on red, the ends of 3.")
+        "might show up to 10 % on green, and up to 90 % or more on red, the ends of 3.")

@@ -221,7 +221,8 @@ def test_cells_are_within_the_margin_by_their_lower_bounds(margin: float, within
     mixed, fallen = full.copy(), full.copy()
     mixed[:4], mixed[-4:], fallen[:10] = 0, 1, 0
     label = {"task": "red", "num_fewshot": 5, "split": "evaluation", "doc_id": np.arange(100),
-             "passage": np.arange(100), "gold": np.arange(100) % 4, "num_options": 4, "job": 0, "members": 0}
+             "passage": np.arange(100), "gold": np.arange(100) % 4, "num_options": 4, "job": 0, "members": 0,
+             "order_seed": -1}
     frames = [pd.DataFrame({**label, "component": "none", "order": "none", "fraction": 0.0, "ffn_fraction": 0.0,
                             "correct": full, "heads_removed": 0, "ffns_removed": 0, "parameters_removed": 0})]
     for h, f, correct in ((0.2, 0.2, full), (0.2, 0.4, mixed), (0.4, 0.4, fallen)):

@@ -275,12 +275,7 @@ class Study:
     @functools.cached_property
     def evaluated(self) -> dict[str, tuple[int, str]]:
         """By task, how many evaluated documents stand for themselves (passages, where some share one), and in words."""
-        found = {}
-        for task, of_task in groups(self._full_models, "task"):
-            documents, passages = of_task["doc_id"].nunique(), of_task["passage"].nunique()
-            found[str(task)] = (passages, str(documents) if passages == documents else
-                                f"{documents} of {passages} passages")
-        return found
+        return entries.evaluated(self._full_models)
 
     @functools.cached_property
     def _full_models(self) -> pd.DataFrame:

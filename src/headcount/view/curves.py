@@ -13,17 +13,7 @@ import numpy as np
 import pandas as pd
 
 from headcount import stats
-from headcount.view.points import (
-    MEAN,
-    Points,
-    compared,
-    finished,
-    groups,
-    once,
-    points_of,
-    removed_by,
-    with_mean,
-)
+from headcount.view.points import MEAN, Points, compared, finished, groups, points_of, removed_by, with_mean
 
 COLUMNS = ["task", "num_fewshot", "component", "order", "fraction", "removed", "parameters_removed",
            "parameters_removed_share", "accuracy", "low", "high", "difference", "difference_low", "difference_high",
@@ -52,8 +42,7 @@ def curve_points(
     for task, k in sorted(by_key, key=lambda key: (list(tasks).index(key[0]), key[1])):
         group = by_key[task, k]
         full = group[group["order"] == "none"]
-        curves = once(group[group["order"].isin(["gradient", "oracle", "random"])
-                            & group["fraction"].isin(list(fractions))])
+        curves = group[group["order"].isin(["gradient", "oracle", "random"]) & group["fraction"].isin(list(fractions))]
         if full.empty:
             continue
         points = points_of(curves, full, constant=tasks[task])

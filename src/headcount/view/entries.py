@@ -77,6 +77,16 @@ def induction_rows(entries: Mapping[str, Entry], thresholds: Mapping[str, float]
     return ordered
 
 
+def evaluated(full_models: pd.DataFrame) -> dict[str, tuple[int, str]]:
+    """By task, how many documents stand for themselves (passages, where some share one), and in words."""
+    found = {}
+    for task, of_task in full_models.groupby("task", sort=False):
+        documents, passages = of_task["doc_id"].nunique(), of_task["passage"].nunique()
+        found[str(task)] = (passages, str(documents) if passages == documents else
+                            f"{documents} of {passages} passages")
+    return found
+
+
 def distinct_values(entries: Described) -> dict[tuple[str, int], int]:
     """How many distinct accuracies each FFN oracle found, by (task, number of shots)."""
     found = {(job["task"], job["num_fewshot"]): info["distinct_values"] for job, info in entries

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from headcount.view.points import (
     finished,
     groups,
     most_measured,
-    once,
     points_of,
     removed_by,
     with_mean,
@@ -101,19 +100,7 @@ def transfer_table(evaluations: pd.DataFrame, unseen: Sequence[str]) -> pd.DataF
             points = _transfer_points(_largest_jobs(of_task), same, component)
             for fraction in dict.fromkeys(key[1] for key in points.values):
                 by_fraction.setdefault(fraction, {})[str(task)] = points
-        together = set[frozenset[str]]()
-        for fraction, of_tasks in sorted(by_fraction.items()):
-            known = {task: points for task, points in of_tasks.items()
-                     if task not in unseen and (OWN, fraction) in points.values}
-            for task, members in with_mean(known, _all_pairs(known, fraction)):
-                found += _transfer_rows(task, int(k), component, fraction, members, unseen=False)
-                together |= {frozenset(members)} if task == MEAN else set()
-            for task in (t for t in of_tasks if t in unseen):
-                found += _transfer_rows(task, int(k), component, fraction, {task: of_tasks[task]}, unseen=True)
-        if len(together) > 1:
-            # At some fractions fewer tasks are done, and there is no one mean of the full model.
-            found = [row for row in found if not (row["task"] == MEAN and row["donor"] == "none"
-                                                  and (row["num_fewshot"], row["component"]) == (k, component))]
+        found += _all_rows(by_fraction, unseen, int(k), component)
     table = pd.DataFrame(found, columns=TRANSFER).drop_duplicates(TRANSFER[:5])
     # The full model stands there once, for all fractions: there is no one order of the task's own to compare it with.
     apart = (table["donor"] == "none") & ~table["unseen"].astype(bool)
@@ -122,11 +109,29 @@ def transfer_table(evaluations: pd.DataFrame, unseen: Sequence[str]) -> pd.DataF
     return table.sort_values(["num_fewshot", "component"], kind="stable", ignore_index=True)
 
 
+def _all_rows(
+    by_fraction: Mapping[float, Mapping[str, Points]], unseen: Sequence[str], k: int, component: str
+) -> Iterator[dict[str, Any]]:
+    """Rows of every task, and of the mean over those that are done at each fraction."""
+    known = {fraction: {task: points for task, points in of_tasks.items()
+                        if task not in unseen and (OWN, fraction) in points.values}
+             for fraction, of_tasks in sorted(by_fraction.items())}
+    together = {fraction: _all_pairs(of_tasks, fraction) for fraction, of_tasks in known.items()}
+    alike = len({frozenset(tasks) for tasks in together.values() if len(tasks) > 1}) < 2
+    for fraction, of_tasks in known.items():
+        for task, members in with_mean(of_tasks, together[fraction]):
+            rows = _transfer_rows(task, k, component, fraction, members, unseen=False)
+            # Where fewer tasks are done at some fractions, there is no one mean of the full model.
+            yield from (row for row in rows if alike or task != MEAN or row["donor"] != "none")
+        for task in (t for t in by_fraction[fraction] if t in unseen):
+            yield from _transfer_rows(task, k, component, fraction, {task: by_fraction[fraction][task]}, unseen=True)
+
+
 def _transfer_points(moved: pd.DataFrame, same: pd.DataFrame, component: str) -> Points:
     """The documents of one task, with what is left by (donor, fraction); its own and random orders from the curves."""
     points = points_of(moved, same[same["order"] == "none"])
-    alike = once(same[(same["component"] == component) & same["doc_id"].isin(moved["doc_id"].unique())
-                      & same["order"].isin([*_OWN, RANDOM]) & same["fraction"].isin(moved["fraction"].unique())])
+    alike = same[(same["component"] == component) & same["doc_id"].isin(moved["doc_id"].unique())
+                 & same["fraction"].isin(moved["fraction"].unique())]
     for name, orders in ((OWN, _OWN), (RANDOM, [RANDOM])):
         for fraction, of_step in groups(alike[alike["order"].isin(orders)], "fraction"):
             points.add((name, fraction), of_step)
@@ -183,7 +188,7 @@ def _measured_alike(rows: pd.DataFrame) -> pd.DataFrame:
     counts = rows.groupby(points)["doc_id"].nunique()
     wanted = sorted(rows["doc_id"].unique())[:most_measured(counts.tolist())]
     of_each = rows.groupby(points)["doc_id"].transform("nunique")
-    return rows[rows["doc_id"].isin(wanted) & (of_each >= len(wanted))].drop_duplicates([*points, "doc_id"])
+    return rows[rows["doc_id"].isin(wanted) & (of_each >= len(wanted))]
 
 
 def _largest_jobs(rows: pd.DataFrame) -> pd.DataFrame:

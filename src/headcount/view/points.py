@@ -53,8 +53,10 @@ class Points:
     def add(self, key: Key, rows: pd.DataFrame) -> None:
         """Take in one mask's rows, or several orders' that are averaged; not those of only some of the documents.
 
-        Random orders of a task that was unseen are of the documents of transfer, which may be fewer than a curve's.
+        Two jobs may have measured the same: a task that was unseen has a random order on the documents of transfer,
+        which may be fewer, beside that of its curve.
         """
+        rows = rows.drop_duplicates(["order_seed", "doc_id"])
         if rows["doc_id"].nunique() < len(self.full):
             return
         self.values[key] = rows.groupby("doc_id")["correct"].mean().to_numpy(np.float64)
@@ -156,11 +158,6 @@ def with_mean(
     yield from ((task, {task: points}) for task, points in of_tasks.items())
     if len(together) > 1:
         yield MEAN, together
-
-
-def once(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of orders without those that an earlier job has measured too."""
-    return rows.drop_duplicates(["component", "order", "order_seed", "fraction", "doc_id"])
 
 
 def most_measured(documents: Collection[int]) -> int:

@@ -180,7 +180,7 @@ def overlap_table(
         known = ordered(importance, component, score, ties.get(component))
         trained = _trained(induction, known.scores) if component == "head" else None
         others = _primitives(trained) if trained is not None else None
-        layers = _layers(importance, component, score) if component == "head" else None
+        layers = _layers(importance, score) if component == "head" else None
         found.append(tops.top_overlaps(known.scores, others, layers=layers, resampled=known.resampled,
                                        aggregate=aggregate).assign(component=component))
     return _concatenated(found)
@@ -189,7 +189,7 @@ def overlap_table(
 def depth_table(importance: pd.DataFrame, score: str, aggregate: str, num_layers: int) -> pd.DataFrame:
     """`Study.depth()`."""
     known = measured(importance, "head", score)
-    return tops.depth(known.scores, _layers(importance, "head", score), num_layers=num_layers,
+    return tops.depth(known.scores, _layers(importance, score), num_layers=num_layers,
                       resampled=known.resampled, aggregate=aggregate)
 
 
@@ -246,7 +246,7 @@ def among_important_table(
     if trained is None or trained["induction"].isna().any():
         return overlap.induction_among_important({}, np.zeros(0, bool))
     chosen: Bool[np.ndarray, " head"] = trained["induction"].to_numpy(bool)
-    return overlap.induction_among_important(found.scores, chosen, layers=_layers(importance, "head", score),
+    return overlap.induction_among_important(found.scores, chosen, layers=_layers(importance, score),
                                              resampled=found.resampled, aggregate=aggregate)
 
 
@@ -256,9 +256,9 @@ def _trained(induction: pd.DataFrame, scores: Mapping[Key, Float[np.ndarray, " _
     return found if len(found) and scores else None
 
 
-def _layers(importance: pd.DataFrame, component: str, score: str) -> list[int]:
-    """Of every component that has this score, in the order of `measured`'s arrays."""
-    rows = importance[(importance["component"] == component) & (importance["score"] == score)]
+def _layers(importance: pd.DataFrame, score: str) -> list[int]:
+    """Of every head that has this score, in the order of `measured`'s arrays."""
+    rows = importance[(importance["component"] == "head") & (importance["score"] == score)]
     return [layer for layer, _ in components(rows)]
 
 

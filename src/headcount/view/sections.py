@@ -122,7 +122,7 @@ def _by_task(study: Study, component: str) -> str:
               f"{least} on {free['task'].iloc[0]} and {most} on {free['task'].iloc[-1]}")
     if none == len(free):
         if least != most:
-            bounds = [f"{words.share(row['free_high'])} on {row['task']}" for _, row in free.iloc[[0, -1]].iterrows()]
+            bounds = [f"{_bound(row, last)} on {row['task']}" for _, row in free.iloc[[0, -1]].iterrows()]
             spread = f"endless documents might show up to {bounds[0]}, and up to {bounds[1]}, the ends of {len(free)}"
         return f"With {shots} no share of the {names} is shown to be free on any task where that is defined: {spread}."
     beginning = f"With {shots} the free fraction " + ("is" if least == most else "of single tasks lies between")
@@ -130,11 +130,16 @@ def _by_task(study: Study, component: str) -> str:
     return f"{beginning} {spread}{rest}."
 
 
+def _bound(row: pd.Series, last: float) -> str:
+    """`30 %`, and `90 % or more` where the curve ends there."""
+    return f"{words.share(row['free_high'])}{' or more' if row['free_high'] >= last else ''}"
+
+
 def _free_with_bound(row: pd.Series, last: float) -> str:
-    """`10 % (endless documents might show up to 30 %)`, or `or more` where the curve ends there."""
-    high = f"{words.share(row['free_high'])}{' or more' if row['free_high'] >= last else ''}"
+    """`10 % (endless documents might show up to 30 %)`."""
     more = row["free_high"] > row["free_fraction"] or row["free_high"] >= last
-    return words.share(row["free_fraction"]) + (f" (endless documents might show up to {high})" if more else "")
+    return words.share(row["free_fraction"]) + (
+        f" (endless documents might show up to {_bound(row, last)})" if more else "")
 
 
 def _grid(study: Study) -> Iterator[Section]:
