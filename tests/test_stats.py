@@ -14,13 +14,6 @@ from headcount import ranks, stats
 from headcount.errors import OptionError
 
 
-def test_intervals_are_those_of_scipys_bootstrap() -> None:
-    values = np.random.default_rng(0).random((1, 80)) ** 3
-    ours = [float(x[0]) for x in stats.interval(stats.resampled_means(values, resamples=20_000))]
-    theirs = scipy.stats.bootstrap((values[0],), np.mean, n_resamples=20_000, method="percentile", rng=1)
-    np.testing.assert_allclose(ours, theirs.confidence_interval, atol=0.003)
-
-
 def test_intervals_around_are_as_wide_as_replicates_spread() -> None:
     replicates = np.random.default_rng(0).normal(0.2, [0.1, 0.3], (4000, 2))
     low, high = stats.around(np.array([0.5, 0.5]), replicates)
@@ -29,65 +22,9 @@ def test_intervals_around_are_as_wide_as_replicates_spread() -> None:
     assert np.isnan(stats.around(0.5, replicates[:1, 0])).all(), "one draw has no spread"
 
 
-def test_resampled_means_are_means_of_documents_drawn_with_replacement() -> None:
-    values = np.array([[0.0, 1.0, 2.0, 7.0]])
-    samples = stats.resampled_means(values, seed=3, resamples=20_000)[0]
-    assert set(np.round(samples * 4)) <= {a + b + c + d for a in values[0] for b in values[0] for c in values[0]
-                                          for d in values[0]}
-    assert samples.mean() == pytest.approx(2.5, abs=0.05)
-    assert samples.var() == pytest.approx(values.var() / 4, rel=0.05)
-    assert (samples == stats.resampled_means(values, seed=3, resamples=20_000)[0]).all()
-
-
-def test_rows_share_their_draws() -> None:
-    values = np.random.default_rng(0).random((1, 30))
-    samples = stats.resampled_means(np.concatenate([values, values + 1]), resamples=50)
-    np.testing.assert_allclose(samples[1] - samples[0], 1)
-
-
 def test_interval_is_the_percentiles() -> None:
     low, high = stats.interval(np.arange(1001.0)[None])
     np.testing.assert_allclose([low[0], high[0]], [25, 975])
-
-
-def test_ninety_five_per_cent_intervals_cover_about_that_often() -> None:
-    rng = np.random.default_rng(1)
-    paired, means, trials, n, p, lost = 0, 0, 400, 150, 0.7, 0.1
-    for _ in range(trials):
-        full = (rng.random(n) < p).astype(float)
-        pruned = np.where(rng.random(n) < lost / p, 0.0, full)  # loses right answers only: mean loss is 0.1
-        samples = stats.resampled_means(np.stack([full, pruned]), seed=int(rng.integers(1 << 30)), resamples=400)
-        low, high = stats.interval(samples)
-        means += bool(low[0] <= p <= high[0])
-        low, high = stats.interval(samples[1:] - samples[0])
-        paired += bool(low[0] <= -lost <= high[0])
-    assert 0.91 <= means / trials <= 0.98
-    assert 0.91 <= paired / trials <= 0.98
-
-
-@given(st.lists(st.floats(-0.2, 0.2), min_size=1, max_size=9), st.floats(0, 0.1))
-def test_free_fraction_is_the_last_step_before_the_first_that_may_lose_more(lows: list[float], margin: float) -> None:
-    fractions = [(i + 1) / 10 for i in range(len(lows))]
-    expected = 0.0
-    for i in range(len(lows)):
-        if all(low > -margin + 1e-9 for low in lows[: i + 1]):
-            expected = fractions[i]
-    assert stats.free_fraction(fractions, lows, margin) == expected
-
-
-def test_a_later_recovery_does_not_count() -> None:
-    assert stats.free_fraction([0.1, 0.2, 0.3], [-0.01, -0.5, 0.0], 0.02) == 0.1
-
-
-@pytest.mark.parametrize("right", range(2, 50))
-def test_a_bound_on_the_margin_is_not_above_it(right: int) -> None:
-    low = (right - 1) / 50 - right / 50  # one document of fifty, with whatever last bits
-    assert stats.free_fraction([0.0, 0.1], [0.0, low], 0.02) == 0
-    assert stats.free_fraction([0.0, 0.1], [0.0, low], 0.021) == 0.1
-
-
-def test_nothing_removed_is_free_without_a_margin_too() -> None:
-    assert stats.free_fraction([0.0, 0.1, 0.2], [0.0, 0.01, -0.01], 0.0) == 0.1
 
 
 def test_chance_and_the_constant_answer() -> None:
@@ -97,15 +34,11 @@ def test_chance_and_the_constant_answer() -> None:
     assert stats.baseline(options) == 0.25, "no model sees an option's place"
     assert stats.baseline(options, 0.4) == 0.4
     right = np.ones(60)
-    assert stats.degenerate(right, first, options, low=0.99) == []
-    assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0, places=[0])) == 2
-    assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0, places=[])) == 1, "many answers"
-    assert len(stats.degenerate(right, first, options, low=0.99, constant=1.0)) == 2, "nobody looked"
-
-
-def test_no_documents_no_interval() -> None:
-    with pytest.raises(OptionError):
-        stats.resampled_means(np.zeros((1, 0)))
+    assert stats.degenerate(right, first, options, low=0.99, above=True) == []
+    all_one = {"low": 0.99, "above": False, "constant": 1.0}
+    assert len(stats.degenerate(right, first, options, **all_one, places=[0])) == 2
+    assert len(stats.degenerate(right, first, options, **all_one, places=[])) == 1, "many answers"
+    assert len(stats.degenerate(right, first, options, **all_one)) == 2, "nobody looked"
 
 
 def test_rank_correlation_is_scipys_and_its_interval_covers() -> None:
@@ -126,99 +59,6 @@ def test_rank_correlation_is_scipys_and_its_interval_covers() -> None:
     assert inside / 200 > 0.88
     assert all(np.isnan(v) for v in stats.rank_correlation(np.ones(5), x[:5]))
     assert all(np.isnan(v) for v in stats.rank_correlation(x[:2], x[:2]))
-
-
-def test_passages_are_drawn_whole() -> None:
-    values = np.array([[0.0, 1.0, 2.0, 7.0, 5.0]])
-    passages = np.array([9, 4, 4, 2, 9])
-    samples = stats.resampled_means(values, clusters=passages, seed=3, resamples=5000)[0]
-    whole = [[7.0], [1.0, 2.0], [0.0, 5.0]]
-    possible = {round(float(np.mean([v for c in drawn for v in c])), 6) for drawn in itertools.product(whole, repeat=3)}
-    assert {round(float(s), 6) for s in samples} == possible
-    one_each = np.arange(40)
-    values = np.random.default_rng(0).random((2, 40))
-    plain = stats.resampled_means(values, seed=5)
-    np.testing.assert_array_equal(stats.resampled_means(values, clusters=one_each, seed=5), plain)
-    # As before there were clusters: the same draws, the same bits.
-    counts = np.random.default_rng(5).multinomial(40, np.full(40, 1 / 40), size=2000)
-    np.testing.assert_array_equal(plain, values @ counts.T / 40)
-    with pytest.raises(OptionError, match="each document has one cluster"):
-        stats.resampled_means(values, clusters=np.arange(3))
-
-
-@pytest.mark.parametrize("difference", [False, True])
-def test_documents_of_one_passage_are_not_so_many_documents(difference: bool) -> None:
-    rng = np.random.default_rng(0)
-    trials, plain, clustered = 300, 0, 0
-    for _ in range(trials):
-        sizes = rng.integers(1, 10, 80)
-        passages = np.repeat(np.arange(80), sizes)
-        # Passages are easy or hard (mean accuracy .7); pruning loses 15 % of them altogether.
-        full = (rng.random(len(passages)) < rng.beta(1.4, 0.6, 80)[passages]).astype(float)
-        values = np.stack([full, np.where((rng.random(80) < 0.15)[passages], 0.0, full)])
-        truth = -0.7 * 0.15 if difference else 0.7
-        for clusters in (None, passages):
-            samples = stats.resampled_means(values, clusters=clusters, seed=int(rng.integers(1 << 30)), resamples=400)
-            low, high = stats.interval(samples[1:] - samples[:1] if difference else samples[:1])
-            inside = bool(low[0] <= truth <= high[0])
-            plain, clustered = plain + (inside and clusters is None), clustered + (inside and clusters is not None)
-    assert plain / trials < 0.82
-    assert 0.90 <= clustered / trials <= 0.98
-
-
-STEPS = [i / 10 for i in range(10)]
-
-
-def _curve(rng: np.random.Generator, n: int, loss: np.ndarray, churn: np.ndarray) -> np.ndarray:
-    """Right answers of the full model (.7 of them) and nine steps, which lose and, to an extent of churn, win some."""
-    full = rng.random(n) < 0.7
-    # Half of a step's documents are lost in other steps too.
-    luck = np.where(rng.random((10, n)) < 0.5, rng.random((10, n)), rng.random(n))
-    lost, won = full & (luck < ((loss + churn) / 0.7)[:, None]), ~full & (luck < (churn / 0.3)[:, None])
-    return np.where(lost, 0.0, np.where(won, 1.0, full))
-
-
-@pytest.mark.parametrize("documents", [50, 100, 400])
-@pytest.mark.parametrize("loss", [
-    [0, 0, 0, 0.003, 0.006, 0.01, 0.03, 0.08, 0.2, 0.4],
-    [0, 0, 0, 0, 0, 0, 0.15, 0.3, 0.4, 0.45],
-    [0, 0.019, 0.019, 0.019, 0.019, 0.019, 0.2, 0.2, 0.2, 0.4],  # five steps just above the margin
-    [0, 0, 0, 0, 0, 0, 0.021, 0.021, 0.021, 0.4],  # and three just below
-], ids=["smooth", "sharp", "just above", "just below"])
-def test_the_free_fractions_interval_holds_the_true_one(documents: int, loss: list[float]) -> None:
-    rng = np.random.default_rng(0)
-    churn = np.array([0, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.05, 0.06, 0.08])
-    truth = stats.free_fraction(STEPS, [-x for x in loss], 0.02)
-    assert truth == 0.5
-    trials, inside = 150, 0
-    for _ in range(trials):
-        values = _curve(rng, documents, np.array(loss), churn)
-        samples = stats.resampled_means(values, seed=int(rng.integers(1 << 30)), resamples=1000)
-        low, high = stats.free_fraction_interval(STEPS, samples - samples[0], 0.02)
-        assert low == stats.free_fraction(STEPS, stats.interval(samples - samples[0])[0].tolist(), 0.02) <= high
-        inside += low <= truth <= high
-    assert inside / trials >= 0.93
-
-
-def test_where_losses_are_rare_the_free_fraction_is_too_sure() -> None:
-    # Known and said: of 50 documents, none of the 2 % that are lost is seen in a third of studies.
-    rng = np.random.default_rng(0)
-    loss, lows = np.array([0, 0.021]), []
-    for _ in range(300):
-        full = rng.random(50) < 0.7
-        values = np.stack([full, full & (rng.random(50) >= loss[1] / 0.7)]).astype(float)
-        samples = stats.resampled_means(values, seed=int(rng.integers(1 << 30)), resamples=500)
-        lows.append(stats.free_fraction_interval([0, 0.1], samples - samples[0], 0.02)[0])
-    assert 0.25 < np.mean(np.array(lows) > 0) < 0.45
-
-
-def test_the_ends_of_the_free_fractions_interval() -> None:
-    differences = np.stack([np.linspace(low, high, 1001) for low, high in
-                            ((0, 0), (-0.01, 0.01), (-0.1, 0.05), (-0.3, -0.05), (-0.01, 0.01))])
-    steps = [0, 0.1, 0.2, 0.3, 0.4]
-    assert stats.free_fraction_interval(steps, differences, 0.02) == (0.1, 0.2)
-    assert stats.free_fraction_interval(steps, differences, 0.5) == (0.4, 0.4)
-    assert stats.free_fraction_interval([0], differences[:1], 0.02) == (0, 0)
 
 
 def test_mcnemar_is_scipys_binomial_test() -> None:
@@ -302,20 +142,21 @@ def test_degenerate_results_are_marked() -> None:
     gold = rng.integers(0, 2, 200)
     options = np.full(200, 2)
     right = np.where(rng.random(200) < 0.9, gold, 1 - gold)
-    assert stats.degenerate((right == gold).astype(float), right, options, low=0.85, constant=0.53) == []
+    assert stats.degenerate((right == gold).astype(float), right, options, low=0.85, above=True, constant=0.53) == []
     constant = np.where(np.arange(200) < 192, 1, 0)  # 96 %
     correct = (constant == gold).astype(float)
-    reasons = stats.degenerate(correct, constant, options, low=0.45, constant=0.53, places=[0, 1])
+    reasons = stats.degenerate(correct, constant, options, low=0.45, above=False, constant=0.53, places=[0, 1])
     assert reasons[0] == "option 2 is the answer to 96 % of the documents, whatever they say"
     assert reasons[1].startswith(f"accuracy {correct.mean():.2f} (at least 0.45) is not shown to be above")
-    few = stats.degenerate((right == gold).astype(float), right, options, low=0.85, clusters=np.arange(200) // 5)
+    few = stats.degenerate((right == gold).astype(float), right, options, low=0.85, above=True,
+                           clusters=np.arange(200) // 5)
     assert few == ["40 passages, fewer than 50: intervals are wide and rough"]
-    assert stats.degenerate(np.ones(49), gold[:49], options[:49], low=1.0)[0].startswith("49 documents,")
+    assert stats.degenerate(np.ones(49), gold[:49], options[:49], low=1.0, above=True)[0].startswith("49 documents,")
     # No options: the answer is produced, and there is nothing to be constant about. One: there is no choice.
     for options, marked in ((0, []), (1, ["accuracy 1.00 (at least 1.00) is not shown to be above 1.00, which guessing "
                                           "gets"])):
         zeros = np.zeros(60, int)
-        assert stats.degenerate(np.ones(60), zeros, zeros + options, low=1.0) == marked
+        assert stats.degenerate(np.ones(60), zeros, zeros + options, low=1.0, above=not marked) == marked
 
 
 def test_the_predicted_option_and_the_baseline() -> None:

@@ -65,6 +65,8 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
         reporter.stage("timing the model")
         todo = runner.todo()
         speed = runner.tokens_per_second() if todo else float("nan")
+    if runner.other_orders and todo:
+        terminal.print_note(runner.other_orders)
     if dry_run:
         terminal.print_plan(runner.jobs, runner.ledger)
     terminal.print_cost(todo, runner.loaded.anatomy.num_layers, speed)

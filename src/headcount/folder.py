@@ -14,10 +14,11 @@ from typing import Any
 
 from headcount.errors import StudyError
 from headcount.ledger import Ledger
-from headcount.specs import ModelSpec, StudySpec
+from headcount.specs import ModelSpec, StudySpec, scores_of
 
 # Options that do not change what an entry means; all others must be the same whenever a folder is used.
-_FREE = ("tasks", "shots", "measure", "unseen", "out", "data", "head_sample", "grid_fractions", "grid_limit",
+_FREE = ("tasks", "shots", "measure", "unseen", "out", "data", "head_sample", "head_score", "ffn_order", "ffn_score",
+         "random_orders", "random_fractions", "common_fractions", "grid_fractions", "grid_order", "grid_limit",
          "transfer_fractions", "transfer_limit", "transfer_components", "aggregate", "induction_seeds",
          "induction_lengths", "skip_control", "prefix_threshold", "copying_threshold", "device", "device_map", "margin",
          "row_tokens", "batch_tokens", "model")
@@ -63,6 +64,23 @@ def check_options(spec: StudySpec, before: Mapping[str, Any] | None, folder: Pat
         if name not in _FREE and was != value and not (of_model and name not in _OF_MODEL):
             raise StudyError(f"{folder} holds another study (--{name.replace('_', '-')} was {was}, "
                              f"is {value}); choose another --out, or give the same options")
+
+
+def other_orders(spec: StudySpec, before: Mapping[str, Any] | None) -> str:
+    """Says that a folder's curves follow other scores than those asked for now; empty where they do not."""
+    known = (before or {}).get("spec", {})
+    if not known.get("tasks"):
+        return ""
+    was, now, told = scores_of(known), spec.scores, []
+    for component, name in (("head", "heads"), ("ffn", "FFNs")):
+        if was[component] != now[component]:
+            by_gradient = component == "ffn" and was["ffn"] == was["head"]
+            option = "--ffn-order gradient" if by_gradient else f"--{component}-score {was[component]}"
+            told.append(f"{name} by {was[component]} (to go on with these: {option})")
+    if not told:
+        return ""
+    return (f"this folder's curves remove {' and '.join(told)}; new ones, heads by {now['head']} and FFNs by "
+            f"{now['ffn']}, are measured beside them and shown instead")
 
 
 def check_data(

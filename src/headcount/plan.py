@@ -109,9 +109,14 @@ def plan(
     planners = [_Planner(spec, model, tuple(heads_per_layer), task, k) for task in tasks for k in spec.shots]
     jobs: dict[str, PlannedJob] = {}
     wanted = [*(p.jobs(parts) for p in planners if not p.task.unseen)]
-    if "transfer" in parts:
-        wanted += [p.transfers([q for q in planners if q.num_fewshot == p.num_fewshot and not q.task.unseen], parts)
-                   for p in planners]
+    for p in planners:
+        donors = [q for q in planners if q.num_fewshot == p.num_fewshot and not q.task.unseen]
+        if "curve" in parts and len(donors) > 1 and not p.task.unseen:
+            wanted.append(p.common(donors))
+        if "grid" in parts and not p.task.unseen:
+            wanted.append(p.grid(donors, "curve" in parts))
+        if "transfer" in parts:
+            wanted.append(p.transfers(donors, parts))
     if "induction" in parts:
         wanted.append(_inductions(spec, model))
     for planned in itertools.chain.from_iterable(wanted):
@@ -167,8 +172,6 @@ class _Planner:
             yield from self._importance("ffn")
         if "curve" in parts:
             yield from self._curves("ffn")
-        if "grid" in parts:
-            yield from self._grid("curve" in parts)
 
     def _importance(self, component: Component) -> list[PlannedJob]:
         """What orders heads, or FFNs, and before it what it is made of."""
@@ -178,11 +181,10 @@ class _Planner:
     def _order(self, component: Component) -> tuple[dict[str, Any], Job]:
         """By what a component is ordered, as a curve's description has it, and the job that it is read from."""
         importance = self._importance(component)[-1].job
-        order: dict[str, Any] = {"component": component, "order": importance["method"]}
-        if importance["method"] == "gradient":
-            order["score"] = self.spec.head_score
-        elif self.spec.protocol == "paper":
-            order["score"] = "accuracy"  # alone: equal accuracies stay in the order of layers
+        order: dict[str, Any] = {"component": component, "order": importance["method"],
+                                 "score": self.spec.scores[component]}
+        if self.spec.protocol == "sound" and order["score"] == "accuracy":
+            del order["score"]  # not alone: between equal accuracies log-likelihood decides
         return order, importance
 
     def _base(self, kind: str, documents: int) -> dict[str, Any]:
@@ -211,7 +213,7 @@ class _Planner:
         yield from self._curve({**order, "importance": job_id(importance)}, f"{component}s by {order['order']}",
                                self.spec.fractions, self.documents, importance)
         for i in range(self.spec.random_orders):
-            yield from self._random(component, i, self.spec.fractions, self.documents)
+            yield from self._random(component, i, self.spec.fractions_of_random, self.documents)
 
     def _random(
         self, component: Component, number: int, fractions: Sequence[float], documents: int
@@ -228,20 +230,38 @@ class _Planner:
             span = f"{fractions[0]:.0%} to {fractions[-1]:.0%}"
             yield self._planned(job, f"{what}, {span}", len(fractions), "evaluation", *needs)
 
-    def _grid(self, with_curves: bool) -> Iterator[PlannedJob]:
-        """Heads and FFNs pruned jointly, each by its own order; points that curves measure are left out."""
-        (heads, of_heads), (ffns, of_ffns) = self._order("head"), self._order("ffn")
+    def common(self, donors: Sequence[_Planner]) -> Iterator[PlannedJob]:
+        """This task pruned by the order of all tasks together, as one smaller model for all of them would be."""
+        for component in ("head", "ffn"):
+            order, needs = self._together(component, donors)
+            yield from self._curve({**order, "order": "common"}, f"{component}s by the order of all tasks",
+                                   self.spec.fractions_of_common, self.documents, *needs)
+
+    def grid(self, donors: Sequence[_Planner], with_curves: bool) -> Iterator[PlannedJob]:
+        """Heads and FFNs pruned jointly, by this task's own orders (points of curves are left out) or by all tasks'."""
+        own = self.spec.grid_order == "own" or len(donors) < 2
+        (heads, of_heads), (ffns, of_ffns) = (self._together(c, [self] if own else donors) for c in ("head", "ffn"))
         steps = (0.0, *self.spec.grid_fractions)
         points = [[h, f] for h in steps for f in steps
-                  if (h and f) or ((h or f) and not (with_curves and (h or f) in self.spec.fractions))]
+                  if (h and f) or ((h or f) and not (own and with_curves and (h or f) in self.spec.fractions))]
         documents = min(self.documents, self.spec.grid_limit or self.documents)
-        orders = {"heads": {**heads, "importance": job_id(of_heads)}, "ffns": {**ffns, "importance": job_id(of_ffns)}}
+        orders: dict[str, Any] = {"heads": heads, "ffns": ffns, "donor": AGGREGATE}
+        if own:  # named as in earlier versions
+            orders = {kind: {**order, "importance": order["importance"][0]}
+                      for kind, order in (("heads", heads), ("ffns", ffns))}
         for chunk in _chunks(points, self.spec.masks_per_job):
             job = {**self._base("evaluation", documents), "split": "evaluation",
                    "curve": {"order": "grid", **orders, "points": list(chunk)}}
             (h, f), (last_h, last_f) = chunk[0], chunk[-1]
             title = f"grid, {h:.0%} of heads and {f:.0%} of FFNs to {last_h:.0%} and {last_f:.0%}"
-            yield self._planned(job, title, len(chunk), "evaluation", of_heads, of_ffns)
+            yield self._planned(job, title, len(chunk), "evaluation", *of_heads, *of_ffns)
+
+    def _together(self, component: Component, members: Sequence[_Planner]) -> tuple[dict[str, Any], list[Job]]:
+        """The order of several tasks together, as a description has it, and the jobs that it is read from."""
+        orders = [member._order(component) for member in members]
+        needs = [importance for _, importance in orders]
+        aggregate = {"aggregate": self.spec.aggregate} if len(members) > 1 else {}
+        return {**orders[0][0], "importance": [job_id(job) for job in needs], **aggregate}, needs
 
     def transfers(self, donors: Sequence[_Planner], parts: Sequence[Part]) -> Iterator[PlannedJob]:
         """This task pruned by the orders of all tasks at this number of shots, each and together."""
@@ -260,19 +280,18 @@ class _Planner:
                 chosen |= {d.task.name: [d] for d in others} | ({OTHERS: others} if len(others) > 1 else {})
                 if others and not known:
                     chosen[OWN] = [self]
+                beside = self.spec.fractions_of_random if "curve" in parts and self.spec.random_orders else ()
+                if missing := [f for f in self.spec.transfer_fractions if others and f not in beside]:
+                    yield from self._random(component, 0, missing, documents)
             for donor, members in chosen.items():
                 yield from self._transfer(component, donor, members, documents)
 
     def _transfer(
         self, component: Component, donor: str, members: Sequence[_Planner], documents: int
     ) -> Iterator[PlannedJob]:
-        orders = [member._order(component) for member in members]
-        needs = [importance for _, importance in orders]
-        order = {**orders[0][0], "order": "transfer", "donor": donor, "importance": [job_id(job) for job in needs]}
-        if len(members) > 1:
-            order["aggregate"] = self.spec.aggregate
-        yield from self._curve(order, f"{component}s by the order of {donor}", self.spec.transfer_fractions, documents,
-                               *needs)
+        order, needs = self._together(component, members)
+        yield from self._curve({**order, "order": "transfer", "donor": donor}, f"{component}s by the order of {donor}",
+                               self.spec.transfer_fractions, documents, *needs)
 
     def _shared(self, masks: Sequence[Mask]) -> float:
         """What masks cost together, in forward passes, since they share the layers before they differ."""

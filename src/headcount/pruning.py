@@ -40,9 +40,10 @@ def masks_of(
                     for layer, head in curve["heads"]]
         return [(full.without_ffns([i]), {**label, "layer": i}) for i in curve["layers"]]
     if curve["order"] == "grid":
-        heads, ffns = importance
-        orders = (stored_order(heads, "head", curve["heads"].get("score")),
-                  stored_order(ffns, "ffn", curve["ffns"].get("score")))
+        # As many tasks' entries for heads, then for FFNs.
+        half = len(importance) // 2
+        orders = (_order_of(curve["heads"], importance[:half]), _order_of(curve["ffns"], importance[half:]))
+        label["donor"] = curve.get("donor", "")
         return [(_joint(heads_per_layer, orders, h, f), {**label, "component": "both", "fraction": h,
                                                          "ffn_fraction": f}) for h, f in curve["points"]]
     component: Component = curve["component"]
@@ -51,9 +52,24 @@ def masks_of(
         n = sum(heads_per_layer) if component == "head" else len(heads_per_layer)
         order = random_order(n, curve["order_seed"])
     else:
-        order = aggregate_order(importance, component, curve.get("score"), curve.get("aggregate", "mean"))
+        order = _order_of(curve, importance)
         label["donor"] = curve.get("donor", "")
     return [(prune(heads_per_layer, component, order, f), {**label, "fraction": f}) for f in curve["fractions"]]
+
+
+def score_of(curve: Mapping[str, Any]) -> str:
+    """By which score a job's masks are ordered: "example", "gold_loglikelihood", ...; of the grid both, heads first.
+
+    Empty where no importance orders them. A description that names no score is of an oracle's accuracy, with gold
+    log-likelihood between equal ones.
+    """
+    if curve["order"] == "grid":
+        return f"{score_of(curve['heads'])} {score_of(curve['ffns'])}"
+    return str(curve.get("score", "accuracy")) if "importance" in curve else ""
+
+
+def _order_of(curve: Mapping[str, Any], importance: Sequence[pd.DataFrame]) -> list[int]:
+    return aggregate_order(importance, curve["component"], curve.get("score"), curve.get("aggregate", "mean"))
 
 
 def aggregate_order(

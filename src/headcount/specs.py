@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,20 +87,35 @@ class StudySpec(ModelSpec):
     fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     """Shares of heads (FFNs) removed along the pruning curves; 0, the full model, is always measured."""
 
-    random_orders: int = 1
-    """How many random orders stand beside the measured ones."""
+    random_orders: int = 5
+    """How many random orders stand beside the measured ones; what importance is worth is told by their spread too."""
 
-    head_score: Literal["position", "example"] = "position"
-    """Which gradient score orders the heads: per position (the paper's) or per example (Michel et al.)."""
+    random_fractions: tuple[float, ...] | None = None
+    """Shares removed by random orders; by default the two of --fractions nearest to 0.2 and 0.5."""
+
+    common_fractions: tuple[float, ...] | None = None
+    """Shares removed from all tasks by one order, that of all tasks together: what one smaller model loses. By default
+    the first four of --fractions."""
+
+    head_score: Literal["example", "position"] | None = None
+    """Which gradient score orders the heads: `example`, the paper's equation 8 (the default under protocol sound), or
+    `position`, absolute values per position, which the paper's code computes (the default under protocol paper)."""
 
     head_sample: int | None = None
     """For `heads --method oracle`, which also calls it --sample: score so many heads, drawn at random."""
 
     ffn_order: Literal["oracle", "gradient"] = "oracle"
-    """What orders the FFNs: accuracy lost without each (the paper's), or the gradient score."""
+    """What orders the FFNs: what is lost without each (the paper's), or the gradient score that orders heads."""
+
+    ffn_score: Literal["gold_loglikelihood", "accuracy"] | None = None
+    """What the FFN oracle counts as lost: the gold answer's log-likelihood (the default under protocol sound), or
+    accuracy (the default under protocol paper, where equal FFNs go in the order of layers)."""
 
     grid_fractions: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     """Shares of heads, and of FFNs, removed jointly; 0 is always there. The preset opt66b-study has 0.1 to 0.9."""
+
+    grid_order: Literal["own", "mean"] = "own"
+    """By what the grid removes heads and FFNs: each task's own orders, or those of all tasks together (--aggregate)."""
 
     grid_limit: int | None = None
     """Evaluated documents per task of the grid, the first N; by default as many as for the curves."""
@@ -158,8 +173,9 @@ class StudySpec(ModelSpec):
         _check(not self.unseen or "transfer" in self.measure, "--unseen tasks are measured with --measure transfer; "
                "name it, or leave them out (those of a preset or --config: with --unseen and no task after it)")
         _check(len(set(self.shots)) == len(self.shots), f"--shots names a number twice: {_listed(self.shots)}")
-        for name in ("fractions", "grid_fractions", "transfer_fractions"):
-            _check_fractions(name, getattr(self, name))
+        for name in ("fractions", "grid_fractions", "transfer_fractions", "random_fractions", "common_fractions"):
+            if (fractions := getattr(self, name)) is not None:
+                _check_fractions(name, fractions)
         for name in ("margin", "prefix_threshold", "copying_threshold"):
             value = getattr(self, name)
             _check(value is None or 0 <= value <= 1, f"{_option(name)} lies between 0 and 1, not {value}")
@@ -178,10 +194,31 @@ class StudySpec(ModelSpec):
         _check(self.seed >= 0, f"--seed is at least 0, not {self.seed}")
         _check(self.random_orders >= 0, f"--random-orders is at least 0, not {self.random_orders}")
 
+    @property
+    def scores(self) -> dict[str, str]:
+        """Which score orders heads ("head"), and which FFNs ("ffn")."""
+        return scores_of(self.to_json())
+
+    @property
+    def fractions_of_random(self) -> tuple[float, ...]:
+        """Shares that random orders remove."""
+        if self.random_fractions is not None:
+            return self.random_fractions
+        return tuple(sorted({min(self.fractions, key=lambda f: (round(abs(f - near), 9), f)) for near in (0.2, 0.5)}))
+
+    @property
+    def fractions_of_common(self) -> tuple[float, ...]:
+        """Shares that the one order for all tasks removes."""
+        return self.fractions[:4] if self.common_fractions is None else self.common_fractions
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data for study.json."""
+        """Plain data for study.json; what the protocol or other options decide by default is written out."""
+        sound = self.protocol == "sound"
+        decided = {"head_score": self.head_score or ("example" if sound else "position"),
+                   "ffn_score": self.ffn_score or ("gold_loglikelihood" if sound else "accuracy"),
+                   "random_fractions": self.fractions_of_random, "common_fractions": self.fractions_of_common}
         return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
-                for k, v in dataclasses.asdict(self).items()}
+                for k, v in (dataclasses.asdict(self) | decided).items()}
 
 
 # Of induction scores, by protocol: how many lengths, and how many texts of each.
@@ -195,6 +232,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transfer_fractions": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "transfer_components": ["head", "ffn"],
     },
 }
+
+
+def scores_of(spec: Mapping[str, Any]) -> dict[str, str]:
+    """Which score orders heads ("head"), and which FFNs ("ffn"), by saved options.
+
+    Folders of versions that had other defaults are read as what they are: heads by `position`, FFNs by accuracy.
+    """
+    heads = str(spec.get("head_score", "position"))
+    by_oracle = spec.get("ffn_order", "oracle") == "oracle"
+    return {"head": heads, "ffn": str(spec.get("ffn_score", "accuracy")) if by_oracle else heads}
 
 
 def _option(name: str) -> str:

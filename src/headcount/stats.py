@@ -1,20 +1,12 @@
-"""Intervals over documents, paired tests, the free fraction, and marks on results that say nothing.
+"""Paired tests, overlaps of sets, baselines, and marks on results that say little.
 
-Every interval is a percentile bootstrap over documents (Efron and Tibshirani 1993): documents are drawn with
-replacement, the same draw for every mask, so that differences between masks are paired; for a mean over tasks the
-documents of each task are drawn within the task. A draw is a vector of multinomial counts, so that all resampled
-means are one matrix product. Where several documents share a passage, passages are drawn instead (a clustered
-bootstrap, Davison and Hinkley 1997, section 3.8): their documents stand or fall together, and drawn one by one they
-would pass for more evidence than they are.
-
-The percentile bootstrap knows only what it has seen: where no document changes, its interval has no width, although
-with n documents a share of about 3 / n may well change unseen. Callers mark such points and small samples.
+Intervals of accuracies and of their differences, and the verdict made of them, are in `headcount.intervals`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -30,37 +22,6 @@ FEW_DOCUMENTS = 50
 Clusters = Int[np.ndarray, " _"]
 # A model that gives one answer to so large a share of the documents does not look at them.
 CONSTANT_SHARE = 0.95
-
-
-def resampled_means(
-    values: Float[np.ndarray, "row doc"], *, clusters: Clusters | None = None, seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Float[np.ndarray, "row resample"]:
-    """Means of every row over documents drawn with replacement, the same draw for all rows.
-
-    Args:
-        values: One number per row and document.
-        clusters: The passage of each document, any integers. Whole passages are then drawn, as many as there are, and
-            a mean is the sum over the documents drawn by their number, which varies with the passages' sizes. With one
-            document a passage (and clusters rising) the draws are those without clusters. In simulated studies 95 %
-            intervals then cover in 93 % of cases for 80 passages (58 to 77 % where their documents are drawn one by
-            one), in 82 to 92 % for 20 passages.
-        seed: Of the draws.
-        resamples: How many draws.
-
-    Raises:
-        OptionError: If there are no documents, or not one cluster for each.
-    """
-    n = values.shape[1]
-    if n == 0:
-        raise OptionError("an interval needs at least one document")
-    rng = np.random.default_rng(seed)
-    if clusters is None:
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
-        return np.asarray(values @ counts.T / n)
-    sums, sizes = cluster_sums(values, clusters)
-    drawn = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=resamples)
-    return np.asarray(sums @ drawn.T / (drawn @ sizes))
 
 
 def cluster_sums(
@@ -81,7 +42,7 @@ def cluster_sums(
 def interval(
     samples: Float[np.ndarray, "row resample"], level: float = LEVEL
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
-    """Lower and upper bound of each row's percentile interval."""
+    """Lower and upper end of what the middle `level` of each row's samples is."""
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=1)
     return low, high
 
@@ -94,7 +55,7 @@ def around(
     A replicate of such scores carries their noise and its own on top, so that its order is further from the truth than
     the measured one, and percentiles would be of something else (see `headcount.ranks`). The interval is the value plus
     and minus 1.96 standard deviations over replicates. It is for the expectation in studies of as many documents, not
-    for what endless documents would show. In simulated studies it covers in 84 to 97 % of cases, least with noisy
+    for what unlimited documents would show. In simulated studies it covers in 84 to 97 % of cases, least with noisy
     scores (test_tops.py); of the rank of a single component in 78 to 91 %, and in 58 to 86 % where that component was
     chosen because it ranked high.
 
@@ -111,66 +72,6 @@ def around(
         return unknown, unknown
     reach = float(norm.ppf((1 + level) / 2)) * resampled.std(axis=0, ddof=1)
     return np.asarray(value - reach), np.asarray(value + reach)
-
-
-def free_fraction(
-    fractions: Sequence[float | int], lower_bounds: Sequence[float | int], margin: float | int
-) -> float:
-    """The largest fraction such that at every step up to it a loss of the margin or more is ruled out.
-
-    Args:
-        fractions: The steps, rising; 0 need not be among them.
-        lower_bounds: The lower 95 % bound of (pruned - full) at each step.
-        margin: The loss to rule out. A bound that equals minus the margin does not: with 50 documents bounds are
-            multiples of .02, so that this happens often.
-
-    Returns:
-        The fraction; 0 where already the first step may lose so much. Removing nothing is always free.
-    """
-    free = 0.0
-    for fraction, low in zip(fractions, lower_bounds, strict=True):
-        # 49/50 - 50/50 and 33/50 - 34/50 lie on two sides of -.02 by their last bits: both count as equal to it.
-        if fraction > 0 and not low > -margin + 1e-9:
-            break
-        free = float(fraction)
-    return free
-
-
-def free_fraction_interval(
-    fractions: Sequence[float | int], differences: Float[np.ndarray, "step resample"], margin: float | int,
-    level: float = LEVEL,
-) -> tuple[float, float]:
-    """An interval for the free fraction that endless documents would show, from a curve's resampled differences.
-
-    That fraction is the largest with a true difference above -margin at every step up to it. At the earliest it ends
-    before the first step whose *lower* bound allows a loss of the margin: that is `free_fraction`, the interval's
-    lower end. At the latest it ends before the first step whose *upper* bound shows such a loss. The lower end is
-    wrong only if one bound is, that of the first step which truly loses the margin, so it needs no correction; the
-    upper end is wrong if any step up to the truth seems to lose it, so its bounds are shared out among the steps
-    (Bonferroni; the uncorrected ones were wrong in up to 22 % of simulated studies, where five steps lay just above
-    the margin).
-
-    Why no percentiles of the free fractions of resampled documents: the statistic is made of lower bounds, so that it
-    lies below the truth by about a bound's width, and its resampled values once more. In simulated studies of 100
-    documents such an interval held the truth in 6 to 33 % of cases, and another study's free fraction in 30 to 70 %.
-    This one holds the truth in 95 % and more (test_stats.py), except where losses are so rare that often none is
-    seen: with right answers lost by 2.1 % of documents and none won, and a margin of 2 %, the free fraction is too
-    large in 34 % of studies of 50 documents, 11 % of 100, 6 % of 200 and 3 % of 400.
-
-    Args:
-        fractions: The steps, rising; 0 need not be among them.
-        differences: Resampled means of (pruned - full) at each step, of one task or of the mean over tasks.
-        margin: The loss to rule out.
-        level: Of the interval.
-
-    Returns:
-        Lower and upper end, both among the fractions or 0. The curve's last step as upper end means: at least that.
-    """
-    tail = (1 - level) / 2
-    low, _ = interval(differences, level)
-    steps = max(sum(fraction > 0 for fraction in fractions), 1)
-    high = np.quantile(differences, 1 - tail / steps, axis=1)
-    return free_fraction(fractions, low.tolist(), margin), free_fraction(fractions, high.tolist(), margin)
 
 
 def mcnemar(
@@ -309,7 +210,8 @@ def baseline(num_options: Int[np.ndarray, " doc"], constant: float | int = 0.0) 
 
 def degenerate(
     correct: Float[np.ndarray, " doc"], prediction: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, " doc"], *,
-    low: float, clusters: Clusters | None = None, constant: float | int = 0.0, places: Collection[int] | None = None,
+    low: float, above: bool, clusters: Clusters | None = None, constant: float | int = 0.0,
+    places: Collection[int] | None = None,
 ) -> list[str]:
     """Why one model's result on one task says little: plain reasons, none if it is in order.
 
@@ -318,6 +220,7 @@ def degenerate(
         prediction: Index of the option that the model took.
         num_options: How many options each document has.
         low: Lower 95 % bound of the mean metric.
+        above: Whether it is shown to be above the baseline (`headcount.intervals.above_baseline`).
         clusters: The passage of each document: passages are then what must not be few.
         constant: As in `baseline`.
         places: The options that say the same in all documents, by index: one of them can be a constant answer, while
@@ -333,7 +236,7 @@ def degenerate(
     if same and share >= CONSTANT_SHARE:
         found.append(f"option {option + 1} is the answer to {100 * share:.0f} % of the documents, whatever they say")
     to_beat = baseline(num_options, constant)
-    if not low > to_beat:
+    if not above:
         found.append(f"accuracy {correct.mean():.2f} (at least {low:.2f}) is not shown to be above {to_beat:.2f}, "
                      f"which guessing{' or a constant answer' if constant > 0 else ''} gets")
     return found

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from headcount.errors import ModelError, OptionError
-from headcount.folder import check_data, check_options, merged, merged_spec, previous
+from headcount.folder import check_data, check_options, merged, merged_spec, other_orders, previous
 from headcount.ledger import Job, Ledger
 from headcount.masks import Component
 from headcount.plan import GRADIENT_PASSES, Part, PlannedJob, TaskFacts, parts_of, plan, reads
@@ -97,6 +97,7 @@ class Runner:
         self.ledger = Ledger(spec.out)
         # Slips in the options are told before anything is loaded.
         check_options(spec, previous(self.ledger), self.ledger.folder)
+        self.other_orders = other_orders(spec, previous(self.ledger)) if "curve" in self.parts else ""
         # Tasks first: they load faster than models, and most slips of the pen are in their options.
         self.reporter.stage("loading tasks")
         from headcount.measure.tasks import SPLITS, get_tasks

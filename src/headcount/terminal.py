@@ -99,6 +99,11 @@ def reporter() -> Iterator[Bar]:
         yield Bar(progress)
 
 
+def print_note(text: str) -> None:
+    """One thing to know before something begins."""
+    _out.print(f"note: {text}", highlight=False)
+
+
 def print_plan(jobs: Sequence[PlannedJob], ledger: Ledger) -> None:
     """The jobs of a study, what they cost, and which are done; where they are many, by task and number of shots."""
     done = [ledger.has(planned.job) for planned in jobs]

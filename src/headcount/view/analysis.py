@@ -14,12 +14,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from headcount import stats
+from headcount import intervals, stats
 from headcount.errors import StudyError
 from headcount.ledger import Entry, Ledger
+from headcount.specs import scores_of
 from headcount.tables import induction_entries
 from headcount.view import entries, scores
-from headcount.view.curves import curve_points, curve_table, free_table
+from headcount.view.curves import (
+    COMMON,
+    OWN_ORDERS,
+    RANDOM,
+    against_random,
+    curve_points,
+    curve_table,
+    free_table,
+)
 from headcount.view.joint import grid_table, transfer_table, unshown
 from headcount.view.points import MEAN, Points, compared, finished, groups, points_of
 
@@ -71,12 +80,15 @@ class Study:
 
         Columns: task; num_fewshot; split ("evaluation", or "examples" for the oracle's training documents); component
         ("none", "head", "ffn", "both"); order ("none" for the full model, "gradient", "oracle", "random", "single" for
-        one head or FFN alone off, "grid" for heads and FFNs together, "transfer" for another task's order); donor (of
-        "transfer"); order_seed (-1 where not random); fraction removed (of "grid": of heads), ffn_fraction (of "grid");
-        layer, head (of "single", else -1); heads_removed, ffns_removed, parameters_removed (counts); doc_id (position
-        in its split); passage (equal for documents that belong together); correct (the task's metric, 0..1);
-        gold_loglikelihood and margin (nats; NaN where there is one option); prediction and gold (option index);
-        num_options; and further metrics of the task, such as acc_norm.
+        one head or FFN alone off, "grid" for heads and FFNs together, "common" for the one order of all tasks,
+        "transfer" for another task's order); donor (of "transfer", "mean" where the grid is by all tasks' order);
+        order_seed (-1 where not random); fraction removed (of "grid": of heads), ffn_fraction (of "grid"); layer, head
+        (of "single", else -1); score (which score ordered what is removed, of the grid that of heads and that of FFNs;
+        empty where none did: curves by several scores may lie in one folder, and tables are of those asked for last);
+        heads_removed, ffns_removed, parameters_removed (counts); doc_id (position in its split); passage (equal for
+        documents that belong together); correct (the task's metric, 0..1); gold_loglikelihood and margin (nats; NaN
+        where there is one option); prediction and gold (option index); num_options; and further metrics of the task,
+        such as acc_norm.
         """
         return self._evaluations.drop(columns=["job", "members"])
 
@@ -116,11 +128,14 @@ class Study:
     def curves(self) -> pd.DataFrame:
         """One row per task, number of shots, component, order and fraction; task "mean" is the mean over tasks.
 
-        Columns: task; num_fewshot; component; order ("gradient", "oracle", "random"); fraction; removed (how many);
+        Columns: task; num_fewshot; component; order ("gradient", "oracle": each task's own; "common": that of all tasks
+        together, which is one set for all tasks; "random"); fraction; removed (how many);
         parameters_removed and parameters_removed_share (of the model; means where several random orders are averaged);
         accuracy with its 95 % interval low, high; difference to the full model with its interval difference_low,
-        difference_high; p (exact paired test that as many documents fell as rose, corrected for the curve's steps);
-        documents; changed (how many documents' metric differs from the full model's). Fraction 0 is
+        difference_high (`headcount.intervals`); verdict of it and the margin ("within", "costs more", "unknown");
+        p (exact paired test that as many documents got worse as better, corrected for the curve's steps); documents;
+        changed (how many documents' metric differs from the full model's), fell, rose; draws (random orders that are
+        averaged). Fraction 0 is
         the full model, repeated for each order; a study without curves has it once, with component and order "none".
         """
         return self._curves.copy()
@@ -129,23 +144,36 @@ class Study:
         """How much can go: one row per task (and "mean"), number of shots, component and measured order.
 
         Columns: task; num_fewshot; component; order; free_fraction (NaN where not defined), the lower end of a 95 %
-        interval for what endless documents would show, whose upper end is free_high; reason (why not, or
-        empty); removed and parameters_removed (at that fraction); accuracy, difference_low, difference_high, changed
-        (there; where fraction > 0 and changed is 0 the interval has no width and promises too much); full_accuracy,
-        full_low; baseline (the better of chance and the best constant answer); tasks (how many the row is over),
-        above_chance (on how many of them the full model is shown to be above its baseline), above_chance_difference
-        with above_chance_low, above_chance_high (the difference on the mean of those alone, at that fraction; both were
-        chosen on these documents).
+        interval for what unlimited documents would show, whose upper end is free_high; reason (why not, or empty);
+        removed and parameters_removed (at that fraction); accuracy, difference_low, difference_high, changed (there);
+        full_accuracy, full_low; baseline (the better of chance and the best constant answer); tasks (how many the row
+        is over), above_chance (on how many of them the full model is shown to be above its baseline),
+        above_chance_difference with above_chance_low, above_chance_high (the difference on the mean of those alone, at
+        that fraction; both were chosen on these documents); of the next step next_fraction, next_removed,
+        next_difference with next_low, next_high, next_verdict and next_documents (how many documents of all tasks
+        together would tell, if as large a share of them changed as now; infinite where the loss seen is the margin);
+        documents. Order "common" is one set for all tasks, the others are each task's own.
         """
         return self._free_fractions.copy()
+
+    def against_random(self) -> pd.DataFrame:
+        """Measured orders beside random ones: one row per task (and "mean"), shots, component, order and fraction.
+
+        Columns: task; num_fewshot; component; order; fraction; accuracy; random (mean accuracy of the random orders),
+        draws (how many), draw_low, draw_high (the least and the most accurate of them); difference (accuracy less
+        random) with its 95 % interval difference_low, difference_high over documents and draws (NaN for a single draw).
+        """
+        return self._against_random.copy()
 
     def grid(self) -> pd.DataFrame:
         """Heads and FFNs pruned jointly: one row per task (and "mean"), number of shots and pair of fractions.
 
         Columns: task; num_fewshot; heads_fraction, ffns_fraction; heads_removed, ffns_removed (counts);
         parameters_removed_share; accuracy with its 95 % interval low, high; difference to the full model with
-        difference_low, difference_high; p (paired test, one by one); documents; changed; within_margin (whether a loss
-        of the margin or more is ruled out, cell by cell); baseline (what guessing, or the best constant answer, gets).
+        difference_low, difference_high; p (paired test, one by one); documents; changed, fell, rose; verdict ("within",
+        "costs more", "unknown"; cell by cell, "unknown" where the full model is not above its baseline); within_margin
+        (whether it is "within"); baseline (what guessing, or the best constant answer, gets); order ("own" of each
+        task, or "mean", that of all tasks together).
         """
         return self._grid.copy()
 
@@ -155,9 +183,10 @@ class Study:
         Columns: task, the one that is pruned; num_fewshot; component; donor ("none" for the full model at fraction 0,
         "own", another task, "mean" for the aggregate of all tasks, "mean without own", "random"); fraction; accuracy
         with its 95 % interval low, high; difference to the own order (of an unseen task: to the full model) with
-        difference_low, difference_high; p (paired test, one by one); documents; changed; unseen. The full model has no
-        difference where a task has an order of its own, and no mean where some fractions' means are over fewer tasks.
-        On the mean, a donor serves all tasks but itself, so that two donors' means are not over the same tasks.
+        difference_low, difference_high; p (paired test, one by one); documents; changed, fell, rose; unseen. The full
+        model has no difference where a task has an order of its own, and no mean where some fractions' means are over
+        fewer tasks. On the mean, a donor serves all tasks but itself, so that two donors' means are not over the same
+        tasks.
         """
         return self._transfer.copy()
 
@@ -230,14 +259,13 @@ class Study:
     @property
     def ordering_scores(self) -> dict[str, str]:
         """Which score orders heads, and which FFNs."""
-        return {"head": self.spec["head_score"],
-                "ffn": "accuracy" if self.spec["ffn_order"] == "oracle" else self.spec["head_score"]}
+        return scores_of(self.spec)
 
     @property
     def tie_scores(self) -> dict[str, str]:
         """Which score decides between components of equal score, where one does; else they go by layer."""
-        oracle = self.spec["ffn_order"] == "oracle" and self.spec["protocol"] == "sound"
-        return {"ffn": "gold_loglikelihood"} if oracle else {}
+        ties = self.ordering_scores["ffn"] == "accuracy" and self.spec["protocol"] == "sound"
+        return {"ffn": "gold_loglikelihood"} if ties else {}
 
     @functools.cached_property
     def induction_thresholds(self) -> dict[str, float]:
@@ -258,7 +286,7 @@ class Study:
         """What says little: one row per reason. Columns: task; num_fewshot; reason."""
         layers = len(self.description["anatomy"]["heads_per_layer"])
         rows = [{"task": task, "num_fewshot": k, "reason": reason} for (task, k), n in self.distinct_values.items()
-                for reason in stats.few_distinct(n, layers)]
+                if self.ordering_scores["ffn"] == "accuracy" for reason in stats.few_distinct(n, layers)]
         return pd.concat([self.weak_results(), pd.DataFrame(rows, columns=_REASONS)], ignore_index=True)
 
     def weak_results(self) -> pd.DataFrame:
@@ -268,9 +296,25 @@ class Study:
                 for reason in stats.degenerate(
                     full["correct"].to_numpy(np.float64), full["prediction"].to_numpy(),
                     full["num_options"].to_numpy(), clusters=full["passage"].to_numpy(),
-                    low=compared([points_of(full, full)], [None])[0][None].low, constant=self._constant(str(task)),
+                    low=compared([points_of(full, full)], [None])[None].low, above=self.above_chance[str(task), int(k)],
+                    constant=self._constant(str(task)),
                     places=self.known_tasks[str(task)].get("constant_places"))]
         return pd.DataFrame(rows, columns=_REASONS)
+
+    @functools.cached_property
+    def above_chance(self) -> dict[tuple[str, int], bool]:
+        """By (task, number of shots), whether the full model is shown to be above what guessing, or one answer, gets.
+
+        Corrected for how many tasks there are at a number of shots (`intervals.above_baseline`).
+        """
+        found: dict[tuple[str, int], bool] = {}
+        for k, of_k in groups(self._full_models, "num_fewshot"):
+            points = {str(task): points_of(full, full, constant=self._constant(str(task)))
+                      for task, full in groups(of_k, "task")}
+            able = intervals.above_baseline([p.sample(p.full[None]) for p in points.values()],
+                                            [p.baseline for p in points.values()])
+            found |= {(task, int(k)): one for task, one in zip(points, able, strict=True)}
+        return found
 
     @functools.cached_property
     def evaluated(self) -> dict[str, tuple[int, str]]:
@@ -323,6 +367,24 @@ class Study:
         return entries.evaluation_rows(self._entries("evaluation"), self._aggregate)
 
     @functools.cached_property
+    def _shown(self) -> pd.DataFrame:
+        """Of the evaluations those whose orders are by the scores that were asked for last, or by none."""
+        rows, by = self._evaluations, self.ordering_scores
+        donor = MEAN if self.spec.get("grid_order") == MEAN and len(self.tasks) > 1 else ""
+        of_grid = (rows["order"] == "grid") & (rows["score"] == f"{by['head']} {by['ffn']}") & (rows["donor"] == donor)
+        shown = (rows["score"] == "") | of_grid | (rows["score"] == rows["component"].map(by))
+        return rows[shown]
+
+    @functools.cached_property
+    def hidden_scores(self) -> list[str]:
+        """By which other scores curves in this folder remove heads or FFNs; they are not shown."""
+        rows = self._evaluations
+        orders = rows[rows["component"].isin(["head", "ffn"]) & (rows["score"] != "")]
+        other = orders["score"] != orders["component"].map(self.ordering_scores)
+        return sorted({f"{'heads' if c == 'head' else 'FFNs'} by {score}" for c, score in zip(
+            orders.loc[other, "component"], orders.loc[other, "score"], strict=True)})
+
+    @functools.cached_property
     def _importance(self) -> pd.DataFrame:
         return entries.importance_rows(self._entries("importance"))
 
@@ -358,32 +420,38 @@ class Study:
     @functools.cached_property
     def unshown(self) -> dict[str, int]:
         """How many measured points of "grid" and "transfer" their tables leave out."""
-        return unshown(self._evaluations, self._grid, self._transfer)
+        return unshown(self._shown, self._grid, self._transfer)
 
     def _described(self, kind: str | None = None) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         return [(job, info) for job, info in self._ledger.descriptions(kind) if self._is_of_model(job)]
 
     @functools.cached_property
     def _points(self) -> dict[int, dict[str, Points]]:
-        return curve_points(self._evaluations, {task: self._constant(task) for task in self.spec["tasks"]},
-                            self.spec["fractions"])
+        spec = self.spec
+        fractions = {**dict.fromkeys(OWN_ORDERS, spec["fractions"]), COMMON: spec.get("common_fractions", ()),
+                     RANDOM: [*spec["fractions"], *spec.get("random_fractions", ())]}
+        return curve_points(self._shown, {task: self._constant(task) for task in spec["tasks"]}, fractions)
 
     @functools.cached_property
     def _curves(self) -> pd.DataFrame:
-        return curve_table(self._points, self.description["anatomy"]["parameters"])
+        return curve_table(self._points, self.description["anatomy"]["parameters"], self.spec["margin"])
 
     @functools.cached_property
     def _free_fractions(self) -> pd.DataFrame:
-        return free_table(self._curves, self._points, self.spec["margin"])
+        return free_table(self._curves, self._points, self.spec["margin"], self.above_chance)
+
+    @functools.cached_property
+    def _against_random(self) -> pd.DataFrame:
+        return against_random(self._points)
 
     @functools.cached_property
     def _grid(self) -> pd.DataFrame:
-        return grid_table(self._evaluations, self.spec["margin"], self.description["anatomy"]["parameters"],
+        return grid_table(self._shown, self.spec["margin"], self.description["anatomy"]["parameters"],
                           {task: self._constant(task) for task in self.known_tasks})
 
     @functools.cached_property
     def _transfer(self) -> pd.DataFrame:
-        return transfer_table(self._evaluations, list(self.description.get("unseen", ())))
+        return transfer_table(self._shown, list(self.description.get("unseen", ())))
 
     def baseline(self, task: str, k: int) -> float:
         """What chance, or the best constant answer where that is better, gets; for "mean" the mean over tasks."""

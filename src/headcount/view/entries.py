@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from headcount.ledger import Entry
+from headcount.pruning import score_of
 
 # An entry's job and what is known of its result, without the table.
 Described: TypeAlias = Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]
@@ -16,7 +17,7 @@ IMPORTANCE = ["task", "num_fewshot", "component", "layer", "head", "method", "sc
               "num_examples"]
 _LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fraction", "layer", "head", "heads_removed",
            "ffns_removed", "parameters_removed")
-_EVALUATION = ["task", "num_fewshot", "split", *_LABELS, "job", "members", "doc_id", "passage", "correct"]
+_EVALUATION = ["task", "num_fewshot", "split", *_LABELS, "score", "job", "members", "doc_id", "passage", "correct"]
 _INDUCTION = ["layer", "head", "prefix_matching", "copying", "previous_token", "ov_copying", "induction", "weights",
               "protocol", "sequences"]
 
@@ -30,13 +31,17 @@ def evaluation_rows(entries: Iterable[Entry], aggregate: str) -> pd.DataFrame:
     """
     frames = []
     for number, entry in enumerate(entries):
-        if entry.job["curve"].get("aggregate", aggregate) != aggregate:
+        curve = entry.job["curve"]
+        together = curve.get("heads", curve)  # of the grid
+        if together.get("aggregate", aggregate) != aggregate:
             continue
         labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
         labels.insert(0, "mask", range(len(labels)))
         for name in ("split", "num_fewshot", "task"):
             labels.insert(1, name, entry.job[name])
-        labels = labels.assign(job=number, members=len(entry.job["curve"].get("importance", ())))
+        members = together.get("importance", [])
+        labels = labels.assign(score=score_of(curve), job=number,
+                               members=len(members) if isinstance(members, list) else 1)
         frames.append(labels.merge(entry.table, on="mask").drop(columns="mask"))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_EVALUATION)
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from headcount import intervals
+from headcount.view.curves import OWN_ORDERS, RANDOM
 from headcount.view.points import (
     MEAN,
     Points,
@@ -19,16 +21,13 @@ from headcount.view.points import (
     removed_by,
     with_mean,
 )
-from headcount.view.relations import RANDOM
 
 GRID = ["task", "num_fewshot", "heads_fraction", "ffns_fraction", "heads_removed", "ffns_removed",
         "parameters_removed_share", "accuracy", "low", "high", "difference", "difference_low", "difference_high", "p",
-        "documents", "changed", "within_margin", "baseline"]
+        "documents", "changed", "fell", "rose", "verdict", "within_margin", "baseline", "order"]
 TRANSFER = ["task", "num_fewshot", "component", "donor", "fraction", "accuracy", "low", "high", "difference",
-            "difference_low", "difference_high", "p", "documents", "changed", "unseen"]
+            "difference_low", "difference_high", "p", "documents", "changed", "fell", "rose", "unseen"]
 OWN = "own"
-# Orders of curves that are the task's own.
-_OWN = ["gradient", "oracle"]
 
 
 def grid_table(
@@ -51,9 +50,10 @@ def grid_table(
             continue
         points = points_of(of_task, full, constant=constants.get(str(task), 0.0))
         steps = (set(of_task["fraction"]), set(of_task["ffn_fraction"]))
-        curves = same[same["order"].isin(_OWN) & same["doc_id"].isin(of_task["doc_id"].unique())]
+        curves = same[same["order"].isin(OWN_ORDERS) & same["doc_id"].isin(of_task["doc_id"].unique())]
+        own = not (of_task["donor"] == MEAN).any()
         for (component, fraction), of_point in groups(curves, "component", "fraction"):
-            if fraction in steps[component == "ffn"]:
+            if own and fraction in steps[component == "ffn"]:
                 points.add((fraction, 0.0) if component == "head" else (0.0, fraction), of_point)
         for (heads, ffns), of_point in groups(of_task, "fraction", "ffn_fraction"):
             points.add((heads, ffns), of_point)
@@ -61,23 +61,28 @@ def grid_table(
     found = [row for k, of_tasks in sorted(by_shots.items())
              for task, members in with_mean(of_tasks, finished(of_tasks))
              for row in _grid_rows(task, k, list(members.values()), margin, parameters)]
-    return pd.DataFrame(found, columns=GRID)
+    together = (rows.loc[rows["order"] == "grid", "donor"] == MEAN).any()
+    return pd.DataFrame(found, columns=[c for c in GRID if c != "order"]).assign(order=MEAN if together else OWN)
 
 
 def _grid_rows(
     task: str, k: int, tasks: Sequence[Points], margin: float, parameters: int
 ) -> list[dict[str, Any]]:
     keys = sorted(set.intersection(*({*t.values} for t in tasks)))
-    found, _ = compared(tasks, [None, *keys])
+    found = compared(tasks, [None, *keys])
+    baseline = float(np.mean([t.baseline for t in tasks]))
+    # At chance there is nothing to lose: no cell is shown to be within the margin of anything.
+    able = found[None].low > baseline
     rows = []
     for key in [None, *keys]:
         one, removed = found[key], removed_by(tasks, key)
         heads, ffns = key or (0.0, 0.0)
+        told = intervals.verdict(one.difference_low, one.difference_high, margin) if key else intervals.WITHIN
         rows.append({"task": task, "num_fewshot": k, "heads_fraction": heads, "ffns_fraction": ffns,
                      "heads_removed": int(removed.heads), "ffns_removed": int(removed.ffns),
                      "parameters_removed_share": removed.parameters / parameters, **vars(one),
-                     "within_margin": key is None or one.difference_low > -margin + 1e-9,
-                     "baseline": float(np.mean([t.baseline for t in tasks]))})
+                     "verdict": told if able else intervals.UNKNOWN,
+                     "within_margin": able and told == intervals.WITHIN, "baseline": baseline})
     return rows
 
 
@@ -105,7 +110,8 @@ def transfer_table(evaluations: pd.DataFrame, unseen: Sequence[str]) -> pd.DataF
     # The full model stands there once, for all fractions: there is no one order of the task's own to compare it with.
     apart = (table["donor"] == "none") & ~table["unseen"].astype(bool)
     table.loc[apart, ["difference", "difference_low", "difference_high", "p"]] = np.nan
-    table["changed"] = table["changed"].astype("Int64").mask(apart)
+    for name in ("changed", "fell", "rose"):
+        table[name] = table[name].astype("Int64").mask(apart)
     return table.sort_values(["num_fewshot", "component"], kind="stable", ignore_index=True)
 
 
@@ -132,7 +138,7 @@ def _transfer_points(moved: pd.DataFrame, same: pd.DataFrame, component: str) ->
     points = points_of(moved, same[same["order"] == "none"])
     alike = same[(same["component"] == component) & same["doc_id"].isin(moved["doc_id"].unique())
                  & same["fraction"].isin(moved["fraction"].unique())]
-    for name, orders in ((OWN, _OWN), (RANDOM, [RANDOM])):
+    for name, orders in ((OWN, OWN_ORDERS), (RANDOM, [RANDOM])):
         for fraction, of_step in groups(alike[alike["order"].isin(orders)], "fraction"):
             points.add((name, fraction), of_step)
     for (donor, fraction), of_step in groups(moved, "donor", "fraction"):
@@ -146,12 +152,12 @@ def _transfer_rows(
     own = None if unseen else (OWN, fraction)
     keys = [None, *dict.fromkeys(key for t in tasks.values() for key in t.values if key[1] == fraction)]
     shared = [key for key in keys if key is None or all(key in t.values for t in tasks.values())]
-    found, _ = compared(list(tasks.values()), shared, to=own)
+    found = compared(list(tasks.values()), shared, to=own)
     for key in (key for key in keys if key not in shared):
         # A task is no donor to itself: on the mean it is one to all others, or not yet.
         others = {name: t for name, t in tasks.items() if key in t.values}
         if {*tasks} - {*others} == {key[0]}:
-            found |= compared(list(others.values()), [key], to=own)[0]
+            found |= compared(list(others.values()), [key], to=own)
     return [{"task": task, "num_fewshot": k, "component": component, "donor": key[0] if key else "none",
              "fraction": fraction if key else 0.0, **vars(found[key]), "unseen": unseen}
             for key in keys if key in found]

@@ -1,12 +1,11 @@
 """Points that are compared document by document: one task's metric under the full model and under every mask of a kind.
 
-Means over tasks are unweighted; their intervals come from documents drawn within each task, those of a passage
-together. A task's documents are drawn alike at every number of shots, and other ones for another task.
+Means over tasks are unweighted. Intervals of accuracies and of differences are those of `headcount.intervals`, those
+documents of a task that share a passage together.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -15,11 +14,14 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from headcount import stats
+from headcount import intervals, stats
+from headcount.intervals import Sample
 
 MEAN = "mean"
 # What tells masks of one kind apart: (component, order, fraction) for curves; None is the full model.
 Key: TypeAlias = Any
+# Averages such as 2/3 differ from themselves in the last bits, depending on how they were summed.
+_EQUAL = 1e-9
 
 
 class Removed(NamedTuple):
@@ -38,16 +40,16 @@ class Points:
         full: The full model's metric.
         passages: Equal numbers for documents of one passage.
         baseline: What guessing, or the best constant answer, gets.
-        seed: Of the draws of documents.
         values: The metric under each mask; several random orders are averaged.
+        draws: The same of every random order by itself, in the order of their seeds.
         removed: What each mask removes.
     """
 
     full: Float[np.ndarray, " doc"]
     passages: Int[np.ndarray, " doc"]
     baseline: float
-    seed: int
     values: dict[Key, Float[np.ndarray, " doc"]] = field(default_factory=dict)
+    draws: dict[Key, Float[np.ndarray, "draw doc"]] = field(default_factory=dict)
     removed: dict[Key, Removed] = field(default_factory=dict)
 
     def add(self, key: Key, rows: pd.DataFrame) -> None:
@@ -56,12 +58,24 @@ class Points:
         Two jobs may have measured the same: a task that was unseen has a random order on the documents of transfer,
         which may be fewer, beside that of its curve.
         """
-        rows = rows.drop_duplicates(["order_seed", "doc_id"])
-        if rows["doc_id"].nunique() < len(self.full):
+        wide = rows.drop_duplicates(["order_seed", "doc_id"]).pivot(
+            index="order_seed", columns="doc_id", values="correct")
+        whole = wide.dropna()
+        if wide.shape[1] < len(self.full) or whole.empty:
             return
-        self.values[key] = rows.groupby("doc_id")["correct"].mean().to_numpy(np.float64)
-        self.removed[key] = Removed(*(float(rows[f"{what}_removed"].mean())
+        self.draws[key] = whole.to_numpy(np.float64)
+        self.values[key] = self.draws[key].mean(axis=0)
+        kept = rows[rows["order_seed"].isin(whole.index)]
+        self.removed[key] = Removed(*(float(kept[f"{what}_removed"].mean())
                                       for what in ("heads", "ffns", "parameters")))
+
+    def metric(self, key: Key) -> Float[np.ndarray, " doc"]:
+        """The metric under a mask, of the full model where the key is None."""
+        return self.full if key is None else self.values[key]
+
+    def sample(self, values: Float[np.ndarray, "row doc"]) -> Sample:
+        """Values of these documents, with their passages."""
+        return Sample(values, self.passages)
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,9 @@ class Compared:
     """A mean over documents (and tasks), and its difference to another; bounds are those of 95 % intervals.
 
     Attributes:
-        changed: How many documents' metric differs.
+        fell: How many documents' metric is lower, over all tasks.
+        rose: How many documents' metric is higher.
+        changed: Both together.
         p: Exact paired test that as many documents fell as rose (`stats.mcnemar`), over all tasks' documents.
     """
 
@@ -81,6 +97,8 @@ class Compared:
     difference_high: float
     documents: int
     changed: int
+    fell: int
+    rose: int
     p: float
 
 
@@ -94,40 +112,37 @@ def points_of(rows: pd.DataFrame, full: pd.DataFrame, *, constant: float = 0.0) 
     """
     full = full[full["doc_id"].isin(rows["doc_id"].unique())].sort_values("doc_id") if len(rows) else full
     baseline = stats.baseline(full["num_options"].to_numpy(), constant)
-    return Points(full["correct"].to_numpy(np.float64), full["passage"].to_numpy(np.int64), baseline,
-                  zlib.crc32(str(full["task"].iloc[0]).encode()))
+    return Points(full["correct"].to_numpy(np.float64), full["passage"].to_numpy(np.int64), baseline)
 
 
-def compared(
-    tasks: Sequence[Points], keys: Sequence[Key], to: Key = None
-) -> tuple[dict[Key, Compared], Float[np.ndarray, "key resample"]]:
+def compared(tasks: Sequence[Points], keys: Sequence[Key], to: Key = None) -> dict[Key, Compared]:
     """Every key's mean over documents and tasks, beside the full model's (key None) or that of `to`.
 
     Args:
         tasks: Each must have all keys.
         keys: What is compared, None for the full model.
         to: What it is compared to.
-
-    Returns:
-        What was found, and the differences of resampled documents, in the order of the keys.
     """
-    wanted = [to, *keys]
-    stacked = [np.stack([t.full if key is None else t.values[key] for key in wanted]) for t in tasks]
-    samples = np.mean([stats.resampled_means(values, clusters=t.passages, seed=t.seed)
-                       for values, t in zip(stacked, tasks, strict=True)], axis=0)
+    stacked = [np.stack([t.metric(key) for key in keys]) for t in tasks]
+    away = [values - t.metric(to) for values, t in zip(stacked, tasks, strict=True)]
+    accuracy = intervals.accuracy_interval([t.sample(v) for t, v in zip(tasks, stacked, strict=True)])
+    difference = intervals.difference_interval([t.sample(v) for t, v in zip(tasks, away, strict=True)])
     means = np.mean([values.mean(axis=1) for values in stacked], axis=0)
-    low, high = stats.interval(samples)
-    differences = samples - samples[0]
-    difference_low, difference_high = stats.interval(differences)
+    changes = np.mean([values.mean(axis=1) for values in away], axis=0)
+    together = np.concatenate(away, axis=1)
     offsets = np.cumsum([0, *(t.passages.max(initial=0) + 1 for t in tasks)])
-    together = np.concatenate(stacked, axis=1)
     owners = np.concatenate([t.passages + offset for t, offset in zip(tasks, offsets, strict=False)])
-    p = stats.mcnemar(together[0], together, clusters=owners)
-    changed = (~np.isclose(together, together[0], rtol=0, atol=1e-9)).sum(axis=1)
-    found = {key: Compared(float(means[i]), float(low[i]), float(high[i]), float(means[i] - means[0]),
-                           float(difference_low[i]), float(difference_high[i]), together.shape[1], int(changed[i]),
-                           float(p[i])) for i, key in enumerate(wanted) if i}
-    return found, differences[1:]
+    p = stats.mcnemar(np.zeros(together.shape[1]), together, clusters=owners)
+    fell, rose = (together < -_EQUAL).sum(axis=1), (together > _EQUAL).sum(axis=1)
+    return {key: Compared(float(means[i]), float(accuracy.low[i]), float(accuracy.high[i]), float(changes[i]),
+                          float(difference.low[i]), float(difference.high[i]), together.shape[1],
+                          int(fell[i] + rose[i]), int(fell[i]), int(rose[i]), float(p[i]))
+            for i, key in enumerate(keys)}
+
+
+def changes(tasks: Sequence[Points], keys: Sequence[Key]) -> list[Sample]:
+    """Every task's changes to the full model, a row for each key."""
+    return [t.sample(np.stack([t.metric(key) - t.full for key in keys])) for t in tasks]
 
 
 def removed_by(tasks: Sequence[Points], key: Key) -> Removed:
