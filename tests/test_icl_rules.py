@@ -133,15 +133,16 @@ def number(text: str) -> int:
     return total + part
 
 
-def place(text: str) -> int:
-    """Reads an ordinal: "twenty-first" or "21st"."""
+def place(text: str) -> int | None:
+    """Reads an ordinal, "twenty-first" or "21st"; None if it is no ordinal."""
     digits = re.fullmatch(r"(\d+)(st|nd|rd|th)", text)
     if digits:
         n, ending = int(digits[1]), digits[2]
         teens = n % 100 in (11, 12, 13)
-        assert ending == ("th" if teens or not 1 <= n % 10 <= 3 else ("st", "nd", "rd")[n % 10 - 1])
-        return n
+        return n if ending == ("th" if teens or not 1 <= n % 10 <= 3 else ("st", "nd", "rd")[n % 10 - 1]) else None
     *before, last = text.split("-")
+    if last not in FROM_ORDINAL and not last.endswith("th"):
+        return None
     cardinal = FROM_ORDINAL.get(last) or re.sub(r"ie$", "y", last.removesuffix("th"))
     return number("-".join([*before, cardinal]))
 
@@ -155,7 +156,8 @@ def follows(query: str, answer: str) -> bool:
         return answer in string.ascii_uppercase and ord(answer) == ord(query) + 1
     if query.split("-")[-1] in READ or query.isdigit():
         return query.isdigit() == answer.isdigit() and number(answer) == number(query) + 1
-    return query[0].isdigit() == answer[0].isdigit() and place(answer) == place(query) + 1
+    before, after = place(query), place(answer)
+    return query[0].isdigit() == answer[0].isdigit() and None not in (before, after) and after == before + 1
 
 
 def says(query: str, answer: str) -> bool:
@@ -202,6 +204,22 @@ def test_the_right_option_is_right_by_rule_and_no_other_is(task: str) -> None:
     for query, answer, wrong in documents(task):
         assert RULES[task](query, answer), (query, answer)
         assert not any(RULES[task](query, option) for option in wrong), (query, wrong)
+
+
+@pytest.mark.parametrize(("task", "mistakes"), [
+    ("icl_adverb", "easy:easyly basic:basicly public:publically gentle:gentlely true:truely final:finaly shy:shily"),
+    ("icl_comparative", "big:biger happy:happyer slow:slowwer cool:cooller good:gooder"),
+    ("icl_first_letter", "bread:r bread:B"),
+    ("icl_gerund", "tie:tieing see:seing run:runing open:openning make:makeing mix:mixxing"),
+    ("icl_number_word", "21:thirty-one 21000:twenty-one-million 700:seven 99:ninety-nine-hundred"),
+    ("icl_past_tense", "stop:stoped visit:visitted play:plaied prefer:prefered try:tryed go:goed"),
+    ("icl_pattern", "a_b_a_b:b a_b_a:a a_a_a_a:a a_b_a_b_a_b:a"),
+    ("icl_plural", "city:citys leaf:leafs day:daies box:boxs hero:heros"),
+    ("icl_successor", "B:D December:February 1st:2th twenty-ninth:thirty first:two nine:10 9th:tenth"),
+])
+def test_the_rules_refuse_mistakes(task: str, mistakes: str) -> None:
+    for query, answer in (pair.split(":") for pair in mistakes.split()):
+        assert not RULES[task](query.replace("_", " "), answer), (query, answer)
 
 
 def test_verbs_have_one_past() -> None:
