@@ -305,7 +305,7 @@ def test_a_chat_template_must_be_there(model_folder: Path, tmp_path: Path) -> No
 def test_tasks_are_listed(tmp_path: Path) -> None:
     done = headcount("tasks", "icl_plural", "piqa", "--data", tiny.write_task(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert re.search(r"icl_plural +80 +60\* +4 +0\.250 +acc", done.stdout)
+    assert re.search(r"icl_plural +113 +200\* +4 +0\.250 +acc", done.stdout)
     assert re.search(r"piqa +12 +8\* +2 +0\.500 +acc", done.stdout)
     assert headcount("tasks", "pika").returncode == 2
     absent = headcount("tasks", "copa", "--data", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import sys
@@ -31,11 +32,30 @@ REQUIRED = (
     "sentiment",
     "successor",
 )
+# 200 evaluated documents each, so that a relation can carry a claim of its own.
+ENLARGED = tuple(f"icl_{relation}" for relation in (
+    "adverb", "comparative", "first_letter", "gerund", "number_word", "past_tense", "pattern", "plural", "successor"))
+# The first half of the SHA-256 of train and validation of the others as they were before any relation was enlarged:
+# studies of them stay valid as long as these bytes do.
+KEPT = {
+    "icl_agent": "5d67097756b795ef",
+    "icl_animal_young": "5db0f22d1b498302",
+    "icl_antonym": "cdb0667ef8ba5166",
+    "icl_capital": "55305952af7be037",
+    "icl_category": "ed9d1bf5a9d2f962",
+    "icl_continent": "0548c821010ad823",
+    "icl_demonym": "739f2daad14770c1",
+    "icl_english_french": "5400f1dbb7967233",
+    "icl_english_german": "9721abd9a679d4b5",
+    "icl_english_spanish": "254e9d08a51cb19e",
+    "icl_nominal": "7cf7b58a4c87dd6e",
+    "icl_sentiment": "1fd05479a4192753",
+    "icl_sentiment_arbitrary": "52dbf0dd9ca65230",
+}
 
 
-def load_builder() -> ModuleType:
-    """Imports ``tools/build_icl.py``, which belongs to no package."""
-    name = "build_icl"
+def load_tool(name: str) -> ModuleType:
+    """Imports a module of ``tools``, which belongs to no package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -45,7 +65,8 @@ def load_builder() -> ModuleType:
     return module
 
 
-BUILDER = load_builder()
+BUILDER = load_tool("build_icl")
+ROWS = load_tool("icl_rows")
 
 
 def read_documents(task: str, split: str) -> list[dict[str, Any]]:
@@ -82,10 +103,37 @@ def test_schema(task: str) -> None:
 def test_counts_and_distinct_queries(task: str) -> None:
     queries = {split: [d["query"] for d in read_documents(task, split)] for split in SPLITS}
     assert len(queries["train"]) >= 60
-    assert len(queries["validation"]) >= 54
+    assert len(queries["validation"]) == (200 if task in ENLARGED else 60)
     every = queries["train"] + queries["validation"]
     assert len(every) >= 120
     assert len(set(every)) == len(every)
+
+
+def test_relations_that_were_not_enlarged_keep_their_bytes() -> None:
+    assert sorted([*KEPT, *ENLARGED]) == TASKS
+    for task, digest in KEPT.items():
+        files = [(DATA / task / f"{split}.jsonl").read_bytes() for split in SPLITS]
+        assert hashlib.sha256(b"".join(files)).hexdigest()[:16] == digest, task
+
+
+@pytest.mark.parametrize("items", [259, 260])
+def test_a_relation_is_enlarged_when_shots_are_left_for_it(items: int) -> None:
+    made = [BUILDER.Item(f"q{n}", f"a{n}") for n in range(items)]
+    files = BUILDER.build_task("icl_made", made)
+    evaluated = 200 if items == 260 else 60
+    assert files["validation.jsonl"].count("\n") == evaluated
+    assert files["train.jsonl"].count("\n") == items - evaluated
+
+
+def test_tables_made_by_definition_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = ("first_letter", "number_word", "pattern", "successor")
+    # Only the words are read of the table of first letters.
+    (tmp_path / "icl_first_letter.tsv").write_bytes(table("icl_first_letter").read_bytes())
+    monkeypatch.setattr(ROWS, "SOURCE", tmp_path)
+    ROWS.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"icl_{relation}.tsv" for relation in made]
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == table(path.stem).read_bytes()
 
 
 @pytest.mark.parametrize("task", TASKS)
