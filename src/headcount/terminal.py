@@ -229,11 +229,13 @@ def print_importance(study: Study, asked: Asked, component: Component, method: s
     """The most and the least important heads, or every FFN, per task and number of shots."""
     from headcount.view.points import groups
     from headcount.view.scores import most_important_first, name_of
+    from headcount.view.words import score_name
 
     importance = asked.of(study.importance(), study)
     score = "accuracy" if (component, method) == ("head", "oracle") else study.ordering_scores[component]
     rows, ties = (importance[(importance["component"] == component) & (importance["score"] == name)]
                   for name in (score, study.tie_scores.get(component, score)))
+    _out.print(f"by {score_name(score)}", highlight=False)
     table = _table("task", "shots|r", component, "importance|r", "standard error|r")
     for (task, k), group in groups(rows, "task", "num_fewshot"):
         ranked: list[Any] = most_important_first(group, ties).to_dict("records")
@@ -250,7 +252,8 @@ def print_curves(study: Study, asked: Asked) -> None:
     """Accuracy along every curve, a table per task: ten fractions fit in 80 columns."""
     from headcount.view.points import groups
 
-    names = {"head": "heads", "ffn": "FFNs", "gradient": "by gradient", "oracle": "by oracle", "random": "at random"}
+    names = {"head": "heads", "ffn": "FFNs", "gradient": "by gradient", "oracle": "by oracle", "random": "at random",
+             "common": "by one order"}
     for task, of_task in groups(asked.of(study.curves(), study), "task"):
         fractions = sorted(of_task["fraction"].unique())
         table = _table("shots|r", "% removed of", *(f"{100 * f:.3g}|r" for f in fractions))

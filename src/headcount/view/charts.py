@@ -6,7 +6,7 @@ hangs on colour alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ alt.data_transformers.disable_max_rows()
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 COMPONENTS = {"head": "attention heads", "ffn": "FFNs"}
-_BY = {"gradient": "by importance", "oracle": "by importance", "random": "at random"}
+_BY = {"gradient": "each task's own order", "oracle": "each task's own order", "common": "one order for all tasks",
+       "random": "at random"}
+_DASHES = {"each task's own order": [1, 0], "one order for all tasks": [1, 3], "at random": [4, 3]}
+_OWN = 'datum.by == "each task\'s own order"'
 LEGEND = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 260}
 _CONFIG = {
     "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
@@ -58,9 +61,9 @@ def task_curves(curves: pd.DataFrame, component: str) -> Chart:
     tasks = list(dict.fromkeys([*([MEAN] if (rows["task"] == MEAN).any() else []), *rows["task"]]))
     x = alt.X("percent:Q", title=f"{COMPONENTS[component]} removed (%)", scale=alt.Scale(domain=[0, 100]))
     base = alt.Chart().encode(x=x)
-    band = base.transform_filter("datum.by != 'at random'").mark_area(opacity=0.15).encode(
+    band = base.transform_filter(_OWN).mark_area(opacity=0.15).encode(
         y=alt.Y("low:Q", title="accuracy", scale=alt.Scale(domain=[0, 1])), y2="high:Q", color=shots_colour(rows))
-    line = base.mark_line(strokeWidth=1.8).encode(y="accuracy:Q", color=shots_colour(rows), strokeDash=_orders())
+    line = base.mark_line(strokeWidth=1.8).encode(y="accuracy:Q", color=shots_colour(rows), strokeDash=_orders(rows))
     dots = base.mark_circle(size=16, opacity=1).encode(y="accuracy:Q", color=shots_colour(rows),
                                                        tooltip=_curve_tooltip())
     chart = alt.layer(band, line, dots, data=rows).properties(width=180, height=125).facet(
@@ -91,8 +94,8 @@ def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
     chart = alt.Chart(rows[columns]).mark_rect().encode(
         x=alt.X("head:O", title="head", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         y=alt.Y("layer:O", title="layer (0 is next to the input)", sort="descending", axis=alt.Axis(labelOverlap=True)),
-        color=alt.Color("share:Q", title="share of the largest", scale=alt.Scale(type="sqrt", scheme="viridis",
-                                                                                 domain=[0, 1])),
+        color=alt.Color("share:Q", title=f"share of the largest ({score})",
+                        scale=alt.Scale(type="sqrt", scheme="viridis", domain=[0, 1])),
         tooltip=[alt.Tooltip("name:N", title="head"), alt.Tooltip("task:N"), alt.Tooltip("shots:N"),
                  alt.Tooltip("importance:Q", format=".3g"),
                  alt.Tooltip("stderr:Q", title="standard error", format=".2g")],
@@ -100,14 +103,21 @@ def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
     return dressed(with_menu(of_one_task(chart, rows, choose).facet(column=shots_column(rows)), rows, choose))
 
 
-def ffn_bars(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
-    """Importance of every FFN by layer, by oracle and by gradient; arguments as in `head_map`."""
-    rows = importance[(importance["component"] == "ffn") & importance["score"].isin(["accuracy", score])]
+def ffn_bars(importance: pd.DataFrame, scores: Sequence[str], *, choose: bool) -> Chart:
+    """Importance of every FFN by layer, a row of panels for each score, the first one above; `choose` as in `head_map`.
+
+    Args:
+        importance: `Study.importance()`.
+        scores: Which scores, those that were not measured are left out.
+        choose: With a menu for the task.
+    """
+    rows = importance[(importance["component"] == "ffn") & importance["score"].isin(list(scores))]
     rows = _with_mean(rows)
     rows["name"] = [f"L{layer}F" for layer in rows["layer"]]
     rows["shots"] = rows["num_fewshot"].map(shots)
     rows["low"], rows["high"] = rows["importance"] - rows["stderr"], rows["importance"] + rows["stderr"]
-    titles = {"accuracy": "accuracy lost without it", score: "gradient score (nats)"}
+    known = {"accuracy": "accuracy lost without it", "gold_loglikelihood": "log-likelihood lost (nats)"}
+    titles = {score: known.get(score, "gradient score (nats)") for score in scores}
     width = max(220, min(420, 9 * (int(rows["layer"].max()) + 1)))
     panels = []
     for name, title in titles.items():
@@ -142,28 +152,30 @@ def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, fl
     base = alt.Chart(labelled).encode(x=alt.X("percent:Q", title="removed (%)", scale=alt.Scale(domain=[0, 100]),
                                                     axis=alt.Axis(values=list(range(0, 101, 20)))))
     y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
-    band = base.transform_filter("datum.by != 'at random'").mark_area(opacity=0.18).encode(
+    band = base.transform_filter(_OWN).mark_area(opacity=0.18).encode(
         y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=shots_colour(labelled))
-    line = base.mark_line(strokeWidth=2).encode(y=y, color=shots_colour(labelled), strokeDash=_orders())
+    line = base.mark_line(strokeWidth=2).encode(y=y, color=shots_colour(labelled), strokeDash=_orders(labelled))
     dots = base.mark_circle(size=30, opacity=1).encode(y=y, color=shots_colour(labelled), tooltip=_curve_tooltip())
     guess = pd.DataFrame({"accuracy": sorted(set(baselines.values()))[:1]})
     chance = alt.Chart(guess).mark_rule(color="#888", strokeDash=[2, 3]).encode(y="accuracy:Q")
     word = alt.Chart(guess).mark_text(align="left", dx=4, color="#666", fontSize=10).encode(
         y="accuracy:Q", x=alt.datum(100), text=alt.value("guessing"))
-    marks = free[free["free_fraction"] > 0].assign(
-        percent=lambda t: 100 * t["free_fraction"], shots=lambda t: t["num_fewshot"].map(shots))
+    marks = free[free["free_fraction"] > 0].assign(percent=lambda t: 100 * t["free_fraction"], by=lambda t: t[
+        "order"].map(_BY), shots=lambda t: t["num_fewshot"].map(shots))
     layers = [band, chance, word, line, dots]
     if len(marks):
         layers.append(alt.Chart(marks).mark_point(shape="diamond", size=190, filled=True, stroke="black",
                                                   strokeWidth=1.2, opacity=1).encode(
             x="percent:Q", y="accuracy:Q", color=shots_colour(labelled),
-            tooltip=[alt.Tooltip("percent:Q", title="free (%)"), "shots:N", alt.Tooltip("accuracy:Q", format=".3f")]))
+            tooltip=[alt.Tooltip("percent:Q", title="free (%)"), alt.Tooltip("by:N", title="removed"), "shots:N",
+                     alt.Tooltip("accuracy:Q", format=".3f")]))
     return alt.layer(*layers)
 
 
 def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["order"] != "none"]
-    columns = ["task", "accuracy", "low", "high", "removed", "parameters_removed", "difference"]
+    columns = ["task", "accuracy", "low", "high", "removed", "parameters_removed", "difference", "difference_low",
+               "difference_high", "verdict"]
     return rows[columns].round(4).assign(
         p=rows["p"].map(lambda p: float(f"{p:.2g}")), percent=(100 * rows["fraction"]).round(2),
         by=rows["order"].map(_BY), shots=rows["num_fewshot"].map(shots))
@@ -186,10 +198,10 @@ def shots_colour(rows: pd.DataFrame) -> alt.Color:
                      legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1))
 
 
-def _orders() -> alt.StrokeDash:
-    return alt.StrokeDash("by:N", title="removed", scale=alt.Scale(domain=["by importance", "at random"],
-                                                                   range=[[1, 0], [4, 3]]),
-                          legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=2, symbolSize=300))
+def _orders(rows: pd.DataFrame) -> alt.StrokeDash:
+    used = {name: dash for name, dash in _DASHES.items() if (rows["by"] == name).any()}
+    return alt.StrokeDash("by:N", title="removed", scale=alt.Scale(domain=list(used), range=list(used.values())),
+                          legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, labelLimit=260))
 
 
 def _curve_tooltip() -> list[alt.Tooltip]:
@@ -197,7 +209,10 @@ def _curve_tooltip() -> list[alt.Tooltip]:
             alt.Tooltip("percent:Q", title="removed (%)"), alt.Tooltip("removed:Q", title="how many"),
             alt.Tooltip("parameters_removed:Q", title="parameters", format=","),
             alt.Tooltip("accuracy:Q", format=".3f"), alt.Tooltip("low:Q", format=".3f"),
-            alt.Tooltip("high:Q", format=".3f"), alt.Tooltip("difference:Q", format="+.3f"),
+            alt.Tooltip("high:Q", format=".3f"), alt.Tooltip("difference:Q", title="to the full model", format="+.3f"),
+            alt.Tooltip("difference_low:Q", title="at least (95 %)", format="+.3f"),
+            alt.Tooltip("difference_high:Q", title="at most (95 %)", format="+.3f"),
+            alt.Tooltip("verdict:N", title="of the margin"),
             alt.Tooltip("p:Q", title="p of the difference", format=".2g")]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from headcount.intervals import WITHIN
 from headcount.view import words as say
 from headcount.view.points import MEAN, groups
 from headcount.view.relations import RANDOM
@@ -58,15 +59,16 @@ def grid_sentence(grid: pd.DataFrame, margin: float) -> str:
     ffns = free.loc[free["heads_fraction"] == 0, "ffns_fraction"].max()
     alone = f"alone, at the grid's steps, {say.share(heads)} of the heads or {say.share(ffns)} of the FFNs can go"
     joint = free[(free["heads_removed"] > 0) & (free["ffns_removed"] > 0)]
-    loss = f"a loss of {100 * margin:.3g} points or more"
+    ruled_out = say.told(WITHIN, margin)
     if not ((rows["heads_removed"] > 0) & (rows["ffns_removed"] > 0)).any():
         return f"{beginning}no cell removes both heads and FFNs: ask for larger fractions."
     if joint.empty:
-        first = (rows.loc[rows[name] > 0, name].min() for name in ("heads_fraction", "ffns_fraction"))
-        alone = f"; {alone}" if heads > 0 or ffns > 0 else (
-            f", nor are the grid's first steps alone, {' of the heads and '.join(map(say.share, first))} of the FFNs")
-        return (f"{beginning}heads and FFNs are not shown to be free jointly: on every way {loss} {say.on(rows)} "
-                f"cannot be ruled out{alone}.")
+        both = rows[(rows["heads_removed"] > 0) & (rows["ffns_removed"] > 0)].sort_values("parameters_removed_share")
+        first = both.iloc[0]
+        alone = f"; {alone}" if heads > 0 or ffns > 0 else ""
+        return (f"{beginning}heads and FFNs are not shown to be free jointly: without "
+                f"{say.share(first['heads_fraction'])} of the heads and {say.share(first['ffns_fraction'])} of the FFNs accuracy {say.on(rows)} changes by "
+                f"{say.points(first)} points, {say.told(first['verdict'], margin)}{alone}.")
     best = joint.iloc[-1]
     end = rows[["heads_fraction", "ffns_fraction"]].max()
     edge = ", and the grid goes no further" if (best[end.index] == end).all() else ""
@@ -74,7 +76,7 @@ def grid_sentence(grid: pd.DataFrame, margin: float) -> str:
     return (f"{beginning}{say.share(best['heads_fraction'])} of the heads and {say.share(best['ffns_fraction'])} of "
             f"the FFNs can go jointly, {say.percent(best['parameters_removed_share'])} of all parameters{edge}; "
             f"{alone}. Accuracy {say.on(rows)} is then {best['accuracy']:.3f}{than} (95 % interval of the difference "
-            f"{say.between(best)} points; {loss} is ruled out at every step of a way there).")
+            f"{say.between(best)} points; {ruled_out} at every step of a path there).")
 
 
 def tasks_sentence(correlations: pd.DataFrame, component: str, *, score: str | None = None) -> str:
@@ -184,12 +186,21 @@ def transfer_sentence(transfer: pd.DataFrame, component: str, *, fraction: float
 
 
 def _own_needed(rows: pd.DataFrame) -> str:
-    row = rows[rows["donor"] == WITHOUT_OWN].dropna(subset=["difference_low", "difference_high"])
-    if row.empty:
-        return ""
-    low, high = row["difference_low"].iloc[0], row["difference_high"].iloc[0]
-    return (" A task's own order is the better one." if high < 0 else " The other tasks' mean order is the better one."
-            if low > 0 else " No gain of a task's own order over the other tasks' mean is shown.")
+    """How many single donors are shown to be worse than the own order, or better, and the other tasks' mean order."""
+    known = rows.dropna(subset=["difference_low", "difference_high"])
+    donors, mean = known[~known["donor"].isin(SUMMARIES)], known[known["donor"] == WITHOUT_OWN]
+    said = []
+    if len(donors):
+        worse, better = int((donors["difference_high"] < 0).sum()), int((donors["difference_low"] > 0).sum())
+        of = f"the {len(donors)} single donors" if len(donors) > 1 else "the one donor"
+        said.append(f"of {of} {worse} {'is' if worse == 1 else 'are'} shown to be worse than a task's own order, "
+                    f"{better} better (not corrected for their number)")
+    if len(mean):
+        low, high = mean["difference_low"].iloc[0], mean["difference_high"].iloc[0]
+        shown = "is shown to be worse" if high < 0 else "is shown to be better" if low > 0 else (
+            "is shown to be neither better nor worse")
+        said.append(f"the other tasks' mean order {shown}")
+    return f" {said[0][0].upper()}{'; '.join(said)[1:]}." if said else ""
 
 
 def unseen_sentence(transfer: pd.DataFrame, component: str, *, fraction: float | None = None) -> str:

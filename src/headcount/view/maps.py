@@ -82,7 +82,7 @@ def _step_axis(channel: type[alt.X] | type[alt.Y], field: str, title: str, steps
 
 def _grid_cells(rows: pd.DataFrame) -> pd.DataFrame:
     columns = ["task", "shots", "x", "y", "heads_removed", "ffns_removed", "parameters_removed_share", "accuracy",
-               "low", "high", "difference", "difference_low", "difference_high", "documents"]
+               "low", "high", "difference", "difference_low", "difference_high", "verdict", "documents"]
     of_task = rows.groupby("task")["accuracy"]
     least, most = of_task.transform("min"), of_task.transform("max")
     return rows[columns].round(4).assign(
@@ -109,8 +109,9 @@ def _grid_tooltip() -> list[alt.Tooltip]:
             alt.Tooltip("parameters_removed_share:Q", title="of all parameters", format=".1%"),
             alt.Tooltip("accuracy:Q", format=".3f"), alt.Tooltip("low:Q", format=".3f"),
             alt.Tooltip("high:Q", format=".3f"), alt.Tooltip("difference:Q", title="to the full model", format="+.3f"),
-            alt.Tooltip("difference_low:Q", title="at least", format="+.3f"),
-            alt.Tooltip("difference_high:Q", title="at most", format="+.3f"), alt.Tooltip("documents:Q")]
+            alt.Tooltip("difference_low:Q", title="at least (95 %)", format="+.3f"),
+            alt.Tooltip("difference_high:Q", title="at most (95 %)", format="+.3f"),
+            alt.Tooltip("verdict:N", title="of the margin"), alt.Tooltip("documents:Q")]
 
 
 def induction_maps(induction: pd.DataFrame) -> Chart:

@@ -18,15 +18,17 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
+from headcount.intervals import UNKNOWN, WITHIN
 from headcount.view import charts, primitives, sentences, words
 from headcount.view.analysis import Study, open_study
+from headcount.view.curves import COMMON
 from headcount.view.points import MEAN, groups
 from headcount.view.sections import Section, sections
 from headcount.view.selection import first_differences
 
 # Tables that are written as CSV: names of files, and of the study's methods.
-_CSV = ("curves", "free_fractions", "importance", "aggregate_importance", "depth", "agreement", "grid", "correlations",
-        "top_sets", "top_overlaps", "transfer", "induction", "retained", "induction_among_important", "degenerate")
+_CSV = ("curves", "free_fractions", "against_random", "importance", "aggregate_importance", "depth", "agreement",
+        "grid", "correlations", "top_sets", "top_overlaps", "transfer", "induction", "retained", "induction_among_important", "degenerate")
 _LISTED = 10
 
 
@@ -103,8 +105,8 @@ def _page(study: Study, drawn: list[tuple[Section, dict[str, Any]]], tables: lis
     return environment.get_template("page.html.j2").render(
         title=f"{name}: which heads and FFNs does in-context learning need?",
         what=f"{heads} attention heads, {ffns} FFNs, {words.millions(parameters)} parameters; " + (
-            f"{len(study.tasks)} tasks with {', '.join(words.shots(k) for k in spec['shots'])}; a loss of "
-            f"{100 * spec['margin']:.3g} points of accuracy or more must be ruled out for a share to be called free."
+            f"{words.number_of(len(study.tasks), 'task')} with {words.listed([words.shots(k) for k in spec['shots']])}; "
+            f"a share is called free where {words.told(WITHIN, spec['margin'])}."
             if study.tasks else "no tasks."),
         headline=sentences.headline(study),
         cautions=list(sentences.cautions(study)),
@@ -129,34 +131,20 @@ def _thousandths(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
 def _tables(study: Study) -> Iterator[Table]:
     free = _mean_first(study.free_fractions())
     if len(free):
-        interval = ["" if low != low or fraction == 0 else "unchanged" if not changed
-                    else f"{100 * low:+.1f} to {100 * high:+.1f}"
-                    for fraction, changed, low, high in zip(free["free_fraction"], free["changed"],
-                                                            free["difference_low"], free["difference_high"],
-                                                            strict=True)]
-        share = [f"{100 * f:.3g} %" if f == f else "not defined" for f in free["free_fraction"]]
-        at_most = [f"{100 * f:.3g} %" if f == f else "" for f in free["free_high"]]
-        keys = ["task", "num_fewshot", "component", "order"]
-        differs = free[keys].merge(first_differences(study.curves()), on=keys, how="left")["fraction"]
-        frame = _thousandths(free, "accuracy", "full_accuracy", "baseline").assign(
-            free=share, interval=interval, at_most=at_most,
-            differs_at=[f"{100 * f:.3g} %" if f == f else "no step" for f in differs])[
-            ["task", "num_fewshot", "component", "free", "at_most", "differs_at", "removed", "parameters_removed",
-             "accuracy", "interval", "full_accuracy", "baseline"]]
-        yield Table("Free fractions", "The largest share that can go while a loss of the margin or more is ruled out "
-                    "at every step; endless documents might show more, up to 'at most' (both are the ends of a 95 % "
-                    "interval). 'Differs at': the first step at which as many documents falling as rising is ruled out "
-                    "(McNemar's exact test, p < 0.05 as corrected for the curve's steps by Holm's method). Accuracy at "
-                    "the free share, and the 95 % interval of its difference to the full model in points; 'unchanged' "
-                    "where no document changed, so that there is no interval and a change in about 3 of n documents "
-                    "may go unseen. Baseline: chance, or the best constant answer; not defined where the full model's "
-                    "accuracy is not shown to be above it.", _plain_columns(frame))
+        yield _free(study, free)
     curves = study.curves()
     full = _mean_first(curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"]))
     full = _thousandths(full, "accuracy", "low", "high")
     if len(full):
         yield Table("Accuracy of the full model", "With 95 % interval over documents.",
                     _plain_columns(full[["task", "num_fewshot", "accuracy", "low", "high", "documents"]]))
+    beside = _mean_first(study.against_random())
+    if len(beside):
+        rows = _thousandths(beside, "accuracy", "random", "draw_low", "draw_high", "difference", "difference_low",
+                            "difference_high")
+        yield Table("Importance beside random orders", "Accuracy by the measured order and by random ones (their mean, "
+                    "the least and the most accurate draw); the difference of the two, paired over documents and draws, "
+                    "with its 95 % interval.", _plain_columns(rows))
     pruned = curves[(curves["fraction"] > 0)]
     if len(pruned):
         wide = pruned.assign(percent=[f"{100 * f:.3g} %" for f in pruned["fraction"]]).pivot_table(
@@ -177,6 +165,45 @@ def _tables(study: Study) -> Iterator[Table]:
                         f"{what[0].upper()}{what[1:]}.", frame)
 
 
+def _free(study: Study, free: pd.DataFrame) -> Table:
+    """How much can go, each task by its own order and all by one, and what is known of the next step."""
+    margin = study.spec["margin"]
+    keys = ["task", "num_fewshot", "component", "order"]
+    first = free[keys].merge(first_differences(study.curves()), on=keys, how="left")
+    frame = _thousandths(free, "accuracy", "full_accuracy", "baseline").assign(
+        removed_by=["one order for all tasks" if order == COMMON else "own order" for order in free["order"]],
+        free=[words.share(f) if f == f else "not defined" for f in free["free_fraction"]],
+        at_most=[words.share(f) if f == f else "" for f in free["free_high"]],
+        interval=[f"{words.signed(low)} to {words.signed(high)}" if fraction > 0 else "" for fraction, low, high in zip(
+            free["free_fraction"], free["difference_low"], free["difference_high"], strict=True)],
+        next_step=[f"{words.share(f)}: {words.signed(low)} to {words.signed(high)}" if f == f else "" for f, low, high
+                   in zip(free["next_fraction"], free["next_low"], free["next_high"], strict=True)],
+        there=[_next(row) for _, row in free.iterrows()],
+        differs_at=[f"{words.share(f)} ({words.better_or_worse(d)})" if f == f else "no step" for f, d in zip(
+            first["fraction"], first["difference"], strict=True)])
+    columns = ["task", "num_fewshot", "component", "removed_by", "free", "at_most", "removed", "parameters_removed",
+               "accuracy", "interval", "next_step", "there", "differs_at", "full_accuracy", "baseline"]
+    return Table(
+        "Free fractions", f"Free: the largest share with {words.told(WITHIN, margin)} at every step up to it; "
+        "unlimited documents might show more, up to 'at most' (both are the ends of a 95 % interval). Accuracy at the "
+        "free share, and the 95 % interval of its difference to the full model in points. Next step: the same of the "
+        "first step that is not free. There: whether it is shown to cost more than the margin, or these documents cannot "
+        "tell, and how many in all would, if as large a share of them changed. 'Differs at': the first step at which "
+        "accuracy is shown to be better or worse than the full model's (McNemar's exact test, p < 0.05 as corrected for the "
+        "curve's steps by Holm's method). Baseline: chance, or the best constant answer; not defined where the full "
+        "model is not shown to be above it.", _plain_columns(frame[columns]))
+
+
+def _next(row: pd.Series) -> str:
+    """`costs more`; `cannot tell (about 1,900 documents would)`."""
+    if row["next_verdict"] != row["next_verdict"]:
+        return ""
+    if row["next_verdict"] != UNKNOWN:
+        return str(row["next_verdict"])
+    return f"cannot tell{words.would_tell(row['next_documents'], row['documents']).partition(',')[0].rstrip(')')})" \
+        if words.would_tell(row["next_documents"], row["documents"]) else "cannot tell"
+
+
 def _compared(study: Study) -> Iterator[Table]:
     """What the grid, transfer, top sets and induction say in numbers."""
     grid = study.grid()
@@ -186,7 +213,7 @@ def _compared(study: Study) -> Iterator[Table]:
         yield Table("Heads and FFNs together", "Accuracy on the grid's documents; the difference to the full model's.",
                     _plain_columns(rows[["task", "num_fewshot", "heads_fraction", "ffns_fraction",
                                          "parameters_removed_share", "accuracy", "difference_low", "difference_high",
-                                         "within_margin", "documents"]]))
+                                         "verdict", "documents"]]))
     transfer = study.transfer()
     if len(transfer):
         rows = _thousandths(_mean_first(transfer), "accuracy", "difference", "difference_low", "difference_high")

@@ -9,12 +9,13 @@ from typing import Any
 
 import pandas as pd
 
+from headcount.intervals import COSTS_MORE, WITHIN
 from headcount.view import charts, dots, findings, maps, primitives, sentences, words
 from headcount.view.analysis import Study
 from headcount.view.points import MEAN
-from headcount.view.selection import transferred
+from headcount.view.selection import own_orders, transferred
 
-_BANDS = "Bands are 95 % bootstrap intervals over documents; point at a mark for its numbers."
+_BANDS = "Bands are 95 % intervals over documents; point at a mark for its numbers."
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,25 @@ def _section(
 
 
 def _importance(study: Study) -> Iterator[Section]:
-    importance, score = study.importance(), study.spec["head_score"]
+    importance, score = study.importance(), study.ordering_scores["head"]
     if (importance["component"] == "head").any():
         yield _section(
             "head_map", "Which heads matter", lambda: charts.head_map(importance, score, choose=True),
-            sentences.importance_sentence(study, "head"), "The colour is a head's gradient importance as a share of "
-            "the largest in its panel ('mean' is that of scores); point at a head for its value.",
+            sentences.importance_sentence(study, "head"), f"The colour is a head's importance by "
+            f"{words.score_name(score)} as a share of the largest in its panel ('mean' is that of scores); point at a "
+            "head for its value, and for what the other score says.",
             static=lambda: charts.head_map(importance, score, choose=False))
         yield _section(
             "depth", "Where important heads lie", lambda: dots.depth_bars(study.depth()),
             findings.depth_sentence(study.depth()), "Bars: over tasks, with 95 % intervals over documents where they "
             "are known; dots: single tasks; short lines: the share that a third of the layers has of all heads.")
     if (importance["component"] == "ffn").any():
+        by = study.ordering_scores["ffn"]
+        bars = list(dict.fromkeys([by, "gold_loglikelihood", "accuracy", score]))
         yield _section(
-            "ffn_bars", "Which FFNs matter", lambda: charts.ffn_bars(importance, score, choose=True),
+            "ffn_bars", "Which FFNs matter", lambda: charts.ffn_bars(importance, bars, choose=True),
             sentences.importance_sentence(study, "ffn"), _bars(study), "Lines are plus and minus one standard error; "
-            "every panel has its own scale.", static=lambda: charts.ffn_bars(importance, score, choose=False))
+            "every panel has its own scale.", static=lambda: charts.ffn_bars(importance, bars, choose=False))
 
 
 def _bars(study: Study) -> str:
@@ -77,7 +81,9 @@ def _bars(study: Study) -> str:
     if not ((importance["component"] == "ffn") & (importance["score"] == "accuracy")).any():
         return "Bars: the gradient score."
     documents = "evaluated" if study.spec["protocol"] == "paper" else "training"
-    return f"Above: accuracy lost on {documents} documents when one FFN is off; below: the gradient score."
+    by = words.score_name(study.ordering_scores["ffn"])
+    return (f"From above: {by}, which orders FFNs here, then the other scores. What is lost is measured on {documents} "
+            "documents with one FFN off.")
 
 
 def _curves(study: Study) -> Iterator[Section]:
@@ -90,20 +96,23 @@ def _curves(study: Study) -> Iterator[Section]:
     baselines = {int(k): study.baseline(task, int(k)) for k in measured}
     yield _section(
         "headline", "How much can go", lambda: charts.headline(pruned, study.free_fractions(), baselines),
-        "Accuracy as the least important components go (solid) and as random ones go (dashed).", _BANDS,
-        "A diamond marks the free fraction.", sentences.curve_sentence(study, "head"))
+        "Accuracy as the least important components go: each task by its own order (solid), all tasks by one order "
+        "(dotted), random orders (dashed).", _BANDS, "A diamond marks the free fraction, "
+        f"the largest share with {words.told(WITHIN, study.spec['margin'])} at every step up to it.",
+        sentences.curve_sentence(study, "head"))
     if (pruned["component"] == "head").any():
         yield _section("head_curves", "Pruning heads, task by task", lambda: charts.task_curves(pruned, "head"),
-                       _by_task(study, "head"), sentences.differences_sentence(study, "head"), _BANDS)
+                       _by_task(study, "head"), sentences.differences_sentence(study, "head"),
+                       sentences.common_sentence(study, "head"), _BANDS)
     if (pruned["component"] == "ffn").any():
         yield _section("ffn_curves", "Pruning FFNs, task by task", lambda: charts.task_curves(pruned, "ffn"),
                        _by_task(study, "ffn"), sentences.differences_sentence(study, "ffn"),
-                       sentences.curve_sentence(study, "ffn"), _BANDS)
+                       sentences.common_sentence(study, "ffn"), sentences.curve_sentence(study, "ffn"), _BANDS)
 
 
 def _by_task(study: Study, component: str) -> str:
-    """How the free fraction differs between tasks, at the most shots at which it is defined, and how sure that is."""
-    free = study.free_fractions()
+    """How the free fraction differs between tasks, at the most shots at which it is defined, and what else is shown."""
+    free = own_orders(study.free_fractions())
     free = free[(free["task"] != MEAN) & (free["component"] == component)]
     defined = free[free["free_fraction"].notna()]
     if defined.empty:
@@ -114,20 +123,31 @@ def _by_task(study: Study, component: str) -> str:
     shots, names = words.shots(int(free["num_fewshot"].iloc[0])), {"head": "heads", "ffn": "FFNs"}[component]
     curves = study.curves()
     last = float(curves.loc[curves["component"] == component, "fraction"].max())
-    least, most = (_free_with_bound(row, last) for _, row in free.iloc[[0, -1]].iterrows())
-    if len(free) == 1:
-        return f"With {shots} the free fraction on {free['task'].iloc[0]} is {least}."
-    none = int((free["free_fraction"] == 0).sum())
-    spread = (f"{least} on each of {len(free)} tasks" if least == most else
-              f"{least} on {free['task'].iloc[0]} and {most} on {free['task'].iloc[-1]}")
-    if none == len(free):
-        if least != most:
-            bounds = [f"{_bound(row, last)} on {row['task']}" for _, row in free.iloc[[0, -1]].iterrows()]
-            spread = f"endless documents might show up to {bounds[0]}, and up to {bounds[1]}, the ends of {len(free)}"
-        return f"With {shots} no share of the {names} is shown to be free on any task where that is defined: {spread}."
-    beginning = f"With {shots} the free fraction " + ("is" if least == most else "of single tasks lies between")
-    rest = f"; for {none} of the {len(free)} tasks where it is defined no share is shown to be free" if none else ""
-    return f"{beginning} {spread}{rest}."
+    some, none = free[free["free_fraction"] > 0], free[free["free_fraction"] == 0]
+    said = []
+    if len(some):
+        least, most = some.iloc[0], some.iloc[-1]
+        ends = f"{_free_with_bound(least, last)} on {least['task']}"
+        if len(some) > 1:
+            ends += f" to {_free_with_bound(most, last)} on {most['task']}"
+        said.append(f"a share of the {names} is shown to be free on {len(some)} of {len(free)} tasks: {ends}")
+    if len(none):
+        loses = none["next_verdict"] == COSTS_MORE
+        counts = [f"on {n} {what}" for n, what in (
+            (int(loses.sum()), f"it is shown to cost more than {100 * study.spec['margin']:.3g} points"),
+            (int((~loses).sum()), "these documents cannot tell")) if n]
+        step = "the first step" if len(some) == 0 else "of the others the first step"
+        said.append(f"{step}: {', '.join(counts)}{_enough(none[~loses])}")
+    return f"With {shots} {'; '.join(said)}."
+
+
+def _enough(unknown: pd.DataFrame) -> str:
+    """How many documents would tell on the tasks where these cannot."""
+    known = unknown["next_documents"].dropna()
+    finite = known[known < float("inf")]
+    if finite.empty:
+        return ""
+    return f" ({finite.median():,.0f} documents a task would, in the median, if as large a share of them changed)"
 
 
 def _bound(row: pd.Series, last: float) -> str:
@@ -136,10 +156,10 @@ def _bound(row: pd.Series, last: float) -> str:
 
 
 def _free_with_bound(row: pd.Series, last: float) -> str:
-    """`10 % (endless documents might show up to 30 %)`."""
+    """`10 % (unlimited documents might show up to 30 %)`."""
     more = row["free_high"] > row["free_fraction"] or row["free_high"] >= last
     return words.share(row["free_fraction"]) + (
-        f" (endless documents might show up to {_bound(row, last)})" if more else "")
+        f" (unlimited documents might show up to {_bound(row, last)})" if more else "")
 
 
 def _grid(study: Study) -> Iterator[Section]:
@@ -149,9 +169,11 @@ def _grid(study: Study) -> Iterator[Section]:
     yield _section(
         "grid", "Heads and FFNs together", lambda: maps.grid_map(grid, choose=True),
         findings.grid_sentence(grid, study.spec["margin"]),
-        f"Accuracy on the first documents of every task ({grid['documents'].max()} of all tasks); the line encloses "
-        "what lies within the margin of the full model, cell by cell: of many cells at the margin a few lie within it "
-        "by chance.", static=lambda: maps.grid_map(grid, choose=False))
+        f"Accuracy on the first documents of every task ({grid['documents'].max()} of all tasks), removed by "
+        + ("the orders of all tasks together" if (grid["order"] == MEAN).any() else "each task's own orders")
+        + f"; the line encloses cells where {words.told(WITHIN, study.spec['margin'])}, tested one by one: of "
+        "many cells that lose about as much a few are framed by chance. Where the full model is not above its baseline "
+        "no cell is framed.", static=lambda: maps.grid_map(grid, choose=False))
 
 
 def _comparisons(study: Study) -> Iterator[Section]:
@@ -169,7 +191,7 @@ def _comparisons(study: Study) -> Iterator[Section]:
                 "measured on as many other documents. The means leave out the task that they stand beside. Three tasks "
                 "and more are placed so that those which rank alike are neighbours.")
     if len(found) and (found["kind"] == "shots").any():
-        yield _section("cross_shot", "Does the order hang on the number of shots?",
+        yield _section("cross_shot", "Does the order depend on the number of shots?",
                        lambda: dots.shots_dots(found, scores=study.ordering_scores),
                        *(findings.shots_sentence(found, c, score=s) for c, s in study.ordering_scores.items()),
                        "In grey a random order beside the scores of each number of shots, and what 95 % of random "
@@ -184,7 +206,7 @@ def _transfer(study: Study) -> Iterator[Section]:
                 f"transfer_{component}", f"Does the order of one task serve another? ({word})",
                 functools.partial(maps.transfer_map, transfer, component),
                 findings.transfer_sentence(transfer, component),
-                "Accuracy lost or won, in points, by pruning with another order than the task's own; bold where the "
+                "Accuracy lost or gained, in points, by pruning with another order than the task's own; bold where the "
                 "95 % interval leaves out 0. Intervals are not corrected for how many there are.")
         if len(transferred(transfer, component, unseen=True)):
             yield _section(

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.cluster.hierarchy import leaves_list, linkage
 
+from headcount.view.curves import OWN_ORDERS
 from headcount.view.overlap import PRIMITIVES
 from headcount.view.points import MEAN
 from headcount.view.relations import MEAN_OF_RANKS, RANDOM
@@ -142,11 +143,15 @@ def over_recipients(rows: pd.DataFrame) -> pd.DataFrame:
 def first_differences(curves: pd.DataFrame) -> pd.DataFrame:
     """The first step of every measured curve at which accuracy differs from the full model's: p < .05 as corrected.
 
-    Columns: task; num_fewshot; component; order; fraction (NaN where no step does).
+    Columns: task; num_fewshot; component; order; fraction (NaN where no step does); difference (there).
     """
     keys = ["task", "num_fewshot", "component", "order"]
     steps = curves[(curves["fraction"] > 0) & ~curves["order"].isin([RANDOM, "none"])]
-    differs = steps["fraction"].where(steps["p"] < 0.05)
-    found: pd.DataFrame = steps.assign(fraction=differs).groupby(keys, sort=False, as_index=False).agg(
-        fraction=("fraction", "min"))
+    differs = steps[steps["p"] < 0.05].drop_duplicates(keys)[[*keys, "fraction", "difference"]]
+    found: pd.DataFrame = steps[keys].drop_duplicates().merge(differs, on=keys, how="left")
     return found
+
+
+def own_orders(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each task's own order: neither the common one nor random ones."""
+    return table[table["order"].isin(OWN_ORDERS)]

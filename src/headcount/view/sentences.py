@@ -7,15 +7,20 @@ from typing import Any
 
 import pandas as pd
 
-from headcount import stats
+from headcount import intervals
+from headcount.intervals import COSTS_MORE, WITHIN
 from headcount.view import primitives
 from headcount.view.analysis import Study
+from headcount.view.curves import COMMON, RANDOM
 from headcount.view.points import MEAN, groups
 from headcount.view.relations import MEAN_OF_RANKS
 from headcount.view.scores import name_of
-from headcount.view.selection import first_differences
-from headcount.view.words import millions, over, shots, signed
+from headcount.view.selection import first_differences, own_orders
+from headcount.view.words import better_or_worse, millions, over, score_name, share, shots, signed, told
 
+_TASKS_NAMED = 6
+# An order whose scores are half noise, or more.
+RELIABLE_ORDER = 0.5
 _NAMES = {"head": ("attention head", "attention heads"), "ffn": ("FFN", "FFNs")}
 
 
@@ -26,10 +31,11 @@ def constants(description: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def headline(study: Study) -> list[str]:
-    """How many heads and FFNs can go, most shots first: one sentence each."""
+    """How many heads and FFNs can go, most shots first: each task by its own order, then one set for all tasks."""
     table = study.free_fractions()
     summary = table[table["task"] == MEAN] if (table["task"] == MEAN).any() else table
-    ordered = summary.sort_values(["num_fewshot", "component"], ascending=[False, False], kind="stable")
+    ordered = summary.assign(common=summary["order"] == COMMON).sort_values(
+        ["num_fewshot", "component", "common"], ascending=[False, False, True], kind="stable")
     sentences: list[str] = []
     for k, of_k in groups(ordered, "num_fewshot"):
         undefined = of_k["free_fraction"].isna()
@@ -54,27 +60,50 @@ def _unfinished(study: Study) -> Iterator[str]:
 
 
 def _can_go(study: Study, row: pd.Series) -> str:
+    """One claim of how much can go: of each task by its own order, or of one set for all tasks."""
     heads, ffns, _ = constants(study.description)
     total = heads if row["component"] == "head" else ffns
-    names = _NAMES[row["component"]][1]
-    margin = f"{100 * study.spec['margin']:.3g} points"
+    names, margin = _NAMES[row["component"]][1], study.spec["margin"]
     what = "mean accuracy" if row["task"] == MEAN else f"accuracy on {row['task']}"
-    beginning = f"With {shots(int(row['num_fewshot']))}, "
-    if row["free_fraction"] == 0:
-        curves = study.curves()
-        same = (curves[["task", "num_fewshot", "component", "order"]]
-                == row[["task", "num_fewshot", "component", "order"]]).all(axis=1)
-        removing = curves[same & (curves["removed"] > 0)]
-        if removing.empty:
-            return f"{beginning}no step removes one of the {total} {names}: ask for larger fractions."
-        first = removing.iloc[0]
-        return (f"{beginning}no share of the {names} is shown to be free: already without {first['removed']} of "
-                f"{total} {what} changes by {signed(first['difference'])} points ({_interval(first)}), and a loss of "
-                f"{margin} or more cannot be ruled out.")
-    return (f"{beginning}{100 * row['free_fraction']:.3g} % of the {names} ({row['removed']:.0f} of {total}, "
-            f"{millions(row['parameters_removed'])} parameters) can go: {what} is then {row['accuracy']:.3f}, the full "
-            f"model's {row['full_accuracy']:.3f} ({_interval(row)}; up to there a loss of {margin} or more is ruled "
-            f"out at every step).{_on_those_above_chance(row)}")
+    by = f"one set of {names} for all tasks" if row["order"] == COMMON else (
+        "each task by its own order" if row["task"] == MEAN else "by its own order")
+    beginning = f"With {shots(int(row['num_fewshot']))}, {by}: "
+    if row["free_fraction"] > 0:
+        said = (f"{share(row['free_fraction'])} of the {names} ({row['removed']:.0f} of {total}, "
+                f"{millions(row['parameters_removed'])} parameters) can go. {what[0].upper()}{what[1:]} is then "
+                f"{row['accuracy']:.3f}, the full model's {row['full_accuracy']:.3f} ({_interval(row)}; up to there "
+                f"{told(WITHIN, margin)} at every step).")
+        if row["order"] != COMMON:
+            return f"{beginning}{said}{_on_those_above_chance(row)}"
+        return f"{beginning}{said}{_costs_more(study, row, float(row['free_fraction']))}"
+    if row["next_fraction"] != row["next_fraction"]:
+        return f"{beginning}no step removes one of the {total} {names}: ask for larger fractions."
+    verdict = told(row["next_verdict"], margin, needed=row["next_documents"], documents=row["documents"])
+    loses = _costs_more(study, row, float(row["next_fraction"])) if row["order"] == COMMON else ""
+    return (f"{beginning}no share of the {names} is shown to be free. Already without {row['next_removed']:.0f} of "
+            f"{total} {what} changes by {signed(row['next_difference'])} points (95 % interval "
+            f"{signed(row['next_low'])} to {signed(row['next_high'])}): {verdict}.{loses}")
+
+
+def _costs_more(study: Study, row: pd.Series, fraction: float) -> str:
+    """The tasks on which one set for all tasks is shown to cost more than the margin, at this step."""
+    curves = study.curves()
+    at = curves[(curves["order"] == COMMON) & (curves["component"] == row["component"]) & (curves["task"] != MEAN)
+                & (curves["num_fewshot"] == row["num_fewshot"]) & (curves["fraction"] == fraction)]
+    worse = at[at["verdict"] == COSTS_MORE].sort_values("difference")
+    if at.empty:
+        return ""
+    if worse.empty:
+        return f" On none of the {len(at)} tasks is a loss of more than {margin_of(study)} shown."
+    shown = worse.head(_TASKS_NAMED)
+    names = ", ".join(f"{t} ({signed(d)})" for t, d in zip(shown["task"], shown["difference"], strict=True))
+    rest = f" and {len(worse) - len(shown)} more" if len(worse) > len(shown) else ""
+    return f" It is shown to cost more than {margin_of(study)} on {len(worse)} of the {len(at)} tasks: {names}{rest}."
+
+
+def margin_of(study: Study) -> str:
+    """`2 points`."""
+    return f"{100 * study.spec['margin']:.3g} points"
 
 
 def _on_those_above_chance(row: pd.Series) -> str:
@@ -83,7 +112,7 @@ def _on_those_above_chance(row: pd.Series) -> str:
     if able in (0, tasks):
         return ""
     low, high = row["above_chance_low"], row["above_chance_high"]
-    interval = f"{signed(low)} to {signed(high)}" if low < high else "no document changed"
+    interval = f"{signed(low)} to {signed(high)}"
     return (f" The full model is shown to be above both chance and the best constant answer on {able} of the {tasks} "
             f"tasks of that mean; on {'that' if able == 1 else 'those'} alone the difference is "
             f"{signed(row['above_chance_difference'])} points ({interval}; tasks and share were chosen on these "
@@ -101,52 +130,76 @@ def _interval(row: pd.Series) -> str:
 
 
 def curve_sentence(study: Study, component: str) -> str:
-    """What the measured order and a random one leave near half of the components, at the most shots."""
-    curves = study.curves()
-    task = MEAN if (curves["task"] == MEAN).any() else study.spec["tasks"][0]
-    rows = curves[(curves["task"] == task) & (curves["component"] == component)]
+    """What importance leaves more than random orders do, near half of the components, at the most shots."""
+    table = own_orders(study.against_random())
+    task = MEAN if (table["task"] == MEAN).any() else study.spec["tasks"][0]
+    rows = table[(table["task"] == task) & (table["component"] == component)]
     if rows.empty:
         return ""
     rows = rows[rows["num_fewshot"] == rows["num_fewshot"].max()]
-    measured = rows[~rows["order"].isin(["random", "none"])].set_index("fraction")
-    random = rows[rows["order"] == "random"].set_index("fraction")
-    both = measured.index.intersection(random.index)
-    if len(both) < 2:
+    row = rows.loc[min(rows.index, key=lambda i: (round(abs(rows["fraction"][i] - 0.5), 9), rows["fraction"][i]))]
+    known = row["difference_low"] == row["difference_low"]
+    if not known:
+        shown = "one draw cannot tell whether that is more than chance: ask for several with --random-orders"
+    elif row["difference_low"] > 0 or row["difference_high"] < 0:
+        shown = f"the order is shown to be {better_or_worse(row['difference'])} than a random one"
+    else:
+        shown = "the order is not shown to be better than a random one, nor worse"
+    interval = f", {signed(row['difference_low'])} to {signed(row['difference_high'])}" if known else ""
+    spread = f" (single draws {row['draw_low']:.2f} to {row['draw_high']:.2f})" if row["draws"] > 1 else ""
+    orders = f"{row['draws']} random orders {row['random']:.2f} on average" if row["draws"] > 1 else (
+        f"a random one {row['random']:.2f}")
+    return (f"With {shots(int(row['num_fewshot']))} and {share(row['fraction'])} of the {_NAMES[component][1]} "
+            f"removed, the measured order leaves {row['accuracy']:.2f}, {orders}{spread}: {signed(row['difference'])} points"
+            f"{interval} (95 %, paired over documents and draws); {shown}.")
+
+
+def common_sentence(study: Study, component: str) -> str:
+    """What one set for all tasks costs beside each task's own order, at the most shots and the largest common step."""
+    curves = study.curves()
+    rows = curves[(curves["component"] == component) & (curves["task"] == MEAN) & (curves["fraction"] > 0)]
+    common = rows[rows["order"] == COMMON]
+    if common.empty:
         return ""
-    gap = min(both, key=lambda fraction: (abs(fraction - 0.5), fraction))
-    one, other = measured.loc[gap], random.loc[gap]
-    apart = ("" if one["low"] > other["high"] else ": worse than at random" if one["high"] < other["low"]
-             else "; the two intervals overlap")
-    return (f"With {shots(int(one['num_fewshot']))} and {100 * gap:.3g} % of the {_NAMES[component][1]} removed, the "
-            f"measured order leaves {one['accuracy']:.2f} "
-            f"({one['low']:.2f} to {one['high']:.2f}), a random one {other['accuracy']:.2f} "
-            f"({other['low']:.2f} to {other['high']:.2f}){apart}.")
+    common = common[common["num_fewshot"] == common["num_fewshot"].max()]
+    row = common.loc[common["fraction"].idxmax()]
+    own = own_orders(rows[(rows["num_fewshot"] == row["num_fewshot"]) & (rows["fraction"] == row["fraction"])])
+    beside = f", each task's own order {own['accuracy'].iloc[0]:.2f}" if len(own) else ""
+    return (f"One set of {share(row['fraction'])} of the {_NAMES[component][1]} for all tasks leaves a mean accuracy "
+            f"of {row['accuracy']:.2f}{beside} (against the full model {signed(row['difference'])} points, "
+            f"{signed(row['difference_low'])} to {signed(row['difference_high'])})."
+            f"{_costs_more(study, row, row['fraction'])}")
 
 
 def differences_sentence(study: Study, component: str) -> str:
-    """From which step on accuracy is shown to differ from the full model's, at the most shots."""
-    found = first_differences(study.curves())
+    """From which step on accuracy is shown to be worse, or better, than the full model's, at the most shots."""
+    found = own_orders(first_differences(study.curves()))
     found = found[found["component"] == component]
     if found.empty:
         return ""
     found = found[found["num_fewshot"] == found["num_fewshot"].max()]
-    whole, single = found[found["task"] == MEAN], found.loc[found["task"] != MEAN, "fraction"]
+    whole, single = found[found["task"] == MEAN], found[found["task"] != MEAN]
     names, k = _NAMES[component][1], int(found["num_fewshot"].iloc[0])
-    said = [f"{_first(whole['fraction'])} of the {names} on all tasks' documents together"] if len(whole) else []
+    said = [f"{_first(whole)} of the {names} on all tasks' documents together"] if len(whole) else []
     said.append(f"on single tasks (not corrected for how many they are) {_first(single)}" if said or len(single) > 1
                 else f"{_first(single)} of the {names} on {found['task'].iloc[0]}")
-    return (f"With {shots(k)} accuracy is shown to differ from the full model's (McNemar's paired test over documents, "
-            f"p < 0.05 as corrected for a curve's steps by Holm's method) {'; '.join(said)}.")
+    return (f"With {shots(k)} accuracy is shown to be another than the full model's (McNemar's paired test over "
+            f"documents, p < 0.05, corrected for a curve's steps by Holm's method) {'; '.join(said)}.")
 
 
-def _first(fractions: pd.Series) -> str:
-    """`first at 20 %`, `first at 10 to 30 % (on 2 of 5 at no step)`, `at no step`."""
-    known = fractions.dropna()
+def _first(steps: pd.DataFrame) -> str:
+    """`first at 20 % (worse)`, `first at 10 to 30 % (3 worse, 1 better; 2 of 6 at no step)`, `at no step`."""
+    known = steps.dropna(subset=["fraction"])
     if known.empty:
         return "at no step"
-    least, most = (f"{100 * x:.3g}" for x in (known.min(), known.max()))
-    never = f" (on {len(fractions) - len(known)} of {len(fractions)} at no step)" if len(known) < len(fractions) else ""
-    return f"first at {least}{'' if least == most else f' to {most}'} %{never}"
+    least, most = share(known["fraction"].min()), share(known["fraction"].max())
+    span = least if least == most else f"{least.removesuffix(' %')} to {most}"
+    worse, never = int((known["difference"] < 0).sum()), len(steps) - len(known)
+    if len(steps) == 1:
+        return f"first at {span} ({better_or_worse(known['difference'].iloc[0])})"
+    counts = [f"{n} {word}" for n, word in ((worse, "worse"), (len(known) - worse, "better")) if n]
+    rest = f"; {never} of {len(steps)} at no step" if never else ""
+    return f"first at {span} ({', '.join(counts)}{rest})"
 
 
 def importance_sentence(study: Study, component: str) -> str:
@@ -158,8 +211,9 @@ def importance_sentence(study: Study, component: str) -> str:
     beginning = f"With {shots(int(ranked['num_fewshot'].iloc[0]))}"
     where = ranked_on(ranked)
     top = ranked[ranked["useful"]].head(5 if component == "head" else 3)
+    score = score_name(study.ordering_scores[component])
     if top.empty:
-        return f"{beginning} no {_NAMES[component][0]} costs accuracy {where} when it alone is off."
+        return f"{beginning} no {_NAMES[component][0]} is of use {where} by {score} when it alone is off."
     tenth = ranked.head(max(1, len(ranked) // 10))
     layers = len(study.description["anatomy"]["heads_per_layer"])
     known = top["rank_low"].notna().all()
@@ -168,7 +222,7 @@ def importance_sentence(study: Study, component: str) -> str:
     ranks = (" (in brackets: how far ranks spread over resampled documents, 1.96 standard deviations either way; in "
              "another study they may lie further away)" if known else "")
     middle = f"; the median layer of the top tenth is {tenth['layer'].median():.0f} of 0 to {layers - 1}"
-    return f"{beginning}, {where}, the most important {_NAMES[component][1]} are {names}{ranks}{middle}."
+    return f"{beginning}, {where}, the most important {_NAMES[component][1]} by {score} are {names}{ranks}{middle}."
 
 
 def ranked_on(ranked: pd.DataFrame) -> str:
@@ -211,41 +265,68 @@ def cautions(study: Study) -> Iterator[str]:
     if spec.get("apply_chat_template"):
         yield "Prompts stand in the model's chat template."
     if spec["shared_shots"] and any(spec["shots"]):
-        yield ("Shots are shared: one draw per task stands before all its documents, so results hang on that draw; "
+        yield ("Shots are shared: one draw per task stands before all its documents, so results depend on that draw; "
                "intervals cover the choice of documents, not of shots.")
-    if (study.curves()["order"] == "random").any():
-        orders = int(spec["random_orders"])
-        drawn = "one draw; its interval covers" if orders == 1 else f"the mean of {orders} draws; its interval covers"
-        yield f"The random order is {drawn} the choice of documents, not other draws."
+    yield from _of_orders(study)
     if study.depth()["low"].notna().any():
-        yield ("Intervals of correlations, of sets of heads or FFNs and of what is retained are for studies of as many "
-               "documents; in simulations they cover in 84 to 97 % of cases, least where scores are noisy.")
+        yield ("Intervals of correlations, of sets of heads or FFNs and of what is retained say what another study "
+               "with the same number of documents would find; in simulations they hold in 84 to 97 % of cases, least often "
+               "where scores are noisy.")
     for task, known in study.known_tasks.items():
         yield from (f"{task}: {note}." for note in known["notes"])
-    few = {t: words for t, (n, words) in study.evaluated.items() if n < stats.FEW_DOCUMENTS}
-    if few:
-        yield (f"Fewer than {stats.FEW_DOCUMENTS} evaluated documents, or passages that they share, so that intervals "
-               "are wide and rough: " + ", ".join(f"{t} ({words})" for t, words in few.items()) + ".")
-    free = study.free_fractions()
-    weak = free[free["free_fraction"].isna() & (free["task"] != MEAN)]
-    for k, of_k in groups(weak, "num_fewshot"):
-        names = _listed(list(dict.fromkeys(of_k["task"])), len(study.tasks), "tasks")
-        yield (f"With {shots(int(k))} the full model is not shown to be above chance, or above a constant answer, on "
-               f"{names}; their curves say nothing.")
-    layers = len(study.description["anatomy"]["heads_per_layer"])
-    coarse = [f"{task} ({k}-shot, {n})" for (task, k), n in study.distinct_values.items() if n < layers / 2]
-    if coarse:
-        names = _listed(coarse, len(study.distinct_values), "FFN oracles")
-        decides = "The order of layers" if spec.get("protocol") == "paper" else "Gold log-likelihood"
-        yield (f"{decides} decides much of the order of FFNs where an oracle found fewer than {layers / 2:.0f} "
-               f"distinct accuracies: {names}.")
+    yield from _of_documents(study)
     yield from truncations(study)
     for what, n in study.unshown.items():
         points = "1 measured point" if n == 1 else f"{n} measured points"
         yield (f"Of the {what} {points} {'is' if n == 1 else 'are'} not shown: of fewer documents than others, or what "
                "it would stand beside is not measured.")
-    unchanged = study.curves().query("removed > 0 and changed == 0")
-    if len(unchanged):
-        points = "1 point" if len(unchanged) == 1 else f"{len(unchanged)} points"
-        yield (f"At {points} of curves no document changed; intervals of the difference have no width there, though a "
-               "change in about 3 of n documents may go unseen.")
+
+
+def _of_orders(study: Study) -> Iterator[str]:
+    """What a reader must know of the orders by which components go."""
+    if study.hidden_scores:
+        yield (f"This folder also has curves by other scores, which are not shown: {', '.join(study.hidden_scores)}; "
+               "--head-score, --ffn-score and --ffn-order ask for them.")
+    random = study.curves()
+    if (random["order"] == RANDOM).any() and study.against_random()["draws"].max() < 2:
+        yield "There is one random order: what another would leave is not known."
+    by = study.ordering_scores
+    orders = study.orders() if len(study.importance()) else pd.DataFrame()
+    if len(orders):
+        weak = orders[(orders["score"] == orders["component"].map(by)) & (orders["reliability"] < RELIABLE_ORDER)]
+        for component, of_component in groups(weak, "component"):
+            named = [f"{task} ({k}-shot, {r:.2f})" for task, k, r in zip(
+                of_component["task"], of_component["num_fewshot"], of_component["reliability"], strict=True)]
+            total = int(((orders["component"] == component) & (orders["score"] == by[component])).sum())
+            yield (f"The order of {_NAMES[component][1]} by {score_name(by[component])} is mostly noise (reliability, "
+                   f"1 - stderr\N{SUPERSCRIPT TWO}/variance, below {RELIABLE_ORDER:.1g}), so that its curves say little "
+                   f"of what is needed: {_listed(named, total, 'orders')}.")
+    layers = len(study.description["anatomy"]["heads_per_layer"])
+    coarse = [f"{task} ({k}-shot, {n})" for (task, k), n in study.distinct_values.items()
+              if n < layers / 2 and by["ffn"] == "accuracy"]
+    if coarse:
+        names = _listed(coarse, len(study.distinct_values), "FFN oracles")
+        decides = "the order of layers" if study.spec.get('protocol') == "paper" else "gold log-likelihood"
+        yield (f"Many FFNs cost the same accuracy, and {decides} decides between them: fewer than {layers / 2:.0f} "
+               f"distinct accuracies in {names}.")
+
+
+def spec_protocol(study: Study) -> str:
+    """`sound` or `paper`."""
+    return str(study.spec.get("protocol", "sound"))
+
+
+def _of_documents(study: Study) -> Iterator[str]:
+    """Where documents are too few, or say nothing."""
+    least = intervals.unchanged_needed(study.spec["margin"])
+    few = {t: words for t, (n, words) in study.evaluated.items() if n < least}
+    if few:
+        named = _listed([f"{t} ({words})" for t, words in few.items()], len(study.evaluated), "tasks")
+        yield (f"On a single task a loss of {margin_of(study)} can only be ruled out with {least} documents or more, "
+               f"even if none of them changes; fewer (or fewer passages that they share) are evaluated on {named}.")
+    free = study.free_fractions()
+    weak = free[free["free_fraction"].isna() & (free["task"] != MEAN)]
+    for k, of_k in groups(weak, "num_fewshot"):
+        names = _listed(list(dict.fromkeys(of_k["task"])), len(study.tasks), "tasks")
+        yield (f"With {shots(int(k))} the full model is not shown to be above chance, or above a constant answer, on "
+               f"{names} (corrected for {len(study.tasks)} tasks); their curves say nothing.")

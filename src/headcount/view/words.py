@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
+from headcount import intervals
 from headcount.view.points import MEAN
 from headcount.view.relations import MEAN_OF_RANKS
+
+# More than this is no number of documents that could be had.
+_MOST_DOCUMENTS = 1_000_000
 
 
 def shots(k: int) -> str:
     """`5 shots`, `1 shot`, `no shots`."""
     return {0: "no shots", 1: "1 shot"}.get(k, f"{k} shots")
+
+
+def number_of(n: int, thing: str) -> str:
+    """`1 task`, `3 tasks`."""
+    return f"{n} {thing}{'s' * (n != 1)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`no shots and 5 shots`; `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
 
 
 def millions(n: float | int) -> str:
@@ -76,6 +91,45 @@ def between(row: pd.Series) -> str:
 def signed(difference: float) -> str:
     """`+1.2`: a difference of accuracy in points."""
     return f"{100 * difference:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0").replace("-", "\N{MINUS SIGN}")
+
+
+def score_name(score: str) -> str:
+    """What a score of importance is called: `gradient (example)`, `gold log-likelihood lost`, ..."""
+    return {"example": "gradient (per example)", "position": "gradient (per position)",
+            "accuracy": "accuracy lost", "gold_loglikelihood": "gold log-likelihood lost"}.get(score, score)
+
+
+def told(verdict: str, margin: float, *, needed: float = float("nan"), documents: float = float("nan")) -> str:
+    """What a verdict says of a loss of the margin; the words of all sentences, captions and tables.
+
+    Args:
+        verdict: "within", "costs more" or "unknown" (`headcount.intervals.verdict`).
+        margin: The loss of accuracy, 0..1.
+        needed: How many documents would tell.
+        documents: How many there are.
+    """
+    points_ = f"{100 * margin:.3g} points"
+    if verdict == intervals.WITHIN:
+        return f"a loss of {points_} or more is ruled out"
+    if verdict == intervals.COSTS_MORE:
+        return f"a loss of more than {points_} is shown"
+    here = f"these {documents:,.0f} documents" if documents == documents else "these documents"
+    return f"whether {points_} are lost cannot be told with {here}{would_tell(needed, documents)}"
+
+
+def would_tell(needed: float, documents: float = float("nan")) -> str:
+    """` (about 1,900 would tell)`: how many documents would end a doubt, in two digits; empty where unknown."""
+    if needed != needed or needed <= documents:
+        return ""
+    if math.isinf(needed) or needed > _MOST_DOCUMENTS:
+        return " (nor would more, if they changed alike: the loss seen is about that)"
+    step = 10 ** max(0, math.floor(math.log10(needed)) - 1)
+    return f" (about {math.ceil(needed / step) * step:,.0f} would tell, if as large a share of them changed)"
+
+
+def better_or_worse(difference: float) -> str:
+    """`better` or `worse`: a difference that is shown, by its sign."""
+    return "better" if difference > 0 else "worse"
 
 
 def span(values: pd.Series) -> str:
