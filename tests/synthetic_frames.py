@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from headcount.intervals import verdict
+
 TASKS = ("arc_easy", "boolq", "cb", "copa", "hellaswag", "openbookqa", "piqa", "winogrande", "arc_challenge", "multirc",
          "record", "rte", "wic", "wsc")
 THRESHOLDS = {"prefix_matching": 0.4, "copying": 0.35}
@@ -33,7 +35,8 @@ def grid(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1, 5), ste
                 "heads_removed": int(h * layers * heads), "ffns_removed": int(f * layers),
                 "parameters_removed_share": 0.25 * h + 0.55 * f, "accuracy": full + lost, "low": full + lost - 0.03,
                 "high": full + lost + 0.03, "difference": lost, "difference_low": low, "difference_high": lost + 0.02,
-                "documents": 100, "within_margin": low > -0.02, "baseline": 0.25})
+                "documents": 100, "within_margin": low > -0.02, "baseline": 0.25, "order": "own",
+                "verdict": verdict(low, lost + 0.02, 0.02)})
     return pd.DataFrame(rows)
 
 

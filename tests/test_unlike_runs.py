@@ -50,8 +50,8 @@ def donors_of_mean(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def test_random_orders_of_a_task_that_was_unseen_are_no_curve_of_it(orders: list[str]) -> None:
     steps = [rows("red", order, 20, component="head", fraction=f) for order in orders for f in (0.3, 0.5)]
     unseen = [rows("red", "random", 10, component="head", fraction=f) for f in (0.3, 0.35)]
-    points = curve_points(pd.concat([rows("red", "none", 20), *steps, *unseen]), {"red": 0.25}, [0.3, 0.5])
-    curves = curve_table(points, 100)
+    points = curve_points(pd.concat([rows("red", "none", 20), *steps, *unseen]), {"red": 0.25}, dict.fromkeys(["gradient", "random"], [0.3, 0.5]))
+    curves = curve_table(points, 100, 0.02)
     assert (curves["documents"] == 20).all()
     assert set(zip(curves["order"], curves["fraction"], strict=True)) == {(o, f) for o in orders for f in (0, 0.3, 0.5)}
 
@@ -62,7 +62,7 @@ def test_a_random_order_that_two_jobs_measured_counts_once() -> None:
     drawn = [rows("red", "random", 20, right, component="head", fraction=0.3, order_seed=seed)
              for seed, right in ((7, 0.9), (8, 0.3), (9, 0.3))]
     again = [rows("red", "random", 20, 0.9, component="head", fraction=f, order_seed=7) for f in (0.3, 0.35)]
-    curves = curve_table(curve_points(pd.concat([full, *drawn, *again]), {"red": 0.25}, [0.3]), 100)
+    curves = curve_table(curve_points(pd.concat([full, *drawn, *again]), {"red": 0.25}, {"random": [0.3]}), 100, 0.02)
     assert curves["fraction"].tolist() == [0, 0.3]
     assert curves["accuracy"].iloc[1] == pytest.approx(0.5)
     moved = list(transferred("red", ["green"], 0.3))

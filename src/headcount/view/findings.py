@@ -67,7 +67,9 @@ def grid_sentence(grid: pd.DataFrame, margin: float) -> str:
         first = both.iloc[0]
         alone = f"; {alone}" if heads > 0 or ffns > 0 else ""
         return (f"{beginning}heads and FFNs are not shown to be free jointly: without "
-                f"{say.share(first['heads_fraction'])} of the heads and {say.share(first['ffns_fraction'])} of the FFNs accuracy {say.on(rows)} changes by "
+                f"{say.share(first['heads_fraction'])} of the heads and {say.share(first['ffns_fraction'])} of the "
+                "FFNs "
+                f"accuracy {say.on(rows)} changes by "
                 f"{say.points(first)} points, {say.told(first['verdict'], margin)}{alone}.")
     best = joint.iloc[-1]
     end = rows[["heads_fraction", "ffns_fraction"]].max()

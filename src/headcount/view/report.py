@@ -28,7 +28,8 @@ from headcount.view.selection import first_differences
 
 # Tables that are written as CSV: names of files, and of the study's methods.
 _CSV = ("curves", "free_fractions", "against_random", "importance", "aggregate_importance", "depth", "agreement",
-        "grid", "correlations", "top_sets", "top_overlaps", "transfer", "induction", "retained", "induction_among_important", "degenerate")
+        "grid", "correlations",
+        "top_sets", "top_overlaps", "transfer", "induction", "retained", "induction_among_important", "degenerate")
 _LISTED = 10
 
 
@@ -105,8 +106,8 @@ def _page(study: Study, drawn: list[tuple[Section, dict[str, Any]]], tables: lis
     return environment.get_template("page.html.j2").render(
         title=f"{name}: which heads and FFNs does in-context learning need?",
         what=f"{heads} attention heads, {ffns} FFNs, {words.millions(parameters)} parameters; " + (
-            f"{words.number_of(len(study.tasks), 'task')} with {words.listed([words.shots(k) for k in spec['shots']])}; "
-            f"a share is called free where {words.told(WITHIN, spec['margin'])}."
+            f"{words.number_of(len(study.tasks), 'task')} with {words.listed([words.shots(k) for k in spec['shots']])}"
+            f"; a share is called free where {words.told(WITHIN, spec['margin'])}."
             if study.tasks else "no tasks."),
         headline=sentences.headline(study),
         cautions=list(sentences.cautions(study)),
@@ -142,8 +143,9 @@ def _tables(study: Study) -> Iterator[Table]:
     if len(beside):
         rows = _thousandths(beside, "accuracy", "random", "draw_low", "draw_high", "difference", "difference_low",
                             "difference_high")
-        yield Table("Importance beside random orders", "Accuracy by the measured order and by random ones (their mean, "
-                    "the least and the most accurate draw); the difference of the two, paired over documents and draws, "
+        yield Table("Importance beside random orders", "Accuracy by the measured order and by random ones (their "
+                    "mean, the least and the most accurate draw); the difference of the two, paired over documents "
+                    "and draws, "
                     "with its 95 % interval.", _plain_columns(rows))
     pruned = curves[(curves["fraction"] > 0)]
     if len(pruned):
@@ -187,10 +189,12 @@ def _free(study: Study, free: pd.DataFrame) -> Table:
         "Free fractions", f"Free: the largest share with {words.told(WITHIN, margin)} at every step up to it; "
         "unlimited documents might show more, up to 'at most' (both are the ends of a 95 % interval). Accuracy at the "
         "free share, and the 95 % interval of its difference to the full model in points. Next step: the same of the "
-        "first step that is not free. There: whether it is shown to cost more than the margin, or these documents cannot "
-        "tell, and how many in all would, if as large a share of them changed. 'Differs at': the first step at which "
-        "accuracy is shown to be better or worse than the full model's (McNemar's exact test, p < 0.05 as corrected for the "
-        "curve's steps by Holm's method). Baseline: chance, or the best constant answer; not defined where the full "
+        "first step that is not free. There: whether it is shown to cost more than the margin, or these documents "
+        "cannot tell, and how many in all would, if as large a share of them changed. 'Differs at': the first step at "
+        "which "
+        "accuracy is shown to be better or worse than the full model's (McNemar's exact test, p < 0.05 as corrected "
+        "for the curve's steps by Holm's method). Baseline: chance, or the best constant answer; not defined where "
+        "the full "
         "model is not shown to be above it.", _plain_columns(frame[columns]))
 
 

@@ -150,7 +150,8 @@ def curve_sentence(study: Study, component: str) -> str:
     orders = f"{row['draws']} random orders {row['random']:.2f} on average" if row["draws"] > 1 else (
         f"a random one {row['random']:.2f}")
     return (f"With {shots(int(row['num_fewshot']))} and {share(row['fraction'])} of the {_NAMES[component][1]} "
-            f"removed, the measured order leaves {row['accuracy']:.2f}, {orders}{spread}: {signed(row['difference'])} points"
+            f"removed, the measured order leaves {row['accuracy']:.2f}, "
+            f"{orders}{spread}: {signed(row['difference'])} points"
             f"{interval} (95 %, paired over documents and draws); {shown}.")
 
 
@@ -269,8 +270,9 @@ def cautions(study: Study) -> Iterator[str]:
                "intervals cover the choice of documents, not of shots.")
     yield from _of_orders(study)
     if study.depth()["low"].notna().any():
-        yield ("Intervals of correlations, of sets of heads or FFNs and of what is retained say what another study "
-               "with the same number of documents would find; in simulations they hold in 84 to 97 % of cases, least often "
+        yield ("Intervals of correlations, of sets of heads or FFNs and of what is retained say what another "
+               "study with the same number of documents would find; in simulations they hold in 84 to 97 % of cases, "
+               "least often "
                "where scores are noisy.")
     for task, known in study.known_tasks.items():
         yield from (f"{task}: {note}." for note in known["notes"])
@@ -298,8 +300,9 @@ def _of_orders(study: Study) -> Iterator[str]:
             named = [f"{task} ({k}-shot, {r:.2f})" for task, k, r in zip(
                 of_component["task"], of_component["num_fewshot"], of_component["reliability"], strict=True)]
             total = int(((orders["component"] == component) & (orders["score"] == by[component])).sum())
-            yield (f"The order of {_NAMES[component][1]} by {score_name(by[component])} is mostly noise (reliability, "
-                   f"1 - stderr\N{SUPERSCRIPT TWO}/variance, below {RELIABLE_ORDER:.1g}), so that its curves say little "
+            yield (f"The order of {_NAMES[component][1]} by {score_name(by[component])} is mostly noise (reliability"
+                   f", 1 - stderr\N{SUPERSCRIPT TWO}/variance, below {RELIABLE_ORDER:.1g}), so that its curves say "
+                   "little "
                    f"of what is needed: {_listed(named, total, 'orders')}.")
     layers = len(study.description["anatomy"]["heads_per_layer"])
     coarse = [f"{task} ({k}-shot, {n})" for (task, k), n in study.distinct_values.items()

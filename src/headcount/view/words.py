@@ -99,7 +99,9 @@ def score_name(score: str) -> str:
             "accuracy": "accuracy lost", "gold_loglikelihood": "gold log-likelihood lost"}.get(score, score)
 
 
-def told(verdict: str, margin: float, *, needed: float = float("nan"), documents: float = float("nan")) -> str:
+def told(
+    verdict: str, margin: float | int, *, needed: float | int = float("nan"), documents: float | int = float("nan")
+) -> str:
     """What a verdict says of a loss of the margin; the words of all sentences, captions and tables.
 
     Args:
@@ -117,7 +119,7 @@ def told(verdict: str, margin: float, *, needed: float = float("nan"), documents
     return f"whether {points_} are lost cannot be told with {here}{would_tell(needed, documents)}"
 
 
-def would_tell(needed: float, documents: float = float("nan")) -> str:
+def would_tell(needed: float | int, documents: float | int = float("nan")) -> str:
     """` (about 1,900 would tell)`: how many documents would end a doubt, in two digits; empty where unknown."""
     if needed != needed or needed <= documents:
         return ""
@@ -127,7 +129,7 @@ def would_tell(needed: float, documents: float = float("nan")) -> str:
     return f" (about {math.ceil(needed / step) * step:,.0f} would tell, if as large a share of them changed)"
 
 
-def better_or_worse(difference: float) -> str:
+def better_or_worse(difference: float | int) -> str:
     """`better` or `worse`: a difference that is shown, by its sign."""
     return "better" if difference > 0 else "worse"
 
