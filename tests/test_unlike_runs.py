@@ -12,7 +12,7 @@ import pytest
 
 from headcount.view.curves import curve_points, curve_table
 from headcount.view.joint import GRID, grid_table, transfer_table, unshown
-from headcount.view.points import most_measured
+from headcount.view.points import most_measured, points_of
 
 JOBS = itertools.count()
 TASKS = ("red", "green", "blue")
@@ -82,6 +82,31 @@ def test_a_larger_grid_is_not_cut_to_an_older_smaller_one() -> None:
     under_way = grid_table(pd.concat([full, *cells([0.2, 0.4], 40), *new[:1]]), 0.02, 100, {})
     assert set(under_way["documents"]) == {40}
     assert set(under_way["heads_fraction"]) == {0.0, 0.2, 0.4, 0.5}, "the new cell is shown on the old ones' documents"
+
+
+def test_documents_of_a_smaller_run_need_not_have_the_smallest_numbers() -> None:
+    """Protocol "paper" shuffles documents before it takes the first so many."""
+    def cells(fractions: Sequence[float], documents: int, right: float) -> list[pd.DataFrame]:
+        return [rows("red", "grid", documents, right, component="both", fraction=h, ffn_fraction=f, ffns_removed=1)
+                for h in fractions for f in fractions]
+
+    together = pd.concat([rows("red", "none", 60, 0.9), *cells([0.2, 0.4], 40, 0.3), *cells([0.5], 60, 0.4),
+                          *(rows("red", "gradient", 60, 0.7, component="head", fraction=f) for f in (0.2, 0.5))])
+    moved = [*transferred("red", TASKS, 0.3, 10), *transferred("red", TASKS, 0.5, 60), rows("red", "none", 60, 0.9)]
+    numbers = np.random.default_rng(0).permutation(60)
+    for table in (lambda frame: grid_table(frame, 0.02, 100, {}), lambda frame: transfer_table(frame, ())):
+        for frame in (together, pd.concat(moved)):
+            plain, shuffled = (table(f) for f in (frame, frame.assign(doc_id=numbers[frame["doc_id"]])))
+            known = ["task", "accuracy", "difference", "documents", "changed"]
+            pd.testing.assert_frame_equal(shuffled[known], plain[known])
+
+
+def test_without_rows_of_masks_documents_are_in_the_order_of_their_numbers() -> None:
+    """So that draws of documents are alike at every number of shots."""
+    full = rows("red", "none", 10)
+    shuffled = full.assign(doc_id=np.random.default_rng(0).permutation(10))
+    found = points_of(shuffled.iloc[:0], shuffled).full
+    np.testing.assert_array_equal(found, shuffled.sort_values("doc_id")["correct"])
 
 
 def test_a_larger_transfer_is_not_cut_to_an_older_smaller_one() -> None:

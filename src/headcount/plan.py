@@ -27,6 +27,9 @@ T = TypeVar("T")
 INDUCTION_TOKENS = 500
 # Raised when scores of the same texts change. 2: without BOS, copying leaves the first token out of view.
 INDUCTION_VERSION = 2
+# Raised when what protocol "paper" measures of tasks changes; entries without it are of version 1. 2: its order of
+# documents, its draws of shots, and log-likelihoods over the tokenizer's tokens alone.
+PAPER_VERSION = 2
 # A gradient costs a forward and a backward pass through activations.
 GRADIENT_PASSES = 2
 
@@ -190,9 +193,10 @@ class _Planner:
     def _base(self, kind: str, documents: int) -> dict[str, Any]:
         shots = {"seed": self.spec.seed, "shared_shots": self.spec.shared_shots} if self.num_fewshot else {}
         chat = {"chat": True} if self.spec.apply_chat_template else {}
+        paper = {"paper_version": PAPER_VERSION} if self.spec.protocol == "paper" else {}
         return {"kind": kind, "protocol": self.spec.protocol, "model": self.model, "task": self.task.name,
                 "task_fingerprint": self.task.fingerprint, "num_fewshot": self.num_fewshot, "documents": documents,
-                **shots, **chat}
+                **shots, **chat, **paper}
 
     def _planned(self, job: Job, what: str, passes: float | int, tokens: str, *needs: Job) -> PlannedJob:
         per_document = self.task.tokens.get((self.num_fewshot, tokens), 0.0)

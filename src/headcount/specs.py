@@ -61,7 +61,7 @@ class StudySpec(ModelSpec):
     pruned by other tasks' orders and by the aggregate's; induction: prefix matching and copying of every head."""
 
     limit: int | None = None
-    """Evaluated documents per task, the first N; all by default."""
+    """Evaluated documents per task, the first N (protocol `paper`: of the shuffled ones); all by default."""
 
     importance_limit: int = 2500
     """Training documents per task that importance is measured on, the first N (the paper's 2,500)."""

@@ -64,11 +64,20 @@ def sweep_contract(loaded: LoadedModel) -> ContractResult:
 @torch.no_grad()
 def loglikelihood(
     loaded: LoadedModel, packed: Sequence[Batch], num_requests: int, progress: Progress | None = None,
-    tree_mask: TreeMask = "plain",
+    tree_mask: TreeMask = "plain", columns: int | None = None,
 ) -> tuple[Float[np.ndarray, " request"], Int[np.ndarray, " request"]]:
-    """Log-likelihood (nats) of every request, and 1 where greedy decoding would give its continuation."""
+    """Log-likelihood (nats) of every request, and 1 where greedy decoding would give its continuation.
+
+    Args:
+        loaded: The model.
+        packed: The batches.
+        num_requests: How many requests they hold.
+        progress: Called with the number of tokens after each batch.
+        tree_mask: How the model takes the mask of a tree.
+        columns: The first so many logits are normalised over, and searched for the most probable; None takes all.
+    """
     sums = _Sums(1, num_requests)
-    for batch, targets in in_memory(packed, lambda batch: target_logprobs(loaded, batch, tree_mask)):
+    for batch, targets in in_memory(packed, lambda batch: target_logprobs(loaded, batch, tree_mask, columns)):
         sums.add([0], batch, targets)
         if progress is not None:
             progress(batch.tokens)
@@ -79,14 +88,17 @@ def loglikelihood(
 @torch.no_grad()
 def masked_loglikelihoods(
     loaded: LoadedModel, packed: Sequence[Batch], num_requests: int, masks: Sequence[Mask],
-    progress: Progress | None = None, tree_mask: TreeMask = "plain",
+    progress: Progress | None = None, tree_mask: TreeMask = "plain", columns: int | None = None,
 ) -> Likelihoods:
-    """Log-likelihoods of every request under every mask: by layer sweep where the model allows it."""
+    """Log-likelihoods of every request under every mask: by layer sweep where the model allows it.
+
+    The arguments are those of `loglikelihood`.
+    """
     if len(masks) == 1 or not sweep_contract(loaded).holds:
         found = []
         for mask in masks:
             with ablated(loaded.anatomy, mask):
-                found.append(loglikelihood(loaded, packed, num_requests, progress, tree_mask))
+                found.append(loglikelihood(loaded, packed, num_requests, progress, tree_mask, columns))
         layer_tokens = loaded.anatomy.num_layers * len(masks) * sum(b.tokens for b in packed)
         return Likelihoods(np.stack([x for x, _ in found]), np.stack([g for _, g in found]), layer_tokens)
     # Kept with what it learns of the model's outputs in a pass of its own.
@@ -100,7 +112,7 @@ def masked_loglikelihoods(
         rows, positions, which = _places(batch, loaded.device)
         try:
             for members, logits in sweep.logits(model_inputs(loaded, batch, tree_mask), masks, rows, positions):
-                found.append((members, _of_targets(logits, batch, which)))
+                found.append((members, _of_targets(logits, batch, which, columns)))
                 tell(batch.tokens * len(members))
         except RuntimeError:  # it will be done again, in halves
             sweep.layer_tokens = before
@@ -163,12 +175,22 @@ class _Sums:
         return total, greedy
 
 
-def target_logprobs(loaded: LoadedModel, batch: Batch, tree_mask: TreeMask = "plain") -> Targets:
+def columns_of(loaded: LoadedModel) -> int:
+    """How many of the logits belong to a token of the tokenizer, those of the first ids (OPT: 50,265 of 50,272).
+
+    The paper's code evaluates by these alone. `len(tokenizer)` is less where a tokenizer skips ids.
+    """
+    return max(len(loaded.tokenizer), 1 + max(loaded.tokenizer.get_vocab().values(), default=0))
+
+
+def target_logprobs(
+    loaded: LoadedModel, batch: Batch, tree_mask: TreeMask = "plain", columns: int | None = None
+) -> Targets:
     """Log-probability of every target of a batch, and 1 where it is the most probable token."""
     rows, positions, which = _places(batch, loaded.device)
     with scored_only(loaded, rows, positions):
         logits = loaded.model(**model_inputs(loaded, batch, tree_mask), use_cache=False).logits[0]
-    return _of_targets(logits, batch, which)
+    return _of_targets(logits, batch, which, columns)
 
 
 def _places(
@@ -181,8 +203,10 @@ def _places(
 
 
 def _of_targets(
-    logits: Float[Tensor, "place vocabulary"], batch: Batch, which: Int[np.ndarray, " target"]
+    logits: Float[Tensor, "place vocabulary"], batch: Batch, which: Int[np.ndarray, " target"],
+    columns: int | None = None,
 ) -> Targets:
+    logits = logits[:, :columns]
     targets, index = on_device(batch.targets, logits.device), on_device(which, logits.device)
     # A few places at a time: all of them in float32, and exponentiated, would take twice the logits' memory.
     parts = torch.split(logits, max(1, _EXPONENTIATED.get(logits.device.type, 2**26) // logits.shape[1]))

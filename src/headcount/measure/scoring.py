@@ -18,7 +18,7 @@ from headcount.errors import ModelError, OptionError, TaskError
 from headcount.masks import Mask
 from headcount.measure.budget import budget_of
 from headcount.measure.encoding import encode
-from headcount.measure.forward import Progress, masked_loglikelihoods
+from headcount.measure.forward import Progress, columns_of, masked_loglikelihoods
 from headcount.measure.layout import Layout, layout
 from headcount.measure.packing import Batch, Budget, batches, pack
 from headcount.measure.tasks import LM_EVAL_SEED, Prompt, Split, Task
@@ -39,6 +39,7 @@ class Prepared:
         batches: What the model reads.
         passages: Which documents share a passage: equal numbers.
         truncated: How many requests lost their beginning.
+        columns: The first so many logits decide (protocol "paper"); None: all.
     """
 
     task: Task
@@ -49,6 +50,7 @@ class Prepared:
     batches: tuple[Batch, ...]
     passages: Int[np.ndarray, " doc"]
     truncated: int
+    columns: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -124,7 +126,8 @@ def prepare(
     budget = budget or budget_of(loaded)
     rows = pack(by_document, budget, trees=chosen.trees, tree_tokens=chosen.tree_tokens)
     return Prepared(task, num_fewshot, tuple(prompts), tuple(counts), chosen,
-                    tuple(batches(rows, budget)), task.passages(split, prompts), sum(r.truncated for r in requests))
+                    tuple(batches(rows, budget)), task.passages(split, prompts), sum(r.truncated for r in requests),
+                    columns_of(loaded) if task.protocol == "paper" else None)
 
 
 def score(
@@ -132,7 +135,7 @@ def score(
 ) -> Evaluations:
     """Run prepared prompts under each mask and turn log-likelihoods into the task's metric."""
     found = masked_loglikelihoods(loaded, prepared.batches, sum(prepared.counts), masks, progress,
-                                  prepared.layout.tree_mask)
+                                  prepared.layout.tree_mask, prepared.columns)
     for mask, values in zip(masks, found.loglikelihoods, strict=True):
         if bad := int((~np.isfinite(values)).sum()):
             raise ModelError(f"{bad} of {len(values)} log-likelihoods of task {prepared.task.name!r} are no numbers "
@@ -173,7 +176,8 @@ def score(
 def by_question(measured: Evaluations, questions: Sequence[Hashable]) -> Evaluations:
     """One document per question: right if every answer to it is judged right (MultiRC in the paper's code).
 
-    A limit may cut the last question's answers short; it then counts by those that were evaluated.
+    A question stands where its first answer does, under that one's number. A limit may cut the last question's answers
+    short; it then counts by those that were evaluated.
 
     Gold log-likelihoods are averaged over a question's answers, its margin is the smallest, and judgements are numbered
     as the digits of one number, so that prediction, gold and the number of options keep their meaning.
@@ -189,10 +193,13 @@ def by_question(measured: Evaluations, questions: Sequence[Hashable]) -> Evaluat
         bases = [np.concatenate([[1], np.cumprod(measured.num_options[m])[:-1]]) for m in members]
         return np.stack([(values[..., m] * base).sum(-1) for m, base in zip(members, bases, strict=True)], axis=-1)
 
+    passages = measured.passages
+    if passages is not None:  # counted anew: an answer that shares nothing with its question's first one leaves a gap
+        passages = np.unique(passages[[m[0] for m in members]], return_inverse=True)[1]
     return dataclasses.replace(
         measured,
         doc_ids=np.array([measured.doc_ids[m[0]] for m in members]),
-        passages=measured.passages if measured.passages is None else measured.passages[[m[0] for m in members]],
+        passages=passages,
         correct=reduced(measured.correct, np.min),
         gold_loglikelihood=reduced(measured.gold_loglikelihood, np.mean),
         margin=reduced(measured.margin, np.min),

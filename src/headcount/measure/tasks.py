@@ -2,8 +2,9 @@
 
 Tasks, prompts, few-shot sampling and metrics are lm-eval's own. What is added here: documents can come from local files
 instead of the hub; shots can be shared by all documents; prompts can be built for training documents too, without the
-document itself among its shots; and the variants of the paper's code (protocol "paper"): WSC's training documents are
-its positive ones, and a question of MultiRC counts when all its answers are judged right.
+document itself among its shots; and the variants of the paper's code (protocol "paper"): its order of documents and its
+draws of shots, WSC's training documents are its positive ones, and a question of MultiRC counts when all its answers
+are judged right.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from headcount.errors import DataError, OptionError, TaskError, UnavailableError, first_line
 from headcount.measure import documents, names
 from headcount.measure.passages import passages
-from headcount.measure.shots import Shots, rendered
+from headcount.measure.shots import Shots, papers_draws, questions_together, rendered
 from headcount.stats import chance
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class Task:
 
         Shots come from lm-eval's own few-shot split. For evaluated documents they are drawn exactly as lm-eval draws
         them with this seed; examples never are among their own shots; documents that serve as shared shots are left
-        out.
+        out. Under protocol "paper" evaluated documents are shuffled, and shots are drawn as `shots.papers_draws` says.
 
         Args:
             split: Which documents.
@@ -178,16 +179,20 @@ class Task:
         if num_fewshot < 0 or (limit is not None and limit < 1):
             raise OptionError(f"num_fewshot is at least 0 and limit at least 1, not {num_fewshot} and {limit}")
         found = self.documents(split)
-        own_pool = num_fewshot > 0 and self._drawn_from(found)
-        self._check_pool(num_fewshot, excluding=not shared_shots and (own_pool or self._lm_eval_excludes))
+        paper = self.protocol == "paper"
+        own_pool = num_fewshot > 0 and not paper and self._drawn_from(found)
+        excludes = not self.inner.has_training_docs() if paper else own_pool or self._lm_eval_excludes
+        self._check_pool(num_fewshot, excluding=not shared_shots and excludes)
         shots = self._drawn(num_fewshot if shared_shots else 0, seed)
         template = functools.partial(rendered, chat) if chat is not None else None
         prompts: list[Prompt] = []
-        for doc_id, doc in enumerate(found):
+        own = self._papers_draws(split, found, 0 if shared_shots else num_fewshot, seed) if paper else (
+            (doc_id, ()) for doc_id in range(len(found)))
+        for doc_id, drawn in own:
             if limit is not None and len(prompts) >= limit:
                 break
-            if doc not in shots:
-                with self._sampling(shots, doc if own_pool else None, doc_id):
+            if (doc := found[doc_id]) not in shots:
+                with self._sampling(drawn or shots, doc if own_pool else None, doc_id):
                     prompts.append(self._prompt(doc_id, doc, num_fewshot, template))
         return prompts
 
@@ -235,6 +240,17 @@ class Task:
             if score == 1:
                 return i
         raise ValueError("no option is right")
+
+    def _papers_draws(
+        self, split: Split, found: Sequence[Mapping[str, Any]], num_fewshot: int, seed: int
+    ) -> Iterable[tuple[int, Sequence[Any]]]:
+        """Documents in the order, and with the shots, of the paper's code; another seed than its draws other shots."""
+        pool = self.inner.sampler.fewshot_docs() if num_fewshot else []
+        draws = papers_draws(found, pool, num_fewshot, evaluated=split == "evaluation",
+                             seed=None if split == "evaluation" and seed == LM_EVAL_SEED else seed,
+                             excluding=not self.inner.has_training_docs())
+        question = self.question if split == "evaluation" else None
+        return draws if question is None else questions_together(draws, lambda i: question(found[i]))
 
     def _drawn(self, num_shared: int, seed: int) -> Sequence[Any]:
         """One draw of so many shots for all documents; the sampler starts from this seed, with none too."""
@@ -293,7 +309,7 @@ def get_tasks(
         data: A folder with `<task>/{train,validation,test}.jsonl` to read instead of the hub. A missing `test.jsonl`
             is stood in for by `validation.jsonl`.
         examples_split: The split that importance is measured on.
-        protocol: "paper" for the variants of MultiRC and WSC that the paper's code has.
+        protocol: "paper" for the order and shots of the paper's code, and its variants of MultiRC and WSC.
 
     Raises:
         TaskError: For an unknown name, or a task that is not multiple-choice or log-likelihood.

@@ -359,8 +359,18 @@ class Study:
                       key=lambda entry: (order.get(entry.job["task"], len(order)), entry.job["num_fewshot"]))
 
     def _is_of_model(self, job: Mapping[str, Any]) -> bool:
-        """Whether a job is of the model that the folder is of; two processes may have begun with different ones."""
-        return bool(job["model"] == self.description["model"]["fingerprint"])
+        """Whether a job is of the model that the folder is of; two processes may have begun with different ones.
+
+        Of what protocol "paper" measured of tasks, only the newest version that the folder has: others are not mixed.
+        """
+        newest = job["kind"] == "induction" or job.get("paper_version", 1) == max(self.paper_versions, default=1)
+        return bool(job["model"] == self.description["model"]["fingerprint"]) and newest
+
+    @functools.cached_property
+    def paper_versions(self) -> set[int]:
+        """By which versions of protocol "paper" tasks were measured; the newest is shown. None of protocol "sound"."""
+        jobs = (job for job, _ in self._ledger.descriptions()) if self.spec["protocol"] == "paper" else ()
+        return {job.get("paper_version", 1) for job in jobs if job["kind"] != "induction"}
 
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:

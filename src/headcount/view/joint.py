@@ -189,12 +189,13 @@ def unshown(evaluations: pd.DataFrame, grid: pd.DataFrame, transfer: pd.DataFram
 
 
 def _measured_alike(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the documents that all points have: some may have been measured on more of them, or fewer, before."""
-    points = ["fraction", "ffn_fraction"]
-    counts = rows.groupby(points)["doc_id"].nunique()
-    wanted = sorted(rows["doc_id"].unique())[:most_measured(counts.tolist())]
-    of_each = rows.groupby(points)["doc_id"].transform("nunique")
-    return rows[rows["doc_id"].isin(wanted) & (of_each >= len(wanted))]
+    """Rows of the documents that all points have: some may have been measured on more of them, or fewer, before.
+
+    Which documents are the first so many, a point that has as many tells: protocol "paper" shuffles them.
+    """
+    of_each = rows.groupby(["fraction", "ffn_fraction"])["doc_id"].transform("nunique")
+    most = most_measured(rows.groupby(["fraction", "ffn_fraction"])["doc_id"].nunique().tolist())
+    return rows[rows["doc_id"].isin(rows.loc[of_each == most, "doc_id"]) & (of_each >= most)]
 
 
 def _largest_jobs(rows: pd.DataFrame) -> pd.DataFrame:

@@ -110,7 +110,7 @@ def points_of(rows: pd.DataFrame, full: pd.DataFrame, *, constant: float = 0.0) 
         full: The full model's rows, of these documents or more.
         constant: What the best answer gets that can be given to all documents (`stats.baseline`).
     """
-    full = full[full["doc_id"].isin(rows["doc_id"].unique())].sort_values("doc_id") if len(rows) else full
+    full = (full[full["doc_id"].isin(rows["doc_id"].unique())] if len(rows) else full).sort_values("doc_id")
     baseline = stats.baseline(full["num_options"].to_numpy(), constant)
     return Points(full["correct"].to_numpy(np.float64), full["passage"].to_numpy(np.int64), baseline)
 

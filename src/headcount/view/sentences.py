@@ -258,11 +258,16 @@ def cautions(study: Study) -> Iterator[str]:
     yield from (f"Model: {note}." for note in study.model.get("notes", ()))
     if spec.get("protocol") == "paper":
         other = ["FFN oracles on the reported documents, the last layer's heads by another denominator, text encoded "
-                 "otherwise"] if study.tasks else []
+                 "otherwise, documents shuffled, other draws of shots"] if study.tasks else []
         if len(study.induction()):
             other.append("copying from embeddings fed to every layer and the value of the current position alone, "
                          "prefix matching with attention to the first token")
         yield f"Measured as the paper's code does (protocol paper): {'; '.join([*other, 'see docs/paper.md'])}."
+        if study.paper_versions == {1}:
+            yield ("Measured by an earlier version of protocol paper: the first documents instead of the first of the "
+                   "shuffled ones, other draws of shots, all logits; a new run measures anew.")
+        elif 1 in study.paper_versions:
+            yield "What an earlier version of protocol paper measured in this folder is left out."
     if spec.get("apply_chat_template"):
         yield "Prompts stand in the model's chat template."
     if spec["shared_shots"] and any(spec["shots"]):
