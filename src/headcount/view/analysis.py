@@ -7,7 +7,7 @@ over tasks, its interval from documents drawn within each task. Several random o
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -314,9 +314,10 @@ class Study:
         return sorted((entry for entry in self._ledger.entries(kind) if self._is_of_model(entry.job)),
                       key=lambda entry: (order.get(entry.job["task"], len(order)), entry.job["num_fewshot"]))
 
-    def _is_of_model(self, job: Mapping[str, Any]) -> bool:
-        """Whether a job is of the model that the folder is of; two processes may have begun with different ones."""
-        return bool(job["model"] == self.description["model"]["fingerprint"])
+    @functools.cached_property
+    def _is_of_model(self) -> Callable[[Mapping[str, Any]], bool]:
+        importance = (job for job, _ in self._ledger.descriptions("importance"))
+        return entries.current(importance, self.description["model"]["fingerprint"])
 
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
