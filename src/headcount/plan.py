@@ -98,7 +98,7 @@ def _oracle_split(spec: StudySpec) -> str:
 
 def plan(
     spec: StudySpec, model: str, heads_per_layer: Sequence[int], tasks: Sequence[TaskFacts],
-    parts: Sequence[Part] = CURVES,
+    parts: Sequence[Part] = CURVES, *, through_norms: bool = False,
 ) -> list[PlannedJob]:
     """All jobs of a study in an order in which they can be done.
 
@@ -108,8 +108,11 @@ def plan(
         heads_per_layer: The model's number of heads of every layer.
         tasks: What is known of each task.
         parts: What of the study is wanted; a curve brings the importance that orders it.
+        through_norms: Whether the model norms what its branches put out (`LoadedModel.norms`). Gradient scores
+            are then taken through these norms, which an earlier version did not do: their entries have other names.
     """
-    planners = [_Planner(spec, model, tuple(heads_per_layer), task, k) for task in tasks for k in spec.shots]
+    planners = [_Planner(spec, model, tuple(heads_per_layer), task, k, through_norms)
+                for task in tasks for k in spec.shots]
     jobs: dict[str, PlannedJob] = {}
     wanted = [*(p.jobs(parts) for p in planners if not p.task.unseen)]
     for p in planners:
@@ -151,6 +154,7 @@ class _Planner:
     heads_per_layer: tuple[int, ...]
     task: TaskFacts
     num_fewshot: int
+    through_norms: bool = False
 
     @property
     def documents(self) -> int:
@@ -204,7 +208,8 @@ class _Planner:
         return PlannedJob(job, title, needs, passes, passes * job["documents"] * per_document)
 
     def _gradient(self) -> PlannedJob:
-        job = {**self._base("importance", self.examples), "method": "gradient"}
+        norms = {"through_norms": True} if self.through_norms else {}
+        job = {**self._base("importance", self.examples), "method": "gradient", **norms}
         return self._planned(job, "gradient importance", GRADIENT_PASSES, "gradient")
 
     def _full(self, split: str) -> PlannedJob:

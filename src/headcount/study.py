@@ -130,7 +130,7 @@ class Runner:
             self.facts.append(self._facts(task))
         self.previous = self._begun()
         self.jobs = plan(spec, self.loaded.identity, self.loaded.anatomy.heads_per_layer, self.facts,
-                         self.parts)
+                         self.parts, through_norms=bool(self.loaded.norms))
 
     def run(self) -> Path:
         """Do all jobs that are not done; returns the study folder."""

@@ -13,6 +13,19 @@ For an FFN z is the output of its down-projection. Every example is a row of its
 a sum over examples; the loss is summed over rows, so that no score depends on the batch. Parameters are frozen: one
 forward pass and one backward pass through activations alone.
 
+A norm on a branch's output (Gemma-2 and -3, OLMo-2 and -3, GLM-4, EXAONE-4, ...) takes its length away before it is
+added to the residual stream. Then z . dL/dz is 0 but for rounding for the FFN, and adds up to 0 over a layer's heads.
+There the product is of dL/dy, with y = norm(u) what the residual stream is given, and of what removal takes from y:
+
+    FFN:   (y - norm(0)) . dL/dy            norm(0), a norm's bias, is what removal leaves
+    head:  (y - norm(u - c[h])) . dL/dy     u = sum_h c[h] + bias, c[h] = W_O[h] z[h] what head h writes
+
+Both are the first-order change of the loss from y on, as z . dL/dz is from z on where no norm follows; only the norm is
+taken as it is, not by its derivative. So a head that writes little next to its branch has its z . dL/dz, and one that
+is its whole branch has the branch's score, where the derivative says 0. To hold the norm's scale fast instead, whose
+parts add up to the branch's score, ranks the heads of Gemma-3-270M less like their oracle (docs/design.md). Gradients
+of lower layers pass the norm itself.
+
 Oracle: I[l] = P(full) - P(without FFN l) on the same documents, P the task's metric, and the same for one head off;
 beside it the mean gold log-likelihood that is lost, which decides between equal P.
 """
@@ -38,8 +51,10 @@ from headcount.measure.passages import halves, resampled
 from headcount.measure.scoring import evaluate
 from headcount.measure.tasks import LM_EVAL_SEED, Split, Task
 from headcount.model.devices import on_device
-from headcount.model.gates import captured, frozen
+from headcount.model.gates import Activations, captured, frozen
 from headcount.model.load import LoadedModel
+from headcount.model.norms import norm_of_nothing
+from headcount.model.weights import parts_behind_norm
 from headcount.results import Evaluations, Importance, Score
 from headcount.stats import cluster_sums
 
@@ -183,22 +198,45 @@ def _batch_scores(
     loaded: LoadedModel, batch: Batch
 ) -> tuple[Float[Tensor, "score example head"], Float[Tensor, "score example ffn"]]:
     rows, positions = on_device(batch.rows, loaded.device), on_device(batch.positions, loaded.device)
-    with torch.enable_grad(), captured(loaded.anatomy, gradients=True) as found, scored_only(loaded, rows, positions):
+    caught = captured(loaded.anatomy, gradients=True, norms=loaded.norms)
+    with torch.enable_grad(), caught as found, scored_only(loaded, rows, positions):
         logits = loaded.model(**model_inputs(loaded, batch), use_cache=False).logits[0].float()
         targets = on_device(batch.targets, logits.device)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         # Mean over each example's targets, then the sum over examples: rows do not touch one another.
         weights = 1 / on_device(np.bincount(batch.rows)[batch.rows], losses.device).to(losses)
-        gradients = torch.autograd.grad((losses * weights).sum(), [*found.heads, *found.ffns])
+        # Heads behind a norm are reached from what it wrote.
+        attention = [found.attention.get(layer, z) for layer, z in enumerate(found.heads)]
+        gradients = torch.autograd.grad((losses * weights).sum(), [*attention, *found.ffns])
     mask = np.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
     real = functools.cache(functools.partial(on_device, mask))
-    products = [(z.detach().float() * g.float()).sum(-1) for z, g in
-                zip([*found.heads, *found.ffns], gradients, strict=True)]
     layers = len(found.heads)
+    of_heads = (_head_parts(loaded, found, layer, g) for layer, g in enumerate(gradients[:layers]))
+    of_ffns = (_ffn_parts(loaded, found, layer, g) for layer, g in enumerate(gradients[layers:]))
     # Where layers lie on several devices, the scores are brought together on the last one.
-    heads = [_reduce(p, real(p.device)).to(logits.device) for p in products[:layers]]
-    ffns = [_reduce(p[..., None], real(p.device)).to(logits.device) for p in products[layers:]]
+    heads, ffns = ([_reduce(p, real(p.device)).to(logits.device) for p in parts] for parts in (of_heads, of_ffns))
     return torch.cat(heads, -1), torch.cat(ffns, -1)
+
+
+def _head_parts(
+    loaded: LoadedModel, found: Activations, layer: int, gradient: Float[Tensor, "batch pos *_"]
+) -> Float[Tensor, "batch pos head"]:
+    z = found.heads[layer].detach()
+    norm = loaded.norms[layer].attention if layer in found.attention else None
+    if norm is None:
+        return (z.float() * gradient.float()).sum(-1)
+    return parts_behind_norm(loaded.anatomy.layers[layer], norm, z, found.attention[layer].detach(), gradient)
+
+
+def _ffn_parts(
+    loaded: LoadedModel, found: Activations, layer: int, gradient: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos 1"]:
+    z = found.ffns[layer].detach().float()
+    norm = loaded.norms[layer].ffn if layer in loaded.norms else None
+    if norm is not None:
+        # Without the FFN, a norm that has a bias still writes that.
+        z = z - norm_of_nothing(norm).to(z.device)
+    return (z * gradient.float()).sum(-1, keepdim=True)
 
 
 def _reduce(

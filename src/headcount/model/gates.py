@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.devices import on_device
+from headcount.model.norms import LayerNorms
 
 
 @contextlib.contextmanager
@@ -60,21 +61,32 @@ class Activations:
     """What the last forward pass put out, layer by layer; inside the graph where gradients were asked for.
 
     Shapes: `heads` per layer "batch pos head d_head", the input of the output projection as it was passed on; `ffns`
-    per layer "batch pos d_model".
+    per layer "batch pos d_model"; `attention` alike, what a norm on attention's output put out, of layers that have one
+    and where norms were named.
     """
 
     heads: list[Tensor] = field(default_factory=list)
     ffns: list[Tensor] = field(default_factory=list)
+    attention: dict[int, Tensor] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
-def captured(anatomy: Anatomy, *, gradients: bool) -> Iterator[Activations]:
+def captured(
+    anatomy: Anatomy, *, gradients: bool, norms: Mapping[int, LayerNorms] | None = None
+) -> Iterator[Activations]:
     """Catch every head's and FFN's output during one forward pass; a further pass replaces what was caught.
 
     Gates that were opened before are seen, later ones are not. With `gradients`, what is passed on is made of the
     tensors that are caught, so `torch.autograd.grad(loss, [*found.heads, *found.ffns])` works, also where all
     parameters are frozen. Without, they are detached.
+
+    Args:
+        anatomy: Where heads and FFNs are.
+        gradients: Whether what is caught is to be inside the graph.
+        norms: Norms on branches' output, by layer: an FFN's output is then what its norm makes of it, which is what the
+            residual stream is given, and attention's is caught too.
     """
+    norms = norms or {}
     found = Activations()
     # Layers in which blocks run their FFN beside or before attention still fill their own place.
     shapes: list[tuple[int, int]] = [(0, 0)] * anatomy.num_layers
@@ -82,12 +94,13 @@ def captured(anatomy: Anatomy, *, gradients: bool) -> Iterator[Activations]:
     def restart(module: nn.Module, args: Any, kwargs: Any) -> None:
         found.heads = [torch.empty(0)] * anatomy.num_layers
         found.ffns = [torch.empty(0)] * anatomy.num_layers
+        found.attention = {}
 
     with contextlib.ExitStack() as hooks:
         first = anatomy.layers[0].block
         hooks.callback(first.register_forward_pre_hook(restart, with_kwargs=True).remove)
         for i, part in enumerate(anatomy.layers):
-            for handle in _capture_layer(part, i, found, shapes, gradients):
+            for handle in _capture_layer(part, norms.get(i, LayerNorms()), i, found, shapes, gradients):
                 hooks.callback(handle.remove)
         yield found
 
@@ -135,7 +148,8 @@ def _ffn_gate(part: LayerAnatomy) -> Iterator[torch.utils.hooks.RemovableHandle]
 
 
 def _capture_layer(
-    part: LayerAnatomy, index: int, found: Activations, shapes: list[tuple[int, int]], gradients: bool
+    part: LayerAnatomy, norms: LayerNorms, index: int, found: Activations, shapes: list[tuple[int, int]],
+    gradients: bool,
 ) -> Iterator[torch.utils.hooks.RemovableHandle]:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -145,16 +159,19 @@ def _capture_layer(
         found.heads[index] = _caught(args[0], (*shapes[index], part.num_heads, part.d_head), gradients)
         return (found.heads[index].reshape(args[0].shape), *args[1:]) if gradients else args
 
-    def ffn(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def branch(caught: list[Tensor] | dict[int, Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
-        found.ffns[index] = _caught(first, (*shapes[index], part.d_model), gradients)
+        caught[index] = _caught(first, (*shapes[index], part.d_model), gradients)
         # A copy goes on, since some blocks add the residual to it in place (Falcon).
-        passed = (found.ffns[index] if gradients else first).reshape(first.shape).clone()
+        passed = (caught[index] if gradients else first).reshape(first.shape).clone()
         return (passed, *output[1:]) if isinstance(output, tuple) else passed
 
     yield part.block.register_forward_pre_hook(enter, with_kwargs=True)
     yield part.out_proj.register_forward_pre_hook(head)
-    yield part.ffn_output.register_forward_hook(ffn)
+    if norms.attention is not None:
+        yield norms.attention.register_forward_hook(lambda *call: branch(found.attention, *call))
+    last = part.ffn_output if norms.ffn is None else norms.ffn
+    yield last.register_forward_hook(lambda *call: branch(found.ffns, *call))
 
 
 def _caught(x: Float[Tensor, "*_"], shape: tuple[int, ...], gradients: bool) -> Float[Tensor, "*_"]:

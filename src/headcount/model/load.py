@@ -43,6 +43,7 @@ from headcount.errors import ModelError, OptionError, first_line
 from headcount.model import gguf
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
 from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint
+from headcount.model.norms import LayerNorms, find_norms
 
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
 _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
@@ -85,6 +86,11 @@ class LoadedModel:
         """The fingerprints of model and tokenizer: equal where equal text gives equal numbers."""
         reading = tokenizer_fingerprint(self.tokenizer, self.max_length, chat=self.apply_chat_template)
         return f"{self.fingerprint}-{reading}"
+
+    @functools.cached_property
+    def norms(self) -> Mapping[int, LayerNorms]:
+        """Norms on what branches put out, by layer, found in one short pass; empty for most models."""
+        return find_norms(self.model, self.anatomy)
 
     @property
     def chat(self) -> PreTrainedTokenizerBase | None:

@@ -32,6 +32,7 @@ from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.attention import Visit, attention_seen, device_of, fed, one_logit
 from headcount.model.devices import doubled
 from headcount.model.gates import ablated
+from headcount.model.norms import find_norms, zeros
 
 # Basis vectors that pass the model at once.
 _PROBES = 1024
@@ -87,34 +88,15 @@ class BranchNorm:
 
 def branch_norms(model: PreTrainedModel, anatomy: Anatomy) -> dict[int, BranchNorm]:
     """The layers whose attention's output passes a norm before it is added to the residual stream."""
-    written: dict[int, Tensor] = {}
-    found: dict[int, nn.Module] = {}
-    with contextlib.ExitStack() as hooks:
-        for i, part in enumerate(anatomy.layers):
-            def wrote(module: nn.Module, args: Any, output: Tensor, layer: int = i) -> None:
-                written[layer] = output.detach().clone()
-
-            def normed(module: nn.Module, args: Any, layer: int = i) -> None:
-                own = written.get(layer)
-                same = own is not None and args and own.numel() == args[0].numel()
-                if own is not None and same and torch.equal(own, args[0].reshape(own.shape)):
-                    found[layer] = module
-
-            hooks.callback(part.out_proj.register_forward_hook(wrote).remove)
-            for child in part.block.children():
-                own = list(child.parameters(recurse=False))
-                if child is not part.attention and own and all(p.dim() == 1 for p in own):
-                    hooks.callback(child.register_forward_pre_hook(normed).remove)
-        ids = torch.arange(3, device=device_of(model))[None]
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return {layer: _branch_norm(norm, written[layer]) for layer, norm in found.items()}
+    found = {layer: norms.attention for layer, norms in find_norms(model, anatomy).items()}
+    return {layer: _branch_norm(norm) for layer, norm in found.items() if norm is not None}
 
 
 @torch.no_grad()
-def _branch_norm(norm: nn.Module, like: Float[Tensor, "*batch d_model"]) -> BranchNorm:
+def _branch_norm(norm: nn.Module) -> BranchNorm:
     generator = torch.Generator().manual_seed(0)
-    size = like.shape[-1]
+    like = zeros(norm)
+    size = len(like)
     # No mean that could be taken away, and nothing near 0 to divide by.
     signs = torch.arange(size) % 2 * 2.0 - 1
     probe = (1 + torch.rand(size, generator=generator) / 2) * signs
@@ -128,6 +110,32 @@ def _branch_norm(norm: nn.Module, like: Float[Tensor, "*batch d_model"]) -> Bran
     gain = odd(probe) / probe.float()
     kept = odd(torch.ones_like(probe)).norm()
     return BranchNorm(gain, bool(kept < 0.05 * gain.norm()))
+
+
+@torch.no_grad()
+def parts_behind_norm(
+    part: LayerAnatomy, norm: nn.Module, heads: Float[Tensor, "batch pos head d_head"],
+    written: Float[Tensor, "batch pos d_model"], directions: Float[Tensor, "batch pos d_model"],
+) -> Float[Tensor, "batch pos head"]:
+    """How far what a norm on attention's output writes moves along a direction if a head is there, each head by itself.
+
+    The norm itself is asked what it makes of the branch without the head, so that nothing need be known of its formula.
+
+    Args:
+        part: The layer.
+        norm: The norm on its attention's output.
+        heads: What the output projection read.
+        written: What the norm wrote then.
+        directions: What the difference is multiplied with, such as gradients of the loss.
+    """
+    projected: Any = part.out_proj.forward(heads.flatten(-2))
+    rows = output_map(part, heads).to(heads).reshape(part.num_heads, part.d_head, -1)
+    found = []
+    # A head at a time: what all of them write would take the memory of as many residual streams.
+    for h in range(part.num_heads):
+        without: Tensor = norm(projected - heads[..., h, :] @ rows[h])
+        found.append(((written - without).float() * directions.float()).sum(-1))
+    return torch.stack(found, -1)
 
 
 @dataclass(frozen=True, eq=False)

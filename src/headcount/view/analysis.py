@@ -7,7 +7,7 @@ over tasks, its interval from documents drawn within each task. Several random o
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -359,12 +359,17 @@ class Study:
                       key=lambda entry: (order.get(entry.job["task"], len(order)), entry.job["num_fewshot"]))
 
     def _is_of_model(self, job: Mapping[str, Any]) -> bool:
-        """Whether a job is of the model that the folder is of; two processes may have begun with different ones.
+        """Whether a job is of the folder's model, and of what it measures as it was last defined.
 
         Of what protocol "paper" measured of tasks, only the newest version that the folder has: others are not mixed.
         """
         newest = job["kind"] == "induction" or job.get("paper_version", 1) == max(self.paper_versions, default=1)
-        return bool(job["model"] == self.description["model"]["fingerprint"]) and newest
+        return newest and self._is_current(job)
+
+    @functools.cached_property
+    def _is_current(self) -> Callable[[Mapping[str, Any]], bool]:
+        importance = (job for job, _ in self._ledger.descriptions("importance"))
+        return entries.current(importance, self.description["model"]["fingerprint"])
 
     @functools.cached_property
     def paper_versions(self) -> set[int]:

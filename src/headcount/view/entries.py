@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
-from headcount.ledger import Entry
+from headcount.ledger import Entry, job_id
 from headcount.pruning import score_of
 
 # An entry's job and what is known of its result, without the table.
@@ -20,6 +20,32 @@ _LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fractio
 _EVALUATION = ["task", "num_fewshot", "split", *_LABELS, "score", "job", "members", "doc_id", "passage", "correct"]
 _INDUCTION = ["layer", "head", "prefix_matching", "copying", "previous_token", "ov_copying", "induction", "weights",
               "protocol", "sequences"]
+
+
+def current(jobs: Iterable[Mapping[str, Any]], model: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Which jobs are of a model, and of its gradient scores as they were last defined.
+
+    Where a model norms what its branches put out, an earlier version took gradient scores before that norm. A folder
+    that was begun with it may hold both: then what rests on the earlier scores is passed over, curves too.
+
+    Args:
+        jobs: The folder's jobs of importance.
+        model: The model's fingerprint; two processes may have begun the folder with different ones.
+    """
+    earlier = {job_id({k: v for k, v in job.items() if k != "through_norms"}) for job in jobs if "through_norms" in job}
+
+    def chosen(job: Mapping[str, Any]) -> bool:
+        return job["model"] == model and not (earlier and earlier & {job_id(job), *_importance_of(job)})
+
+    return chosen
+
+
+def _importance_of(job: Mapping[str, Any]) -> list[str]:
+    """The entries of importance that a curve's orders are read from."""
+    curve = job.get("curve", {})
+    found = [order.get("importance", []) for order in (curve, curve.get("heads", {}), curve.get("ffns", {}))
+             if isinstance(order, Mapping)]
+    return [name for names in found for name in ([names] if isinstance(names, str) else names)]
 
 
 def evaluation_rows(entries: Iterable[Entry], aggregate: str) -> pd.DataFrame:
