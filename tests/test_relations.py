@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import rankdata, spearmanr
 
+from headcount import ranks, stats
 from headcount.errors import OptionError
 from headcount.masks import random_order
 from headcount.view import relations
@@ -190,3 +191,120 @@ def test_little_or_nothing_is_no_error() -> None:
     assert np.isnan(flat.set_index(["task", "other_task"]).loc[("red", "green"), "correlation"])
     with pytest.raises(OptionError, match="one length, not 4, 5"):
         relations.correlations({("red", 0): np.arange(5.0), ("green", 0): np.arange(4.0)})
+
+
+LAYERS = np.repeat(np.arange(8), 5)
+
+
+def without_layers(scores: np.ndarray) -> np.ndarray:
+    """Ranks less their layer's mean, one by one."""
+    placed = rankdata(scores)
+    return np.array([rank - placed[LAYERS == layer].mean() for rank, layer in zip(placed, LAYERS, strict=True)])
+
+
+def in_layers(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.corrcoef(without_layers(x), without_layers(y))[0, 1])
+
+
+def test_correlations_have_companions_without_depth() -> None:
+    scores, resampled, halves = world()
+    keys = ["kind", "task", "num_fewshot", "other_task", "other_shots"]
+    found = relations.correlations(scores, resampled, halves, layers=LAYERS.tolist(), seed=3)
+    pd.testing.assert_frame_equal(found.set_index(keys).sort_index()[["correlation", "low", "high", "ceiling"]],
+                                  table()[["correlation", "low", "high", "ceiling"]])
+    found = found.set_index(keys).sort_index()
+    rng = np.random.default_rng(0)
+    for a, b, kind in ((("red", 0), ("green", 0), "tasks"), (("blue", 0), ("blue", 5), "shots")):
+        row, x, y = found.loc[(kind, *a, *b)], scores[a], scores[b]
+        assert row["correlation_in_layers"] == pytest.approx(in_layers(x, y))
+        z = [np.arctanh(in_layers(one, other)) for one, other in zip(resampled[a], resampled[b], strict=True)]
+        expected = np.tanh(np.arctanh(in_layers(x, y)) + np.array([-1, 1]) * 1.959964 * np.std(z, ddof=1))
+        np.testing.assert_allclose([row["in_layers_low"], row["in_layers_high"]], expected, rtol=1e-6)
+        # By layers alone: heads of a layer change places with one another.
+        shuffled = [rho(x, y[np.lexsort([rng.random(HEADS), LAYERS])]) for _ in range(2000)]
+        assert row["correlation_layers_alone"] == pytest.approx(np.mean(shuffled), abs=0.01)
+    half = in_layers(*halves["red", 5])
+    own = found.loc[("reliability", "red", 5, "red", 5)]
+    assert own["correlation_in_layers"] == pytest.approx(2 * half / (1 + half))
+    random = found.loc[("tasks", "red", 0, "random", 0)]
+    places = np.argsort(random_order(HEADS, 3))
+    assert random["correlation_in_layers"] == pytest.approx(in_layers(scores["red", 0], places))
+    inside = [abs(in_layers(scores["red", 0], rng.permutation(HEADS))) <= random["in_layers_high"]
+              for _ in range(1000)]
+    assert 0.93 < np.mean(inside) < 0.975
+
+
+def test_what_is_only_depth_is_told_apart_from_what_is_not() -> None:
+    rng = np.random.default_rng(1)
+    layers = np.repeat(np.arange(30), 9)
+    for trend, own, expected in ((1.0, 0.0, (0, 0.9)), (0.0, 1.0, (0.9, 0))):
+        depth, heads = trend * rng.normal(size=30)[layers], own * rng.normal(size=270)
+        scores = {(task, 0): np.exp(depth + heads + 0.25 * rng.normal(size=270)) for task in ("red", "green")}
+        row = relations.correlations(scores, layers=layers.tolist()).query("task == 'red' and other_task == 'green'")
+        assert row["correlation"].iloc[0] > 0.8
+        assert row[["correlation_in_layers", "correlation_layers_alone"]].iloc[0].tolist() == pytest.approx(
+            expected, abs=0.16)
+    assert ranks.between_layers(np.exp(layers.astype(float)), layers) == pytest.approx(1)
+    noise = [ranks.between_layers(np.exp(rng.normal(size=270)), layers) for _ in range(200)]
+    assert np.mean(noise) == pytest.approx(29 / 269, abs=0.01)
+    x = rng.random(270)
+    means = np.array([np.log(x)[layers == layer].mean() for layer in layers])
+    assert ranks.between_layers(x, layers) == pytest.approx(means.var() / np.log(x).var())
+    assert np.isnan(ranks.between_layers(x - 0.5, layers)), "no logarithm"
+    assert np.isnan(ranks.between_layers(x, np.arange(270))), "one head a layer"
+    assert np.isnan(ranks.between_layers(x[:0], layers[:0]))
+
+
+def test_where_layers_say_nothing_there_are_no_companions() -> None:
+    companions = ["correlation_in_layers", "in_layers_low", "in_layers_high", "correlation_layers_alone"]
+    for layers in (None, list(range(HEADS)), [0] * HEADS):
+        assert relations.correlations(*world(), layers=layers)[companions].isna().all(axis=None)
+    flat = {("red", 0): LAYERS.astype(float), ("green", 0): np.arange(HEADS)[::-1] // 5 + 0.1}
+    row = relations.correlations(flat, layers=LAYERS.tolist()).query("task == 'red' and other_task == 'green'").iloc[0]
+    assert np.isnan(row["correlation_in_layers"]), "no bits of rounding are correlated"
+    assert row["correlation_layers_alone"] == pytest.approx(-1)
+    holes = {key: np.where(np.arange(HEADS) % 3 > 0, values, np.nan) for key, values in world()[0].items()}
+    kept = np.arange(HEADS) % 3 > 0
+    expected = relations.correlations({key: values[kept] for key, values in holes.items()},
+                                      layers=LAYERS[kept].tolist())
+    pd.testing.assert_frame_equal(relations.correlations(holes, layers=LAYERS.tolist()), expected)
+
+
+# How alike the tasks are, how noisy documents are, and whether both scores are of the same documents.
+@pytest.mark.parametrize(("alike", "noise", "shared"), [(0.7, 1.0, False), (0.95, 1.8, False), (0.9, 1.0, True),
+                                                        (1.0, 1.0, False)])
+def test_intervals_within_layers_cover_what_another_study_finds_on_average(
+    alike: float, noise: float, shared: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    layers, documents, trials = np.repeat(np.arange(20), 6), 100, 100
+    z = rng.normal(size=(2, 120))
+    z[1] = alike * z[0] + np.sqrt(1 - alike**2) * z[1]
+    z += 2 * np.sin(np.linspace(0, 3, 20))[layers]
+
+    def study() -> np.ndarray:
+        scale = np.exp(0.5 * rng.normal(size=(1 if shared else 2, documents, 1)))
+        common = noise * rng.normal(size=(1, documents, 120)) if shared else 0.0
+        own = (0.5 if shared else 1) * noise * rng.normal(size=(2, documents, 120))
+        return np.asarray(scale * np.exp(0.8 * z[:, None] + common + own))
+
+    def inside(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return stats.pearson(*(ranks.within_layers(ranks.ranks(values), layers) for values in (x, y)))
+
+    expected = np.mean([inside(*study().mean(axis=1)[:, None])[0] for _ in range(300)])
+    covered = beyond = 0
+    for _ in range(trials):
+        scores = study()
+        draws = rng.multinomial(documents, np.full(documents, 1 / documents), (2, 200))
+        if shared:
+            draws[1] = draws[0]
+        means = [draw @ of_one / documents for draw, of_one in zip(draws, scores, strict=True)]
+        low, high = ranks.document_interval(float(inside(*scores.mean(axis=1)[:, None])[0]), inside(*means), 101)
+        covered += low <= expected <= high
+        whole = stats.pearson(ranks.ranks(means[0]), ranks.ranks(means[1]))
+        _, high = ranks.document_interval(ranks.spearman(*scores.mean(axis=1)), whole, 120)
+        own = [ranks.reliability(ranks.spearman(one[::2].mean(axis=0), one[1::2].mean(axis=0))) for one in scores]
+        beyond += high < ranks.ceiling(*own)
+    assert 0.84 <= covered / trials <= 0.99
+    if alike == 1:
+        assert 0.04 < beyond / trials < 0.25, "noise alone puts more than one interval in forty below the ceiling"

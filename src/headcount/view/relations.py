@@ -2,7 +2,8 @@
 
 Everything here takes the scores of one kind of component and one kind of score, one array per (task, number of shots),
 and gives tables of Spearman's correlation of *scores*. The paper's code correlates argsort lists instead; what that
-would have given stands beside (see `headcount.ranks`).
+would have given stands beside (see `headcount.ranks`). What of a correlation is only depth, that is, which layers matter
+to both, and what is left within layers stand beside as well.
 
 The documents of two tasks are independent; those of one task at two numbers of shots are the same ones. So resampled
 means and halves of one task must be made alike at every number of shots: the same draws of the same documents, and the
@@ -12,12 +13,12 @@ same documents in each half.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from headcount import ranks, stats
 from headcount.errors import OptionError
@@ -30,18 +31,29 @@ Key = tuple[str, int]
 Scores = Mapping[Key, Float[np.ndarray, " _"]]
 Rows = Mapping[Key, Float[np.ndarray, "_ _"]]
 _CORRELATION = ["task", "num_fewshot", "other_task", "other_shots", "correlation", "low", "high", "ceiling",
-                "disattenuated", "argsort_correlation", "kind"]
+                "disattenuated", "argsort_correlation", "correlation_in_layers", "in_layers_low", "in_layers_high",
+                "correlation_layers_alone", "kind"]
 
 
 class _Measured(NamedTuple):
-    """One score: row 0 the mean over all documents, 1 and 2 over two halves (NaN if unknown), then over each draw."""
+    """One score: row 0 the mean over all documents, 1 and 2 over two halves (NaN if unknown), then over each draw.
+
+    Attributes:
+        values: The score.
+        ranks: Its ranks.
+        inside: Ranks without their layer's mean; NaN where layers are not known, or have one component each.
+        layers: Of every component; all in one where they are not known.
+    """
 
     values: Float[np.ndarray, "row component"]
     ranks: Float[np.ndarray, "row component"]
+    inside: Float[np.ndarray, "row component"]
+    layers: Int[np.ndarray, " component"]
 
 
 def correlations(
-    scores: Scores, resampled: Rows | None = None, halves: Rows | None = None, *, seed: int = 0
+    scores: Scores, resampled: Rows | None = None, halves: Rows | None = None, *, layers: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Spearman's correlation of importance between tasks, and between numbers of shots.
 
@@ -50,6 +62,7 @@ def correlations(
             lacks (NaN: oracles may score a sample) are left out of all.
         resampled: Bootstrap replicates of each (draw x component), for intervals.
         halves: Its means over the two halves of the documents (2 x component), for reliabilities.
+        layers: Of every component, where a layer has several.
         seed: Of the random order.
 
     Returns:
@@ -68,9 +81,13 @@ def correlations(
         Columns: task; num_fewshot; other_task; other_shots; correlation; low, high (95 %, over documents, for studies
         of as many documents; NaN without replicates; for "random" the band that holds 95 % of random orders); ceiling
         (the most that can be expected of scores so noisy: the square root of the product of both reliabilities; noise
-        of shared documents, in "shots", may lift a correlation above it); disattenuated (estimate of what endless
-        documents would give); argsort_correlation (Spearman's correlation of argsort lists, as in the paper's code);
-        kind. No rows where fewer than three components are scored by all.
+        of shared documents, in "shots", may lift a correlation above it); disattenuated (estimate of what would be
+        found with unlimited documents); argsort_correlation (Spearman's correlation of argsort lists, as in the paper's
+        code); correlation_in_layers (of ranks without their layer's mean rank: how alike two scores rank heads of one
+        layer; on the diagonal its reliability) with its interval in_layers_low, in_layers_high, as above;
+        correlation_layers_alone (what of the correlation is left when the heads of every layer swap their scores at
+        random: that part is depth alone); these are NaN without layers, and where each layer has one component; kind.
+        No rows where fewer than three components are scored by all.
 
     Raises:
         OptionError: If the arrays are not of one model's components.
@@ -79,8 +96,9 @@ def correlations(
     known = scored(scores)
     if known.sum() < 3:
         return pd.DataFrame(columns=_CORRELATION)
-    found = {key: _measured(key, scores, resampled, halves, known) for key in scores}
-    noise = _random(int(known.sum()), seed)
+    at = np.zeros(int(known.sum()), np.int64) if layers is None else np.asarray(layers)[known]
+    found = {key: _measured(key, scores, resampled, halves, known, at) for key in scores}
+    noise = _random(at, seed)
     return pd.DataFrame([*_between_tasks(found, noise), *_between_shots(found, noise)], columns=_CORRELATION)
 
 
@@ -130,58 +148,81 @@ def _between_shots(found: Mapping[Key, _Measured], noise: _Measured) -> Iterator
 def _pair(a: Key, b: Key, x: _Measured, y: _Measured, kind: str) -> Iterator[dict[str, Any]]:
     """The rows (a, b) and (b, a) of two scores' correlation."""
     rows, n = min(len(x.ranks), len(y.ranks)), x.ranks.shape[1]
-    rho = stats.pearson(x.ranks[:rows], y.ranks[:rows])
-    if RANDOM in (a[0], b[0]):
+    rho, random = stats.pearson(x.ranks[:rows], y.ranks[:rows]), RANDOM in (a[0], b[0])
+    if random:
         high = ranks.random_band(n)
-        low, most, endless = -high, np.nan, np.nan
+        low, most, unlimited = -high, np.nan, np.nan
     else:
         low, high = ranks.document_interval(float(rho[0]), rho[3:], n)
-        most = ranks.ceiling(_split_half(x), _split_half(y))
-        endless = ranks.disattenuated(x.values[1:3], y.values[1:3])
+        most = ranks.ceiling(_split_half(x.ranks), _split_half(y.ranks))
+        unlimited = ranks.disattenuated(x.values[1:3], y.values[1:3])
     lists = ranks.argsort_correlation(x.values[0], y.values[0])
+    of_layers = _of_layers(x, y, random=random)
     for one, other in ((a, b), (b, a)):
-        yield dict(zip(_CORRELATION, (*one, *other, float(rho[0]), low, high, most, endless, lists, kind), strict=True))
+        yield dict(zip(_CORRELATION, (*one, *other, float(rho[0]), low, high, most, unlimited, lists, *of_layers, kind),
+                       strict=True))
+
+
+def _of_layers(x: _Measured, y: _Measured, *, random: bool) -> tuple[float, float, float, float]:
+    """The correlation within layers, its bounds, and what the layers alone give; NaN where layers say nothing."""
+    if np.isnan(x.inside[0]).any():
+        return (float("nan"),) * 4
+    rows = min(len(x.inside), len(y.inside))
+    found = stats.pearson(x.inside[:rows], y.inside[:rows])
+    # Each layer's mean is taken out: what is left varies as freely as ranks of so many components fewer.
+    free = len(x.layers) - len(np.unique(x.layers)) + 1
+    high = ranks.random_band(free)
+    bounds = (-high, high) if random else ranks.document_interval(float(found[0]), found[3:], free)
+    return float(found[0]), *bounds, ranks.layers_alone(x.values[0], y.values[0], x.layers)
 
 
 def _reliability(key: Key, one: _Measured) -> dict[str, Any]:
     """The diagonal; a random order is known without noise."""
-    found = 1.0 if key[0] == RANDOM else _split_half(one)
-    return dict(zip(_CORRELATION, (*key, *key, found, np.nan, np.nan, np.nan, np.nan, 1.0, "reliability"), strict=True))
+    if key[0] == RANDOM:
+        whole, inside = 1.0, np.nan if np.isnan(one.inside[0]).any() else 1.0
+    else:
+        whole, inside = _split_half(one.ranks), _split_half(one.inside)
+    found = {"correlation": whole, "argsort_correlation": 1.0, "correlation_in_layers": inside}
+    keys = dict(zip(_CORRELATION[:4], (*key, *key), strict=True))
+    return {**dict.fromkeys(_CORRELATION, np.nan), **keys, **found, "kind": "reliability"}
 
 
-def _split_half(one: _Measured) -> float:
-    return ranks.reliability(float(stats.pearson(one.ranks[1:2], one.ranks[2:3])[0]))
+def _split_half(places: Float[np.ndarray, "row component"]) -> float:
+    return ranks.reliability(float(stats.pearson(places[1:2], places[2:3])[0]))
 
 
 def _measured(
-    key: Key, scores: Scores, resampled: Rows | None, halves: Rows | None, known: Bool[np.ndarray, " component"]
+    key: Key, scores: Scores, resampled: Rows | None, halves: Rows | None, known: Bool[np.ndarray, " component"],
+    layers: Int[np.ndarray, " known"],
 ) -> _Measured:
     unknown = np.full((2, len(known)), np.nan)
     parts = [scores[key][None], (halves or {}).get(key, unknown), (resampled or {}).get(key, unknown[:0])]
-    return _ranked(np.concatenate(parts)[:, known])
+    return _ranked(np.concatenate(parts)[:, known], layers)
 
 
-def _random(n: int, seed: int) -> _Measured:
+def _random(layers: Int[np.ndarray, " component"], seed: int) -> _Measured:
     """A random order as a score: each component's place in it."""
-    places = np.empty((1, n))
-    places[0, random_order(n, seed)] = np.arange(n)
-    return _ranked(places)
+    places = np.empty((1, len(layers)))
+    places[0, random_order(len(layers), seed)] = np.arange(len(layers))
+    return _ranked(places, layers)
 
 
-def _ranked(values: Float[np.ndarray, "row component"]) -> _Measured:
-    return _Measured(values, ranks.ranks(values))
+def _ranked(values: Float[np.ndarray, "row component"], layers: Int[np.ndarray, " component"]) -> _Measured:
+    found, kinds = ranks.ranks(values), len(np.unique(layers))
+    inside = ranks.within_layers(found, layers) if 1 < kinds < len(layers) - 1 else np.full(found.shape, np.nan)
+    return _Measured(values, found, inside, layers)
 
 
 def _mean(members: Iterable[_Measured]) -> _Measured:
-    found = [m.values for m in members]
-    rows = min(len(values) for values in found)
-    return _ranked(np.mean([values[:rows] for values in found], axis=0))
+    found = list(members)
+    rows = min(len(one.values) for one in found)
+    return _ranked(np.mean([one.values[:rows] for one in found], axis=0), found[0].layers)
 
 
 def _mean_of_ranks(members: Iterable[_Measured]) -> _Measured:
-    found = [m.ranks for m in members]
-    rows = min(len(values) for values in found)
-    return _ranked(_scaled(np.mean([values[:rows] for values in found], axis=0)))
+    found = list(members)
+    rows = min(len(one.ranks) for one in found)
+    return _ranked(_scaled(np.mean([one.ranks[:rows] for one in found], axis=0)), found[0].layers)
 
 
 _AGGREGATES: Mapping[str, Callable[[Iterable[_Measured]], _Measured]] = {MEAN: _mean, MEAN_OF_RANKS: _mean_of_ranks}

@@ -94,8 +94,9 @@ def most_important_first(rows: pd.DataFrame, ties: pd.DataFrame) -> pd.DataFrame
 def correlation_table(importance: pd.DataFrame, scores: Mapping[str, str], seed: int) -> pd.DataFrame:
     """`Study.correlations()`; `scores` says which score orders each kind of component."""
     return _concatenated([
-        relations.correlations(*measured(importance, component, score), seed=seed).assign(component=component,
-                                                                                          score=score)
+        relations.correlations(*measured(importance, component, score), seed=seed,
+                               layers=_layers(importance, score) if component == "head" else None).assign(
+            component=component, score=score)
         for component, score in scores.items()])
 
 
