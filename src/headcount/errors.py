@@ -2,7 +2,7 @@
 
 
 class HeadcountError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and fix."""
 
 
 class ModelError(HeadcountError):

@@ -22,7 +22,7 @@ _FREE = ("tasks", "shots", "measure", "unseen", "out", "data", "head_sample", "h
          "transfer_fractions", "transfer_limit", "transfer_components", "aggregate", "induction_seeds",
          "induction_lengths", "skip_control", "prefix_threshold", "copying_threshold", "device", "device_map", "margin",
          "row_tokens", "batch_tokens", "model")
-# What induction scores hang on: they are of a model, not of tasks.
+# What induction scores depend on: they are of a model, not of tasks.
 _OF_MODEL = (*(f.name for f in dataclasses.fields(ModelSpec)), "protocol", "seed")
 # What a run that measures them says of them.
 _OF_INDUCTION = ("induction_seeds", "induction_lengths", "skip_control", "prefix_threshold", "copying_threshold")

@@ -332,7 +332,7 @@ def run_study(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result hangs on."""
+    """Versions of what a result depends on."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 

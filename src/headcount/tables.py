@@ -134,7 +134,7 @@ def stored_scores(
 def induction_entries(entries: Iterable[Entry], spec: Mapping[str, Any]) -> dict[str, Entry]:
     """The model's own induction scores and those of random weights, by weights, of all that a folder holds.
 
-    Of several lengths and numbers of texts those that were asked for last, else the most texts. Copying hangs on the
+    Of several lengths and numbers of texts those that were asked for last, else the most texts. Copying depends on the
     lengths, so a control of other texts than the model's would set a wrong threshold: it is left out.
 
     Args:

@@ -10,7 +10,7 @@ token besides, at the last position of every repeat. Copying (`headcount.measure
 tokens. The previous-token score is the mean attention to the position before, BOS left out, in the repeated texts.
 
 Token ids are drawn, never text. The tokenizer's merges rank tokens by frequency: the first and last 4 % are left out. A
-text hangs on the seed, its length and its number alone, so that no score depends on batches. The protocol "paper" has
+text depends on the seed, its length and its number alone, so that no score depends on batches. The protocol "paper" has
 the paper's lengths, one text of each of 25, 27, ... 223; the paper's draw had no seed, this one has.
 
 Cost, in eager forward passes of the same text without logits (SmolLM2, two cores; docs/performance.md): prefix matching

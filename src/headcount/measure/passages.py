@@ -46,7 +46,7 @@ def resampled(
 ) -> Float[np.ndarray, "resample component"]:
     """Means over documents drawn with replacement, the documents of a passage together (Poisson bootstrap).
 
-    How often a passage is drawn hangs on the task and on its first document alone, so that draws are the same at any
+    How often a passage is drawn depends on the task and on its first document alone, so that draws are the same at any
     number of shots, although documents that serve as shared shots are missing there.
 
     Args:
@@ -78,7 +78,7 @@ def halves(
 def _draws(
     owners: Int[np.ndarray, " doc"], doc_ids: Int[np.ndarray, " doc"], name: str
 ) -> Iterator[np.random.Generator]:
-    """A generator for every passage, which hangs on the task and on the passage's first document."""
+    """A generator for every passage, which depends on the task and on the passage's first document."""
     seed = zlib.crc32(name.encode())
     for owner in range(owners.max() + 1):
         yield np.random.default_rng([seed, int(doc_ids[owners == owner].min())])

@@ -222,7 +222,7 @@ class Study:
 
         Columns: layer; head; prefix_matching, copying, previous_token (means over random texts, with
         prefix_matching_variance, ... over texts); ov_copying (eigenvalue score, -1..1); induction (whether high on
-        both prefix matching and copying; missing before the control is measured that copying's threshold hangs on);
+        both prefix matching and copying; missing before the control is measured that copying's threshold depends on);
         weights ("trained", or "random" for the same model with random weights); protocol; sequences (texts).
         """
         return self._induction.copy()
@@ -269,7 +269,7 @@ class Study:
 
     @functools.cached_property
     def induction_thresholds(self) -> dict[str, float]:
-        """From which score on a head is high on a primitive; NaN where that hangs on a control that is not there."""
+        """From which score on a head is high on a primitive; NaN where that depends on a control that is not there."""
         copying = self.spec["copying_threshold"]
         if copying is None:
             control = self._induction_entries.get("random")

@@ -1,7 +1,7 @@
 """Tables to figures: one description (Vega-Lite, through Altair) for the page, PNG and PDF.
 
 Colours are those of Okabe and Ito, told apart by colour-blind readers; random orders are dashed, so that no figure
-hangs on colour alone.
+depends on colour alone.
 """
 
 from __future__ import annotations

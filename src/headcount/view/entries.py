@@ -101,7 +101,7 @@ def induction_rows(entries: Mapping[str, Entry], thresholds: Mapping[str, float]
                                           sequences=entry.info["sequences"])
                        for weights, entry in sorted(entries.items(), reverse=True)], ignore_index=True)
     high = np.logical_and.reduce([table[name] >= least for name, least in thresholds.items()])
-    # Not known before the control is measured that copying's threshold hangs on.
+    # Not known before the control is measured that copying's threshold depends on.
     table["induction"] = pd.array(high, "boolean") if not np.isnan(thresholds["copying"]) else pd.NA
     table["induction"] = table["induction"].astype("boolean")
     ordered: pd.DataFrame = table[[*_INDUCTION, *(c for c in table if c not in _INDUCTION)]]

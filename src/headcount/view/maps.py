@@ -1,7 +1,7 @@
 """Heat maps: the joint grid, induction scores of every head, correlations between tasks, and transfer.
 
 A cell says its number in words as well as in colour wherever it is large enough, and what is special about a cell is
-an outline or a dot, so that no map hangs on colour alone. Every function returns None where there is nothing to draw.
+an outline or a dot, so that no map depends on colour alone. Every function returns None where there is nothing to draw.
 """
 
 from __future__ import annotations
