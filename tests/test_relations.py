@@ -199,7 +199,7 @@ LAYERS = np.repeat(np.arange(8), 5)
 def without_layers(scores: np.ndarray) -> np.ndarray:
     """Ranks less their layer's mean, one by one."""
     placed = rankdata(scores)
-    return np.array([rank - placed[LAYERS == layer].mean() for rank, layer in zip(placed, LAYERS, strict=True)])
+    return np.array([rank - placed[layer == LAYERS].mean() for rank, layer in zip(placed, LAYERS, strict=True)])
 
 
 def in_layers(x: np.ndarray, y: np.ndarray) -> float:

@@ -50,7 +50,8 @@ def donors_of_mean(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def test_random_orders_of_a_task_that_was_unseen_are_no_curve_of_it(orders: list[str]) -> None:
     steps = [rows("red", order, 20, component="head", fraction=f) for order in orders for f in (0.3, 0.5)]
     unseen = [rows("red", "random", 10, component="head", fraction=f) for f in (0.3, 0.35)]
-    points = curve_points(pd.concat([rows("red", "none", 20), *steps, *unseen]), {"red": 0.25}, dict.fromkeys(["gradient", "random"], [0.3, 0.5]))
+    wanted = {order: [0.3, 0.5] for order in ("gradient", "random")}
+    points = curve_points(pd.concat([rows("red", "none", 20), *steps, *unseen]), {"red": 0.25}, wanted)
     curves = curve_table(points, 100, 0.02)
     assert (curves["documents"] == 20).all()
     assert set(zip(curves["order"], curves["fraction"], strict=True)) == {(o, f) for o in orders for f in (0, 0.3, 0.5)}

@@ -138,7 +138,8 @@ def removal_order(*scores: Float[np.ndarray, " component"]) -> list[int]:
     """Positions from the least to the most important component.
 
     Scores are rounded to five significant digits, and to zero where they are nothing beside the largest, so that orders
-    do not depend on the last bits of a sum; ties go by the next array of scores, and last by position (layer, then head).
+    do not depend on the last bits of a sum; ties go by the next array of scores, and last by position (layer, then
+    head).
 
     Args:
         scores: The first decides; each further one breaks ties of those before it.

@@ -13,8 +13,8 @@ percentiles in 14 to 96 %.
 *What would be found with unlimited documents?* More. `disattenuated` divides out the noise (Spearman 1904), from two
 halves of the documents: how well the halves of one task agree says how much of a score is noise. It can exceed 1.
 
-*How much of it is only depth?* Importance changes over the layers, alike on all tasks, and this alone correlates any two
-of them. Rho is a mean of products of ranks, so it is the sum of two parts: of the layers' mean ranks
+*How much of it is only depth?* Importance changes over the layers, alike on all tasks, and this alone correlates any
+two of them. Rho is a mean of products of ranks, so it is the sum of two parts: of the layers' mean ranks
 (`layers_alone`), and of what is left of each rank without its layer's mean (`within_layers`).
 """
 
@@ -156,8 +156,8 @@ def score_reliability(
 
     1 - mean(stderr^2) / variance, the definition of a reliability (Spearman 1904; Lord and Novick 1968): what is
     measured varies by what is true and by noise, and the standard errors say by how much noise. Unlike halves'
-    agreement it needs no halves, so it can be told of every score, means over tasks included. Below .5 more than half of
-    an order's differences is noise. Errors that components share (documents that weigh more on all of them) count as
+    agreement it needs no halves, so it can be told of every score, means over tasks included. Below .5 more than half
+    of an order's differences is noise. Errors that components share (documents that weigh more on all of them) count as
     noise, although they change no order: it is then too low.
 
     Args:

@@ -41,7 +41,8 @@ def induction_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float])
     if trained.empty:
         return ""
     if trained["induction"].isna().any():
-        return ("Which heads are high on copying depends on the same model with random weights, which was not measured; "
+        return ("Which heads are high on copying depends on the same model with random weights, which was not "
+                "measured; "
                 "--copying-threshold sets a limit.")
     found = induction_heads(trained)["name"].tolist()
     limits = " and ".join(f"{name} of at least {thresholds[primitive]:.2g}" for primitive, name in PRIMITIVES.items())
