@@ -1,10 +1,10 @@
 """Importance of heads and FFNs: by gradient, all at once, and by oracle, one ablation each.
 
-Gradient (Michel et al. 2019; Molchanov et al. 2017): with z[l,h,t] the slice h of the input of layer l's attention
+Gradient (Michel et al. 2019, who have `example` too; Molchanov et al. 2017): with z[l,h,t] the slice h of the input of layer l's attention
 output projection at position t, and L_n the mean cross-entropy (nats) of example n's gold continuation,
 
-    position:  I[l,h] = 1/N sum_n 1/T_n sum_t abs(z[l,h,t] . dL_n/dz[l,h,t])      (Bansal et al. 2023)
-    example:   I[l,h] = 1/N sum_n abs(sum_t z[l,h,t] . dL_n/dz[l,h,t])            (Michel et al. 2019)
+    example:   I[l,h] = 1/N sum_n abs(sum_t z[l,h,t] . dL_n/dz[l,h,t])            (Bansal et al. 2023, equation 8)
+    position:  I[l,h] = 1/N sum_n 1/T_n sum_t abs(z[l,h,t] . dL_n/dz[l,h,t])      (their released code)
 
 over the T_n positions that the model reads. The paper's code (protocol "paper") divides sums over all examples by the
 number of positions of all examples, and in the last layer by the number of continuation tokens instead.
@@ -312,13 +312,11 @@ def oracle_from(measured: Evaluations, component: Component = "ffn") -> Importan
 def order_of(importance: Importance, score: Score | None = None) -> list[int]:
     """From the least to the most important component, as positions in `importance.positions`.
 
-    The oracle's order goes by accuracy lost, then gold log-likelihood lost, then layer.
-
     Args:
         importance: Heads or FFNs.
-        score: For gradient importance, "position" (default) or "example"; for the oracle "accuracy", to leave ties in
-            the order of layers, as the paper's code does.
+        score: For gradient importance "example" (default, the paper's equation 8) or "position" (its code's); for the
+            oracle "gold_loglikelihood" (default) or "accuracy", with ties in the order of layers, as the paper's code
+            has it.
     """
-    if importance.method == "oracle" and score is None:
-        return removal_order(importance.scores["accuracy"], importance.scores["gold_loglikelihood"])
-    return removal_order(importance.scores[score or "position"])
+    default: Score = "gold_loglikelihood" if importance.method == "oracle" else "example"
+    return removal_order(importance.scores[score or default])
