@@ -1,7 +1,8 @@
 """Importance of heads and FFNs: by gradient, all at once, and by oracle, one ablation each.
 
-Gradient (Michel et al. 2019, who have `example` too; Molchanov et al. 2017): with z[l,h,t] the slice h of the input of layer l's attention
-output projection at position t, and L_n the mean cross-entropy (nats) of example n's gold continuation,
+Gradient (Michel et al. 2019, who have `example` too; Molchanov et al. 2017): with z[l,h,t] the slice h of the input of
+layer l's attention output projection at position t, and L_n the mean cross-entropy (nats) of example n's gold
+continuation,
 
     example:   I[l,h] = 1/N sum_n abs(sum_t z[l,h,t] . dL_n/dz[l,h,t])            (Bansal et al. 2023, equation 8)
     position:  I[l,h] = 1/N sum_n 1/T_n sum_t abs(z[l,h,t] . dL_n/dz[l,h,t])      (their released code)
