@@ -220,6 +220,33 @@ def test_what_is_free_says_how_many_documents_changed(tmp_path: Path) -> None:
     assert heads["next_low"] == pytest.approx(-0.037, abs=0.001), "an interval of nothing seen has a width"
 
 
+def test_every_order_says_how_reliable_it_is(tmp_path: Path) -> None:
+    study = open_study(synthetic.write(tmp_path))
+    found, keys = study.orders(), ["task", "num_fewshot", "component", "method", "score"]
+    assert not found.duplicated(keys).any()
+    assert set(found["task"]) == {*synthetic.TASKS, "mean"}
+    heads = found.set_index(keys).loc["red", 5, "head", "gradient", "position"]
+    values = [0.01 * (layer + 1) + 0.001 * head for layer in range(synthetic.LAYERS) for head in range(synthetic.HEADS)]
+    assert heads["reliability"] == pytest.approx(1 - 0.001**2 / np.var(values, ddof=1))
+    assert heads[["distinct", "components", "documents"]].tolist() == [24, 24, 50]
+    mean = found.set_index(keys).loc["mean", 5, "head", "gradient", "position"]
+    assert mean["reliability"] == pytest.approx(1 - 0.001**2 / 2 / np.var(values, ddof=1))
+    assert mean["documents"] == 100
+    oracle = found.set_index(keys).sort_index().loc["green", 0, "ffn", "oracle"]
+    assert oracle["distinct"].tolist() == [2, 2]
+    ordering = study.ordering_scores
+    assert found["orders"].tolist() == [ordering[c] == s for c, s in zip(found["component"], found["score"],
+                                                                         strict=True)]
+    (table,) = (t for t in report._tables(study) if t.title == "How reliable the orders are")
+    assert len(table.frame) == 3 * 2 * 2, "of two tasks and their mean, at two numbers of shots, heads and FFNs"
+    assert table.frame.iloc[0][["task", "shots", "score"]].tolist() == ["mean", 0, f"{ordering['head']} (gradient)"]
+    one = table.frame.query("task == 'red' and component == 'head'").iloc[0]
+    assert one["reliability of other scores"].endswith(f"(gradient) {heads['reliability']:.2f}")
+    write_nothing = open_study(synthetic.write(tmp_path / "none", importance=False))
+    assert write_nothing.orders().empty
+    assert not [t for t in report._tables(write_nothing) if t.title == "How reliable the orders are"]
+
+
 def test_chance_within_layers_is_that_of_the_heads_layers(tmp_path: Path) -> None:
     study = open_study(synthetic.write(tmp_path))
     overlaps, importance = study.top_overlaps(), study.importance()

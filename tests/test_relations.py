@@ -308,3 +308,25 @@ def test_intervals_within_layers_cover_what_another_study_finds_on_average(
     assert 0.84 <= covered / trials <= 0.99
     if alike == 1:
         assert 0.04 < beyond / trials < 0.25, "noise alone puts more than one interval in forty below the ceiling"
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0])
+def test_reliability_is_what_a_score_would_correlate_with_itself(noise: float) -> None:
+    rng = np.random.default_rng(0)
+    truth, documents, found, again = rng.normal(size=300), 50, [], []
+    for _ in range(40):
+        one, other = truth + np.sqrt(documents) * noise * rng.normal(size=(2, documents, 300))
+        found.append(ranks.score_reliability(one.mean(axis=0), one.std(axis=0, ddof=1) / np.sqrt(documents)))
+        again.append(np.corrcoef(one.mean(axis=0), other.mean(axis=0))[0, 1])
+    assert np.mean(found) == pytest.approx(np.mean(again), abs=0.02)
+    assert np.mean(found) == pytest.approx(1 / (1 + noise**2), abs=0.05)
+
+
+def test_reliability_is_a_share_or_not_known() -> None:
+    scores, errors = np.array([1.0, 2.0, 3.0, 6.0]), np.array([0.5, 0.5, 1.0, 1.0])
+    assert ranks.score_reliability(scores, errors) == pytest.approx(1 - 0.625 / (14 / 3))
+    assert ranks.score_reliability(scores, 9 * errors) == 0, "not below nothing"
+    assert ranks.score_reliability(np.ones(4), np.zeros(4)) == 0, "no order at all"
+    unknown = ((scores, np.array([1, 1, 1, np.nan])), (np.array([1, 2, 3, np.nan]), errors), (np.ones(1), np.ones(1)))
+    for x, e in unknown:
+        assert np.isnan(ranks.score_reliability(x, e))

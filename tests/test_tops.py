@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
-from headcount import stats
+from headcount import ranks, stats
 from headcount.errors import OptionError
 from headcount.masks import removal_order
 from headcount.view import overlap, tops
@@ -183,7 +183,7 @@ def simulated(
     primitive = np.where(rng.random(heads) < 0.1, 1.0, 0.05) * rng.random(heads)
     found: dict[str, list[tuple[float, float, float]]] = {
         name: [] for name in ("depth", "retained", "pair", "prefix_matching", "among")}
-    ranks = []
+    of_heads = []
     for _ in range(studies):
         scores, resampled = {}, {}
         for key, of_task in truths.items():
@@ -196,28 +196,95 @@ def simulated(
             scores, {"prefix_matching": primitive}, [0.2], resampled=resampled).query("other == 'prefix_matching'"),
             "among": overlap.induction_among_important(scores, primitive > 0.1, [0.2], resampled=resampled)}
         places = heads - tops.places(scores, resampled)["red", 0]
-        ranks.append((places[0], *stats.around(places[0].astype(float), places[1:].astype(float))))
+        of_heads.append((places[0], *stats.around(places[0].astype(float), places[1:].astype(float))))
         for name, table in rows.items():
             row = table[table["task"] == "red"].iloc[0]
             value = row[{"depth": "share", "retained": "retained"}.get(name, "common")]
             found[name].append((value, row["low"], row["high"]))
-    return {name: np.array(values) for name, values in found.items()}, np.array(ranks)
+    return {name: np.array(values) for name, values in found.items()}, np.array(of_heads)
 
 
 @pytest.mark.parametrize(("noise", "least"), [(0.8, 0.88), (2.0, 0.78)])
 def test_intervals_of_sets_cover_what_other_documents_give(noise: float, least: float) -> None:
     """Of simulated studies, as many as are promised hold what is found on average; and none is far too wide."""
-    sets, ranks = simulated(noise, 80)
+    sets, places = simulated(noise, 80)
     for name, found in sets.items():
         value, low, high = found.T
         covered = np.mean((low <= value.mean()) & (value.mean() <= high))
         assert least <= covered <= 1.0, name
         assert np.mean(high - low) < 1.35 * 2 * 1.96 * value.std(ddof=1), name
-    value, low, high = ranks.transpose(1, 0, 2)
+    value, low, high = places.transpose(1, 0, 2)
     covered = (low <= value.mean(axis=0)) & (value.mean(axis=0) <= high)
     first = np.mean(covered[value <= 5])
-    assert 0.72 <= covered.mean() <= 0.94, "why ranks have a spread, and no interval"
+    assert 0.72 <= covered.mean() <= 0.94, "why intervals of ranks are not such ones"
     assert 0.5 <= first < covered.mean(), "those chosen by their rank even less"
+
+
+def possible(low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether all ranks can lie in their ranges at once: each rank in turn goes to the range that ends first."""
+    waiting = sorted(zip(low, high, strict=True))
+    for rank in range(1, len(low) + 1):
+        open_ = [one for one in waiting if one[0] <= rank]
+        if not open_ or min(open_, key=lambda one: one[1])[1] < rank:
+            return False
+        waiting.remove(min(open_, key=lambda one: one[1]))
+    return True
+
+
+@given(st.integers(1, 12), st.integers(2, 9), st.integers(0, 1000), st.booleans())
+def test_ranges_of_ranks_hold_the_ranks_and_are_possible_at_once(n: int, draws: int, seed: int, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 4, n).astype(float) if ties else rng.normal(size=n)
+    resampled = scores + rng.exponential(1, n) * (rng.integers(-1, 2, (draws, n)) if ties else rng.normal(
+        size=(draws, n)))
+    measured = n - tops.placed(scores[None])[0]
+    low, high = ranks.rank_intervals(scores, resampled, measured)
+    assert ((low >= 1) & (low <= measured) & (measured <= high) & (high <= n)).all()
+    assert possible(low, high)
+    for i in range(n):
+        above = below = 0
+        for j in range(n):
+            reach = 1.959964 * np.std(resampled[:, i] - resampled[:, j], ddof=1)
+            # On the edge itself the last bits decide.
+            if abs(abs(scores[i] - scores[j]) - reach) < 1e-6 and i != j:
+                return
+            above += scores[j] - scores[i] > reach
+            below += scores[i] - scores[j] > reach
+        assert (low[i], high[i]) == (1 + above, n - below)
+
+
+def test_impossible_ranges_are_found_out() -> None:
+    assert not possible(np.array([2, 4, 4, 1, 1]), np.array([4, 4, 4, 1, 3])), "two of them cannot be fourth"
+    assert possible(np.array([1, 1, 3]), np.array([2, 2, 3]))
+    assert np.isnan(ranks.rank_intervals(np.arange(3.0), np.ones((1, 3)), np.array([3, 2, 1]))).all()
+
+
+# How far heads differ, how noisy documents are, and whether some documents weigh more on all heads.
+@pytest.mark.parametrize(("spread", "noise", "common", "documents"), [
+    (0.5, 0.8, 0.0, 60), (0.5, 2.0, 0.0, 60), (0.05, 0.8, 0.0, 60), (1.0, 1.0, 0.5, 60), (0.8, 0.8, 0.3, 20)])
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_ranges_of_ranks_cover_the_true_ranks(
+    spread: float, noise: float, common: float, documents: int, tasks: int
+) -> None:
+    """Of all heads, and of the five that rank highest, which were chosen by the same documents."""
+    rng = np.random.default_rng(0)
+    heads, studies = 90, 60
+    truth = np.exp(spread * (rng.normal(size=heads) + 0.5 * rng.normal(size=(tasks, heads))))
+    ranked = heads - tops.placed(truth.mean(axis=0)[None])[0]
+    covered, first = [], []
+    for _ in range(studies):
+        scores, resampled = np.zeros(heads), np.zeros((200, heads))
+        for of_task in truth:
+            drawn = of_task * np.exp(noise * rng.normal(size=(documents, heads))
+                                     + common * rng.normal(size=(documents, 1)))
+            scores += drawn.mean(axis=0) / tasks
+            resampled += rng.multinomial(documents, np.full(documents, 1 / documents), 200) @ drawn / documents / tasks
+        measured = heads - tops.placed(scores[None])[0]
+        low, high = ranks.rank_intervals(scores, resampled, measured)
+        covered.append((low <= ranked) & (ranked <= high))
+        first.append(covered[-1][measured <= 5].mean())
+    assert np.mean(covered) >= 0.95
+    assert np.mean(first) >= 0.925
 
 
 def test_tasks_that_have_no_component_in_common_have_no_sets() -> None:

@@ -432,10 +432,12 @@ def test_importance_over_tasks_is_the_mean_and_the_mean_of_ranks(ledger: Ledger)
         np.testing.assert_allclose(mean["stderr"], np.sqrt(sum(r["stderr"].to_numpy() ** 2 for r in rows)) / 3)
         if component == "head":
             draws = np.mean([resampled_from(r) for r in rows], axis=0)
-            ranks_of = np.argsort(np.argsort(-draws, axis=1, kind="stable"), axis=1) + 1
-            reach = 1.959964 * ranks_of.std(axis=0, ddof=1)
-            np.testing.assert_allclose(mean["rank_low"], np.floor(mean["rank"] - reach).clip(1))
-            np.testing.assert_allclose(mean["rank_high"], np.ceil(mean["rank"] + reach).clip(None, len(mean)))
+            for i, row in mean.iterrows():
+                apart = [values.mean(axis=0)[i] - values.mean(axis=0)[j] for j in range(len(mean))]
+                reach = [1.959964 * np.std(draws[:, i] - draws[:, j], ddof=1) for j in range(len(mean))]
+                shown = [abs(d) > r for d, r in zip(apart, reach, strict=True)]
+                assert row["rank_low"] == 1 + sum(s and d < 0 for s, d in zip(shown, apart, strict=True))
+                assert row["rank_high"] == len(mean) - sum(s and d > 0 for s, d in zip(shown, apart, strict=True))
 
 
 def test_defaults_are_those_that_are_promised() -> None:

@@ -106,9 +106,9 @@ class Study:
 
         Columns: task ("mean", the paper's aggregate, and "mean of ranks", 0..1; with one task alone that one);
         num_fewshot; component; layer; head; method; score; importance; stderr (of the mean over these very tasks; NaN
-        for ranks); rank (1 goes last); rank_low, rank_high: the rank less and plus 1.96 standard deviations over
-        resampled documents, in whole ranks, too narrow where a component was picked for its rank (`stats.around`).
-        Components that a task lacks have none. `--aggregate` says which of the two orders.
+        for ranks); rank (1 goes last); rank_low, rank_high, its 95 % interval: after all components that are shown to
+        be above it, before all shown to be below, by paired comparisons (`headcount.ranks.rank_intervals`). Components
+        that a task lacks have none. `--aggregate` says which of the two orders.
         """
         return self._aggregate_importance.copy()
 
@@ -124,6 +124,14 @@ class Study:
         (how many both methods scored). The oracle's own noise, few documents and few distinct values, lowers it.
         """
         return scores.agreement_table(self._importance)
+
+    def orders(self) -> pd.DataFrame:
+        """How reliable the order by every score is: one row per task (and "mean"), shots, component, method and score.
+
+        Columns: those; orders (whether this score orders such components); reliability (share of the variance that is
+        not noise, 0..1, `headcount.ranks.score_reliability`); distinct (values); components; documents (measured on).
+        """
+        return scores.orders_table(self._importance, self.ordering_scores)
 
     def curves(self) -> pd.DataFrame:
         """One row per task, number of shots, component, order and fraction; task "mean" is the mean over tasks.
@@ -195,7 +203,8 @@ class Study:
 
         Columns: component; score (the one that orders it); and those of `headcount.view.relations.correlations`: task,
         num_fewshot, other_task, other_shots, correlation with its 95 % interval low, high over documents, ceiling,
-        disattenuated, argsort_correlation (what the paper's code computes), kind ("tasks", "shots", "reliability").
+        disattenuated, argsort_correlation (what the paper's code computes), correlation_in_layers with in_layers_low,
+        in_layers_high, correlation_layers_alone (the part that is only depth), kind ("tasks", "shots", "reliability").
         """
         return self._correlations.copy()
 

@@ -2,8 +2,8 @@
 
 Everything here takes the scores of one kind of component and one kind of score, one array per (task, number of shots),
 and gives tables of Spearman's correlation of *scores*. The paper's code correlates argsort lists instead; what that
-would have given stands beside (see `headcount.ranks`). What of a correlation is only depth, that is, which layers
-matter to both, and what is left within layers stand beside as well.
+would have given stands beside (see `headcount.ranks`). What of a correlation is only depth (which layers matter to
+both), and what is left within layers, stand beside as well.
 
 The documents of two tasks are independent; those of one task at two numbers of shots are the same ones. So resampled
 means and halves of one task must be made alike at every number of shots: the same draws of the same documents, and the

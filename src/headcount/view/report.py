@@ -27,9 +27,9 @@ from headcount.view.sections import Section, sections
 from headcount.view.selection import first_differences
 
 # Tables that are written as CSV: names of files, and of the study's methods.
-_CSV = ("curves", "free_fractions", "against_random", "importance", "aggregate_importance", "depth", "agreement",
-        "grid", "correlations",
-        "top_sets", "top_overlaps", "transfer", "induction", "retained", "induction_among_important", "degenerate")
+_CSV = ("curves", "free_fractions", "against_random", "importance", "aggregate_importance", "orders", "depth",
+        "agreement", "grid", "correlations", "top_sets", "top_overlaps", "transfer", "induction", "retained",
+        "induction_among_important", "degenerate")
 _LISTED = 10
 
 
@@ -153,6 +153,7 @@ def _tables(study: Study) -> Iterator[Table]:
             index=["task", "num_fewshot", "component", "order"], columns="percent", values="accuracy", sort=False)
         yield Table("Accuracy along the curves", "Share removed across; the measured orders and the random one.",
                     _plain_columns(wide.reset_index()))
+    yield from _orders(study)
     yield from _agreement(study)
     yield from _compared(study)
     for component, title in (("head", "heads"), ("ffn", "FFNs")):
@@ -247,6 +248,24 @@ def _compared(study: Study) -> Iterator[Table]:
                     _plain_columns(primitives.among_important_table(among)))
     if len(degenerate := study.degenerate()):
         yield Table("Results that say little", "And why.", _plain_columns(degenerate))
+
+
+def _orders(study: Study) -> Iterator[Table]:
+    found = study.orders()
+    if found.empty:
+        return
+    keys = ["task", "num_fewshot", "component"]
+    known = found.assign(
+        score=found["score"].replace("gold_loglikelihood", "gold log-likelihood") + " (" + found["method"] + ")",
+        reliability=[f"{x:.2f}" if x == x else "not known" for x in found["reliability"]])
+    others = known[~known["orders"]].assign(others=lambda t: t["score"] + " " + t["reliability"]).groupby(
+        keys, as_index=False)["others"].agg("; ".join)
+    frame = _mean_first(known[known["orders"]]).merge(others, on=keys, how="left").fillna({"others": ""})
+    yield Table("How reliable the orders are", "Reliability: which share of a score's variance over heads, or FFNs, is "
+                "not noise of its documents (1 less the mean squared standard error over the variance); where it is "
+                "below 0.5, most of what tells them apart is noise, and so is their order.", _plain_columns(
+                    frame[[*keys, "score", "reliability", "distinct", "components", "documents", "others"]].rename(
+                        columns={"distinct": "distinct values", "others": "reliability of other scores"})))
 
 
 def _agreement(study: Study) -> Iterator[Table]:

@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from headcount import stats, tables
+from headcount import ranks, stats, tables
 from headcount.view import overlap, relations, tops
 from headcount.view.points import MEAN, groups
 from headcount.view.relations import MEAN_OF_RANKS, Key
 
+_ORDERS = ["task", "num_fewshot", "component", "method", "score", "orders", "reliability", "distinct", "components",
+           "documents"]
 _AGREEMENT = ["task", "num_fewshot", "component", "score", "oracle", "correlation", "low", "high", "components"]
 _AGGREGATE = ["task", "num_fewshot", "component", "layer", "head", "method", "score", "importance", "stderr", "rank",
               "rank_low", "rank_high"]
@@ -117,11 +119,10 @@ def aggregate_table(importance: pd.DataFrame, scores: Mapping[str, str], ties: M
         mean = mean_importance(rows).set_index(["num_fewshot", "layer"])
         for k, tasks in relations.by_shots(known.scores).items():
             for name, (values, places) in _together_by(known, second, [(task, k) for task in tasks]):
-                ranks = len(there) - places
-                low, high = stats.around(ranks[0].astype(np.float64), ranks[1:].astype(np.float64))
-                frame = pd.DataFrame({"layer": there[:, 0], "head": there[:, 1], "importance": values, "rank": ranks[0],
-                                      "rank_low": np.floor(low).clip(1),
-                                      "rank_high": np.ceil(high).clip(None, len(there))})
+                rank = len(there) - places
+                low, high = ranks.rank_intervals(values[0], values[1:], rank)
+                frame = pd.DataFrame({"layer": there[:, 0], "head": there[:, 1], "importance": values[0], "rank": rank,
+                                      "rank_low": low, "rank_high": high})
                 errors = mean.loc[k].reset_index()[["layer", "head", "stderr"]].fillna({"head": -1})
                 frame = frame.merge(errors, on=["layer", "head"])
                 found.append(frame.assign(
@@ -133,20 +134,23 @@ def aggregate_table(importance: pd.DataFrame, scores: Mapping[str, str], ties: M
 
 def _together_by(
     known: Measured, second: Measured | None, keys: Sequence[Key]
-) -> Iterator[tuple[str, tuple[Float[np.ndarray, " component"], Int[np.ndarray, "row component"]]]]:
-    """Mean and mean of ranks of these tasks (of a single one itself): the values, and places in the order they give."""
+) -> Iterator[tuple[str, tuple[Float[np.ndarray, "row component"], Int[np.ndarray, " component"]]]]:
+    """Mean and mean of ranks of these tasks (of a single one itself), and places in the order that the first row gives.
+
+    Rows are what was measured, then draws.
+    """
     there = relations.scored(known.scores)
     rows = _rows(known, keys)[..., there]
     ties = None
     if second is not None:
         rows, ties = _alike(rows, _rows(second, keys)[..., there])
     if len(keys) == 1:
-        yield keys[0][0], (rows[0, 0], tops.placed(rows[0], None if ties is None else ties[0]))
+        yield keys[0][0], (rows[0], tops.placed(rows[0, :1], None if ties is None else ties[0, :1])[0])
         return
     mean = rows.mean(axis=0)
-    yield MEAN, (mean[0], tops.placed(mean, None if ties is None else ties.mean(axis=0)))
-    ranks = tops.mean_of_places(rows, ties)
-    yield MEAN_OF_RANKS, (ranks[0] / max(there.sum() - 1, 1), tops.placed(ranks))
+    yield MEAN, (mean, tops.placed(mean[:1], None if ties is None else ties[:, :1].mean(axis=0))[0])
+    of_ranks = tops.mean_of_places(rows, ties)
+    yield MEAN_OF_RANKS, (of_ranks / max(there.sum() - 1, 1), tops.placed(of_ranks[:1])[0])
 
 
 def _rows(found: Measured, keys: Sequence[Key]) -> Float[np.ndarray, "task row component"]:
@@ -208,6 +212,22 @@ def ordered(importance: pd.DataFrame, component: str, score: str, tie: str | Non
         places[:, there] = tops.placed(rows[:, there], ties[:, there])
         found.scores[key], found.resampled[key] = places[0], places[1:]
     return found
+
+
+def orders_table(importance: pd.DataFrame, scores: Mapping[str, str]) -> pd.DataFrame:
+    """`Study.orders()`; `scores` as above. Values are told apart as in orders (`headcount.masks.removal_order`)."""
+    keys = ["task", "num_fewshot", "component", "method", "score"]
+    documents = importance.drop_duplicates(keys).groupby(keys[1:], as_index=False)["num_examples"].sum()
+    mean = mean_importance(importance).merge(documents, on=keys[1:]) if importance["task"].nunique() > 1 else None
+    rows: list[dict[str, Any]] = []
+    for key, of_key in groups(pd.concat([importance, mean]), *keys):
+        values, errors = (of_key[name].to_numpy(np.float64) for name in ("importance", "stderr"))
+        found = dict(zip(keys, key, strict=True))
+        rows.append({**found, "orders": scores[found["component"]] == found["score"], "components": len(values),
+                     "reliability": ranks.score_reliability(values, errors),
+                     "distinct": len({float(f"{x:.4e}") for x in values}),
+                     "documents": int(of_key["num_examples"].iloc[0])})
+    return pd.DataFrame(rows, columns=_ORDERS)
 
 
 def agreement_table(importance: pd.DataFrame) -> pd.DataFrame:

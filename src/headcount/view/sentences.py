@@ -220,8 +220,8 @@ def importance_sentence(study: Study, component: str) -> str:
     known = top["rank_low"].notna().all()
     names = ", ".join(f"{row['name']} ({row['rank_low']:.0f} to {row['rank_high']:.0f})" if known else str(row["name"])
                       for _, row in top.iterrows())
-    ranks = (" (in brackets: how far ranks spread over resampled documents, 1.96 standard deviations either way; in "
-             "another study they may lie further away)" if known else "")
+    ranks = (" (in brackets the 95 % interval of each rank: it comes after all that are shown to matter more, and "
+             "before all that are shown to matter less)" if known else "")
     middle = f"; the median layer of the top tenth is {tenth['layer'].median():.0f} of 0 to {layers - 1}"
     return f"{beginning}, {where}, the most important {_NAMES[component][1]} by {score} are {names}{ranks}{middle}."
 
