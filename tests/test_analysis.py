@@ -184,7 +184,8 @@ def test_what_is_said_is_what_was_planted(tmp_path: Path) -> None:
     assert second.endswith("a loss of more than 2 points is shown.")
     assert third.startswith("With no shots nothing can be said")
     cautions = " ".join(sentences.cautions(study))
-    for expected in ("weights are made up", "Shots are shared", "red, green", "distinct accuracies: green (0-shot, 2)"):
+    for expected in ("weights are made up", "Shots are shared", "red, green", "distinct accuracies in green (0-shot, "
+                                                                              "2)"):
         assert expected in cautions
     assert "only be ruled out with 189 documents or more" in cautions
     many = open_study(synthetic.write(tmp_path / "many", documents=200))

@@ -55,8 +55,8 @@ def importance_by(ledger: Ledger) -> dict[tuple[str, int, str], pd.DataFrame]:
 
 
 def mean_order(tables: list[pd.DataFrame], component: Component) -> list[int]:
-    """The order of the mean of scores; FFNs of equal accuracy by the mean of log-likelihoods."""
-    kinds = ("position",) if component == "head" else ("accuracy", "gold_loglikelihood")
+    """The order of the mean of scores: of the paper's own for heads, of log-likelihood lost for FFNs."""
+    kinds = ("example",) if component == "head" else ("gold_loglikelihood",)
     return removal_order(*(np.mean([t[(t["component"] == component) & (t["score"] == kind)]["importance"].to_numpy()
                                     for t in tables], axis=0) for kind in kinds))
 
@@ -66,12 +66,13 @@ def test_every_mask_of_transfer_and_of_the_grid_is_that_of_the_orders_it_names(l
     seen = set()
     for entry in ledger.entries("evaluation"):
         task, k, curve = entry.job["task"], entry.job["num_fewshot"], entry.job["curve"]
-        if curve["order"] == "transfer":
-            component, donor = curve["component"], curve["donor"]
+        if curve["order"] in ("transfer", "common"):
+            component, donor = curve["component"], curve.get("donor", "mean")
             method = "gradient" if component == "head" else "oracle"
             members = {"mean": TASKS, "mean without own": [t for t in TASKS if t != task], "own": [task]}
             order = mean_order([known[t, k, method] for t in members.get(donor, [donor])], component)
             expected = [prune(heads, component, order, f) for f in curve["fractions"]]
+            donor = curve.get("donor", "common")
         elif curve["order"] == "grid":
             component, donor = "both", ""
             own = {c: mean_order([known[task, k, m]], c) for c, m in (("head", "gradient"), ("ffn", "oracle"))}
@@ -81,7 +82,8 @@ def test_every_mask_of_transfer_and_of_the_grid_is_that_of_the_orders_it_names(l
             continue
         seen |= {(task, k, component, donor)}
         assert [label["mask"] for label in entry.info["masks"]] == [mask.to_json() for mask in expected], entry.job
-    donors = [d for t in TASKS for d in [(t, o) for o in (*TASKS, "mean", "mean without own", "own") if o != t]]
+    others = (*TASKS, "mean", "mean without own", "own", "common")
+    donors = [d for t in TASKS for d in [(t, o) for o in others if o != t]]
     assert seen == {(t, k, c, d) for k in (0, 1) for c in ("head", "ffn") for t, d in [*donors, (UNSEEN, "mean")]} | {
         (t, k, "both", "") for t in TASKS for k in (0, 1)}
 

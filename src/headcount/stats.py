@@ -236,7 +236,9 @@ def degenerate(
     if same and share >= CONSTANT_SHARE:
         found.append(f"option {option + 1} is the answer to {100 * share:.0f} % of the documents, whatever they say")
     to_beat = baseline(num_options, constant)
-    if not above:
+    if np.isnan(low):
+        found.append("its metric goes beyond 0 and 1, so that it has no interval and nothing can be ruled out")
+    elif not above:
         found.append(f"accuracy {correct.mean():.2f} (at least {low:.2f}) is not shown to be above {to_beat:.2f}, "
                      f"which guessing{' or a constant answer' if constant > 0 else ''} gets")
     return found

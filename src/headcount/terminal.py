@@ -218,7 +218,8 @@ def print_accuracy(study: Study, asked: Asked) -> None:
     table = _table("task", "shots|r", "accuracy|r", "95 % interval|r", "documents|r")
     for row in full.to_dict("records"):
         table.add_row(row["task"], str(row["num_fewshot"]), f"{row['accuracy']:.3f}",
-                      f"{row['low']:.3f} to {row['high']:.3f}", str(row["documents"]))
+                      f"{row['low']:.3f} to {row['high']:.3f}" if row["low"] == row["low"] else "none",
+                      str(row["documents"]))
     _out.print(table)
     for row in asked.of(study.weak_results(), study).to_dict("records"):
         _out.print(f"{row['task']}, {row['num_fewshot']}-shot: {row['reason']}.", highlight=False)

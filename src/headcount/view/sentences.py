@@ -145,14 +145,16 @@ def curve_sentence(study: Study, component: str) -> str:
         shown = f"the order is shown to be {better_or_worse(row['difference'])} than a random one"
     else:
         shown = "the order is not shown to be better than a random one, nor worse"
-    interval = f", {signed(row['difference_low'])} to {signed(row['difference_high'])}" if known else ""
+    interval = (f", {signed(row['difference_low'])} to {signed(row['difference_high'])} (95 %, paired over documents "
+                "and "
+                "draws)") if known else ""
     spread = f" (single draws {row['draw_low']:.2f} to {row['draw_high']:.2f})" if row["draws"] > 1 else ""
     orders = f"{row['draws']} random orders {row['random']:.2f} on average" if row["draws"] > 1 else (
         f"a random one {row['random']:.2f}")
     return (f"With {shots(int(row['num_fewshot']))} and {share(row['fraction'])} of the {_NAMES[component][1]} "
             f"removed, the measured order leaves {row['accuracy']:.2f}, "
             f"{orders}{spread}: {signed(row['difference'])} points"
-            f"{interval} (95 %, paired over documents and draws); {shown}.")
+            f"{interval}; {shown}.")
 
 
 def common_sentence(study: Study, component: str) -> str:
@@ -332,6 +334,11 @@ def _of_documents(study: Study) -> Iterator[str]:
         named = _listed([f"{t} ({words})" for t, words in few.items()], len(study.evaluated), "tasks")
         yield (f"On a single task a loss of {margin_of(study)} can only be ruled out with {least} documents or more, "
                f"even if none of them changes; fewer (or fewer passages that they share) are evaluated on {named}.")
+    curves = study.curves()
+    without = list(dict.fromkeys(curves.loc[curves["low"].isna() & (curves["task"] != MEAN), "task"]))
+    if without:
+        yield (f"The metric of {_listed(without, len(study.tasks), 'tasks')} goes beyond 0 and 1, so that it has no "
+               "interval: nothing can be ruled out there, nor on a mean over tasks.")
     free = study.free_fractions()
     weak = free[free["free_fraction"].isna() & (free["task"] != MEAN)]
     for k, of_k in groups(weak, "num_fewshot"):
