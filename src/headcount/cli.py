@@ -59,12 +59,13 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
     if spec.out is None:
         raise OptionError("a study needs a folder; name it with --out DIR")
     with terminal.reporter() as reporter:
+        from headcount.neighbours import Speed
         from headcount.study import Runner
 
         runner = Runner(spec, reporter=reporter, command=_command())
         reporter.stage("timing the model")
         todo = runner.todo()
-        speed = runner.tokens_per_second() if todo else float("nan")
+        speed = runner.speed() if todo else Speed()
     if dry_run:
         terminal.print_plan(runner.jobs, runner.ledger)
     terminal.print_cost(todo, runner.loaded.anatomy.num_layers, speed)
