@@ -19,6 +19,7 @@ from cyclopts import App, Parameter
 import headcount
 from headcount.errors import HeadcountError, OptionError, UnavailableError
 from headcount.specs import PRESETS, ModelSpec, StudySpec
+from headcount.waiting import wait_asleep
 
 if TYPE_CHECKING:
     from headcount.plan import Part
@@ -286,6 +287,7 @@ def _with_config(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 1 where a check failed, 2 for bad input, 130 when stopped."""
+    wait_asleep()
     # Their progress bars and advice would drown ours.
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
                         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "true"}.items():
