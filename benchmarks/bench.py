@@ -10,6 +10,7 @@ induction   prefix matching, copying / one eager forward pass of the same texts
 oracles     single FFNs off, and single heads off, by layer sweep / one evaluation
 scaling     seconds and peak memory against masks, documents, layers, length of prompts
 demo        wall time of the demo, by kind of job, beside the speed of matrix products
+waiting     short scoring passes by how torch's threads wait, without and with busy processes beside
 
 Nothing else should run meanwhile.
 """
@@ -27,7 +28,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from headcount.waiting import wait_asleep
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+wait_asleep()
 
 import torch
 
@@ -36,11 +40,12 @@ import against_the_obvious
 from headcount.measure.names import PAPER14
 from headcount.model.load import LoadedModel, load
 from performance_page import page
+from waiting import waiting
 
 _ROOT = Path(__file__).resolve().parents[1]
 _WHOLE = {"counts": against_lm_eval.counts, "importance": against_the_obvious.importance,
           "induction": against_the_obvious.induction, "oracles": against_the_obvious.oracles,
-          "scaling": against_the_obvious.scaling, "demo": against_the_obvious.demo}
+          "scaling": against_the_obvious.scaling, "demo": against_the_obvious.demo, "waiting": waiting}
 SECTIONS = (*_WHOLE, "scoring")
 
 

@@ -14,6 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from headcount.waiting import wait_asleep
+
+wait_asleep()
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models

@@ -27,7 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headcount.waiting import wait_asleep
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+wait_asleep()
 
 import numpy as np
 import torch

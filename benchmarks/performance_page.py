@@ -159,9 +159,24 @@ def _demo(rows: list[Row]) -> str:
         "| jobs | how many | seconds | layer-tokens |", "|---|--:|--:|--:|", *kinds, ""])
 
 
+def _waiting(rows: list[Row]) -> str:
+    lines = ["## How threads wait", "", "Passes over documents of icl_antonym without shots, SmolLM2-135M; medians of "
+             "some that take turns between processes which hold the model ready. OpenMP's threads meet at a barrier "
+             "after every matrix product; by default one that comes early spins there for a while, which costs the "
+             "core that the other thread waits for where other processes want it too. *Others* is how many cores "
+             "other processes kept busy meanwhile, *CPU* the seconds of all threads of the process that was timed. "
+             "headcount's command line, tests and benchmarks set `OMP_WAIT_POLICY=passive` unless the user has said "
+             "how threads wait.", "",
+             "| documents | busy processes beside | others | way of waiting | wall, s | fastest to slowest | CPU, s |",
+             "|--:|--:|--:|---|--:|--:|--:|"]
+    return "\n".join([*lines, *(
+        f"| {r['documents']} | {r['busy']} | {r['others']:.1f} | {r['way']} | {r['wall']:.2f} | {r['fastest']:.2f} to "
+        f"{r['slowest']:.2f} | {r['cpu']:.2f} |" for r in rows), ""])
+
+
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "counts": _counts, "scoring": _scoring, "importance": _importance, "induction": _induction, "oracles": _oracles,
-    "scaling": _scaling, "demo": _demo}
+    "scaling": _scaling, "demo": _demo, "waiting": _waiting}
 _HEAD = """\
 # Performance
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -18,9 +19,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import httpx
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from headcount import hub
 from headcount.model.fingerprint import fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -97,6 +101,50 @@ print(json.dumps({
 }))
 """
 
+# No name can be looked up, and the look-ups are counted: those of the hub's host.
+NO_NETWORK = """
+import socket
+asked = []
+
+def nowhere(host, *args, **kwargs):
+    asked.append(host)
+    raise socket.gaierror(-2, "Name or service not known")
+
+socket.getaddrinfo = nowhere
+"""
+DEAD = NO_NETWORK + PROLOGUE + """
+from headcount.measure.tasks import describe
+names = ["wic", "hellaswag", "copa", "piqa", "arc_easy"]
+rows = [describe(name) for name in names]
+print(json.dumps({"rows": rows, "model": told("org/tiny"), "absent": refusal(load, "org/absent"), "asked": asked}))
+"""
+# A hub that is there and knows no such name.
+UNKNOWN = """
+import http.server, os, threading
+asked = []
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        asked.append(self.path)
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+""" + PROLOGUE + """
+from huggingface_hub import constants
+told = [refusal(get_tasks, ["wic"]), refusal(get_tasks, ["hellaswag"])]
+print(json.dumps({"told": told, "asked": asked, "offline": constants.is_offline_mode()}))
+"""
+
 
 class Copa(datasets.GeneratorBasedBuilder):
     """Writes documents into datasets' cache where a download of aps/super_glue would have put them."""
@@ -158,10 +206,12 @@ def put_into_cache(home: Path, name: str, folder: Path) -> None:
         (repo / "snapshots" / COMMIT / file.name).symlink_to(f"../../blobs/{blob}")
 
 
-def outcome(script: str, folder: Path, home: Path) -> dict[str, Any]:
-    # Whatever places the caches elsewhere than below HF_HOME is left out.
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_"))}
-    env = kept | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+def outcome(script: str, folder: Path, home: Path, *, offline: bool = True) -> dict[str, Any]:
+    # Whatever places the caches elsewhere than below HF_HOME is left out, and so are proxies.
+    kept = {k: v for k, v in os.environ.items()
+            if not k.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")) and not k.lower().endswith("_proxy")}
+    chosen = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if offline else {}
+    env = kept | {"HF_HOME": str(home)} | chosen
     done = subprocess.run([sys.executable, "-c", script], env=env, cwd=folder, capture_output=True, text=True,
                           check=False, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -248,3 +298,101 @@ def test_own_code_is_run_when_it_is_trusted(request: pytest.FixtureRequest, proc
 def test_trust_is_not_remembered(cached: dict[str, Any]) -> None:
     assert cached["own_again"] == cached["own"]
     assert_refused(cached["refusal_again"], "ModelError", "org/own", "--trust-remote-code")
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A process that has not been told to be offline, nor asked the hub; as it was again afterwards."""
+    for place, name in ((constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE"),
+                        (datasets.config, "HF_DATASETS_OFFLINE")):
+        monkeypatch.setattr(place, name, False)
+    hub.answers.cache_clear()
+    yield monkeypatch
+    hub.answers.cache_clear()
+
+
+class Hub:
+    """Stands for the hub's client: fails, is silent or answers with an error, as it is told, and counts."""
+
+    def __init__(self, *behaviour: str) -> None:
+        self.behaviour, self.asked = list(behaviour), 0
+
+    def __call__(self) -> Hub:
+        return self
+
+    def head(self, url: str, **_: Any) -> httpx.Response:
+        self.asked += 1
+        does = self.behaviour.pop(0)
+        if does == "fails":
+            raise httpx.ConnectError("Name or service not known")
+        if does == "times out":
+            raise httpx.ConnectTimeout("timed out")
+        if does == "is silent":
+            threading.Event().wait()
+        return httpx.Response(404)
+
+
+def is_offline() -> set[bool]:
+    return {constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE, datasets.config.HF_DATASETS_OFFLINE}
+
+
+@pytest.mark.parametrize("does", ["fails", "times out", "is silent"])
+def test_a_hub_that_does_not_answer_is_asked_once(does: str, online: pytest.MonkeyPatch) -> None:
+    online.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    online.setattr(hub, "get_session", asked := Hub(does))
+    assert [hub.answers() for _ in range(3)] == [False] * 3
+    assert asked.asked == 1
+    assert is_offline() == {True}
+    assert hub.reason(ConnectionError("LocalEntryNotFoundError")) == f"{constants.ENDPOINT} does not answer"
+    assert asked.asked == 1
+
+
+def test_an_error_is_an_answer(online: pytest.MonkeyPatch) -> None:
+    online.setattr(hub, "get_session", asked := Hub("answers"))
+    assert hub.answers() is True
+    assert is_offline() == {False}
+    assert hub.reason(FileNotFoundError("no such name")) == "no such name"
+    assert asked.asked == 1, "an unknown name is no reason to ask again"
+
+
+def test_a_network_that_goes_away_is_noticed(online: pytest.MonkeyPatch) -> None:
+    online.setattr(hub, "get_session", asked := Hub("answers", "answers", "fails"))
+    assert hub.answers() is True
+    assert hub.reason(ConnectionError("a file's host is away")) == "a file's host is away"
+    assert is_offline() == {False}
+    assert hub.reason(ConnectionError("away")) == f"{constants.ENDPOINT} does not answer"
+    assert is_offline() == {True}
+    assert asked.asked == 3
+
+
+def test_who_is_offline_by_choice_is_not_asked_for(online: pytest.MonkeyPatch) -> None:
+    online.setattr(constants, "HF_HUB_OFFLINE", True)
+    online.setattr(hub, "get_session", asked := Hub())
+    assert hub.answers() is None
+    assert hub.reason(ConnectionError("offline mode")) == "offline mode"
+    assert asked.asked == 0
+
+
+def test_without_a_network_many_tasks_ask_once_and_what_is_cached_is_found(tmp_path: Path) -> None:
+    write_copa(tmp_path / "home")
+    put_into_cache(tmp_path / "home", "org/tiny", write_checkpoint(tmp_path / "a"))
+    told = outcome(DEAD, tmp_path, tmp_path / "home", offline=False)
+    assert told["asked"] == ["huggingface.co"]
+    absent = {row["task"]: row["absent"] for row in told["rows"] if "absent" in row}
+    assert list(absent) == ["wic", "hellaswag", "piqa", "arc_easy"]
+    for message in list(absent.values())[1:]:
+        assert "https://huggingface.co does not answer" in message
+        assert "--data" in message
+    (copa,) = (row for row in told["rows"] if "absent" not in row)
+    assert (copa["train"], copa["validation"]) == (2, 1)
+    assert told["model"]["commit"] == COMMIT
+    assert_refused(told["absent"], "ModelError", "org/absent is no local folder")
+
+
+def test_an_unknown_name_is_no_dead_network(tmp_path: Path) -> None:
+    told = outcome(UNKNOWN, tmp_path, tmp_path / "home", offline=False)
+    assert told["offline"] is False
+    for refused, name in zip(told["told"], ("wic", "hellaswag"), strict=True):
+        assert_refused(refused, "UnavailableError", name, "--data")
+    for path in ("super_glue", "hellaswag"):
+        assert any(path in url for url in told["asked"]), "every task's documents are asked for"

@@ -19,6 +19,7 @@ from cyclopts import App, Parameter
 import headcount
 from headcount.errors import HeadcountError, OptionError, UnavailableError
 from headcount.specs import PRESETS, ModelSpec, StudySpec
+from headcount.waiting import wait_asleep
 
 if TYPE_CHECKING:
     from headcount.plan import Part
@@ -57,12 +58,13 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
     if spec.out is None:
         raise OptionError("a study needs a folder; name it with --out DIR")
     with terminal.reporter() as reporter:
+        from headcount.neighbours import Speed
         from headcount.study import Runner
 
         runner = Runner(spec, reporter=reporter, command=_command())
         reporter.stage("timing the model")
         todo = runner.todo()
-        speed = runner.tokens_per_second() if todo else float("nan")
+        speed = runner.speed() if todo else Speed()
     if runner.other_orders and todo:
         terminal.print_note(runner.other_orders)
     if dry_run:
@@ -285,6 +287,7 @@ def _with_config(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 1 where a check failed, 2 for bad input, 130 when stopped."""
+    wait_asleep()
     # Their progress bars and advice would drown ours.
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
                         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "true"}.items():

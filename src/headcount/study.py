@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
+from headcount import neighbours
 from headcount.errors import ModelError, OptionError
 from headcount.folder import check_data, check_options, merged, merged_spec, other_orders, previous
 from headcount.ledger import Job, Ledger
@@ -149,17 +150,20 @@ class Runner:
         """The jobs that are not done yet."""
         return [planned for planned in self.jobs if not self.ledger.has(planned.job)]
 
-    def tokens_per_second(self) -> float:
-        """How many tokens of the last task's first documents go through the model in a second; NaN without tasks."""
+    def speed(self) -> neighbours.Speed:
+        """How fast the last task's first documents go through the model, and how busy others kept the cores."""
+        from headcount.measure.budget import threads_of
         from headcount.measure.forward import loglikelihood
 
         if not self.facts:
-            return float("nan")
+            return neighbours.Speed()
         task, k = self.tasks[self.facts[-1].name], self.spec.shots[-1]
         prepared = self._prepare(task, k, self._splits(task)[0], _SAMPLE)
-        started = time.perf_counter()
-        loglikelihood(self.loaded, prepared.batches, sum(prepared.counts), tree_mask=prepared.layout.tree_mask)
-        return prepared.tokens / (time.perf_counter() - started)
+        with neighbours.watch(threads_of(self.loaded)) as load:
+            started = time.perf_counter()
+            loglikelihood(self.loaded, prepared.batches, sum(prepared.counts), tree_mask=prepared.layout.tree_mask)
+            seconds = time.perf_counter() - started
+        return neighbours.Speed(prepared.tokens / seconds, load)
 
     def _begun(self) -> dict[str, Any] | None:
         """What stands in the folder by now: another process may have begun the same study, or another one."""

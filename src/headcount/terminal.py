@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from headcount.ledger import Ledger
     from headcount.masks import Component
     from headcount.model.load import LoadedModel
+    from headcount.neighbours import Speed
     from headcount.plan import PlannedJob
     from headcount.view.analysis import Study
 
@@ -125,13 +126,16 @@ def print_plan(jobs: Sequence[PlannedJob], ledger: Ledger) -> None:
     _out.print(f"{_jobs(len(jobs))}, {done.count(False)} to do. Nothing was measured.", highlight=False)
 
 
-def print_cost(todo: Sequence[PlannedJob], layers: int, tokens_per_second: float) -> None:
-    """What jobs take: layer-tokens, and time at the speed that the model ran at just now."""
-    tokens = sum(p.tokens for p in todo)
-    seconds = tokens / tokens_per_second
-    time_left = "" if seconds != seconds else f", {_duration(seconds)} at {tokens_per_second:,.0f} tokens a second"
+def print_cost(todo: Sequence[PlannedJob], layers: int, speed: Speed) -> None:
+    """What jobs take: layer-tokens, and time at the speed that the model ran at just now, and beside what it ran."""
+    tokens, per_second = sum(p.tokens for p in todo), speed.tokens_per_second
+    seconds = tokens / per_second
+    time_left = "" if seconds != seconds else f", {_duration(seconds)} at {per_second:,.0f} tokens a second"
     _out.print(f"about {tokens:,.0f} tokens through {layers} layers, {tokens * layers:.3g} layer-tokens{time_left}",
                highlight=False)
+    if time_left and speed.load.crowded:
+        _out.print(f"timed while other processes kept {speed.load.others:.1f} of {speed.load.cores} cores busy: on a "
+                   "quiet machine it may be several times faster", highlight=False)
 
 
 def _jobs(n: int) -> str:

@@ -3,7 +3,8 @@
 Three timings of a few blocks tell what packing must know (`measure.packing.Cost`): a batch of few tokens and one of
 eight times as many, both in short rows, give the cost of a batch beside its tokens; the same number of tokens in long
 rows tells how much attention adds with the length of rows. What is found is kept per device and shape of model, in
-`headcount/devices.json` in the user's cache, so that equal runs are laid out alike.
+`headcount/devices.json` in the user's cache, so that equal runs are laid out alike; what was timed while other
+processes kept the cores busy is not kept there, since it says little about the device.
 
 Memory is estimated, not measured: what does not fit after all is halved (`measure.forward.in_memory`).
 """
@@ -28,6 +29,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
+from headcount import neighbours
 from headcount.measure.encoding import Request
 from headcount.measure.forward import model_inputs
 from headcount.measure.layout import layout
@@ -60,13 +62,15 @@ def _measured(loaded: LoadedModel) -> Budget:
     cost = _kept(loaded)
     if cost is None:
         try:
-            cost = measure_cost(loaded)
+            with neighbours.watch(threads_of(loaded)) as load:
+                cost = measure_cost(loaded)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             cost = Cost()  # hardly any memory: batches will be halved
         else:
-            _keep(loaded, cost)
+            if not load.crowded:
+                _keep(loaded, cost)
     wanted = int(np.clip(_WORTH * cost.batch, _FIRST_BATCH, _LARGEST_BATCH))
     forward, gradient = _bytes_per_token(loaded)
     free = _free_memory(loaded) * _SHARE.get(loaded.device.type, 0.5)
@@ -185,6 +189,11 @@ def _free_memory(loaded: LoadedModel) -> int:
     if loaded.device.type == "cuda":
         return int(torch.cuda.mem_get_info(loaded.device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def threads_of(loaded: LoadedModel) -> int:
+    """How many threads want a core each while this model runs; beside a GPU it is the one that feeds it."""
+    return torch.get_num_threads() if loaded.device.type == "cpu" else 1
 
 
 def device_key(loaded: LoadedModel) -> str:

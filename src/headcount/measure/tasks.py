@@ -25,6 +25,7 @@ from jaxtyping import Int
 from jinja2.exceptions import TemplateError
 from lm_eval.tasks import TaskManager
 
+from headcount import hub
 from headcount.errors import DataError, OptionError, TaskError, UnavailableError, first_line
 from headcount.measure import documents, names
 from headcount.measure.passages import passages
@@ -378,6 +379,8 @@ def _load(text: str, name: str, *, local: bool) -> Any:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)  # what they warn of here is what was asked for
+    if not local:
+        hub.answers()
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "task.yaml"
@@ -403,5 +406,5 @@ def _load(text: str, name: str, *, local: bool) -> Any:
 
 
 def _not_to_be_had(name: str, error: BaseException) -> UnavailableError:
-    return UnavailableError(f"the documents of task {name!r} could not be had from the hub ({first_line(error)}); "
+    return UnavailableError(f"the documents of task {name!r} could not be had from the hub ({hub.reason(error)}); "
                             "pass --data DIR with local files, or mend the connection")

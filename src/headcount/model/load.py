@@ -39,6 +39,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from headcount import hub
 from headcount.errors import ModelError, OptionError, first_line
 from headcount.model import gguf
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
@@ -276,6 +277,7 @@ def _find(name: str, revision: str | None) -> _Source:
         raise ModelError(f"{name} is a file, but not a GGUF file: name the model's folder")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise ModelError(f"there is no folder {name}: check the path")
+    hub.answers()
     return _Source(name, None, {} if revision is None else {"revision": revision})
 
 
