@@ -133,7 +133,7 @@ def test_the_report_has_all_of_it(study: Study) -> None:
     text = write_report(study.folder).read_text(encoding="utf-8")
     for heading in ("Heads and FFNs together", "Do tasks need the same heads?", "Does the order of one task serve",
                     "Does the order of all tasks serve an unseen one?", "Induction scores of every head",
-                    "Do induction heads survive pruning?", "Does the order hang on the number of shots?"):
+                    "Do induction heads survive pruning?", "Does the order depend on the number of shots?"):
         assert heading in text, heading
     assert {f.stem for f in (study.folder / "tables").iterdir()} == set(_CSV)
     assert {f.name for f in (study.folder / "figures").iterdir()} >= {

@@ -26,7 +26,8 @@ from headcount.view.selection import first_differences
 
 # Tables that are written as CSV: names of files, and of the study's methods.
 _CSV = ("curves", "free_fractions", "importance", "aggregate_importance", "depth", "orders", "agreement", "grid",
-        "correlations", "top_sets", "top_overlaps", "transfer", "induction", "retained", "induction_among_important", "degenerate")
+        "correlations", "top_sets", "top_overlaps", "transfer", "induction", "retained", "induction_among_important",
+        "degenerate")
 _LISTED = 10
 
 
