@@ -187,7 +187,8 @@ def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None
         "pale": rows["num_fewshot"].isin(list(noisy))})
     title = f"rank correlation of the importance of {COMPONENTS[component]}; framed: reliability"
     chart = _matrix(cells, names, names, _hundredths, title, 1.0, tooltip, ("", ""))
-    return chart.properties(title=words.noisy(noisy, rows["num_fewshot"].nunique())) if noisy else chart
+    lines = words.noisy(noisy, rows["num_fewshot"].nunique()).split("; ")
+    return chart.properties(title=[f"{line[0].upper()}{line[1:]}" for line in lines]) if noisy else chart
 
 
 def transfer_map(transfer: pd.DataFrame, component: str, *, fraction: float | None = None) -> Chart:
