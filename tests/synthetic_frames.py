@@ -70,13 +70,15 @@ def correlations(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1,
     """Tasks agree from .3 to .9, a random order with none; each pair both ways; not `known`: all scores were equal."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, object]] = []
+    names = ("correlation_in_layers", "in_layers_low", "in_layers_high", "correlation_layers_alone")
+    inside = {"head": dict(zip(names, (0.55, 0.5, 0.6, 0.63), strict=True)), "ffn": dict.fromkeys(names, np.nan)}
 
     def add(component: str, kind: str, task: str, k: int, other: str, other_shots: int, rho: float) -> None:
         interval = (np.nan, np.nan) if kind == "reliability" else (rho - 0.08, min(1.0, rho + 0.06))
         for a, i, b, j in dict.fromkeys([(task, k, other, other_shots), (other, other_shots, task, k)]):
             rows.append({"component": component, "score": "position" if component == "head" else "accuracy", "task": a,
                          "num_fewshot": i, "other_task": b, "other_shots": j, "correlation": rho, "low": interval[0],
-                         "high": interval[1], "ceiling": np.nan, "argsort_correlation": 0.02,
+                         "high": interval[1], "ceiling": np.nan, "argsort_correlation": 0.02, **inside[component],
                          "kind": kind})
 
     for component in ("head", "ffn"):
@@ -166,7 +168,8 @@ def top_sets(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1, 5),
         common = int(0.3 * size)
         rows.append({"num_fewshot": k, "fraction": fraction, "size": size, "tasks": len(tasks), "common": common,
                      "share": common / size, "low": (common - 2) / size, "high": (common + 2) / size,
-                     "expected": heads * fraction ** len(tasks), "pair_mean_share": 0.61})
+                         "expected": heads * fraction ** len(tasks), "pair_mean_share": 0.61,
+                         "expected_in_layers": 5.1, "pair_share_in_layers": 0.44})
     return pd.DataFrame(rows)
 
 
@@ -195,7 +198,8 @@ def depth(tasks: Sequence[str] = TASKS[:8], shots: Sequence[int] = (0, 1, 5), kn
         for third, share in (("early", 0.1), ("middle", 0.75), ("late", 0.15)):
             rows.append({"task": task, "num_fewshot": k, "fraction": 0.2, "third": third, "share": share,
                          "low": share - 0.05 if known else np.nan, "high": share + 0.05 if known else np.nan,
-                         "expected": 1 / 3, "important": 54})
+                         "expected": 1 / 3, "important": 54, "between_layers": 0.76,
+                         "between_layers_by_chance": 29 / 269})
     return pd.DataFrame(rows)
 
 

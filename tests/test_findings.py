@@ -111,7 +111,38 @@ def test_tasks_are_compared_from_the_most_unlike_to_the_most_alike_pair() -> Non
     assert f"from 0.20 ({MINUS}0.10 to 0.30) for arc_easy and boolq" in text
     assert "to 0.90 (0.80 to 1.00) for arc_easy and cb" in text
     assert "2 of 3 intervals lie above 0" in text
-    assert "argsorts, which the paper's code takes, at 0.02" in text
+    assert "The paper's argsort variant of the correlation is 0.02 (median)." in text
+    assert ("Knowing a head's layer alone gives a correlation of 0.63; within layers two tasks agree at 0.55 (median; "
+            "3 of 3 intervals lie above 0).") in text
+    assert "layer" not in findings.tasks_sentence(table, "ffn"), "there is one in each"
+    pair = findings.tasks_sentence(frames.correlations(TWO, (0,)), "head")
+    assert "alone gives a correlation of 0.63; within layers two tasks agree at 0.55 (0.50 to 0.60)." in pair
+
+
+def noisy(table: pd.DataFrame, k: int, value: float) -> pd.DataFrame:
+    of_k = (table["kind"] == "reliability") & (table["task"] != "random") & (table["num_fewshot"] == k)
+    return table.assign(correlation=table["correlation"].where(~of_k, value))
+
+
+def test_that_scores_are_mostly_noise_comes_first() -> None:
+    table = frames.correlations(frames.TASKS[:3], (0, 5))
+    text = findings.tasks_sentence(noisy(table, 0, 0.3), "head")
+    assert text.startswith("With no shots scores are mostly noise: reliability is below 0.5 for 3 of 3 orders. With 5 "
+                           "shots, two tasks'"), "the figure shows them too"
+    text = findings.tasks_sentence(noisy(noisy(table, 0, 0.3), 5, -0.1), "ffn")
+    assert text.startswith("With no shots scores are mostly noise: reliability is below 0.5 for 3 of 3 orders; with 5 "
+                           "shots scores are mostly noise:")
+    text = findings.shots_sentence(noisy(noisy(table, 0, 0.3), 5, 0.4), "head")
+    assert text.startswith("Scores are mostly noise: reliability is below 0.5 for 6 of 6 orders. Importance of heads")
+    few = noisy(table, 0, 0.3)
+    few.loc[(few["kind"] == "reliability") & (few["task"] != frames.TASKS[0]), "correlation"] = 0.9
+    assert findings.tasks_sentence(few, "head").startswith("With 5 shots, two tasks'"), "one of three is not most"
+    unknown = noisy(table, 5, np.nan)
+    assert selection.noise_by_shots(unknown[unknown["component"] == "head"]) == {}
+    random = (unknown["other_task"] == "random") & (unknown["kind"] == "tasks")
+    unknown.loc[random, "high"] = 0.95
+    assert findings.tasks_sentence(unknown, "head").startswith(
+        "With 5 shots scores may be noise: most correlations lie within what random orders reach. With 5 shots, two")
 
 
 def test_shots_are_called_different_only_below_what_noise_allows() -> None:
@@ -120,7 +151,9 @@ def test_shots_are_called_different_only_below_what_noise_allows() -> None:
     table.loc[between, ["correlation", "low", "high", "ceiling"]] = [0.7, 0.6, 0.8, 0.81]
     text = findings.shots_sentence(table, "head")
     assert "with no shots and with 5 shots correlates (Spearman) at 0.70 on arc_easy (0.60 to 0.80)" in text
-    assert text.endswith("the order seems to change.")
+    assert text.endswith("the order seems to change, though noise alone puts about one interval in ten there.")
+    assert ("0.80). Knowing a head's layer alone gives a correlation of 0.63; within layers they agree at 0.55 (0.50 "
+            "to 0.60). The paper's argsort variant of the correlation is 0.02. The interval lies") in text
     table.loc[between, "high"] = 0.82
     assert "noise alone could account" in findings.shots_sentence(table, "head")
     several = frames.correlations(TWO, (0, 1, 5))
@@ -128,7 +161,14 @@ def test_shots_are_called_different_only_below_what_noise_allows() -> None:
     assert "1 shot" not in text, "the fewest and the most shots"
     assert "for the mean over tasks, from" in text
     assert "noise" not in text, "without reliabilities nothing is claimed"
-    assert "argsorts, which the paper's code takes, at 0.02 (median)" in text
+    assert "The paper's argsort variant of the correlation is 0.02 (median)." in text
+    both = (several["kind"] == "shots") & (several["task"] == several["other_task"])
+    several.loc[both, "ceiling"] = 0.99
+    several.loc[both, "high"] = 0.9
+    assert ("On 2 of 2 tasks the interval lies below what the scores' noise allows; noise alone puts about one in ten "
+            "there.") in findings.shots_sentence(several, "ffn")
+    several.loc[both, "high"] = 1.0
+    assert "On none of 2 tasks does the interval lie below" in findings.shots_sentence(several, "ffn")
 
 
 def test_the_best_and_the_worst_donor_are_found() -> None:
@@ -174,15 +214,20 @@ def test_sets_of_heads() -> None:
     text = primitives.among_important_sentence(frames.among_important(frames.TASKS[:4]))
     assert ("6 (95 % interval 5 to 7) of the 8 induction heads are among the 54 heads (20 %) most important on the "
             "mean over tasks" in text)
-    assert ("; chance gives 1.6 (p < 0.001), sets with as many heads in each layer 3.2 (p = 0.04); p: two-sided, "
-            "hypergeometric; on single tasks 2 to 5" in text)
+    assert ("; chance gives 1.6 (p < 0.001), layers alone (sets with as many heads in each layer) 3.2 (p = 0.04); p: "
+            "two-sided, hypergeometric; on single tasks 2 to 5" in text)
     none = frames.among_important(frames.TASKS[:4]).assign(common=0, p=1.0, p_fewer=0.19, expected_in_layers=np.nan)
     assert "0 (95 % interval 5 to 7) of the 8 induction heads" in (text := primitives.among_important_sentence(none))
     assert "chance gives 1.6 (p = 0.38); p: two-sided, hypergeometric" in text
     text = findings.top_sets_sentence(frames.top_sets(frames.TASKS[:4]))
     assert ("16 (95 % interval 14 to 18) of each task's 54 most important heads (20 % of all) are common to all 4 "
-            "tasks, chance gives 0.4" in text)
-    assert "common to both tasks, chance gives 10.8." in findings.top_sets_sentence(frames.top_sets(TWO))
+            "tasks, chance gives 0.4, sets with as many heads in each layer 5.1; two tasks share 61 % of theirs on "
+            "average (layers alone give 44 %)." in text)
+    both = frames.top_sets(TWO)
+    assert "common to both tasks, chance gives 10.8, sets with as many heads in each layer 5.1." in (
+        findings.top_sets_sentence(both))
+    ffns = both.assign(expected_in_layers=np.nan, pair_share_in_layers=np.nan)
+    assert "common to both tasks, chance gives 10.8." in findings.top_sets_sentence(ffns)
     table = primitives.among_important_table(frames.among_important(TWO))
     assert table["task"].tolist() == ["mean"] * 9 + [TWO[0]] * 3 + [TWO[1]] * 3, "of tasks one size, the mean first"
     assert table["95 % interval"].iloc[0] == "5 to 7"
@@ -194,9 +239,10 @@ def test_pairs_of_top_sets_are_told_with_what_chance_gives() -> None:
     overlaps = frames.top_overlaps(TWO, (0, 5))
     assert primitives.overlap_sentence(overlaps) == (
         "With 5 shots, of the 54 heads (20 %) most important on the mean over tasks 10 (95 % interval 8 to 12) are "
-        "among the 54 highest on prefix matching, where chance gives 10.8 (p = 1), sets with as many heads in each "
-        "layer 6.3 (p = 0.2); 0 (95 % interval 0 to 2) are among the 54 highest on copying, where chance gives 10.8 "
-        "(p < 0.001), sets with as many heads in each layer 6.3 (p = 0.2); p: two-sided, hypergeometric.")
+        "among the 54 highest on prefix matching, where chance gives 10.8 (p = 1), layers alone (sets with as many "
+        "heads in each layer) 6.3 (p = 0.2); 0 (95 % interval 0 to 2) are among the 54 highest on copying, where "
+        "chance gives 10.8 (p < 0.001), layers alone (sets with as many heads in each layer) 6.3 (p = 0.2); p: "
+        "two-sided, hypergeometric.")
     table = primitives.overlap_table(overlaps)
     assert table[["task", "and", "in both", "p", "in the same layers", "p there"]].to_numpy().tolist()[:3] == [
         ["mean", "prefix matching", 10, "1", "6.3", "0.2"], ["mean", "copying", 0, "< 0.001", "6.3", "0.2"],
@@ -244,11 +290,17 @@ def test_the_scatter_is_told_as_it_is_drawn() -> None:
 
 def test_depth_is_told_in_thirds() -> None:
     text = findings.depth_sentence(frames.depth(TWO, (0, 5)))
-    assert ("With 5 shots, of the 20 % of the heads that matter most on the mean over tasks (54) lie by depth 10 % in "
-            "the early third (5 to 15 %; single tasks 10 %), 75 % in the middle third (70 to 80 %; single "
-            "tasks 75 %)") in text
-    assert "of all heads 33, 33, 33 % do" in text
-    assert "10 % in the early third, 75 %" in findings.depth_sentence(frames.depth(ONE, (5,), known=False))
+    assert ("With 5 shots, of the 54 heads (20 %) that matter most on the mean over tasks 10 % lie in the early third "
+            "of the layers (5 to 15 %; single tasks 10 %), 75 % lie in the middle third of the layers (70 to 80 %; "
+            "single tasks 75 %)") in text
+    assert text.endswith("; each third holds 33 % of all heads. 76 % of the variance of log importance lies between "
+                         "layers (single tasks 76 %; without any trend over depth 11 %).")
+    text = findings.depth_sentence(frames.depth(ONE, (5,), known=False))
+    assert "10 % lie in the early third of the layers, 75 % lie" in text
+    assert text.endswith("76 % of the variance of log importance lies between layers (without any trend over depth 11 "
+                         "%).")
+    uneven = frames.depth(ONE, (5,)).assign(expected=[0.4, 0.2, 0.4], between_layers=np.nan)
+    assert findings.depth_sentence(uneven).endswith("; these hold 40 %, 20 %, 40 % of all heads.")
 
 
 @pytest.mark.parametrize("text", [

@@ -44,8 +44,8 @@ def orders(study: Study, task: str, k: int) -> dict[str, list[int]]:
     entries = [e for e in Ledger(study.folder).entries("importance")
                if e.job["task"] == task and e.job["num_fewshot"] == k]
     tables = {e.job["method"]: e.table for e in entries}
-    return {"head": stored_order(tables["gradient"], "head", "position"),
-            "ffn": stored_order(tables["oracle"], "ffn", None)}
+    return {"head": stored_order(tables["gradient"], "head", "example"),
+            "ffn": stored_order(tables["oracle"], "ffn", "gold_loglikelihood")}
 
 
 def correct(name: str, k: int, mask: Mask, limit: int) -> float:
@@ -133,7 +133,7 @@ def test_the_report_has_all_of_it(study: Study) -> None:
     text = write_report(study.folder).read_text(encoding="utf-8")
     for heading in ("Heads and FFNs together", "Do tasks need the same heads?", "Does the order of one task serve",
                     "Does the order of all tasks serve an unseen one?", "Induction scores of every head",
-                    "Do induction heads survive pruning?", "Does the order hang on the number of shots?"):
+                    "Do induction heads survive pruning?", "Does the order depend on the number of shots?"):
         assert heading in text, heading
     assert {f.stem for f in (study.folder / "tables").iterdir()} == set(_CSV)
     assert {f.name for f in (study.folder / "figures").iterdir()} >= {

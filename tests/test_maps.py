@@ -89,6 +89,34 @@ def test_the_matrix_is_whole_from_each_pair_once_or_twice() -> None:
     assert cells[TWO]["value"] == planted["correlation"].round(4).iloc[0]
 
 
+def test_the_matrix_tells_companions_and_marks_noise() -> None:
+    table = frames.correlations(TWO, (0, 5))
+    spec = drawn(maps.task_matrix(table, "head"))
+    cells = {(r["row"], r["column"], r["shots"]): r for r in rows_of(spec)}
+    assert cells[TWO[0], TWO[1], "5 shots"]["inside"] == "0.55 (0.50 to 0.60)"
+    assert cells[TWO[0], TWO[1], "5 shots"]["alone"] == "0.63"
+    assert not any(r["pale"] for r in cells.values())
+    assert "title" not in spec
+    ffns = next(r for r in rows_of(drawn(maps.task_matrix(table, "ffn"))))
+    assert ffns["inside"] == ffns["alone"] == "\N{EN DASH}", "nothing in a tooltip is called null"
+    low = (table["kind"] == "reliability") & (table["num_fewshot"] == 0) & (table["task"] != "random")
+    noisy = table.assign(correlation=table["correlation"].where(~low, 0.2))
+    spec = drawn(maps.task_matrix(noisy, "head"))
+    assert {(r["shots"], r["pale"]) for r in rows_of(spec)} == {("no shots", True), ("5 shots", False)}
+    assert not any(r["dark"] for r in rows_of(spec) if r["pale"]), "no white on pale"
+    assert spec["title"] == ["With no shots scores are mostly noise: reliability is below 0.5 for 2 of 2 orders"]
+
+
+def test_dots_of_noise_are_pale_and_say_so() -> None:
+    table = frames.correlations(TWO, (0, 5))
+    low = (table["kind"] == "reliability") & (table["component"] == "ffn") & (table["task"] != "random")
+    heads, ffns = drawn(dots.shots_dots(table.assign(correlation=table["correlation"].where(~low, 0.2))))["hconcat"]
+    assert heads["title"] == "Attention heads"
+    assert ffns["title"]["subtitle"] == "scores are mostly noise: reliability is below 0.5 for 4 of 4 orders"
+    opacities = [[layer["mark"]["opacity"] for layer in panel["layer"][2:]] for panel in (heads, ffns)]
+    assert opacities == [[1, 1], [0.25, 0.25]]
+
+
 def test_the_transfer_map_is_of_the_middle_fraction_unless_told() -> None:
     transfer = frames.transfer(TWO, (5,))
     for fraction, told in ((0.5, None), (0.3, 0.3)):

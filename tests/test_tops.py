@@ -104,6 +104,39 @@ def test_sets_in_the_same_layers_have_more_in_common_by_chance() -> None:
     assert row["expected_in_layers"] == pytest.approx(9 * 9 / 20)
 
 
+def test_what_all_tasks_share_by_layers_alone_is_that_of_shuffled_layers() -> None:
+    rng = np.random.default_rng(5)
+    layers = np.repeat(np.arange(6), 10)
+    scores = {(task, 5): layers % 3 + rng.random(60) for task in ("red", "green", "blue")}
+    row = tops.top_sets(scores, (0.2,), layers=layers.tolist()).iloc[0]
+    common, pairs = [], []
+    for _ in range(1500):
+        moved = [values[np.lexsort([rng.random(60), layers])] for values in scores.values()]
+        sets = [top(values, 12) for values in moved]
+        common.append(len(set.intersection(*sets)))
+        pairs += [len(a & b) / 12 for a, b in itertools.combinations(sets, 2)]
+    assert row["expected_in_layers"] == pytest.approx(np.mean(common), abs=0.1)
+    assert row["pair_share_in_layers"] == pytest.approx(np.mean(pairs), abs=0.01)
+    assert row["expected_in_layers"] > 2 * row["expected"], "they lie in the same layers"
+    assert tops.top_sets(scores, (0.2,))[["expected_in_layers", "pair_share_in_layers"]].isna().all(axis=None)
+    lacking = {**scores, ("red", 5): np.where(np.arange(60) == 59, np.nan, scores["red", 5])}
+    kept = {key: values[:59] for key, values in scores.items()}
+    pd.testing.assert_frame_equal(tops.top_sets(lacking, layers=layers.tolist()),
+                                  tops.top_sets(kept, layers=layers[:59].tolist()))
+
+
+def test_depth_says_how_much_of_importance_lies_between_layers() -> None:
+    rng = np.random.default_rng(6)
+    layers = np.repeat(np.arange(6), 10)
+    scores = {(task, 5): np.exp(layers + rng.normal(size=60)) for task in ("red", "green")}
+    found = tops.depth(scores, layers.tolist()).set_index(["task", "third"])
+    for task, values in (("red", scores["red", 5]), ("mean", (scores["red", 5] + scores["green", 5]) / 2)):
+        means = [np.log(values)[layers == layer].mean() for layer in layers]
+        assert found.loc[task, "between_layers"].tolist() == pytest.approx([np.var(means) / np.var(np.log(values))] * 3)
+    assert set(found["between_layers_by_chance"]) == {5 / 59}
+    assert tops.depth({("red", 5): -scores["red", 5]}, layers.tolist())["between_layers"].isna().all()
+
+
 def test_thirds_are_alike_at_both_ends() -> None:
     def sizes(layers: int, **of: int) -> list[int]:
         found = tops.depth({("red", 0): np.arange(float(layers))}, range(layers), **of)

@@ -113,7 +113,7 @@ class Study:
         return self._aggregate_importance.copy()
 
     def depth(self) -> pd.DataFrame:
-        """In which layers the most important fifth of the heads lies; columns as in `headcount.view.tops.depth`."""
+        """Where the most important fifth of the heads lies, and how much of importance is depth: see `tops.depth`."""
         return self._depth.copy()
 
     def agreement(self) -> pd.DataFrame:
@@ -212,7 +212,7 @@ class Study:
         """How much the top heads, and FFNs, of all tasks have in common.
 
         Columns: component; and those of `headcount.view.tops.top_sets`: num_fewshot, fraction, size, tasks, common,
-        share with its 95 % interval low, high, expected, pair_mean_share.
+        share with its 95 % interval low, high, expected, pair_mean_share, expected_in_layers, pair_share_in_layers.
         """
         return self._top_sets.copy()
 

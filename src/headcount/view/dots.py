@@ -21,13 +21,14 @@ from headcount.view.selection import (
     AGGREGATES,
     between_shots,
     induction_heads,
+    noise,
     of_score,
     summary,
     tasks_first,
     transferred,
 )
 from headcount.view.tops import THIRDS
-from headcount.view.words import shots
+from headcount.view.words import known, shots
 
 _SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 _NAMED = 14  # heads at most; others tell their names when pointed at
@@ -92,6 +93,8 @@ def _label_places(found: pd.DataFrame, limits: Mapping[str, float]) -> pd.DataFr
 def shots_dots(correlations: pd.DataFrame, *, scores: Mapping[str, str] | None = None) -> Chart:
     """How alike two numbers of shots rank the components of each task: Spearman's correlation with its interval.
 
+    A panel of scores that are mostly noise is pale, and says so.
+
     Args:
         correlations: One row per pair.
         scores: Which score of importance by kind of component; the first found unless told.
@@ -101,8 +104,10 @@ def shots_dots(correlations: pd.DataFrame, *, scores: Mapping[str, str] | None =
         of_component = of_score(correlations, component, (scores or {}).get(component))
         rows = between_shots(of_component)
         if rows["correlation"].notna().any():
-            panels.append(_shots_panel(rows, _beside_random(of_component, rows["task"])).properties(
-                title=f"{title[0].upper()}{title[1:]}", width=330))
+            reason = noise(of_component[of_component["kind"].isin(["shots", "reliability"])])
+            words = alt.TitleParams(f"{title[0].upper()}{title[1:]}", subtitle=reason)
+            panels.append(_shots_panel(rows, _beside_random(of_component, rows["task"]), pale=bool(reason)).properties(
+                title=words if reason else words.text, width=330))
     if not panels:
         return None
     return dressed(alt.hconcat(*panels)).configure_legend(orient="top", **charts.LEGEND)
@@ -116,11 +121,13 @@ def _beside_random(rows: pd.DataFrame, tasks: pd.Series) -> pd.DataFrame:
     return rows.assign(task=f"{RANDOM} order", pair=pairs)[["task", "pair", "correlation", "low", "high"]].round(4)
 
 
-def _shots_panel(rows: pd.DataFrame, random: pd.DataFrame) -> Chart:
+def _shots_panel(rows: pd.DataFrame, random: pd.DataFrame, *, pale: bool) -> Chart:
     rows = rows.sort_values(["num_fewshot", "other_shots"], kind="stable")
     data = pd.DataFrame({"task": rows["task"], "correlation": rows["correlation"], "low": rows["low"],
                          "high": rows["high"], "pair": [f"{shots(a)} and {shots(b)}" for a, b in zip(
-                             rows["num_fewshot"], rows["other_shots"], strict=True)]}).round(4)
+                             rows["num_fewshot"], rows["other_shots"], strict=True)],
+                         "inside": rows["correlation_in_layers"].map(known),
+                         "alone": rows["correlation_layers_alone"].map(known)}).round(4)
     pairs, tasks = list(dict.fromkeys(data["pair"])), tasks_first(rows["task"])
     summaries = [name for name in tasks if name.startswith(MEAN)]
     low = np.floor(5 * min(0.0, float(data[["low", "correlation"]].min().min()), float(random["low"].min()))) / 5
@@ -133,11 +140,14 @@ def _shots_panel(rows: pd.DataFrame, random: pd.DataFrame) -> Chart:
     shape = alt.Shape("pair:N", title=None, scale=alt.Scale(domain=pairs, range=_SHAPES[: len(pairs)]))
     x = alt.X("correlation:Q", title="rank correlation of importance", scale=alt.Scale(domain=[low, 1]),
               axis=alt.Axis(labelFlush=False))
-    dots = base.mark_point(filled=True, size=42, opacity=1).encode(
+    opacity = 0.25 if pale else 1
+    dots = base.mark_point(filled=True, size=42, opacity=opacity).encode(
         x=x, color=colour, shape=shape,
         tooltip=["task:N", alt.Tooltip("pair:N", title="shots"), alt.Tooltip("correlation:Q", format=".3f"),
-                 alt.Tooltip("low:Q", format=".3f"), alt.Tooltip("high:Q", format=".3f")])
-    lines = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6).encode(
+                 alt.Tooltip("low:Q", title="95 % interval from", format=".3f"),
+                 alt.Tooltip("high:Q", title="to", format=".3f"),
+                 alt.Tooltip("alone:N", title="layers alone give"), alt.Tooltip("inside:N", title="within layers")])
+    lines = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6, opacity=opacity).encode(
         x="low:Q", x2="high:Q", color=colour)
     # All in the middle of their row; without an offset of their own rows would be no higher than one of them.
     grey = alt.Chart(random.assign(offset=pairs[len(pairs) // 2])).encode(y=y, yOffset=alt.YOffset(

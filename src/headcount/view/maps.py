@@ -12,7 +12,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from headcount.view import charts
+from headcount.view import charts, words
 from headcount.view.charts import COMPONENTS, PALETTE, Chart, dressed
 from headcount.view.overlap import PRIMITIVES
 from headcount.view.points import MEAN, groups
@@ -20,6 +20,7 @@ from headcount.view.scores import name_of
 from headcount.view.selection import (
     SUMMARIES,
     alike_together,
+    noise_by_shots,
     of_fraction,
     of_score,
     tasks_first,
@@ -154,6 +155,8 @@ def induction_maps(induction: pd.DataFrame) -> Chart:
 def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None = None) -> Chart:
     """Rank correlation of importance between tasks, a panel per number of shots; the diagonal is each task's own.
 
+    Panels of scores that are mostly noise are pale, and the title says so.
+
     Args:
         correlations: One row per pair; each pair once is enough.
         component: "head" or "ffn".
@@ -168,15 +171,25 @@ def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None
     names = tasks_first([*alike_together(rows), *rows["task"], *rows["other_task"]])
     tooltip = [alt.Tooltip("row:N", title="task"), alt.Tooltip("column:N", title="and"), alt.Tooltip("shots:N"),
                alt.Tooltip("kind:N", title="what"), alt.Tooltip("value:Q", title="Spearman", format=".3f"),
-               alt.Tooltip("low:Q", format=".3f"), alt.Tooltip("high:Q", format=".3f"),
-               alt.Tooltip("argsort:Q", title="of argsorts", format=".3f")]
+               alt.Tooltip("interval:N", title="95 % interval"), alt.Tooltip("alone:N", title="layers alone give"),
+               alt.Tooltip("inside:N", title="within layers"),
+               alt.Tooltip("argsort:N", title="the paper's argsort variant")]
+    noisy = noise_by_shots(rows)
     cells = pd.DataFrame({
         "row": rows["task"], "column": rows["other_task"], "shots": rows["num_fewshot"].map(shots),
         "kind": rows["kind"].map({"tasks": "two orders", "reliability": "itself, on other examples"}),
-        "value": rows["correlation"], "low": rows["low"], "high": rows["high"], "argsort": rows["argsort_correlation"],
-        "framed": rows["kind"] == "reliability"}).round(4)
+        "value": rows["correlation"].round(4), "low": rows["low"].round(4), "high": rows["high"].round(4),
+        "interval": [words.within(a, b) for a, b in zip(rows["low"], rows["high"], strict=True)],
+        "alone": rows["correlation_layers_alone"].map(words.known), "inside": [
+            words.known(r) + words.bracketed(words.within(a, b) if a == a else "")
+            for r, a, b in zip(rows["correlation_in_layers"], rows["in_layers_low"], rows["in_layers_high"],
+                               strict=True)],
+        "argsort": rows["argsort_correlation"].map(words.known), "framed": rows["kind"] == "reliability",
+        "pale": rows["num_fewshot"].isin(list(noisy))})
     title = f"rank correlation of the importance of {COMPONENTS[component]}; framed: reliability"
-    return _matrix(cells, names, names, _hundredths, title, 1.0, tooltip, ("", ""))
+    chart = _matrix(cells, names, names, _hundredths, title, 1.0, tooltip, ("", ""))
+    lines = words.noisy(noisy, rows["num_fewshot"].nunique()).split("; ")
+    return chart.properties(title=[f"{line[0].upper()}{line[1:]}" for line in lines]) if noisy else chart
 
 
 def transfer_map(transfer: pd.DataFrame, component: str, *, fraction: float | None = None) -> Chart:
@@ -213,11 +226,12 @@ def transfer_map(transfer: pd.DataFrame, component: str, *, fraction: float | No
                    title, largest, tooltip, ("pruned by the order of", "task"))
 
 
-def _matrix(cells: pd.DataFrame, rows: list[str], columns: list[str], words: Callable[[float], str], title: str,
+def _matrix(cells: pd.DataFrame, rows: list[str], columns: list[str], said: Callable[[float], str], title: str,
             largest: float, tooltip: list[alt.Tooltip], axes: tuple[str, str]) -> Chart:
     """Numbers from -largest to largest between two lists of names, a panel per number of shots."""
     # White text is easier to read than black on the darkest blue, never on the orange.
-    cells = cells.assign(text=cells["value"].map(words), dark=cells["value"] > 0.88 * largest)
+    pale = cells.get("pale", pd.Series(False, cells.index))
+    cells = cells.assign(text=cells["value"].map(said), dark=(cells["value"] > 0.88 * largest) & ~pale, pale=pale)
     panels, names = int(cells["shots"].nunique()), 30 + 7 * max(map(len, rows))
     beside = next(n for n in range(panels, 0, -1) if n == 1 or _cell(len(columns), n, names, most=34) >= 21)
     size = _cell(len(columns), beside, names, most=34)
@@ -230,7 +244,8 @@ def _matrix(cells: pd.DataFrame, rows: list[str], columns: list[str], words: Cal
     ground = base.mark_rect(fill="#ececec", stroke="white").encode(tooltip=tooltip)
     colour = alt.Color("value:Q", title=title, legend=alt.Legend(gradientLength=_LEGEND_LENGTH, titleLimit=800),
                        scale=alt.Scale(domain=[-largest, 0, largest], range=[PALETTE[1], "#fbfbfb", PALETTE[0]]))
-    rects = base.mark_rect(stroke="white").encode(color=colour, tooltip=tooltip)
+    rects = base.mark_rect(stroke="white").encode(
+        color=colour, tooltip=tooltip, opacity=alt.condition("datum.pale", alt.value(0.2), alt.value(1)))
     framed = base.transform_filter("datum.framed").mark_rect(fill=None, stroke="black", strokeWidth=1.3)
     text = [base.transform_filter(f"{'' if bold else '!'}datum.sure").mark_text(
         fontSize=8 if size < 24 else 9 if size < 30 else 10, fontWeight="bold" if bold else "normal").encode(

@@ -42,8 +42,7 @@ def induction_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float])
         return ""
     if trained["induction"].isna().any():
         return ("Which heads are high on copying depends on the same model with random weights, which was not "
-                "measured; "
-                "--copying-threshold sets a limit.")
+                "measured; --copying-threshold sets a limit.")
     found = induction_heads(trained)["name"].tolist()
     limits = " and ".join(f"{name} of at least {thresholds[primitive]:.2g}" for primitive, name in PRIMITIVES.items())
     rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
@@ -160,10 +159,10 @@ def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -
 
 
 def _by_chance(row: pd.Series) -> str:
-    """`chance gives 1.6 (p = 0.19), sets with as many heads in each layer 0.4 (p = 0.72)`."""
+    """`chance gives 1.6 (p = 0.19), layers alone (sets with as many heads in each layer) 0.4 (p = 0.72)`."""
     said = f"chance gives {row['expected']:.1f} ({say.p_value(_two_sided(row))})"
     if row["expected_in_layers"] == row["expected_in_layers"]:
-        said += (f", sets with as many heads in each layer {row['expected_in_layers']:.1f} "
+        said += (f", layers alone (sets with as many heads in each layer) {row['expected_in_layers']:.1f} "
                  f"({say.p_value(_two_sided(row, '_in_layers'))})")
     return said
 

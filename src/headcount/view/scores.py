@@ -171,7 +171,8 @@ def top_table(importance: pd.DataFrame, scores: Mapping[str, str], ties: Mapping
     found = []
     for component, score in scores.items():
         known = ordered(importance, component, score, ties.get(component))
-        found.append(tops.top_sets(known.scores, resampled=known.resampled).assign(component=component))
+        layers = _layers(importance, score) if component == "head" else None
+        found.append(tops.top_sets(known.scores, layers=layers, resampled=known.resampled).assign(component=component))
     return _concatenated(found)
 
 
@@ -223,9 +224,9 @@ def orders_table(importance: pd.DataFrame, scores: Mapping[str, str]) -> pd.Data
     for key, of_key in groups(pd.concat([importance, mean]), *keys):
         values, errors = (of_key[name].to_numpy(np.float64) for name in ("importance", "stderr"))
         found = dict(zip(keys, key, strict=True))
-        rows.append({**found, "orders": scores[found["component"]] == found["score"], "components": len(values),
+        rows.append({**found, "orders": scores[found["component"]] == found["score"],
                      "reliability": ranks.score_reliability(values, errors),
-                     "distinct": len({float(f"{x:.4e}") for x in values}),
+                     "distinct": len({float(f"{x:.4e}") for x in values}), "components": len(values),
                      "documents": int(of_key["num_examples"].iloc[0])})
     return pd.DataFrame(rows, columns=_ORDERS)
 

@@ -188,14 +188,15 @@ def _comparisons(study: Study) -> Iterator[Section]:
                 findings.tasks_sentence(found, component, score=score),
                 findings.top_sets_sentence(top[top["component"] == "head"]) if component == "head" else "",
                 "Spearman's correlation of importance; the diagonal is what a score would correlate with itself, "
-                "measured on as many other documents. The means leave out the task that they stand beside. Three tasks "
-                "and more are placed so that those which rank alike are neighbours.")
+                "measured on as many other documents. Panels of scores that are mostly noise are pale. The means leave "
+                "out the task that they stand beside. Three tasks and more are placed so that those which rank alike "
+                "are neighbours.")
     if len(found) and (found["kind"] == "shots").any():
         yield _section("cross_shot", "Does the order depend on the number of shots?",
                        lambda: dots.shots_dots(found, scores=study.ordering_scores),
                        *(findings.shots_sentence(found, c, score=s) for c, s in study.ordering_scores.items()),
                        "In grey a random order beside the scores of each number of shots, and what 95 % of random "
-                       "orders reach.")
+                       "orders reach. Pale: scores that are mostly noise.")
 
 
 def _transfer(study: Study) -> Iterator[Section]:

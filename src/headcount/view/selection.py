@@ -17,6 +17,7 @@ from headcount.view.scores import name_of
 WITHOUT_OWN = "mean without own"
 SUMMARIES = (MEAN, MEAN_OF_RANKS, WITHOUT_OWN, RANDOM)  # the order of their rows, below the tasks
 AGGREGATES = (MEAN, MEAN_OF_RANKS)
+RELIABLE = 0.5  # of an order that is less reliable, most of what tells components apart is noise
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -56,6 +57,38 @@ def between_shots(correlations: pd.DataFrame) -> pd.DataFrame:
     both = rows[["num_fewshot", "other_shots"]]
     rows = rows.assign(num_fewshot=both.min(axis=1), other_shots=both.max(axis=1))
     return rows.drop_duplicates(["component", "score", "task", "num_fewshot", "other_shots"])
+
+
+def noise(correlations: pd.DataFrame) -> str:
+    """Why correlations of one kind of component and one score are not to be read: its scores are mostly noise.
+
+    They are where most of the tasks' reliabilities are below one half; where no reliability is known, most correlations
+    between two tasks (or two numbers of shots) lie within what random orders reach.
+
+    Args:
+        correlations: The rows that are drawn or spoken of, with the diagonal and those of a random order.
+
+    Returns:
+        The reason, in words; empty where there is none.
+    """
+    single = correlations[~correlations["task"].isin(SUMMARIES)]
+    own = single.loc[single["kind"] == "reliability", "correlation"].dropna()
+    weak = int((own < RELIABLE).sum())
+    if len(own):
+        return (f"scores are mostly noise: reliability is below {RELIABLE} for {weak} of {len(own)} orders"
+                if 2 * weak > len(own) else "")
+    band = single.loc[single["other_task"] == RANDOM, "high"].max()
+    pairs = single[~single["other_task"].isin(SUMMARIES) & single["correlation"].notna()]
+    within = int((pairs["correlation"].abs() <= band).sum())
+    return ("scores may be noise: most correlations lie within what random orders reach" if 2 * within > len(pairs)
+            else "")
+
+
+def noise_by_shots(correlations: pd.DataFrame) -> dict[int, str]:
+    """As `noise`, of correlations between tasks by number of shots, fewest first; those that can be read have none."""
+    rows = correlations[correlations["kind"].isin(["tasks", "reliability"]) & (correlations["num_fewshot"] >= 0)]
+    found = {int(k): noise(rows[rows["num_fewshot"] == k]) for k in sorted(set(rows["num_fewshot"]))}
+    return {k: reason for k, reason in found.items() if reason}
 
 
 def alike_together(pairs: pd.DataFrame) -> list[str]:

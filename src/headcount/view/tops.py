@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from headcount import stats
+from headcount import ranks, stats
 from headcount.masks import count, removal_order
 from headcount.view.points import MEAN
 from headcount.view.relations import MEAN_OF_RANKS, Key, Rows, Scores, by_shots, check, scored
@@ -24,10 +24,12 @@ from headcount.view.relations import MEAN_OF_RANKS, Key, Rows, Scores, by_shots,
 FRACTIONS = (0.1, 0.2, 0.3)
 TOP = 0.2  # the share that is called the most important
 THIRDS = ("early", "middle", "late")
-_TOP = ["num_fewshot", "fraction", "size", "tasks", "common", "share", "low", "high", "expected", "pair_mean_share"]
+_TOP = ["num_fewshot", "fraction", "size", "tasks", "common", "share", "low", "high", "expected", "pair_mean_share",
+        "expected_in_layers", "pair_share_in_layers"]
 _OVERLAP = ["task", "other", "num_fewshot", "fraction", "size", "common", "low", "high", "expected", "p", "p_fewer",
             "expected_in_layers", "p_in_layers", "p_fewer_in_layers"]
-_DEPTH = ["task", "num_fewshot", "fraction", "third", "share", "low", "high", "expected", "important"]
+_DEPTH = ["task", "num_fewshot", "fraction", "third", "share", "low", "high", "expected", "important", "between_layers",
+          "between_layers_by_chance"]
 # The place of every component in orders of removal, 0 the first to go: row 0 as measured, then of every draw.
 Places = Mapping[Key, Int[np.ndarray, "row component"]]
 
@@ -108,13 +110,15 @@ def mean_of_places(
 
 
 def top_sets(
-    scores: Scores, fractions: Sequence[float | int] = FRACTIONS, *, resampled: Rows | None = None
+    scores: Scores, fractions: Sequence[float | int] = FRACTIONS, *, layers: Sequence[int] | None = None,
+    resampled: Rows | None = None,
 ) -> pd.DataFrame:
     """How much the most important components of different tasks have in common.
 
     Args:
         scores: Importance by (task, number of shots). Components that one of them lacks are left out of all.
         fractions: Sizes of the top sets, as shares of all components.
+        layers: Of every component, where a layer has several.
         resampled: Bootstrap replicates of each, for the interval.
 
     Returns:
@@ -122,12 +126,14 @@ def top_sets(
         num_fewshot; fraction; size (of each top set); tasks (how many); common (components in the top set of *every*
         task); share (common / size) with its 95 % interval low, high; expected (how many random top sets would have in
         common, n * (size / n)^tasks); pair_mean_share (mean over pairs of tasks of their common share; of random sets
-        size / n). Single pairs: `top_overlaps`.
+        size / n); expected_in_layers and pair_share_in_layers: common and pair_mean_share of random sets with as many
+        components of each layer as the measured ones have. Single pairs: `top_overlaps`.
 
     Raises:
         OptionError: If the arrays are not of one model's components.
     """
     found, n = _known_places(scores, resampled)
+    of_layers = None if layers is None else np.asarray(layers)[scored(scores)]
     rows = list[dict[str, Any]]()
     for k, tasks in by_shots(scores).items():
         for fraction in fractions:
@@ -138,9 +144,21 @@ def top_sets(
             shares = tops.all(axis=0).sum(axis=1) / size
             pairs = [int((a & b).sum()) / size for a, b in itertools.combinations(tops[:, 0], 2)]
             rows.append(dict(zip(_TOP, (k, fraction, size, len(tasks), round(shares[0] * size), shares[0],
-                                        *_around(shares, 1), n * (size / n) ** len(tasks), float(np.mean(pairs))),
-                                 strict=True)))
+                                        *_around(shares, 1), n * (size / n) ** len(tasks), float(np.mean(pairs)),
+                                        *_expected_in_layers(tops[:, 0], of_layers)), strict=True)))
     return pd.DataFrame(rows, columns=_TOP)
+
+
+def _expected_in_layers(
+    sets: Bool[np.ndarray, "task component"], layers: Int[np.ndarray, " component"] | None
+) -> tuple[float, float]:
+    """What such sets have in common, and two of them on average share, if only each layer's number is as measured."""
+    if layers is None:
+        return math.nan, math.nan
+    held = np.array([[(one & (layers == layer)).sum() for layer in np.unique(layers)] for one in sets])
+    total = np.unique(layers, return_counts=True)[1]
+    pairs = [(a * b / total).sum() / a.sum() for a, b in itertools.combinations(held, 2)]
+    return float((total * np.prod(held / total, axis=0)).sum()), float(np.mean(pairs))
 
 
 def top_overlaps(
@@ -219,18 +237,25 @@ def depth(
 
     Returns:
         Columns: task (and the aggregate); num_fewshot; fraction; third ("early", "middle", "late"); share with its 95 %
-        interval low, high; expected (the third's share of all components); important (how many the most important are).
+        interval low, high; expected (the third's share of all components); important (how many the most important are);
+        and, alike for the three thirds, between_layers (share of the variance of log importance that lies between
+        layers, `headcount.ranks.between_layers`) and between_layers_by_chance (of scores that have no trend).
     """
     everything, draws = with_aggregate(scores, resampled, aggregate)
     found, n = _known_places(everything, draws)
-    third = (2 * np.asarray(layers)[scored(scores)] + 1) * 3 // (2 * (num_layers or max(layers, default=0) + 1))
+    there = scored(scores)
+    at = np.asarray(layers)[there]
+    third = (2 * at + 1) * 3 // (2 * (num_layers or max(layers, default=0) + 1))
+    by_chance = (len(np.unique(at)) - 1) / max(n - 1, 1)
     size = max(1, count(fraction, n))
     rows = list[dict[str, Any]]()
     for ((task, k), of_task), (i, name) in itertools.product(found.items(), enumerate(THIRDS)):
         if (third == i).any():
             shares = ((of_task >= n - size) & (third == i)).sum(axis=1) / size
+            between = ranks.between_layers(everything[task, k][there], at)
             rows.append(dict(zip(_DEPTH, (task, k, fraction, name, shares[0], *_around(shares, 1),
-                                          float((third == i).mean()), size), strict=True)))
+                                          float((third == i).mean()), size, between,
+                                          by_chance if between == between else math.nan), strict=True)))
     return pd.DataFrame(rows, columns=_DEPTH)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -65,10 +65,19 @@ def number(value: float) -> str:
     return f"{value:.2f}".replace("-0.00", "0.00").replace("-", "\N{MINUS SIGN}")
 
 
+def known(value: float) -> str:
+    """`0.62`, and a dash where it is not known."""
+    return number(value) if value == value else "\N{EN DASH}"
+
+
+def within(low: float, high: float) -> str:
+    """`0.55 to 0.70`: an interval of correlations, and a dash where it is not known."""
+    return f"{number(low)} to {number(high)}" if low == low and high == high else "\N{EN DASH}"
+
+
 def estimate(row: pd.Series, where: str = "") -> str:
     """`0.62 (0.55 to 0.70)`: a correlation with its interval."""
-    known = row["low"] == row["low"] and row["high"] == row["high"]
-    interval = f" ({number(row['low'])} to {number(row['high'])})" if known else ""
+    interval = f" ({within(row['low'], row['high'])})" if row["low"] == row["low"] else ""
     return f"{number(row['correlation'])}{where}{interval}"
 
 
@@ -162,6 +171,11 @@ def bracketed(*said: str) -> str:
     """` (a; b)`: what is not empty, in brackets."""
     known = "; ".join(filter(None, said))
     return f" ({known})" if known else ""
+
+
+def noisy(by_shots: Mapping[int, str], numbers: int) -> str:
+    """`with no shots scores are mostly noise: ...; with 5 shots ...`: reasons by number of shots, of so many."""
+    return "; ".join(reason if numbers == 1 else f"with {shots(k)} {reason}" for k, reason in by_shots.items())
 
 
 def p_value(value: float) -> str:
