@@ -93,13 +93,15 @@ def test_a_study_measures_what_it_says(tmp_path: Path) -> None:
     for k in (0, 2):
         order = {"head": order_of(gradient_importance(loaded, task, num_fewshot=k, limit=7)["head"]),
                  "ffn": order_of(oracle_importance(loaded, task, num_fewshot=k, limit=7))}
-        expected = {(k, "evaluation", "none", "none", 0.0, -1): Mask.full(heads)}
+        expected = {(k, "evaluation", "none", "none", 0.0, -1, -1): Mask.full(heads)}
         for component, method in (("head", "gradient"), ("ffn", "oracle")):
             n = sum(heads) if component == "head" else len(heads)
             for f in FRACTIONS:
-                expected[k, "evaluation", component, method, f, -1] = prune(heads, component, order[component], f)
-                shuffled = prune(heads, component, random_order(n, 1234), f)
-                expected[k, "evaluation", component, "random", f, -1] = shuffled
+                expected[k, "evaluation", component, method, f, -1, -1] = prune(heads, component, order[component], f)
+            for f in (0.25, 0.5):
+                for seed in range(1234, 1239):
+                    shuffled = prune(heads, component, random_order(n, seed), f)
+                    expected[k, "evaluation", component, "random", f, -1, seed] = shuffled
         for key, mask in expected.items():
             one = evaluate(loaded, task, [mask], num_fewshot=k, limit=6)
             np.testing.assert_allclose(found[key]["gold_loglikelihood"], one.gold_loglikelihood[0], atol=1e-5)
@@ -107,7 +109,7 @@ def test_a_study_measures_what_it_says(tmp_path: Path) -> None:
         singles = {key for key in found if key[0] == k and key[3] == "single"}
         assert {key[5] for key in singles} == {0, 1, 2}
         assert all(key[1] == "examples" for key in singles), "the oracle never sees the evaluated documents"
-    assert len(found) == 2 * (1 + 4 * len(FRACTIONS) + 1 + 3)
+    assert len(found) == 2 * (1 + 2 * len(FRACTIONS) + 2 * 2 * 5 + 1 + 3)
 
 
 @pytest.mark.parametrize("middle", [False, True])
@@ -223,7 +225,7 @@ def test_the_plan_counts_its_passes(tmp_path: Path) -> None:
     singles = [i for p in jobs for i in p.job.get("curve", {}).get("layers", [])]
     assert sorted(singles) == sorted(list(range(30)) * 4)
     without = plan(dataclasses.replace(asked, ffn_order="gradient", random_orders=0), "model", (9,) * 30, facts)
-    assert sum(p.passes for p in without) == 2 * 2 * (2 + 1 + 2 * 9)
+    assert sum(p.passes for p in without) == 2 * 2 * (2 + 1 + 2 * 9 + 2 * 4)
 
 
 def test_zero_shot_jobs_do_not_hang_on_the_seed() -> None:

@@ -248,7 +248,7 @@ def test_halves_and_draws_of_entries_reach_the_correlations(ledger: Ledger) -> N
     known = importance_by(ledger)
 
     def rows(task: str, k: int) -> pd.DataFrame:
-        of_key: pd.DataFrame = known[task, k, "gradient"].query("component == 'head' and score == 'position'")
+        of_key: pd.DataFrame = known[task, k, "gradient"].query("component == 'head' and score == 'example'")
         return of_key
 
     def one(a: tuple[str, int], b: tuple[str, int], kind: str) -> pd.Series:
@@ -436,14 +436,14 @@ def test_entries_of_another_version_are_passed_over(tmp_path: Path, monkeypatch:
 
 def test_importance_over_tasks_is_the_mean_and_the_mean_of_ranks(ledger: Ledger) -> None:
     known, found = importance_by(ledger), hc.open_study(ledger.folder).aggregate_importance()
-    for component, method, score in (("head", "gradient", "position"), ("ffn", "oracle", "accuracy")):
+    for component, method, score in (("head", "gradient", "example"), ("ffn", "oracle", "gold_loglikelihood")):
         tables = [known[task, 1, method] for task in TASKS]
         rows = [t[(t["component"] == component) & (t["score"] == score)] for t in tables]
         values = np.stack([r["importance"].to_numpy() for r in rows])
         of_score = found[(found["component"] == component) & (found["score"] == score) & (found["num_fewshot"] == 1)]
         for name, how in (("mean", "mean"), ("mean of ranks", "ranks")):
             of_name = of_score[of_score["task"] == name].reset_index(drop=True)
-            order = aggregate_order(tables, component, "position" if component == "head" else None, how)
+            order = aggregate_order(tables, component, score, how)
             assert of_name.sort_values("rank", ascending=False).index.tolist() == order, "as pruned"
             assert of_name["method"].eq(method).all()
         mean = of_score[of_score["task"] == "mean"].reset_index(drop=True)

@@ -124,21 +124,23 @@ def _by_task(study: Study, component: str) -> str:
     curves = study.curves()
     last = float(curves.loc[curves["component"] == component, "fraction"].max())
     some, none = free[free["free_fraction"] > 0], free[free["free_fraction"] == 0]
-    said = []
     if len(some):
         least, most = some.iloc[0], some.iloc[-1]
         ends = f"{_free_with_bound(least, last)} on {least['task']}"
         if len(some) > 1:
             ends += f" to {_free_with_bound(most, last)} on {most['task']}"
-        said.append(f"a share of the {names} is shown to be free on {len(some)} of {len(free)} tasks: {ends}")
+        of = words.number_of(len(free), "task")
+        said = f"a share of the {names} is shown to be free on {len(some)} of {of}: {ends}"
+    else:
+        said = f"no share of the {names} is shown to be free on any of {words.number_of(len(free), 'task')}"
     if len(none):
         loses = none["next_verdict"] == COSTS_MORE
-        counts = [f"on {n} {what}" for n, what in (
-            (int(loses.sum()), f"it is shown to cost more than {100 * study.spec['margin']:.3g} points"),
-            (int((~loses).sum()), "these documents cannot tell")) if n]
-        step = "the first step" if len(some) == 0 else "of the others the first step"
-        said.append(f"{step}: {', '.join(counts)}{_enough(none[~loses])}")
-    return f"With {shots} {'; '.join(said)}."
+        counts = [f"{what} on {n}" for n, what in (
+            (int(loses.sum()), f"is shown to cost more than {100 * study.spec['margin']:.3g} points"),
+            (int((~loses).sum()), "cannot be told by these documents")) if n]
+        beginning = "; on the others the first step " if len(some) else ": the first step "
+        said += beginning + words.listed(counts) + _enough(none[~loses])
+    return f"With {shots} {said}."
 
 
 def _enough(unknown: pd.DataFrame) -> str:

@@ -1,0 +1,275 @@
+"""Which order is whose: scores beside one another in a folder, one set for all tasks, random orders, the grid's "
+  "orders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import headcount as hc
+import synthetic_study as synthetic
+import tiny
+from headcount import intervals
+from headcount.errors import OptionError
+from headcount.folder import other_orders
+from headcount.ledger import Ledger, job_id
+from headcount.masks import Mask, prune, removal_order
+from headcount.plan import TaskFacts, plan
+from headcount.specs import StudySpec, scores_of
+from headcount.study import Runner, run_study
+from headcount.view import sentences, words
+from headcount.view.curves import against_random
+from headcount.view.points import Points
+
+TASKS = ("icl_plural", "icl_gerund", "icl_agent")
+SPEC = StudySpec("tiny", tasks=TASKS, shots=(1,), limit=6, importance_limit=8, fractions=(0.25, 0.5), random_orders=2,
+                 grid_fractions=(0.5,), measure=("curves", "grid"))
+FACTS = [TaskFacts(name, name, {1: 9}, {1: 9}) for name in TASKS]
+
+
+def planned(**changes: object) -> dict[str, dict[str, object]]:
+    """Descriptions of curves and grids by title."""
+    spec = dataclasses.replace(SPEC, **changes)  # type: ignore[arg-type]
+    return {p.title: dict(p.job["curve"]) for p in plan(spec, "model", (4, 4, 4), FACTS, ("curve", "grid"))
+            if "curve" in p.job}
+
+
+@pytest.mark.parametrize(("options", "heads", "ffns"), [
+    ({}, "example", "gold_loglikelihood"), ({"protocol": "paper"}, "position", "accuracy"),
+    ({"head_score": "position", "ffn_score": "accuracy"}, "position", "accuracy"),
+    ({"protocol": "paper", "head_score": "example"}, "example", "accuracy"),
+    ({"ffn_order": "gradient"}, "example", "example")])
+def test_protocols_order_by_their_own_score_and_one_option_chooses(
+    options: dict[str, object], heads: str, ffns: str
+) -> None:
+    spec = dataclasses.replace(SPEC, **options)  # type: ignore[arg-type]
+    assert spec.scores == scores_of(spec.to_json()) == {"head": heads, "ffn": ffns}
+    found = planned(**options)
+    assert found["icl_plural, 1-shot: heads by gradient, 25% to 50%"]["score"] == heads
+    by = "gradient" if ffns == "example" else "oracle"
+    # Under protocol sound accuracy is not alone: log-likelihood decides between equal ones, as in folders of before.
+    alone = (options.get("protocol"), ffns) != (None, "accuracy")
+    assert found[f"icl_plural, 1-shot: ffns by {by}, 25% to 50%"].get("score") == (ffns if alone else None)
+
+
+def test_folders_of_earlier_versions_are_read_as_what_they_are() -> None:
+    assert scores_of({"head_score": "position", "ffn_order": "oracle"}) == {"head": "position", "ffn": "accuracy"}
+    assert scores_of({}) == {"head": "position", "ffn": "accuracy"}
+    assert scores_of({"ffn_order": "gradient", "head_score": "example"}) == {"head": "example", "ffn": "example"}
+
+
+def test_a_folder_begun_by_another_score_goes_on_with_it_when_asked_and_is_never_mixed(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    old = dataclasses.replace(SPEC, out=tmp_path / "study", measure=("curves",), head_score="position",
+                              ffn_score="accuracy", random_orders=1, common_fractions=(0.5,))
+    folder = run_study(old, loaded=loaded)
+    before = hc.open_study(folder).curves()
+    assert set(hc.open_study(folder).evaluations()["score"]) == {"", "position", "accuracy"}
+    asked_again = Runner(old, loaded=loaded)
+    assert not asked_again.todo(), "nothing is measured again"
+    assert asked_again.other_orders == ""
+    new = dataclasses.replace(old, head_score=None, ffn_score=None)
+    runner = Runner(new, loaded=loaded)
+    assert runner.other_orders == (
+        "this folder's curves remove heads by position (to go on with these: --head-score position) and FFNs by "
+        "accuracy "
+        "(to go on with these: --ffn-score accuracy); new ones, heads by example and FFNs by gold_loglikelihood, are "
+        "measured beside them and shown instead")
+    todo = {p.title.split(": ")[1] for p in runner.todo()}
+    assert todo == {"heads by gradient, 25% to 50%", "ffns by oracle, 25% to 50%", "heads by the order of all tasks, "
+                    "50% to 50%", "ffns by the order of all tasks, 50% to 50%"}, "neither oracles nor gradients again"
+    runner.run()
+    study = hc.open_study(folder)
+    assert study.ordering_scores == {"head": "example", "ffn": "gold_loglikelihood"}
+    assert study.hidden_scores == ["FFNs by accuracy", "heads by position"]
+    assert "curves by other scores, which are not shown: FFNs by accuracy, heads by position" in " ".join(
+        sentences.cautions(study))
+    alone = run_study(dataclasses.replace(new, out=tmp_path / "alone"), loaded=loaded)
+    pd.testing.assert_frame_equal(study.curves(), hc.open_study(alone).curves())
+    run_study(old, loaded=loaded)
+    pd.testing.assert_frame_equal(hc.open_study(folder).curves(), before)
+    assert other_orders(new, None) == ""
+
+
+def test_more_random_orders_are_measured_and_not_refused(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    few = dataclasses.replace(SPEC, tasks=TASKS[:1], out=tmp_path, measure=("curves",))
+    run_study(few, loaded=loaded)
+    more = Runner(dataclasses.replace(few, random_orders=3), loaded=loaded)
+    assert [p.job["curve"]["order_seed"] for p in more.todo()] == [1236, 1236], "heads and FFNs, the third order alone"
+    more.run()
+    draws = hc.open_study(tmp_path).curves().query("order == 'random' and fraction > 0")["draws"]
+    assert (draws == 3).all()
+
+
+def test_fractions_of_random_and_common_orders() -> None:
+    default = StudySpec("m", tasks=("a",))
+    assert default.random_orders == 5
+    assert default.fractions_of_random == (0.2, 0.5)
+    assert default.fractions_of_common == (0.1, 0.2, 0.3, 0.4)
+    few = StudySpec("m", tasks=("a",), fractions=(0.3,))
+    assert (few.fractions_of_random, few.fractions_of_common) == ((0.3,), (0.3,))
+    chosen = StudySpec("m", tasks=("a",), random_fractions=(0.7,), common_fractions=(0.6,))
+    assert (chosen.fractions_of_random, chosen.fractions_of_common) == ((0.7,), (0.6,))
+    with pytest.raises(OptionError, match="--random-fractions lie between 0 and 1"):
+        StudySpec("m", tasks=("a",), random_fractions=(1.5,))
+
+
+def test_the_common_order_is_one_set_for_all_tasks_and_that_of_the_mean(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    ledger = Ledger(run_study(dataclasses.replace(SPEC, out=tmp_path, grid_order="mean"), loaded=loaded))
+    heads = loaded.anatomy.heads_per_layer
+    tables = {(e.job["task"], e.job["method"]): e.table for e in ledger.entries("importance")}
+
+    def mean_order(component: str, method: str, score: str) -> list[int]:
+        rows = [t[(t["component"] == component) & (t["score"] == score)].sort_values(["layer", "head"])
+                for (_, m), t in tables.items() if m == method]
+        return removal_order(np.mean([r["importance"].to_numpy() for r in rows], axis=0))
+
+    by = {"head": mean_order("head", "gradient", "example"), "ffn": mean_order("ffn", "oracle", "gold_loglikelihood")}
+    common: dict[tuple[str, float], set[str]] = {}
+    for entry in ledger.entries("evaluation"):
+        curve = entry.job["curve"]
+        for label in entry.info["masks"]:
+            if curve["order"] == "common":
+                common.setdefault((curve["component"], label["fraction"]), set()).add(label["mask"])
+            elif curve["order"] == "grid":
+                joint = Mask(prune(heads, "head", by["head"], label["fraction"]).heads,
+                             prune(heads, "ffn", by["ffn"], label["ffn_fraction"]).ffns)
+                assert label["mask"] == joint.to_json()
+                assert label["donor"] == "mean"
+    assert common == {(c, f): {prune(heads, c, by[c], f).to_json()}  # type: ignore[arg-type]
+                      for c in ("head", "ffn") for f in (0.25, 0.5)}
+    study = hc.open_study(tmp_path)
+    assert set(study.grid()["order"]) == {"mean"}
+    assert len(study.grid().query("task == 'mean'")) == 4, "full, heads alone, FFNs alone, both: none read from curves"
+    curves = study.curves()
+    assert set(curves["order"]) == {"gradient", "oracle", "common", "random"}
+    of_common = curves[curves["order"] == "common"].groupby("component")["task"].nunique()
+    assert (of_common == 4).all(), "tasks and their mean"
+    free = study.free_fractions()
+    assert set(free["order"]) == {"gradient", "oracle", "common"}
+
+
+def test_a_single_task_has_no_order_of_all_tasks() -> None:
+    spec = dataclasses.replace(SPEC, tasks=TASKS[:1], grid_order="mean")
+    curves = [p.job["curve"] for p in plan(spec, "m", (4, 4), FACTS[:1], ("curve", "grid")) if "curve" in p.job]
+    assert not [c for c in curves if c["order"] == "common" or c.get("donor")]
+
+
+def test_orders_of_more_tasks_take_the_place_of_earlier_ones(tmp_path: Path) -> None:
+    loaded = tiny.loaded("llama")
+    two = dataclasses.replace(SPEC, tasks=TASKS[:2], out=tmp_path, measure=("curves",), random_orders=0)
+    run_study(two, loaded=loaded)
+    run_study(dataclasses.replace(two, tasks=TASKS[2:]), loaded=loaded)  # asked alone it has no common order
+    three = run_study(dataclasses.replace(two, tasks=TASKS), loaded=loaded)
+    members = hc.open_study(three)._evaluations.query("order == 'common'")["members"]
+    assert set(members) == {2, 3}, "both are kept"
+    found = hc.open_study(three).curves().query("order == 'common'")
+    alone = run_study(dataclasses.replace(two, tasks=TASKS, out=tmp_path / "alone"), loaded=loaded)
+    expected = hc.open_study(alone).curves().query("order == 'common'")
+    pd.testing.assert_frame_equal(found.reset_index(drop=True), expected.reset_index(drop=True))
+
+
+def with_common(folder: Path, red: int, green: int) -> Path:
+    """The planted study with one set of heads for all tasks, which leaves so many of 100 right on each task."""
+    ledger = Ledger(synthetic.write(folder, shots=(5,), documents=400))
+    description = ledger.read_json("study.json") or {}
+    ledger.write_json("study.json", {**description, "spec": {**description["spec"], "common_fractions": [0.25]}})
+    for task, right in (("red", red), ("green", green)):
+        job = {"kind": "evaluation", "model": "abc", "task": task, "num_fewshot": 5, "split": "evaluation",
+               "documents": 400, "curve": {"component": "head", "order": "common", "score": "position",
+                                           "importance": ["x", "y"], "aggregate": "mean"}}
+        ledger.write(job, synthetic._rows(right, 400, 0), {"metric": "acc", "truncated": 0, "tokens": 1, "seconds": 0.1,
+                                                           "masks": [synthetic._label("head", "common", 0.25)]})
+    return folder
+
+
+def test_what_one_set_costs_is_a_claim_of_its_own(tmp_path: Path) -> None:
+    """Each task loses nothing by its own order; one set for both costs green 10 points."""
+    study = hc.open_study(with_common(tmp_path, 80, 70))
+    own, common, *_ = sentences.headline(study)
+    assert own.startswith("With 5 shots, each task by its own order: 50 % of the attention heads")
+    assert common.startswith("With 5 shots, one set of attention heads for all tasks: no share of the attention heads "
+                             "is "
+                             "shown to be free. Already without 6 of 24 mean accuracy changes by \N{MINUS SIGN}5.0 "
+                             "points")
+    assert "a loss of more than 2 points is shown" in common
+    assert common.endswith("It is shown to cost more than 2 points on 1 of the 2 tasks: green (\N{MINUS SIGN}10.0).")
+    free = hc.open_study(with_common(tmp_path / "free", 80, 80))
+    said = sentences.headline(free)[1]
+    assert "for all tasks: 25 % of the attention heads (6 of 24, 0.0 M parameters) can go" in said
+    assert sentences.headline(free)[1].endswith("On none of the 2 tasks is a loss of more than 2 points shown.")
+    said = sentences.common_sentence(study, "head")
+    assert said.startswith("One set of 25 % of the attention heads for all tasks leaves a mean accuracy of 0.75, each "
+                           "task's own order 0.80")
+
+
+@pytest.mark.parametrize("draws", [2, 5])
+def test_intervals_beside_random_orders_are_over_documents_and_draws(draws: int) -> None:
+    """True difference: .8 less what random orders leave on average, whose accuracies spread by .05."""
+    rng = np.random.default_rng(draws)
+    inside, alone = [], []
+    for _ in range(500):
+        levels = 0.6 + 0.05 * rng.normal(size=draws)
+        documents = rng.random((2, 100))
+        tasks = {}
+        for name, luck in zip(("a", "b"), documents, strict=True):
+            own = (luck < 0.8).astype(float)
+            random = np.stack([(luck < level).astype(float) for level in levels])
+            tasks[name] = Points(np.ones(100), np.arange(100), 0.1,
+                                 {("head", "gradient", 0.5): own, ("head", "random", 0.5): random.mean(0)},
+                                 {("head", "gradient", 0.5): own[None], ("head", "random", 0.5): random})
+        row = against_random({5: tasks}).query("task == 'mean'").iloc[0]
+        inside.append(row["difference_low"] <= 0.2 <= row["difference_high"])
+        samples = [t.sample((t.values["head", "gradient", 0.5] - t.values["head", "random", 0.5])[None])
+                   for t in tasks.values()]
+        low, high = intervals.difference_interval(samples)
+        alone.append(low[0] <= 0.2 <= high[0])
+        assert row["draw_low"] <= row["random"] <= row["draw_high"]
+    assert np.mean(inside) >= 0.925
+    assert np.mean(alone) < np.mean(inside), "documents alone leave out the draws"
+
+
+def test_one_draw_has_no_interval() -> None:
+    values = {("head", "gradient", 0.5): np.ones(30), ("head", "random", 0.5): np.zeros(30)}
+    points = Points(np.ones(30), np.arange(30), 0.1, values, {key: v[None] for key, v in values.items()})
+    row = against_random({5: {"red": points}}).iloc[0]
+    assert row[["difference_low", "difference_high"]].isna().all()
+    assert row["difference"] == 1
+
+
+def test_a_metric_beyond_0_and_1_is_told_in_one_line(tmp_path: Path) -> None:
+    ledger = Ledger(synthetic.write(tmp_path, tasks=("red",), shots=(5,), documents=200))
+    for entry in list(ledger.entries("evaluation")):
+        ledger.path(entry.job).unlink()
+        ledger.write(entry.job, entry.table.assign(correct=3 * entry.table["correct"]), entry.info)
+    study = hc.open_study(tmp_path)
+    assert ("The metric of red goes beyond 0 and 1, so that it has no interval: nothing can be ruled out there, nor "
+            "on a "
+            "mean over tasks.") in list(sentences.cautions(study))
+    assert set(study.curves().query("fraction > 0")["verdict"]) == {"unknown"}
+    assert "it has no interval" in study.weak_results()["reason"].iloc[0]
+
+
+def test_verdicts_in_words() -> None:
+    assert words.told("within", 0.02) == "a loss of 2 points or more is ruled out"
+    assert words.told("costs more", 0.02) == "a loss of more than 2 points is shown"
+    assert words.told("unknown", 0.015, needed=1834, documents=600) == (
+        "whether 1.5 points are lost cannot be told with these 600 documents (about 1,900 would tell, if as large a "
+        "share "
+        "of them changed)")
+    assert words.told("unknown", 0.02) == "whether 2 points are lost cannot be told with these documents"
+    assert "nor would more" in words.told("unknown", 0.02, needed=float("inf"), documents=50)
+
+
+def test_job_ids_of_curves_differ_by_score() -> None:
+    ids = [{job_id(p.job) for p in plan(dataclasses.replace(SPEC, **options), "m", (4, 4, 4), FACTS, ("curve",))
+            if p.job.get("curve", {}).get("order") in ("gradient", "oracle", "common")}
+           for options in ({}, {"head_score": "position", "ffn_score": "accuracy"})]
+    assert not ids[0] & ids[1]
+    assert len(ids[0]) == len(ids[1]) == 12
