@@ -68,10 +68,12 @@ class Sample:
     Args:
         values: A metric of every document, or its changes.
         clusters: Equal numbers for documents of one passage; None where every document stands for itself.
+        bounded: Whether the metric lies within 0 and 1, so that its changes have an interval.
     """
 
     values: Float[np.ndarray, "row doc"]
     clusters: Clusters | None = None
+    bounded: bool = True
 
     @functools.cached_property
     def passages(self) -> float:
@@ -136,7 +138,7 @@ def changes_of(tasks: Sequence[Sample], z: float) -> Changes:
     rises = np.stack([np.maximum(task.values, 0).mean(1) for task in tasks])
     fell, rose = falls.mean(0), rises.mean(0)
     documents, half = _worth(tasks, falls + rises - (rises - falls) ** 2, fell + rose - (rose - fell) ** 2, z)
-    beyond = np.any([(np.abs(task.values) > 1 + _EQUAL).any(1) for task in tasks], axis=0)
+    beyond = np.any([(np.abs(task.values) > 1 + _EQUAL).any(1) | (not task.bounded) for task in tasks], axis=0)
     return Changes(np.where(beyond, np.nan, documents), fell, rose, half)
 
 

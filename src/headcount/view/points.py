@@ -75,7 +75,8 @@ class Points:
 
     def sample(self, values: Float[np.ndarray, "row doc"]) -> Sample:
         """Values of these documents, with their passages."""
-        return Sample(values, self.passages)
+        bounded = all(((v >= -_EQUAL) & (v <= 1 + _EQUAL)).all() for v in (self.full, *self.values.values()))
+        return Sample(values, self.passages, bounded)
 
 
 @dataclass(frozen=True)
