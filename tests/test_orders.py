@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from headcount.masks import Mask, prune, removal_order
 from headcount.plan import TaskFacts, plan
 from headcount.specs import StudySpec, scores_of
 from headcount.study import Runner, run_study
-from headcount.view import sentences, words
+from headcount.view import charts, sentences, words
 from headcount.view.curves import against_random
 from headcount.view.points import Points
 
@@ -273,3 +274,19 @@ def test_job_ids_of_curves_differ_by_score() -> None:
            for options in ({}, {"head_score": "position", "ffn_score": "accuracy"})]
     assert not ids[0] & ids[1]
     assert len(ids[0]) == len(ids[1]) == 12
+
+
+def test_the_map_of_heads_says_which_score_it_shows_and_the_ranks_by_both(tmp_path: Path) -> None:
+    ledger = Ledger(synthetic.write(tmp_path, tasks=("red",), shots=(5,), evaluations=False))
+    for entry in list(ledger.entries("importance")):
+        if entry.job["method"] == "gradient":
+            scores = entry.table["importance"]
+            turned = np.where(entry.table["score"] == "example", 1 - scores, scores)
+            ledger.path(entry.job).unlink()
+            ledger.write(entry.job, entry.table.assign(importance=turned), entry.info)
+    spec = charts.head_map(hc.open_study(tmp_path).importance(), "position", choose=False).to_dict()
+    assert "by position" in json.dumps(spec["spec"]["encoding"]["color"])
+    (rows,) = (r for r in spec["datasets"].values() if "share" in r[0])
+    ranks = {r["name"]: (r["rank"], r["other"]) for r in rows}
+    assert ranks["L5H3"] == (1, 24)
+    assert ranks["L0H0"] == (24, 1)

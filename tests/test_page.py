@@ -83,9 +83,9 @@ def test_where_curves_differ_from_the_full_model_is_told(tmp_path: Path) -> None
     assert row.set_index("fraction").loc[0.25, "p"] == pytest.approx(2 * 0.5**20), "20 of 100 fell, none rose"
     (table,) = (table for table in report._tables(study) if table.title == "Free fractions")
     told = table.frame.set_index(["task", "shots", "component"])["differs at"]
-    first = {"head": "75 % (worse)", "ffn": "25 % (worse)"}
+    first = {"heads": "75 % (worse)", "FFNs": "25 % (worse)"}
     assert told.to_dict() == {(task, k, component): "no step" if k == 0 else first[component]
-                              for task in ("mean", "red", "green") for k in (0, 5) for component in ("head", "ffn")}
+                              for task in ("mean", "red", "green") for k in (0, 5) for component in first}
     few = hc.open_study(synthetic.write(tmp_path / "few", tasks=("red",), documents=4, shots=(5,)))
     assert sentences.differences_sentence(few, "head").endswith(" at no step of the attention heads on red.")
 
@@ -118,9 +118,9 @@ def test_a_page_has_its_sections_in_the_papers_order_and_says_what_is_noisy(tmp_
                                                     "copying and 3 both.")
     assert ("With 5 shots, of the 4 heads (20 %) most important on the mean over tasks 3 are among the 4 highest on "
             "prefix matching") in captions["retained"]
-    assert ("With 5 shots no share of the heads is shown to be free on any of 2 tasks: the first step cannot be told "
-            "by "
-            "these documents on 2 (189 documents a task would") in captions["head_curves"]
+    assert ("With 5 shots no share of the heads is shown to be free on any of 2 tasks: at the first step these "
+            "documents "
+            "cannot tell on 2 (189 documents a task would") in captions["head_curves"]
     for name, caption in captions.items():
         found = re.sub(r"95 %|1\.96", "", caption)
         assert re.search(r"\d", found), f"{name} says what was found"
@@ -152,10 +152,9 @@ def test_a_single_task_has_captions_with_intervals_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("right", "said"), [
     ((80, 80, 80, 80), "a share of the heads is shown to be free on 2 of 2 tasks: 75 % (unlimited documents might show "
      "up to 75 % or more) on red to 75 % (unlimited documents might show up to 75 % or more) on green."),
-    ((80, 60, 60, 40), "no share of the heads is shown to be free on any of 2 tasks: the first step is shown to cost "
-                       "more "
-     "than 2 points on 2."),
-    ((80, 79, 60, 40), "the first step cannot be told by these documents on 2 (")])
+    ((80, 60, 60, 40), "no share of the heads is shown to be free on any of 2 tasks: at the first step a loss of more "
+     "than 2 points is shown on 2."),
+    ((80, 79, 60, 40), "at the first step these documents cannot tell on 2 (")])
 def test_the_free_fraction_of_tasks_is_told_with_what_unlimited_documents_might_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: tuple[int, ...], said: str
 ) -> None:

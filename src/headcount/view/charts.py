@@ -80,8 +80,13 @@ def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
         score: Which gradient score.
         choose: With a menu for the task (for the page); otherwise the mean over tasks, a panel per number of shots.
     """
-    rows = importance[(importance["component"] == "head") & (importance["score"] == score)]
-    rows = _with_mean(rows)
+    of_heads = importance[(importance["component"] == "head") & (importance["method"] == "gradient")]
+    beside = "position" if score == "example" else "example"
+    rows, other = (_with_mean(of_heads[of_heads["score"] == name]) for name in (score, beside))
+    places = ["task", "num_fewshot", "layer", "head"]
+    other = other.assign(other=other.groupby(places[:2])["importance"].rank(ascending=False, method="min"))
+    rows = rows.merge(other[[*places, "other"]], on=places, how="left")
+    rows["rank"] = rows.groupby(places[:2])["importance"].rank(ascending=False, method="min")
     rows["name"] = [name_of("head", layer, head) for layer, head in zip(rows["layer"], rows["head"], strict=True)]
     rows["importance"] = rows["importance"].map(lambda x: float(f"{x:.4g}"))
     # Tasks differ in scale; the colour is the share of the largest, so that panels can be compared.
@@ -90,15 +95,16 @@ def head_map(importance: pd.DataFrame, score: str, *, choose: bool) -> Chart:
     rows["shots"] = rows["num_fewshot"].map(shots)
     layers, heads = int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1
     size = max(4, min(20, 520 // max(layers, heads)))
-    columns = ["task", "shots", "layer", "head", "name", "importance", "share", "stderr"]
+    columns = ["task", "shots", "layer", "head", "name", "importance", "share", "stderr", "rank", "other"]
     chart = alt.Chart(rows[columns]).mark_rect().encode(
         x=alt.X("head:O", title="head", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         y=alt.Y("layer:O", title="layer (0 is next to the input)", sort="descending", axis=alt.Axis(labelOverlap=True)),
-        color=alt.Color("share:Q", title=f"share of the largest ({score})",
+        color=alt.Color("share:Q", title=["share of the largest", f"by {score}"],
                         scale=alt.Scale(type="sqrt", scheme="viridis", domain=[0, 1])),
         tooltip=[alt.Tooltip("name:N", title="head"), alt.Tooltip("task:N"), alt.Tooltip("shots:N"),
                  alt.Tooltip("importance:Q", format=".3g"),
-                 alt.Tooltip("stderr:Q", title="standard error", format=".2g")],
+                 alt.Tooltip("stderr:Q", title="standard error", format=".2g"),
+                 alt.Tooltip("rank:Q", title=f"rank by {score}"), alt.Tooltip("other:Q", title=f"rank by {beside}")],
     ).properties(width=size * heads, height=size * layers)
     return dressed(with_menu(of_one_task(chart, rows, choose).facet(column=shots_column(rows)), rows, choose))
 

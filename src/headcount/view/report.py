@@ -173,8 +173,9 @@ def _free(study: Study, free: pd.DataFrame) -> Table:
     margin = study.spec["margin"]
     keys = ["task", "num_fewshot", "component", "order"]
     first = free[keys].merge(first_differences(study.curves()), on=keys, how="left")
-    frame = _thousandths(free, "accuracy", "full_accuracy", "baseline").assign(
-        removed_by=["one order for all tasks" if order == COMMON else "own order" for order in free["order"]],
+    frame = _thousandths(free, "accuracy").assign(
+        component=free["component"].replace({"head": "heads", "ffn": "FFNs"}),
+        removed_by=["one order" if order == COMMON else "own order" for order in free["order"]],
         free=[words.share(f) if f == f else "not defined" for f in free["free_fraction"]],
         at_most=[words.share(f) if f == f else "" for f in free["free_high"]],
         interval=[f"{words.signed(low)} to {words.signed(high)}" if fraction > 0 else "" for fraction, low, high in zip(
@@ -184,19 +185,22 @@ def _free(study: Study, free: pd.DataFrame) -> Table:
         there=[_next(row) for _, row in free.iterrows()],
         differs_at=[f"{words.share(f)} ({words.better_or_worse(d)})" if f == f else "no step" for f, d in zip(
             first["fraction"], first["difference"], strict=True)])
-    columns = ["task", "num_fewshot", "component", "removed_by", "free", "at_most", "removed", "parameters_removed",
-               "accuracy", "interval", "next_step", "there", "differs_at", "full_accuracy", "baseline"]
+    columns = ["task", "num_fewshot", "component", "removed_by", "free", "at_most", "accuracy", "interval", "next_step",
+               "there", "differs_at"]
     return Table(
-        "Free fractions", f"Free: the largest share with {words.told(WITHIN, margin)} at every step up to it; "
-        "unlimited documents might show more, up to 'at most' (both are the ends of a 95 % interval). Accuracy at the "
-        "free share, and the 95 % interval of its difference to the full model in points. Next step: the same of the "
-        "first step that is not free. There: whether it is shown to cost more than the margin, or these documents "
-        "cannot tell, and how many in all would, if as large a share of them changed. 'Differs at': the first step at "
-        "which "
-        "accuracy is shown to be better or worse than the full model's (McNemar's exact test, p < 0.05 as corrected "
-        "for the curve's steps by Holm's method). Baseline: chance, or the best constant answer; not defined where "
-        "the full "
-        "model is not shown to be above it.", _plain_columns(frame[columns]))
+        "Free fractions", f"Free: the largest share at which {words.told(WITHIN, margin)}, as at every step up to it; "
+        "unlimited documents might show more, up to 'at most' (both are the ends of a 95 % interval); not defined "
+        "where "
+        "the full model is not shown to be above guessing or a constant answer. Removed by each task's own order, or "
+        "by "
+        "one order for all tasks. Accuracy at the free share, and the 95 % interval of its difference to the full "
+        "model "
+        "in points. Next step: the same of the first step that is not free. There: whether it is shown to cost more "
+        "than "
+        "the margin, or these documents cannot tell, and how many in all would, if as large a share of them changed. "
+        "'Differs at': the first step at which accuracy is shown to be better or worse than the full model's "
+        "(McNemar's "
+        "exact test, p < 0.05, corrected for the curve's steps by Holm's method).", _plain_columns(frame[columns]))
 
 
 def _next(row: pd.Series) -> str:
@@ -205,8 +209,8 @@ def _next(row: pd.Series) -> str:
         return ""
     if row["next_verdict"] != UNKNOWN:
         return str(row["next_verdict"])
-    return f"cannot tell{words.would_tell(row['next_documents'], row['documents']).partition(',')[0].rstrip(')')})" \
-        if words.would_tell(row["next_documents"], row["documents"]) else "cannot tell"
+    needed = words.would_tell(row["next_documents"], row["documents"])
+    return f"cannot tell{needed.partition(',')[0]})" if needed else "cannot tell"
 
 
 def _compared(study: Study) -> Iterator[Table]:

@@ -60,7 +60,7 @@ def _importance(study: Study) -> Iterator[Section]:
             "head_map", "Which heads matter", lambda: charts.head_map(importance, score, choose=True),
             sentences.importance_sentence(study, "head"), f"The colour is a head's importance by "
             f"{words.score_name(score)} as a share of the largest in its panel ('mean' is that of scores); point at a "
-            "head for its value, and for what the other score says.",
+            "head for its value, and for its rank by either gradient score.",
             static=lambda: charts.head_map(importance, score, choose=False))
         yield _section(
             "depth", "Where important heads lie", lambda: dots.depth_bars(study.depth()),
@@ -98,7 +98,7 @@ def _curves(study: Study) -> Iterator[Section]:
         "headline", "How much can go", lambda: charts.headline(pruned, study.free_fractions(), baselines),
         "Accuracy as the least important components go: each task by its own order (solid), all tasks by one order "
         "(dotted), random orders (dashed).", _BANDS, "A diamond marks the free fraction, "
-        f"the largest share with {words.told(WITHIN, study.spec['margin'])} at every step up to it.",
+        f"the largest share at which {words.told(WITHIN, study.spec['margin'])}, as at every step up to it.",
         sentences.curve_sentence(study, "head"))
     if (pruned["component"] == "head").any():
         yield _section("head_curves", "Pruning heads, task by task", lambda: charts.task_curves(pruned, "head"),
@@ -136,9 +136,9 @@ def _by_task(study: Study, component: str) -> str:
     if len(none):
         loses = none["next_verdict"] == COSTS_MORE
         counts = [f"{what} on {n}" for n, what in (
-            (int(loses.sum()), f"is shown to cost more than {100 * study.spec['margin']:.3g} points"),
-            (int((~loses).sum()), "cannot be told by these documents")) if n]
-        beginning = "; on the others the first step " if len(some) else ": the first step "
+            (int(loses.sum()), words.told(COSTS_MORE, study.spec["margin"])),
+            (int((~loses).sum()), "these documents cannot tell")) if n]
+        beginning = "; at the first step of the others " if len(some) else ": at the first step "
         said += beginning + words.listed(counts) + _enough(none[~loses])
     return f"With {shots} {said}."
 
