@@ -77,8 +77,8 @@ def test_a_folder_begun_by_another_score_goes_on_with_it_when_asked_and_is_never
     runner = Runner(new, loaded=loaded)
     assert runner.other_orders == (
         "this folder's curves remove heads by position (to go on with these: --head-score position) and FFNs by "
-        "accuracy "
-        "(to go on with these: --ffn-score accuracy); new ones, heads by example and FFNs by gold_loglikelihood, are "
+        "accuracy (to go on with these: --ffn-score accuracy); new ones, heads by example and FFNs by "
+        "gold_loglikelihood, are "
         "measured beside them and shown instead")
     todo = {p.title.split(": ")[1] for p in runner.todo()}
     assert todo == {"heads by gradient, 25% to 50%", "ffns by oracle, 25% to 50%", "heads by the order of all tasks, "
@@ -196,8 +196,7 @@ def test_what_one_set_costs_is_a_claim_of_its_own(tmp_path: Path) -> None:
     own, common, *_ = sentences.headline(study)
     assert own.startswith("With 5 shots, each task by its own order: 50 % of the attention heads")
     assert common.startswith("With 5 shots, one set of attention heads for all tasks: no share of the attention heads "
-                             "is "
-                             "shown to be free. Already without 6 of 24 mean accuracy changes by \N{MINUS SIGN}5.0 "
+                             "is shown to be free. Already without 6 of 24 mean accuracy changes by \N{MINUS SIGN}5.0 "
                              "points")
     assert "a loss of more than 2 points is shown" in common
     assert common.endswith("It is shown to cost more than 2 points on 1 of the 2 tasks: green (\N{MINUS SIGN}10.0).")

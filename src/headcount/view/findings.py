@@ -70,8 +70,7 @@ def grid_sentence(grid: pd.DataFrame, margin: float) -> str:
         alone = f"; {alone}" if heads > 0 or ffns > 0 else ""
         return (f"{beginning}heads and FFNs are not shown to be free jointly: without "
                 f"{say.share(first['heads_fraction'])} of the heads and {say.share(first['ffns_fraction'])} of the "
-                "FFNs "
-                f"accuracy {say.on(rows)} changes by "
+                f"FFNs accuracy {say.on(rows)} changes by "
                 f"{say.points(first)} points, {say.told(first['verdict'], margin)}{alone}.")
     best = joint.iloc[-1]
     end = rows[["heads_fraction", "ffns_fraction"]].max()

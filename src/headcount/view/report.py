@@ -190,16 +190,12 @@ def _free(study: Study, free: pd.DataFrame) -> Table:
     return Table(
         "Free fractions", f"Free: the largest share at which {words.told(WITHIN, margin)}, as at every step up to it; "
         "unlimited documents might show more, up to 'at most' (both are the ends of a 95 % interval); not defined "
-        "where "
-        "the full model is not shown to be above guessing or a constant answer. Removed by each task's own order, or "
-        "by "
-        "one order for all tasks. Accuracy at the free share, and the 95 % interval of its difference to the full "
-        "model "
-        "in points. Next step: the same of the first step that is not free. There: whether it is shown to cost more "
-        "than "
-        "the margin, or these documents cannot tell, and how many in all would, if as large a share of them changed. "
-        "'Differs at': the first step at which accuracy is shown to be better or worse than the full model's "
-        "(McNemar's "
+        "where the full model is not shown to be above guessing or a constant answer. Removed by each task's own "
+        "order, or by one order for all tasks. Accuracy at the free share, and the 95 % interval of its difference to "
+        "the full model in points. Next step: the same of the first step that is not free. There: whether it is shown "
+        "to cost more than the margin, or these documents cannot tell, and how many in all would, if as large a share "
+        "of them changed. 'Differs at': the first step at which accuracy is shown to be better or worse than the full "
+        "model's (McNemar's "
         "exact test, p < 0.05, corrected for the curve's steps by Holm's method).", _plain_columns(frame[columns]))
 
 
