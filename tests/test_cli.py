@@ -196,7 +196,9 @@ def test_a_study_that_is_stopped_says_what_is_kept(model_folder: Path, tmp_path:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    # A shell sees 130 both ways: CPython ends itself by the signal where the interrupt went through exec() of a text
+    # (a dataclass that is made while a module loads), although it was caught.
+    assert process.returncode in (130, -signal.SIGINT), err
     assert "stopped; what is measured is kept in --out" in err
     assert list(Ledger(tmp_path / "study").entries()), "whole files"
     assert not (tmp_path / "study" / "report.html").exists()
