@@ -22,9 +22,11 @@ from headcount.masks import Mask, prune, removal_order
 from headcount.plan import TaskFacts, plan
 from headcount.specs import StudySpec, scores_of
 from headcount.study import Runner, run_study
-from headcount.view import charts, sentences, words
+from headcount.view import charts, report, sentences, words
 from headcount.view.curves import against_random
+from headcount.view.joint import grid_table
 from headcount.view.points import Points
+from headcount.view.sections import sections
 
 TASKS = ("icl_plural", "icl_gerund", "icl_agent")
 SPEC = StudySpec("tiny", tasks=TASKS, shots=(1,), limit=6, importance_limit=8, fractions=(0.25, 0.5), random_orders=2,
@@ -87,8 +89,8 @@ def test_a_folder_begun_by_another_score_goes_on_with_it_when_asked_and_is_never
     study = hc.open_study(folder)
     assert study.ordering_scores == {"head": "example", "ffn": "gold_loglikelihood"}
     assert study.hidden_scores == ["FFNs by accuracy", "heads by position"]
-    assert "curves by other scores, which are not shown: FFNs by accuracy, heads by position" in " ".join(
-        sentences.cautions(study))
+    said = "which are not shown (nor are grids and transfers by them): FFNs by accuracy, heads by position"
+    assert said in " ".join(sentences.cautions(study))
     alone = run_study(dataclasses.replace(new, out=tmp_path / "alone"), loaded=loaded)
     pd.testing.assert_frame_equal(study.curves(), hc.open_study(alone).curves())
     run_study(old, loaded=loaded)
@@ -199,14 +201,16 @@ def test_what_one_set_costs_is_a_claim_of_its_own(tmp_path: Path) -> None:
                              "is shown to be free. Already without 6 of 24 mean accuracy changes by \N{MINUS SIGN}5.0 "
                              "points")
     assert "a loss of more than 2 points is shown" in common
-    assert common.endswith("It is shown to cost more than 2 points on 1 of the 2 tasks: green (\N{MINUS SIGN}10.0).")
+    assert common.endswith("Of the 2 tasks above chance, on 1 it is shown to cost more than 2 points: green "
+                           "(\N{MINUS SIGN}10.0); on 1 less is shown.")
     free = hc.open_study(with_common(tmp_path / "free", 80, 80))
     said = sentences.headline(free)[1]
     assert "for all tasks: 25 % of the attention heads (6 of 24, 0.0 M parameters) can go" in said
-    assert sentences.headline(free)[1].endswith("On none of the 2 tasks is a loss of more than 2 points shown.")
+    assert said.endswith("Of the 2 tasks above chance, on 2 less is shown.")
     said = sentences.common_sentence(study, "head")
-    assert said.startswith("One set of 25 % of the attention heads for all tasks leaves a mean accuracy of 0.75, each "
-                           "task's own order 0.80")
+    assert said.startswith("One set of 25 % of the attention heads for all tasks leaves a mean accuracy of 0.75, "
+                           "\N{MINUS SIGN}5.0 points against the full model (")
+    assert "): a loss of more than 2 points is shown. Each task's own order leaves 0.80." in said
 
 
 @pytest.mark.parametrize("draws", [2, 5])
@@ -254,6 +258,10 @@ def test_a_metric_beyond_0_and_1_is_told_in_one_line(tmp_path: Path) -> None:
             "mean over tasks.") in list(sentences.cautions(study))
     assert set(study.curves().query("fraction > 0")["verdict"]) == {"unknown"}
     assert "it has no interval" in study.weak_results()["reason"].iloc[0]
+    assert sentences.headline(study) == ["With 5 shots nothing can be said: the metric goes beyond 0 and 1, so that "
+                                         "it has no "
+                                         "interval and nothing can be ruled out."]
+    assert "nan" not in " ".join([*sentences.cautions(study), *(s.caption for s in sections(study))])
 
 
 def test_verdicts_in_words() -> None:
@@ -289,3 +297,46 @@ def test_the_map_of_heads_says_which_score_it_shows_and_the_ranks_by_both(tmp_pa
     ranks = {r["name"]: (r["rank"], r["other"]) for r in rows}
     assert ranks["L5H3"] == (1, 24)
     assert ranks["L0H0"] == (24, 1)
+
+
+def test_tasks_asked_for_apart_have_no_mean_of_one_set(tmp_path: Path) -> None:
+    """Two runs of two tasks each: their orders are two sets, and no mean over four tasks is of one."""
+    loaded = tiny.loaded("llama")
+    names = (*TASKS, "icl_antonym")
+    first = dataclasses.replace(SPEC, tasks=names[:2], out=tmp_path, grid_order="mean", random_orders=0)
+    run_study(first, loaded=loaded)
+    folder = run_study(dataclasses.replace(first, tasks=names[2:]), loaded=loaded)
+    study = hc.open_study(folder)
+    common = study.curves().query("order == 'common'")
+    assert len(set(common["task"])) == 2, "those of one set"
+    assert "mean" not in set(common["task"])
+    assert "One order for all tasks is measured on 2 of 4 tasks" in " ".join(sentences.cautions(study))
+    whole = run_study(dataclasses.replace(first, tasks=names), loaded=loaded)
+    alone = run_study(dataclasses.replace(first, tasks=names, out=tmp_path / "alone"), loaded=loaded)
+    for table in ("grid", "curves"):
+        found, expected = (getattr(hc.open_study(at), table)() for at in (whole, alone))
+        pd.testing.assert_frame_equal(found, expected)
+
+
+def test_numbers_of_documents_are_whole_in_the_table(tmp_path: Path) -> None:
+    study = hc.open_study(synthetic.write(tmp_path, shots=(5,)))
+    rows = study.free_fractions().assign(next_verdict="unknown", next_documents=25414.0, documents=400)
+    assert {report._next(row) for _, row in rows.iterrows()} == {"cannot tell (about 26,000 would)"}
+    assert report._next(rows.iloc[0].replace({25414.0: np.inf})) == "cannot tell"
+
+
+def test_a_bound_that_rounds_to_the_margin_shows_that_it_is_not_it() -> None:
+    assert words.bounds(-0.0197, 0.004, 0.02) == "\N{MINUS SIGN}1.97 to +0.4"
+    assert words.bounds(-0.017, 0.0, 0.02) == "\N{MINUS SIGN}1.7 to 0.0"
+
+
+def test_the_grid_frames_nothing_of_a_task_that_is_not_shown_to_be_above_chance() -> None:
+    label = {"task": "red", "num_fewshot": 5, "split": "evaluation", "doc_id": np.arange(400), "num_options": 4,
+             "passage": np.arange(400), "order_seed": -1, "donor": "", "heads_removed": 1, "ffns_removed": 1,
+             "parameters_removed": 1, "correct": (np.arange(400) < 200).astype(float)}
+    rows = pd.concat([pd.DataFrame({**label, "component": c, "order": o, "fraction": f, "ffn_fraction": f})
+                      for c, o, f in (("none", "none", 0.0), ("both", "grid", 0.2))])
+    for above in (True, False):
+        grid = grid_table(rows, 0.02, 100, {}, {("red", 5): above})
+        assert grid["within_margin"].tolist() == [above, above]
+        assert set(grid["verdict"]) == {"within" if above else "unknown"}

@@ -59,7 +59,8 @@ def test_weak_results_of_a_study_are_marked_with_their_reasons(tmp_path: Path) -
         assert found.loc[("red", k)].tolist() == [
             "40 documents, fewer than 50: intervals are wide and rough",
             "option 1 is the answer to 100 % of the documents, whatever they say",
-            *(["accuracy 0.25 (at least 0.13) is not shown to be above 0.30, which guessing or a constant answer gets"]
+            *(["accuracy 0.25 is not shown to be above 0.30, which guessing or a constant answer gets (corrected for "
+              "the number of tasks)"]
               if k == 0 else []),
             "the oracle found 2 distinct values for 6 components, so that ties decide the order"]
         assert not found.loc[("green", k)].str.contains("whatever they say").any(), "one place, but many answers"

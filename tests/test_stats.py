@@ -147,14 +147,14 @@ def test_degenerate_results_are_marked() -> None:
     correct = (constant == gold).astype(float)
     reasons = stats.degenerate(correct, constant, options, low=0.45, above=False, constant=0.53, places=[0, 1])
     assert reasons[0] == "option 2 is the answer to 96 % of the documents, whatever they say"
-    assert reasons[1].startswith(f"accuracy {correct.mean():.2f} (at least 0.45) is not shown to be above")
+    assert reasons[1].startswith(f"accuracy {correct.mean():.2f} is not shown to be above")
     few = stats.degenerate((right == gold).astype(float), right, options, low=0.85, above=True,
                            clusters=np.arange(200) // 5)
     assert few == ["40 passages, fewer than 50: intervals are wide and rough"]
     assert stats.degenerate(np.ones(49), gold[:49], options[:49], low=1.0, above=True)[0].startswith("49 documents,")
     # No options: the answer is produced, and there is nothing to be constant about. One: there is no choice.
-    for options, marked in ((0, []), (1, ["accuracy 1.00 (at least 1.00) is not shown to be above 1.00, which guessing "
-                                          "gets"])):
+    for options, marked in ((0, []), (1, ["accuracy 1.00 is not shown to be above 1.00, which guessing "
+                                          "gets (corrected for the number of tasks)"])):
         zeros = np.zeros(60, int)
         assert stats.degenerate(np.ones(60), zeros, zeros + options, low=1.0, above=not marked) == marked
 

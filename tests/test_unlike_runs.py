@@ -77,10 +77,10 @@ def test_a_larger_grid_is_not_cut_to_an_older_smaller_one() -> None:
                 for h in fractions for f in fractions]
 
     full, old, new = rows("red", "none", 60), cells([0.2, 0.4], 10), cells([0.5, 0.7], 60)
-    both = grid_table(pd.concat([full, *old, *new]), 0.02, 100, {})
+    both = grid_table(pd.concat([full, *old, *new]), 0.02, 100, {}, {})
     assert set(both["documents"]) == {60}
     assert set(both["heads_fraction"]) == {0.0, 0.5, 0.7}
-    under_way = grid_table(pd.concat([full, *cells([0.2, 0.4], 40), *new[:1]]), 0.02, 100, {})
+    under_way = grid_table(pd.concat([full, *cells([0.2, 0.4], 40), *new[:1]]), 0.02, 100, {}, {})
     assert set(under_way["documents"]) == {40}
     assert set(under_way["heads_fraction"]) == {0.0, 0.2, 0.4, 0.5}, "the new cell is shown on the old ones' documents"
 
@@ -95,7 +95,7 @@ def test_documents_of_a_smaller_run_need_not_have_the_smallest_numbers() -> None
                           *(rows("red", "gradient", 60, 0.7, component="head", fraction=f) for f in (0.2, 0.5))])
     moved = [*transferred("red", TASKS, 0.3, 10), *transferred("red", TASKS, 0.5, 60), rows("red", "none", 60, 0.9)]
     numbers = np.random.default_rng(0).permutation(60)
-    for table in (lambda frame: grid_table(frame, 0.02, 100, {}), lambda frame: transfer_table(frame, ())):
+    for table in (lambda frame: grid_table(frame, 0.02, 100, {}, {}), lambda frame: transfer_table(frame, ())):
         for frame in (together, pd.concat(moved)):
             plain, shuffled = (table(f) for f in (frame, frame.assign(doc_id=numbers[frame["doc_id"]])))
             known = ["task", "accuracy", "difference", "documents", "changed"]

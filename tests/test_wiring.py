@@ -236,7 +236,7 @@ def test_cells_are_within_the_margin_by_their_lower_bounds(margin: float, within
         frames.append(pd.DataFrame({**label, "component": "both", "order": "grid", "fraction": h, "ffn_fraction": f,
                                     "correct": correct, "heads_removed": 5, "ffns_removed": 6,
                                     "parameters_removed": 100}))
-    grid = grid_table(pd.concat(frames), margin, 1000, {"red": 0.3})
+    grid = grid_table(pd.concat(frames), margin, 1000, {"red": 0.3}, {("red", 5): True})
     assert grid["within_margin"].tolist() == within
     assert grid["difference"].round(6).tolist() == [0, 0, 0, -0.1]
     assert grid["parameters_removed_share"].tolist() == [0, 0.1, 0.1, 0.1]

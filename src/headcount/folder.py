@@ -75,7 +75,9 @@ def other_orders(spec: StudySpec, before: Mapping[str, Any] | None) -> str:
     for component, name in (("head", "heads"), ("ffn", "FFNs")):
         if was[component] != now[component]:
             by_gradient = component == "ffn" and was["ffn"] == was["head"]
-            option = "--ffn-order gradient" if by_gradient else f"--{component}-score {was[component]}"
+            option = f"--{'head' if by_gradient else component}-score {was[component]}"
+            if component == "ffn" and by_gradient != (spec.ffn_order == "gradient"):
+                option = f"--ffn-order {'gradient' if by_gradient else 'oracle'} {option}"
             told.append(f"{name} by {was[component]} (to go on with these: {option})")
     if not told:
         return ""

@@ -239,8 +239,8 @@ def degenerate(
     if np.isnan(low):
         found.append("its metric goes beyond 0 and 1, so that it has no interval and nothing can be ruled out")
     elif not above:
-        found.append(f"accuracy {correct.mean():.2f} (at least {low:.2f}) is not shown to be above {to_beat:.2f}, "
-                     f"which guessing{' or a constant answer' if constant > 0 else ''} gets")
+        found.append(f"accuracy {correct.mean():.2f} is not shown to be above {to_beat:.2f}, which guessing"
+                     f"{' or a constant answer' if constant > 0 else ''} gets (corrected for the number of tasks)")
     return found
 
 

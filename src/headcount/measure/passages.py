@@ -1,8 +1,9 @@
 """Which documents belong together: those that share a passage are no independent evidence.
 
-Questions about one paragraph (MultiRC, ReCoRD), or twin sentences (WinoGrande), are drawn together when intervals over
-documents are computed (a cluster bootstrap). No field of any task is named here: documents belong together where their
-texts, after what all texts of the task begin with, share a beginning of at least half of the shorter one.
+Questions about one paragraph (MultiRC, ReCoRD), or twin sentences (WinoGrande), count together in intervals of
+accuracy (`headcount.intervals`), and are drawn together where importance is resampled (a cluster bootstrap). No field
+of any task is named here: documents belong together where their texts, after what all texts of the task begin with,
+share a beginning of at least half of the shorter one.
 """
 
 from __future__ import annotations

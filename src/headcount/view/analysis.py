@@ -1,7 +1,8 @@
 """A study folder as tables: evaluations, importance, pruning curves, free fractions.
 
-Curves pair every pruned model with the full one, document by document. The row group "mean" is the unweighted mean
-over tasks, its interval from documents drawn within each task. Several random orders are averaged per document first.
+Curves pair every pruned model with the full one, document by document. The row group "mean" is the unweighted mean over
+tasks, its interval that of a stratified sample (`headcount.intervals`). Several random orders are averaged per document
+first.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Study:
         where there is one option); prediction and gold (option index); num_options; and further metrics of the task,
         such as acc_norm.
         """
-        return self._evaluations.drop(columns=["job", "members"])
+        return self._evaluations.drop(columns=["job", "members", "order_of"])
 
     def importance(self) -> pd.DataFrame:
         """One row per component and score.
@@ -397,7 +398,7 @@ class Study:
         donor = MEAN if self.spec.get("grid_order") == MEAN and len(self.tasks) > 1 else ""
         of_grid = (rows["order"] == "grid") & (rows["score"] == f"{by['head']} {by['ffn']}") & (rows["donor"] == donor)
         shown = (rows["score"] == "") | of_grid | (rows["score"] == rows["component"].map(by))
-        return rows[shown]
+        return entries.of_one_order(rows[shown])
 
     @functools.cached_property
     def hidden_scores(self) -> list[str]:
@@ -471,7 +472,7 @@ class Study:
     @functools.cached_property
     def _grid(self) -> pd.DataFrame:
         return grid_table(self._shown, self.spec["margin"], self.description["anatomy"]["parameters"],
-                          {task: self._constant(task) for task in self.known_tasks})
+                          {task: self._constant(task) for task in self.known_tasks}, self.above_chance)
 
     @functools.cached_property
     def _transfer(self) -> pd.DataFrame:

@@ -170,8 +170,11 @@ def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, fl
         "order"].map(_BY), shots=lambda t: t["num_fewshot"].map(shots))
     layers = [band, chance, word, line, dots]
     if len(marks):
-        layers.append(alt.Chart(marks).mark_point(shape="diamond", size=190, filled=True, stroke="black",
-                                                  strokeWidth=1.2, opacity=1).encode(
+        # Filled where each task goes by its own order, hollow where all go by one.
+        layers.append(alt.Chart(marks).mark_point(shape="diamond", size=190, filled=True, strokeWidth=2,
+                                                  opacity=1).encode(
+            fill=alt.condition(_OWN, shots_colour(labelled), alt.value("white")),
+            stroke=alt.condition(_OWN, alt.value("black"), shots_colour(labelled)),
             x="percent:Q", y="accuracy:Q", color=shots_colour(labelled),
             tooltip=[alt.Tooltip("percent:Q", title="free (%)"), alt.Tooltip("by:N", title="removed"), "shots:N",
                      alt.Tooltip("accuracy:Q", format=".3f")]))

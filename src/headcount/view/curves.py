@@ -39,6 +39,7 @@ AGAINST_RANDOM = ["task", "num_fewshot", "component", "order", "fraction", "accu
                   "draw_high", "difference", "difference_low", "difference_high"]
 # The one order for all tasks, that of their importance together; a task's own orders; draws.
 COMMON, OWN_ORDERS, RANDOM = "common", ("gradient", "oracle"), "random"
+NO_INTERVAL = "the metric goes beyond 0 and 1, so that it has no interval and nothing can be ruled out"
 ByShots = Mapping[int, Mapping[str, Points]]
 
 
@@ -55,7 +56,6 @@ def curve_points(
             random orders at transfer's.
     """
     rows = evaluations[(evaluations["split"] == "evaluation") & evaluations["task"].isin(list(tasks))]
-    rows = _of_most_tasks(rows)
     found: dict[int, dict[str, Points]] = {}
     by_key = {(str(task), int(k)): group for (task, k), group in groups(rows, "task", "num_fewshot")}
     for task, k in sorted(by_key, key=lambda key: (list(tasks).index(key[0]), key[1])):
@@ -70,14 +70,6 @@ def curve_points(
             points.add((str(key[0]), str(key[1]), float(key[2])), of_key)
         found.setdefault(k, {})[task] = points
     return dict(sorted(found.items()))
-
-
-def _of_most_tasks(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of common orders those of the most tasks: a folder that tasks were added to has earlier ones of fewer."""
-    common = rows["order"] == COMMON
-    most = rows[common].groupby(["num_fewshot", "component"])["members"].transform("max")
-    kept: pd.DataFrame = rows.drop(index=most.index[rows.loc[most.index, "members"] < most])
-    return kept
 
 
 def curve_table(points: ByShots, parameters: int, margin: float) -> pd.DataFrame:
@@ -144,9 +136,13 @@ def _free(
     baseline = float(np.mean([t.baseline for t in tasks]))
     found = {"reason": "", "full_accuracy": full["accuracy"], "full_low": full["low"], "baseline": baseline,
              "tasks": len(tasks), "above_chance": len(able), "documents": full["documents"]}
+    if np.isnan(full["low"]):
+        return {**found, "free_fraction": np.nan, "reason": NO_INTERVAL}
     if not (full["low"] > baseline if len(tasks) > 1 else able):
-        reason = (f"the full model's accuracy, {full['accuracy']:.2f} (at least {full['low']:.2f}), is not shown to be "
-                  f"above {baseline:.2f}, which guessing or a constant answer gets")
+        bound = f" (at least {full['low']:.2f})" if len(tasks) > 1 else ""
+        corrected = "" if len(tasks) > 1 else " (an exact test, corrected for the number of tasks)"
+        reason = (f"the full model's accuracy, {full['accuracy']:.2f}{bound}, is not shown to be above {baseline:.2f}, "
+                  f"which guessing or a constant answer gets{corrected}")
         return {**found, "free_fraction": np.nan, "reason": reason}
     keys = [None if key[2] == 0 else key
             for key in curve[["component", "order", "fraction"]].itertuples(index=False, name=None)]
@@ -204,5 +200,6 @@ def _beside(tasks: Sequence[Points], key: Key, random: Key) -> dict[str, Any]:
         else np.nan
     low, high = (float(np.hypot(bound[0] - difference, reach)) for bound in away)
     return {"accuracy": accuracy, "random": accuracy - difference, "draws": draws, "draw_low": float(of_draws.min()),
-            "draw_high": float(of_draws.max()), "difference": difference, "difference_low": difference - low,
-            "difference_high": difference + high}
+            "draw_high": float(of_draws.max()), "difference": difference,
+            "difference_low": max(-1.0, difference - low) if draws > 1 else np.nan,
+            "difference_high": min(1.0, difference + high) if draws > 1 else np.nan}

@@ -17,7 +17,8 @@ IMPORTANCE = ["task", "num_fewshot", "component", "layer", "head", "method", "sc
               "num_examples"]
 _LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fraction", "layer", "head", "heads_removed",
            "ffns_removed", "parameters_removed")
-_EVALUATION = ["task", "num_fewshot", "split", *_LABELS, "score", "job", "members", "doc_id", "passage", "correct"]
+_EVALUATION = ["task", "num_fewshot", "split", *_LABELS, "score", "job", "members", "order_of", "doc_id",
+               "passage", "correct"]
 _INDUCTION = ["layer", "head", "prefix_matching", "copying", "previous_token", "ov_copying", "induction", "weights",
               "protocol", "sequences"]
 
@@ -66,10 +67,31 @@ def evaluation_rows(entries: Iterable[Entry], aggregate: str) -> pd.DataFrame:
         for name in ("split", "num_fewshot", "task"):
             labels.insert(1, name, entry.job[name])
         members = together.get("importance", [])
-        labels = labels.assign(score=score_of(curve), job=number,
+        labels = labels.assign(score=score_of(curve), job=number, order_of=" ".join(sorted(_importance_of(entry.job))),
                                members=len(members) if isinstance(members, list) else 1)
         frames.append(labels.merge(entry.table, on="mask").drop(columns="mask"))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_EVALUATION)
+
+
+def of_one_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of the orders of all tasks together one for each number of shots and kind of component, the same for all tasks.
+
+    A folder that tasks were added to has orders of fewer tasks too, and one whose tasks were asked for apart has
+    several of as many: what goes by two of them is no one set. Kept is that of the most tasks, on the most tasks. Of
+    transfer earlier ones of fewer tasks stay, which may have been measured on more documents.
+    """
+    by_mean = rows["order"].isin(["grid", "transfer"]) & (rows["donor"] == "mean")
+    together = (rows["order"] == "common") | by_mean
+    dropped: list[int] = []
+    for (order, *_), of_kind in rows[together].groupby(["order", "num_fewshot", "component"]):
+        known = of_kind.groupby("order_of").agg(members=("members", "first"), tasks=("task", "nunique"),
+                                                first=("task", "min"))
+        # Names decide between equals, so that heads and FFNs are of the same tasks.
+        best = known.sort_values(["members", "tasks", "first"], ascending=[False, False, True]).iloc[0]
+        others = of_kind[of_kind["order_of"] != best.name]
+        dropped += others.index[(order != "transfer") | (others["members"] == best["members"])].tolist()
+    kept: pd.DataFrame = rows.drop(index=dropped)
+    return kept
 
 
 def importance_rows(entries: Iterable[Entry]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from headcount.intervals import WITHIN
 from headcount.view import words as say
+from headcount.view.curves import NO_INTERVAL
 from headcount.view.points import MEAN, groups
 from headcount.view.relations import RANDOM
 from headcount.view.selection import (
@@ -48,10 +49,13 @@ def grid_sentence(grid: pd.DataFrame, margin: float) -> str:
         return ""
     beginning = f"With {say.shots_of(rows)}, "
     full = rows[(rows["heads_fraction"] == 0) & (rows["ffns_fraction"] == 0)]
+    if len(full) and full["low"].isna().iloc[0]:
+        return f"{beginning}nothing can be said of what can go jointly: {NO_INTERVAL}."
     # At chance there is nothing to lose.
-    if len(full) and not full["low"].iloc[0] > full["baseline"].iloc[0]:
+    above = full["low"].iloc[0] > full["baseline"].iloc[0] if len(full) else True
+    if not (above and full["within_margin"].all()):
         return (f"{beginning}nothing can be said of what can go jointly: the full model's accuracy {say.on(rows)}, "
-                f"{say.accuracy(full.iloc[0])}, is not shown to be above {full['baseline'].iloc[0]:.2f}, which "
+                f"{full['accuracy'].iloc[0]:.2f}, is not shown to be above {full['baseline'].iloc[0]:.2f}, which "
                 "guessing or a constant answer gets.")
     free = rows[reachable(rows)].sort_values("parameters_removed_share")
     # Where a share is less than one head or FFN, nothing of them is gone.

@@ -31,7 +31,8 @@ OWN = "own"
 
 
 def grid_table(
-    evaluations: pd.DataFrame, margin: float, parameters: int, constants: Mapping[str, float]
+    evaluations: pd.DataFrame, margin: float, parameters: int, constants: Mapping[str, float],
+    above: Mapping[tuple[str, int], bool],
 ) -> pd.DataFrame:
     """`Study.grid()`: points where one of the two is 0 come from the curves, on the grid's documents.
 
@@ -40,6 +41,7 @@ def grid_table(
         margin: The loss of accuracy that must be ruled out for a point to be within it.
         parameters: Of the whole model.
         constants: By task, what the best constant answer gets (`stats.baseline`).
+        above: By task and number of shots, whether the full model is shown to be above its baseline.
     """
     rows = evaluations[evaluations["split"] == "evaluation"]
     by_shots: dict[int, dict[str, Points]] = {}
@@ -60,19 +62,20 @@ def grid_table(
         by_shots.setdefault(int(k), {})[str(task)] = points
     found = [row for k, of_tasks in sorted(by_shots.items())
              for task, members in with_mean(of_tasks, finished(of_tasks))
-             for row in _grid_rows(task, k, list(members.values()), margin, parameters)]
+             for row in _grid_rows(task, k, list(members.values()), margin, parameters, above.get((task, k)))]
     together = (rows.loc[rows["order"] == "grid", "donor"] == MEAN).any()
     return pd.DataFrame(found, columns=[c for c in GRID if c != "order"]).assign(order=MEAN if together else OWN)
 
 
 def _grid_rows(
-    task: str, k: int, tasks: Sequence[Points], margin: float, parameters: int
+    task: str, k: int, tasks: Sequence[Points], margin: float, parameters: int, above: bool | None
 ) -> list[dict[str, Any]]:
+    """Rows of one grid; `above` is None for a mean over tasks, whose own interval says whether it is above."""
     keys = sorted(set.intersection(*({*t.values} for t in tasks)))
     found = compared(tasks, [None, *keys])
     baseline = float(np.mean([t.baseline for t in tasks]))
     # At chance there is nothing to lose: no cell is shown to be within the margin of anything.
-    able = found[None].low > baseline
+    able = found[None].low > baseline if above is None else above
     rows = []
     for key in [None, *keys]:
         one, removed = found[key], removed_by(tasks, key)

@@ -178,9 +178,9 @@ def _free(study: Study, free: pd.DataFrame) -> Table:
         removed_by=["one order" if order == COMMON else "own order" for order in free["order"]],
         free=[words.share(f) if f == f else "not defined" for f in free["free_fraction"]],
         at_most=[words.share(f) if f == f else "" for f in free["free_high"]],
-        interval=[f"{words.signed(low)} to {words.signed(high)}" if fraction > 0 else "" for fraction, low, high in zip(
+        interval=[words.bounds(low, high, margin) if fraction > 0 else "" for fraction, low, high in zip(
             free["free_fraction"], free["difference_low"], free["difference_high"], strict=True)],
-        next_step=[f"{words.share(f)}: {words.signed(low)} to {words.signed(high)}" if f == f else "" for f, low, high
+        next_step=[f"{words.share(f)}: {words.bounds(low, high, margin)}" if f == f else "" for f, low, high
                    in zip(free["next_fraction"], free["next_low"], free["next_high"], strict=True)],
         there=[_next(row) for _, row in free.iterrows()],
         differs_at=[f"{words.share(f)} ({words.better_or_worse(d)})" if f == f else "no step" for f, d in zip(
@@ -205,8 +205,8 @@ def _next(row: pd.Series) -> str:
         return ""
     if row["next_verdict"] != UNKNOWN:
         return str(row["next_verdict"])
-    needed = words.would_tell(row["next_documents"], row["documents"])
-    return f"cannot tell{needed.partition(',')[0]})" if needed else "cannot tell"
+    needed = words.about(row["next_documents"])
+    return f"cannot tell ({needed} would)" if needed else "cannot tell"
 
 
 def _compared(study: Study) -> Iterator[Table]:

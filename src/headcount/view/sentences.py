@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from headcount import intervals
-from headcount.intervals import COSTS_MORE, WITHIN
-from headcount.view import primitives
+from headcount.intervals import COSTS_MORE, UNKNOWN, WITHIN
+from headcount.view import primitives, words
 from headcount.view.analysis import Study
-from headcount.view.curves import COMMON, RANDOM
+from headcount.view.curves import COMMON, NO_INTERVAL, RANDOM
 from headcount.view.points import MEAN, groups
 from headcount.view.relations import MEAN_OF_RANKS
 from headcount.view.scores import name_of
 from headcount.view.selection import first_differences, own_orders
-from headcount.view.words import better_or_worse, millions, over, score_name, share, shots, signed, told
+from headcount.view.words import better_or_worse, millions, number_of, over, score_name, share, shots, signed, told
 
 _TASKS_NAMED = 6
 # An order whose scores are half noise, or more.
@@ -71,7 +72,8 @@ def _can_go(study: Study, row: pd.Series) -> str:
     if row["free_fraction"] > 0:
         said = (f"{share(row['free_fraction'])} of the {names} ({row['removed']:.0f} of {total}, "
                 f"{millions(row['parameters_removed'])} parameters) can go. {what[0].upper()}{what[1:]} is then "
-                f"{row['accuracy']:.3f}, the full model's {row['full_accuracy']:.3f} ({_interval(row)}; up to there "
+                f"{row['accuracy']:.3f}, the full model's {row['full_accuracy']:.3f} ({_interval(row, margin)}; up to "
+                "there "
                 f"{told(WITHIN, margin)} at every step).")
         if row["order"] != COMMON:
             return f"{beginning}{said}{_on_those_above_chance(row)}"
@@ -82,23 +84,26 @@ def _can_go(study: Study, row: pd.Series) -> str:
     loses = _costs_more(study, row, float(row["next_fraction"])) if row["order"] == COMMON else ""
     return (f"{beginning}no share of the {names} is shown to be free. Already without {row['next_removed']:.0f} of "
             f"{total} {what} changes by {signed(row['next_difference'])} points (95 % interval "
-            f"{signed(row['next_low'])} to {signed(row['next_high'])}): {verdict}.{loses}")
+            f"{words.bounds(row['next_low'], row['next_high'], margin)}): {verdict}.{loses}")
 
 
 def _costs_more(study: Study, row: pd.Series, fraction: float) -> str:
-    """The tasks on which one set for all tasks is shown to cost more than the margin, at this step."""
-    curves = study.curves()
+    """What one set for all tasks costs at this step on single tasks; those at chance have nothing to lose."""
+    curves, k = study.curves(), int(row["num_fewshot"])
     at = curves[(curves["order"] == COMMON) & (curves["component"] == row["component"]) & (curves["task"] != MEAN)
-                & (curves["num_fewshot"] == row["num_fewshot"]) & (curves["fraction"] == fraction)]
-    worse = at[at["verdict"] == COSTS_MORE].sort_values("difference")
+                & (curves["num_fewshot"] == k) & (curves["fraction"] == fraction)]
+    at = at[[study.above_chance[str(task), k] for task in at["task"]]]
     if at.empty:
         return ""
-    if worse.empty:
-        return f" On none of the {len(at)} tasks is a loss of more than {margin_of(study)} shown."
+    worse = at[at["verdict"] == COSTS_MORE].sort_values("difference")
     shown = worse.head(_TASKS_NAMED)
     names = ", ".join(f"{t} ({signed(d)})" for t, d in zip(shown["task"], shown["difference"], strict=True))
     rest = f" and {len(worse) - len(shown)} more" if len(worse) > len(shown) else ""
-    return f" It is shown to cost more than {margin_of(study)} on {len(worse)} of the {len(at)} tasks: {names}{rest}."
+    within, unknown = (int((at["verdict"] == v).sum()) for v in (WITHIN, UNKNOWN))
+    said = [f"on {len(worse)} it is shown to cost more than {margin_of(study)}: {names}{rest}"] if len(worse) else []
+    said += [f"on {within} less is shown"] if within else []
+    said += [f"on {unknown} its documents cannot tell"] if unknown else []
+    return f" Of the {number_of(len(at), 'task')} above chance, {'; '.join(said)}."
 
 
 def margin_of(study: Study) -> str:
@@ -124,9 +129,9 @@ def _listed(names: list[str], of: int, what: str, most: int = 6) -> str:
     return ", ".join(names) if len(names) <= most else f"{len(names)} of {of} {what}"
 
 
-def _interval(row: pd.Series) -> str:
-    return (f"95 % interval of the difference {signed(row['difference_low'])} to "
-            f"{signed(row['difference_high'])} points")
+def _interval(row: pd.Series, margin: float) -> str:
+    bounds = words.bounds(row["difference_low"], row["difference_high"], margin)
+    return f"95 % interval of the difference {bounds} points"
 
 
 def curve_sentence(study: Study, component: str) -> str:
@@ -139,7 +144,9 @@ def curve_sentence(study: Study, component: str) -> str:
     rows = rows[rows["num_fewshot"] == rows["num_fewshot"].max()]
     row = rows.loc[min(rows.index, key=lambda i: (round(abs(rows["fraction"][i] - 0.5), 9), rows["fraction"][i]))]
     known = row["difference_low"] == row["difference_low"]
-    if not known:
+    if row["draws"] > 1 and not known:
+        shown = "there is no interval"
+    elif not known:
         shown = "one draw cannot tell whether that is more than chance: ask for several with --random-orders"
     elif row["difference_low"] > 0 or row["difference_high"] < 0:
         shown = f"the order is shown to be {better_or_worse(row['difference'])} than a random one"
@@ -166,12 +173,15 @@ def common_sentence(study: Study, component: str) -> str:
         return ""
     common = common[common["num_fewshot"] == common["num_fewshot"].max()]
     row = common.loc[common["fraction"].idxmax()]
+    if np.isnan(row["difference_low"]):
+        return ""
     own = own_orders(rows[(rows["num_fewshot"] == row["num_fewshot"]) & (rows["fraction"] == row["fraction"])])
-    beside = f", each task's own order {own['accuracy'].iloc[0]:.2f}" if len(own) else ""
+    beside = f" Each task's own order leaves {own['accuracy'].iloc[0]:.2f}." if len(own) else ""
+    margin = study.spec["margin"]
     return (f"One set of {share(row['fraction'])} of the {_NAMES[component][1]} for all tasks leaves a mean accuracy "
-            f"of {row['accuracy']:.2f}{beside} (against the full model {signed(row['difference'])} points, "
-            f"{signed(row['difference_low'])} to {signed(row['difference_high'])})."
-            f"{_costs_more(study, row, row['fraction'])}")
+            f"of {row['accuracy']:.2f}, {signed(row['difference'])} points against the full model "
+            f"({words.bounds(row['difference_low'], row['difference_high'], margin)}): {told(row['verdict'], margin)}."
+            f"{beside}{_costs_more(study, row, float(row['fraction']))}")
 
 
 def differences_sentence(study: Study, component: str) -> str:
@@ -294,11 +304,17 @@ def cautions(study: Study) -> Iterator[str]:
 def _of_orders(study: Study) -> Iterator[str]:
     """What a reader must know of the orders by which components go."""
     if study.hidden_scores:
-        yield (f"This folder also has curves by other scores, which are not shown: {', '.join(study.hidden_scores)}; "
+        yield (f"This folder also has curves by other scores, which are not shown (nor are grids and transfers by "
+               f"them): {', '.join(study.hidden_scores)}; "
                "--head-score, --ffn-score and --ffn-order ask for them.")
     random = study.curves()
     if (random["order"] == RANDOM).any() and study.against_random()["draws"].max() < 2:
         yield "There is one random order: what another would leave is not known."
+    common = random[(random["order"] == COMMON) & (random["fraction"] > 0)]
+    if len(common) and len(study.tasks) > 1 and not (common["task"] == MEAN).any():
+        yield (f"One order for all tasks is measured on {common['task'].nunique()} of {len(study.tasks)} tasks, so "
+               "that "
+               "there is no mean of it: run the study with all its tasks together.")
     by = study.ordering_scores
     orders = study.orders() if len(study.importance()) else pd.DataFrame()
     if len(orders):
@@ -316,14 +332,9 @@ def _of_orders(study: Study) -> Iterator[str]:
               if n < layers / 2 and by["ffn"] == "accuracy"]
     if coarse:
         names = _listed(coarse, len(study.distinct_values), "FFN oracles")
-        decides = "the order of layers" if study.spec.get('protocol') == "paper" else "gold log-likelihood"
+        decides = "the order of layers" if study.spec.get("protocol") == "paper" else "gold log-likelihood"
         yield (f"Many FFNs cost the same accuracy, and {decides} decides between them: fewer than {layers / 2:.0f} "
                f"distinct accuracies in {names}.")
-
-
-def spec_protocol(study: Study) -> str:
-    """`sound` or `paper`."""
-    return str(study.spec.get("protocol", "sound"))
 
 
 def _of_documents(study: Study) -> Iterator[str]:
@@ -340,8 +351,8 @@ def _of_documents(study: Study) -> Iterator[str]:
         yield (f"The metric of {_listed(without, len(study.tasks), 'tasks')} goes beyond 0 and 1, so that it has no "
                "interval: nothing can be ruled out there, nor on a mean over tasks.")
     free = study.free_fractions()
-    weak = free[free["free_fraction"].isna() & (free["task"] != MEAN)]
+    weak = free[free["free_fraction"].isna() & (free["task"] != MEAN) & (free["reason"] != NO_INTERVAL)]
     for k, of_k in groups(weak, "num_fewshot"):
         names = _listed(list(dict.fromkeys(of_k["task"])), len(study.tasks), "tasks")
         yield (f"With {shots(int(k))} the full model is not shown to be above chance, or above a constant answer, on "
-               f"{names} (corrected for {len(study.tasks)} tasks); their curves say nothing.")
+               f"{names} (an exact test, corrected for the number of tasks); their curves say nothing.")

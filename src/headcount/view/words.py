@@ -132,10 +132,26 @@ def would_tell(needed: float | int, documents: float | int = float("nan")) -> st
     """` (about 1,900 would tell)`: how many documents would end a doubt, in two digits; empty where unknown."""
     if needed != needed or needed <= documents:
         return ""
-    if math.isinf(needed) or needed > _MOST_DOCUMENTS:
+    if not (number := about(needed)):
         return " (nor would more, if they changed alike: the loss seen is about that)"
-    step = 10 ** max(0, math.floor(math.log10(needed)) - 1)
-    return f" (about {math.ceil(needed / step) * step:,.0f} would tell, if as large a share of them changed)"
+    return f" ({number} would tell, if as large a share of them changed)"
+
+
+def about(documents: float | int) -> str:
+    """`about 1,900`: a number of documents rounded up to two digits; empty where there are never so many."""
+    if documents != documents or documents > _MOST_DOCUMENTS:
+        return ""
+    step = 10 ** max(0, math.floor(math.log10(max(documents, 1))) - 1)
+    return f"about {math.ceil(documents / step) * step:,.0f}"
+
+
+def bounds(low: float, high: float, margin: float) -> str:
+    """`-1.7 to +0.4`: an interval in points; `-1.97`, where rounding would make a bound look like the margin."""
+    def one(x: float) -> str:
+        near = f"{x:.3f}" == f"{-margin:.3f}" and x != -margin
+        return f"{100 * x:+.2f}".replace("-", "\N{MINUS SIGN}") if near else signed(x)
+
+    return f"{one(low)} to {one(high)}"
 
 
 def better_or_worse(difference: float | int) -> str:
