@@ -201,12 +201,12 @@ def test_what_one_set_costs_is_a_claim_of_its_own(tmp_path: Path) -> None:
                              "is shown to be free. Already without 6 of 24 mean accuracy changes by \N{MINUS SIGN}5.0 "
                              "points")
     assert "a loss of more than 2 points is shown" in common
-    assert common.endswith("Of the 2 tasks above chance, on 1 it is shown to cost more than 2 points: green "
-                           "(\N{MINUS SIGN}10.0); on 1 less is shown.")
+    assert common.endswith("Of the 2 tasks above chance, on 1 a loss of more than 2 points is shown: green "
+                           "(\N{MINUS SIGN}10.0); on 1 a loss of 2 points or more is ruled out.")
     free = hc.open_study(with_common(tmp_path / "free", 80, 80))
     said = sentences.headline(free)[1]
     assert "for all tasks: 25 % of the attention heads (6 of 24, 0.0 M parameters) can go" in said
-    assert said.endswith("Of the 2 tasks above chance, on 2 less is shown.")
+    assert said.endswith("Of the 2 tasks above chance, on 2 a loss of 2 points or more is ruled out.")
     said = sentences.common_sentence(study, "head")
     assert said.startswith("One set of 25 % of the attention heads for all tasks leaves a mean accuracy of 0.75, "
                            "\N{MINUS SIGN}5.0 points against the full model (")

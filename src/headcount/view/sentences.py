@@ -100,8 +100,9 @@ def _costs_more(study: Study, row: pd.Series, fraction: float) -> str:
     names = ", ".join(f"{t} ({signed(d)})" for t, d in zip(shown["task"], shown["difference"], strict=True))
     rest = f" and {len(worse) - len(shown)} more" if len(worse) > len(shown) else ""
     within, unknown = (int((at["verdict"] == v).sum()) for v in (WITHIN, UNKNOWN))
-    said = [f"on {len(worse)} it is shown to cost more than {margin_of(study)}: {names}{rest}"] if len(worse) else []
-    said += [f"on {within} less is shown"] if within else []
+    margin = study.spec["margin"]
+    said = [f"on {len(worse)} {told(COSTS_MORE, margin)}: {names}{rest}"] if len(worse) else []
+    said += [f"on {within} {told(WITHIN, margin)}"] if within else []
     said += [f"on {unknown} its documents cannot tell"] if unknown else []
     return f" Of the {number_of(len(at), 'task')} above chance, {'; '.join(said)}."
 
