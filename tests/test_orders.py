@@ -254,13 +254,11 @@ def test_a_metric_beyond_0_and_1_is_told_in_one_line(tmp_path: Path) -> None:
         ledger.write(entry.job, entry.table.assign(correct=3 * entry.table["correct"]), entry.info)
     study = hc.open_study(tmp_path)
     assert ("The metric of red goes beyond 0 and 1, so that it has no interval: nothing can be ruled out there, nor "
-            "on a "
-            "mean over tasks.") in list(sentences.cautions(study))
+            "on a mean over tasks.") in list(sentences.cautions(study))
     assert set(study.curves().query("fraction > 0")["verdict"]) == {"unknown"}
     assert "it has no interval" in study.weak_results()["reason"].iloc[0]
     assert sentences.headline(study) == ["With 5 shots nothing can be said: the metric goes beyond 0 and 1, so that "
-                                         "it has no "
-                                         "interval and nothing can be ruled out."]
+                                         "it has no interval and nothing can be ruled out."]
     assert "nan" not in " ".join([*sentences.cautions(study), *(s.caption for s in sections(study))])
 
 
@@ -269,8 +267,7 @@ def test_verdicts_in_words() -> None:
     assert words.told("costs more", 0.02) == "a loss of more than 2 points is shown"
     assert words.told("unknown", 0.015, needed=1834, documents=600) == (
         "whether 1.5 points are lost cannot be told with these 600 documents (about 1,900 would tell, if as large a "
-        "share "
-        "of them changed)")
+        "share of them changed)")
     assert words.told("unknown", 0.02) == "whether 2 points are lost cannot be told with these documents"
     assert "nor would more" in words.told("unknown", 0.02, needed=float("inf"), documents=50)
 

@@ -120,8 +120,7 @@ def test_a_page_has_its_sections_in_the_papers_order_and_says_what_is_noisy(tmp_
     assert ("With 5 shots, of the 4 heads (20 %) most important on the mean over tasks 3 are among the 4 highest on "
             "prefix matching") in captions["retained"]
     assert ("With 5 shots no share of the heads is shown to be free on any of 2 tasks: at the first step these "
-            "documents "
-            "cannot tell on 2 (189 documents a task would") in captions["head_curves"]
+            "documents cannot tell on 2 (189 documents a task would") in captions["head_curves"]
     for name, caption in captions.items():
         found = re.sub(r"95 %|1\.96", "", caption)
         assert re.search(r"\d", found), f"{name} says what was found"

@@ -209,7 +209,7 @@ def test_rank_correlations_over_documents(alike: float, noise: float, shared: bo
     components, documents, trials = 120, 100, 120
     z = rng.normal(size=(2, components))
     z[1] = alike * z[0] + np.sqrt(1 - alike**2) * z[1]
-    endless = ranks.spearman(z[0], z[1])
+    unlimited = ranks.spearman(z[0], z[1])
 
     def study() -> np.ndarray:
         """Two scores of every document; documents differ in scale, and noise has heavy tails."""
@@ -240,4 +240,4 @@ def test_rank_correlations_over_documents(alike: float, noise: float, shared: bo
     assert 0.84 <= centred / trials <= 0.99
     assert percentile < centred
     assert np.mean(reliabilities) == pytest.approx(again, abs=0.04)
-    assert abs(np.mean(clean) - endless) < max(0.02, abs(expected - endless) / 4)
+    assert abs(np.mean(clean) - unlimited) < max(0.02, abs(expected - unlimited) / 4)

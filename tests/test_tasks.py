@@ -272,7 +272,7 @@ def test_records_gold_is_what_a_reader_answers(shared: Path) -> None:
 
 
 def test_lm_evals_multirc_has_the_labels_the_wrong_way_round(shared: Path) -> None:
-    """When this fails, lm-eval has mended it and our own definition can go."""
+    """When this fails, lm-eval has fixed it and our own definition can go."""
     from headcount.measure.names import _lm_eval
 
     mistaken = get_tasks([str(_lm_eval()[0]["multirc"])], data=shared)["multirc"].prompts("evaluation", limit=40)

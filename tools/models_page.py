@@ -73,7 +73,7 @@ def refused() -> list[str]:
     found = []
     for family in UNFIT:
         failed = next(result for result in verify(tiny(family)) if not result.holds)
-        # Which head or block is the worst hangs on the machine's last bits.
+        # Which head or block is the worst depends on the machine's last bits.
         said = re.sub(r"^(?:L\d+H\d+|block \d+)", lambda m: "a head" if m[0][0] == "L" else "a block", failed.detail)
         found.append(f"| {family} | {said} |")
     for family in HYBRIDS:

@@ -1,10 +1,10 @@
 """Intervals that hold on few documents, and the one verdict that is made of them.
 
-**Differences** (pruned - full, document by document). Tango's score interval (1998) holds all
-d whose test statistic `(rose - fell - n d) / sqrt(n (2 q + d (1 - d)))` lies within +-z, q the share of documents that
-fall, as likely as can be if the difference is d. Where no document of n changed it still reaches from -z^2 / (n + z^2)
-to the same above 0: 189 unchanged documents are the fewest that rule out a loss of two points. A bootstrap has no width
-there, and ruled out two points in 67 % of studies of 20 documents that lose exactly these.
+**Differences** (pruned - full, document by document). Tango's score interval (1998) holds all d whose test statistic
+`(rose - fell - n d) / sqrt(n (2 q + d (1 - d)))` lies within +-z, q the share of documents that fall, as likely as can
+be if the difference is d. Where no document of n changed it still reaches from -z^2 / (n + z^2) to the same above 0:
+189 unchanged documents are the fewest that rule out a loss of two points. A bootstrap has no width there, and ruled out
+two points in 67 % of studies of 20 documents that lose exactly these.
 
 Four things are added, each held by tests (test_intervals.py):
 

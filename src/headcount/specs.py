@@ -197,7 +197,13 @@ class StudySpec(ModelSpec):
     @property
     def scores(self) -> dict[str, str]:
         """Which score orders heads ("head"), and which FFNs ("ffn")."""
-        return scores_of(self.to_json())
+        return scores_of({"ffn_order": self.ffn_order} | self._decided_scores)
+
+    @property
+    def _decided_scores(self) -> dict[str, str]:
+        sound = self.protocol == "sound"
+        return {"head_score": self.head_score or ("example" if sound else "position"),
+                "ffn_score": self.ffn_score or ("gold_loglikelihood" if sound else "accuracy")}
 
     @property
     def fractions_of_random(self) -> tuple[float, ...]:
@@ -213,10 +219,8 @@ class StudySpec(ModelSpec):
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for study.json; what the protocol or other options decide by default is written out."""
-        sound = self.protocol == "sound"
-        decided = {"head_score": self.head_score or ("example" if sound else "position"),
-                   "ffn_score": self.ffn_score or ("gold_loglikelihood" if sound else "accuracy"),
-                   "random_fractions": self.fractions_of_random, "common_fractions": self.fractions_of_common}
+        decided = self._decided_scores | {"random_fractions": self.fractions_of_random,
+                                          "common_fractions": self.fractions_of_common}
         return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
                 for k, v in (dataclasses.asdict(self) | decided).items()}
 

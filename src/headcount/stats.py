@@ -22,6 +22,8 @@ FEW_DOCUMENTS = 50
 Clusters = Int[np.ndarray, " _"]
 # A model that gives one answer to so large a share of the documents does not look at them.
 CONSTANT_SHARE = 0.95
+# Why nothing is claimed of a task whose metric is no share.
+NO_INTERVAL = "the metric goes beyond 0 and 1, so that it has no interval and nothing can be ruled out"
 
 
 def cluster_sums(
@@ -56,8 +58,7 @@ def around(
     the measured one, and percentiles would be of something else (see `headcount.ranks`). The interval is the value plus
     and minus 1.96 standard deviations over replicates. It is for the expectation in studies of as many documents, not
     for what unlimited documents would show. In simulated studies it covers in 84 to 97 % of cases, least with noisy
-    scores (test_tops.py); of the rank of a single component in 78 to 91 %, and in 58 to 86 % where that component was
-    chosen because it ranked high.
+    scores (test_tops.py); not so the rank of a single component, whose interval is by pairs (`headcount.view.scores`).
 
     Args:
         value: What was measured.
@@ -237,7 +238,7 @@ def degenerate(
         found.append(f"option {option + 1} is the answer to {100 * share:.0f} % of the documents, whatever they say")
     to_beat = baseline(num_options, constant)
     if np.isnan(low):
-        found.append("its metric goes beyond 0 and 1, so that it has no interval and nothing can be ruled out")
+        found.append(NO_INTERVAL)
     elif not above:
         found.append(f"accuracy {correct.mean():.2f} is not shown to be above {to_beat:.2f}, which guessing"
                      f"{' or a constant answer' if constant > 0 else ''} gets (corrected for the number of tasks)")

@@ -82,9 +82,9 @@ def _lines(path: Path, check: Callable[[Mapping[str, Any]], str] | None) -> Iter
         try:
             doc = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); mend that line") from error
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); fix that line") from error
         if "\\ud" in line.lower() and not _is_text(doc):
-            raise DataError(f"{path}, line {number}: half of a surrogate pair (\\ud...) is no text; mend that line")
+            raise DataError(f"{path}, line {number}: half of a surrogate pair (\\ud...) is no text; fix that line")
         if not isinstance(doc, dict):
             raise DataError(f"{path}, line {number}: a document is a JSON object, not {type(doc).__name__}")
         if check is not None and (wrong := check(doc)):

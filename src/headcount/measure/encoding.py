@@ -119,11 +119,11 @@ def _prefix_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _request(context: list[int], continuation: list[int], max_length: int, text: str) -> Request:
     if not continuation:
-        raise TaskError(f"the continuation {text[:60]!r} has no tokens of its own; mend that document's options")
+        raise TaskError(f"the continuation {text[:60]!r} has no tokens of its own; fix that document's options")
     if len(continuation) > max_length:
         raise TaskError(f"the continuation {text[:60]!r} has {len(continuation)} tokens, the model reads {max_length}")
     if not context:
-        raise TaskError(f"the context before {text[:60]!r} has no tokens; mend that document's context, or empty it")
+        raise TaskError(f"the context before {text[:60]!r} has no tokens; fix that document's context, or empty it")
     whole = context + continuation
     ids = whole[-(max_length + 1) :][:-1]
     return Request(np.array(ids, np.int64), np.array(continuation, np.int64), truncated=len(whole) > max_length + 1)

@@ -28,7 +28,7 @@ parts add up to the branch's score, ranks the heads of Gemma-3-270M less like th
 of lower layers pass the norm itself.
 
 Oracle: I[l] = P(full) - P(without FFN l) on the same documents, P the task's metric, and the same for one head off;
-beside it the mean gold log-likelihood that is lost, which decides between equal P.
+beside it the mean gold log-likelihood that is lost. Either can be what orders (`order_of`).
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ class Task:
             return Prompt(doc_id, doc, pairs, self._gold(doc, options, len(pairs)), options)
         except _MISFITS as error:
             raise DataError(f"document {doc_id} of task {self.name!r} does not fit the task's definition "
-                            f"({type(error).__name__}: {error}); mend that document") from error
+                            f"({type(error).__name__}: {error}); fix that document") from error
 
     def _gold(self, doc: Mapping[str, Any], options: int, pairs: int) -> int:
         """The option which scores when it alone wins, asked of the task's own metric."""
@@ -407,4 +407,4 @@ def _load(text: str, name: str, *, local: bool) -> Any:
 
 def _not_to_be_had(name: str, error: BaseException) -> UnavailableError:
     return UnavailableError(f"the documents of task {name!r} could not be had from the hub ({hub.reason(error)}); "
-                            "pass --data DIR with local files, or mend the connection")
+                            "pass --data DIR with local files, or restore the connection")

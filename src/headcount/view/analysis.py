@@ -144,8 +144,8 @@ class Study:
         difference_high (`headcount.intervals`); verdict of it and the margin ("within", "costs more", "unknown");
         p (exact paired test that as many documents got worse as better, corrected for the curve's steps); documents;
         changed (how many documents' metric differs from the full model's), fell, rose; draws (random orders that are
-        averaged). Fraction 0 is
-        the full model, repeated for each order; a study without curves has it once, with component and order "none".
+        averaged). Fraction 0 is the full model, repeated for each order; a study without curves has it once, with
+        component and order "none".
         """
         return self._curves.copy()
 

@@ -39,7 +39,6 @@ AGAINST_RANDOM = ["task", "num_fewshot", "component", "order", "fraction", "accu
                   "draw_high", "difference", "difference_low", "difference_high"]
 # The one order for all tasks, that of their importance together; a task's own orders; draws.
 COMMON, OWN_ORDERS, RANDOM = "common", ("gradient", "oracle"), "random"
-NO_INTERVAL = "the metric goes beyond 0 and 1, so that it has no interval and nothing can be ruled out"
 ByShots = Mapping[int, Mapping[str, Points]]
 
 
@@ -137,7 +136,7 @@ def _free(
     found = {"reason": "", "full_accuracy": full["accuracy"], "full_low": full["low"], "baseline": baseline,
              "tasks": len(tasks), "above_chance": len(able), "documents": full["documents"]}
     if np.isnan(full["low"]):
-        return {**found, "free_fraction": np.nan, "reason": NO_INTERVAL}
+        return {**found, "free_fraction": np.nan, "reason": stats.NO_INTERVAL}
     if not (full["low"] > baseline if len(tasks) > 1 else able):
         bound = f" (at least {full['low']:.2f})" if len(tasks) > 1 else ""
         corrected = "" if len(tasks) > 1 else " (an exact test, corrected for the number of tasks)"

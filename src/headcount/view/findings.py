@@ -10,8 +10,8 @@ from __future__ import annotations
 import pandas as pd
 
 from headcount.intervals import WITHIN
+from headcount.stats import NO_INTERVAL
 from headcount.view import words as say
-from headcount.view.curves import NO_INTERVAL
 from headcount.view.points import MEAN, groups
 from headcount.view.relations import RANDOM
 from headcount.view.selection import (

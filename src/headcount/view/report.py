@@ -145,8 +145,7 @@ def _tables(study: Study) -> Iterator[Table]:
                             "difference_high")
         yield Table("Importance beside random orders", "Accuracy by the measured order and by random ones (their "
                     "mean, the least and the most accurate draw); the difference of the two, paired over documents "
-                    "and draws, "
-                    "with its 95 % interval.", _plain_columns(rows))
+                    "and draws, with its 95 % interval.", _plain_columns(rows))
     pruned = curves[(curves["fraction"] > 0)]
     if len(pruned):
         wide = pruned.assign(percent=[f"{100 * f:.3g} %" for f in pruned["fraction"]]).pivot_table(
@@ -195,8 +194,8 @@ def _free(study: Study, free: pd.DataFrame) -> Table:
         "the full model in points. Next step: the same of the first step that is not free. There: whether it is shown "
         "to cost more than the margin, or these documents cannot tell, and how many in all would, if as large a share "
         "of them changed. 'Differs at': the first step at which accuracy is shown to be better or worse than the full "
-        "model's (McNemar's "
-        "exact test, p < 0.05, corrected for the curve's steps by Holm's method).", _plain_columns(frame[columns]))
+        "model's (McNemar's exact test, p < 0.05, corrected for the curve's steps by Holm's method).",
+        _plain_columns(frame[columns]))
 
 
 def _next(row: pd.Series) -> str:

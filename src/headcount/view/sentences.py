@@ -10,18 +10,17 @@ import pandas as pd
 
 from headcount import intervals
 from headcount.intervals import COSTS_MORE, UNKNOWN, WITHIN
+from headcount.stats import NO_INTERVAL
 from headcount.view import primitives, words
 from headcount.view.analysis import Study
-from headcount.view.curves import COMMON, NO_INTERVAL, RANDOM
+from headcount.view.curves import COMMON, RANDOM
 from headcount.view.points import MEAN, groups
 from headcount.view.relations import MEAN_OF_RANKS
 from headcount.view.scores import name_of
-from headcount.view.selection import first_differences, own_orders
+from headcount.view.selection import RELIABLE, first_differences, own_orders
 from headcount.view.words import better_or_worse, millions, number_of, over, score_name, share, shots, signed, told
 
 _TASKS_NAMED = 6
-# An order whose scores are half noise, or more.
-RELIABLE_ORDER = 0.5
 _NAMES = {"head": ("attention head", "attention heads"), "ffn": ("FFN", "FFNs")}
 
 
@@ -73,8 +72,7 @@ def _can_go(study: Study, row: pd.Series) -> str:
         said = (f"{share(row['free_fraction'])} of the {names} ({row['removed']:.0f} of {total}, "
                 f"{millions(row['parameters_removed'])} parameters) can go. {what[0].upper()}{what[1:]} is then "
                 f"{row['accuracy']:.3f}, the full model's {row['full_accuracy']:.3f} ({_interval(row, margin)}; up to "
-                "there "
-                f"{told(WITHIN, margin)} at every step).")
+                f"there {told(WITHIN, margin)} at every step).")
         if row["order"] != COMMON:
             return f"{beginning}{said}{_on_those_above_chance(row)}"
         return f"{beginning}{said}{_costs_more(study, row, float(row['free_fraction']))}"
@@ -105,11 +103,6 @@ def _costs_more(study: Study, row: pd.Series, fraction: float) -> str:
     said += [f"on {within} {told(WITHIN, margin)}"] if within else []
     said += [f"on {unknown} its documents cannot tell"] if unknown else []
     return f" Of the {number_of(len(at), 'task')} above chance, {'; '.join(said)}."
-
-
-def margin_of(study: Study) -> str:
-    """`2 points`."""
-    return f"{100 * study.spec['margin']:.3g} points"
 
 
 def _on_those_above_chance(row: pd.Series) -> str:
@@ -154,8 +147,7 @@ def curve_sentence(study: Study, component: str) -> str:
     else:
         shown = "the order is not shown to be better than a random one, nor worse"
     interval = (f", {signed(row['difference_low'])} to {signed(row['difference_high'])} (95 %, paired over documents "
-                "and "
-                "draws)") if known else ""
+                "and draws)") if known else ""
     spread = f" (single draws {row['draw_low']:.2f} to {row['draw_high']:.2f})" if row["draws"] > 1 else ""
     orders = f"{row['draws']} random orders {row['random']:.2f} on average" if row["draws"] > 1 else (
         f"a random one {row['random']:.2f}")
@@ -290,8 +282,7 @@ def cautions(study: Study) -> Iterator[str]:
     if study.depth()["low"].notna().any():
         yield ("Intervals of correlations, of sets of heads or FFNs and of what is retained say what another "
                "study with the same number of documents would find; in simulations they hold in 84 to 97 % of cases, "
-               "least often "
-               "where scores are noisy.")
+               "least often where scores are noisy.")
     for task, known in study.known_tasks.items():
         yield from (f"{task}: {note}." for note in known["notes"])
     yield from _of_documents(study)
@@ -314,20 +305,18 @@ def _of_orders(study: Study) -> Iterator[str]:
     common = random[(random["order"] == COMMON) & (random["fraction"] > 0)]
     if len(common) and len(study.tasks) > 1 and not (common["task"] == MEAN).any():
         yield (f"One order for all tasks is measured on {common['task'].nunique()} of {len(study.tasks)} tasks, so "
-               "that "
-               "there is no mean of it: run the study with all its tasks together.")
+               "that there is no mean of it: run the study with all its tasks together.")
     by = study.ordering_scores
     orders = study.orders() if len(study.importance()) else pd.DataFrame()
     if len(orders):
-        weak = orders[(orders["score"] == orders["component"].map(by)) & (orders["reliability"] < RELIABLE_ORDER)]
+        weak = orders[(orders["score"] == orders["component"].map(by)) & (orders["reliability"] < RELIABLE)]
         for component, of_component in groups(weak, "component"):
             named = [f"{task} ({k}-shot, {r:.2f})" for task, k, r in zip(
                 of_component["task"], of_component["num_fewshot"], of_component["reliability"], strict=True)]
             total = int(((orders["component"] == component) & (orders["score"] == by[component])).sum())
             yield (f"The order of {_NAMES[component][1]} by {score_name(by[component])} is mostly noise (reliability"
-                   f", 1 - stderr\N{SUPERSCRIPT TWO}/variance, below {RELIABLE_ORDER:.1g}), so that its curves say "
-                   "little "
-                   f"of what is needed: {_listed(named, total, 'orders')}.")
+                   f", 1 - stderr\N{SUPERSCRIPT TWO}/variance, below {RELIABLE:.1g}), so that its curves say "
+                   f"little of what is needed: {_listed(named, total, 'orders')}.")
     layers = len(study.description["anatomy"]["heads_per_layer"])
     coarse = [f"{task} ({k}-shot, {n})" for (task, k), n in study.distinct_values.items()
               if n < layers / 2 and by["ffn"] == "accuracy"]
@@ -340,12 +329,14 @@ def _of_orders(study: Study) -> Iterator[str]:
 
 def _of_documents(study: Study) -> Iterator[str]:
     """Where documents are too few, or say nothing."""
-    least = intervals.unchanged_needed(study.spec["margin"])
-    few = {t: words for t, (n, words) in study.evaluated.items() if n < least}
+    margin = study.spec["margin"]
+    least = intervals.unchanged_needed(margin)
+    few = {t: how_many for t, (n, how_many) in study.evaluated.items() if n < least}
     if few:
-        named = _listed([f"{t} ({words})" for t, words in few.items()], len(study.evaluated), "tasks")
-        yield (f"On a single task a loss of {margin_of(study)} can only be ruled out with {least} documents or more, "
-               f"even if none of them changes; fewer (or fewer passages that they share) are evaluated on {named}.")
+        named = _listed([f"{t} ({how_many})" for t, how_many in few.items()], len(study.evaluated), "tasks")
+        yield (f"On a single task a loss of {words.points_of(margin)} can only be ruled out with {least} documents or "
+               f"more, even if none of them changes; fewer (or fewer passages that they share) are evaluated on "
+               f"{named}.")
     curves = study.curves()
     without = list(dict.fromkeys(curves.loc[curves["low"].isna() & (curves["task"] != MEAN), "task"]))
     if without:

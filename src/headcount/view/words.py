@@ -108,6 +108,11 @@ def score_name(score: str) -> str:
             "accuracy": "accuracy lost", "gold_loglikelihood": "gold log-likelihood lost"}.get(score, score)
 
 
+def points_of(margin: float | int) -> str:
+    """`2 points`: a margin as it was asked for."""
+    return f"{100 * margin:.3g} points"
+
+
 def told(
     verdict: str, margin: float | int, *, needed: float | int = float("nan"), documents: float | int = float("nan")
 ) -> str:
@@ -119,16 +124,16 @@ def told(
         needed: How many documents would tell.
         documents: How many there are.
     """
-    points_ = f"{100 * margin:.3g} points"
+    lost = points_of(margin)
     if verdict == intervals.WITHIN:
-        return f"a loss of {points_} or more is ruled out"
+        return f"a loss of {lost} or more is ruled out"
     if verdict == intervals.COSTS_MORE:
-        return f"a loss of more than {points_} is shown"
+        return f"a loss of more than {lost} is shown"
     here = f"these {documents:,.0f} documents" if documents == documents else "these documents"
-    return f"whether {points_} are lost cannot be told with {here}{would_tell(needed, documents)}"
+    return f"whether {lost} are lost cannot be told with {here}{_would_tell(needed, documents)}"
 
 
-def would_tell(needed: float | int, documents: float | int = float("nan")) -> str:
+def _would_tell(needed: float | int, documents: float | int) -> str:
     """` (about 1,900 would tell)`: how many documents would end a doubt, in two digits; empty where unknown."""
     if needed != needed or needed <= documents:
         return ""
