@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from headcount.measure.budget import budget_of
-from headcount.measure.encoding import Request, encode
-from headcount.measure.forward import loglikelihood
-from headcount.measure.layout import layout
-from headcount.measure.names import PAPER14
-from headcount.measure.packing import batches, pack
-from headcount.measure.scoring import prepare
-from headcount.measure.tasks import Prompt, get_tasks
+from headcount.engine.budget import budget_of
+from headcount.engine.encode import Request, encode
+from headcount.engine.engine import loglikelihood
+from headcount.engine.layout import layout
+from headcount.engine.pack import batches, pack
+from headcount.measure.evaluate import prepare
 from headcount.model.load import LoadedModel
+from headcount.tasks.catalog import PAPER14
+from headcount.tasks.load import get_tasks
+from headcount.tasks.task import Prompt
 
 SETTINGS = {"0-shot": (0, False), "5-shot": (5, False), "5-shot, shared": (5, True)}
 # Padded tokens that lm-eval's side is timed on, about; and those that its batch size is chosen on.

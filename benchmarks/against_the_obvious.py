@@ -20,20 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from headcount.ledger import Job, Ledger
+from headcount.engine.budget import budget_of
+from headcount.engine.encode import encode
+from headcount.engine.engine import Likelihoods, masked_loglikelihoods, sweep_contract, target_logprobs
+from headcount.engine.pack import Batch, batches, pack
 from headcount.masks import Mask, prune, random_order
-from headcount.measure.budget import budget_of
 from headcount.measure.copying import Reading, paper_copying, sound_copying
-from headcount.measure.encoding import encode
-from headcount.measure.forward import Likelihoods, masked_loglikelihoods, sweep_contract, target_logprobs
+from headcount.measure.evaluate import Prepared, prepare, score
 from headcount.measure.importance import example_scores
 from headcount.measure.induction import LENGTHS, REPEATS, prefix_matching, usable_tokens
-from headcount.measure.packing import Batch, batches, pack
-from headcount.measure.scoring import Prepared, prepare, score
-from headcount.measure.tasks import get_tasks
 from headcount.model.attention import attention_keywords, attention_seen, eager
+from headcount.model.circuits import ov_copying
 from headcount.model.load import LoadedModel, load
-from headcount.model.weights import ov_copying
+from headcount.study.ledger import Job, Ledger
+from headcount.tasks.load import get_tasks
 
 Row = dict[str, Any]
 

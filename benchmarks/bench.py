@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headcount.waiting import wait_asleep
+from headcount.engine.waiting import wait_asleep
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 wait_asleep()
@@ -37,8 +37,8 @@ import torch
 
 import against_lm_eval
 import against_the_obvious
-from headcount.measure.names import PAPER14
 from headcount.model.load import LoadedModel, load
+from headcount.tasks.catalog import PAPER14
 from performance_page import page
 from waiting import waiting
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from headcount.waiting import wait_asleep
+from headcount.engine.waiting import wait_asleep
 
 wait_asleep()
 
@@ -23,13 +23,13 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from headcount.engine.budget import budget_of
+from headcount.engine.encode import Request
+from headcount.engine.engine import masked_loglikelihoods
+from headcount.engine.layout import layout
+from headcount.engine.pack import Batch, Budget, batches, pack
 from headcount.masks import Mask, prune, random_order
-from headcount.measure.budget import budget_of
-from headcount.measure.encoding import Request
-from headcount.measure.forward import masked_loglikelihoods
 from headcount.measure.importance import example_scores
-from headcount.measure.layout import layout
-from headcount.measure.packing import Batch, Budget, batches, pack
 from headcount.model.load import LoadedModel, wrap
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headcount.waiting import wait_asleep
+from headcount.engine.waiting import wait_asleep
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 wait_asleep()
@@ -36,14 +36,16 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from headcount.engine.engine import loglikelihood
 from headcount.masks import Component
-from headcount.measure.forward import loglikelihood
+from headcount.measure.evaluate import evaluate, prepare
 from headcount.measure.importance import gradient_importance
-from headcount.measure.names import PAPER14, UNSEEN
-from headcount.measure.scoring import evaluate, prepare
-from headcount.measure.tasks import LM_EVAL_SEED, Task, get_tasks
 from headcount.model.load import LoadedModel, load
 from headcount.results import Evaluations, Importance
+from headcount.tasks.catalog import PAPER14, UNSEEN
+from headcount.tasks.fewshot import LM_EVAL_SEED
+from headcount.tasks.load import get_tasks
+from headcount.tasks.task import Task
 
 TOLERANCE = 1e-3
 _ROOT = Path(__file__).resolve().parents[1]

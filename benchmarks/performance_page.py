@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from against_lm_eval import SETTINGS
-from headcount.measure.names import PAPER14
+from headcount.tasks.catalog import PAPER14
 
 Row = dict[str, Any]
 

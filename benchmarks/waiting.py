@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from headcount.engine.waiting import NAMES
 from headcount.model.load import LoadedModel
-from headcount.waiting import NAMES
 
 # Ways of waiting: what is set before torch is loaded.
 WAYS: dict[str, dict[str, str]] = {
@@ -99,11 +99,11 @@ def _serve() -> None:
     """Score as often as is asked for on stdin; write seconds, CPU seconds, and cores that others kept busy."""
     import torch
 
+    from headcount.engine.neighbours import watch
     from headcount.masks import Mask
-    from headcount.measure.scoring import prepare, score
-    from headcount.measure.tasks import get_tasks
+    from headcount.measure.evaluate import prepare, score
     from headcount.model.load import load
-    from headcount.neighbours import watch
+    from headcount.tasks.load import get_tasks
 
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     loaded = load("smollm2", device="cpu")

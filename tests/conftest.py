@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from headcount.waiting import wait_asleep
+from headcount.engine import neighbours
+from headcount.engine.waiting import wait_asleep
 
 wait_asleep()  # before torch is loaded
 
 import torch  # noqa: E402
-
-from headcount import neighbours  # noqa: E402
 
 # No test reaches the network; without this, every unknown name would wait for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

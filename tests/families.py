@@ -17,8 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from headcount.engine.proof import verify_sweep
 from headcount.model.anatomy import find_anatomy
-from headcount.model.contracts import ContractResult, verify_sweep
+from headcount.model.contracts import ContractResult
 from headcount.model.load import LoadedModel, wrap
 
 VOCAB = 96

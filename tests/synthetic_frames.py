@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from headcount.intervals import verdict
+from headcount.stats.intervals import verdict
 
 TASKS = ("arc_easy", "boolq", "cb", "copa", "hellaswag", "openbookqa", "piqa", "winogrande", "arc_challenge", "multirc",
          "record", "rte", "wic", "wsc")

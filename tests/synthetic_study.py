@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from headcount.ledger import Ledger
 from headcount.masks import Mask, prune
+from headcount.study.ledger import Ledger
 
 LAYERS, HEADS = 6, 4
 HEADS_PER_LAYER = [HEADS] * LAYERS

@@ -10,13 +10,15 @@ import pytest
 from scipy.stats import spearmanr
 
 import synthetic_study as synthetic
+from headcount.analysis.importance import mean_importance
+from headcount.analysis.points import Points, finished
+from headcount.analysis.study import open_study
 from headcount.errors import StudyError
-from headcount.ledger import Ledger, job_id
-from headcount.view import report, sentences
-from headcount.view.analysis import open_study
-from headcount.view.points import Points, finished
-from headcount.view.scores import mean_importance
-from headcount.view.sections import sections
+from headcount.report.cautions import cautions
+from headcount.report.headline import headline
+from headcount.report.importance import ranking
+from headcount.report.page import sections, tables, write_report
+from headcount.study.ledger import Ledger, job_id
 
 
 def pick(table: pd.DataFrame, **values: object) -> pd.DataFrame:
@@ -86,11 +88,11 @@ def test_a_share_that_removes_nothing_is_not_free(tmp_path: Path, monkeypatch: p
     study = open_study(synthetic.write(tmp_path, shots=(5,)))
     assert study.curves()["removed"].tolist() == [0, 0, 3, 4] * 3
     assert (study.free_fractions()["free_fraction"] == 0).all(), "a tenth of six FFNs is none of them"
-    (said,) = sentences.headline(study)
+    (said,) = headline(study)
     assert "Already without 3 of 6" in said
     monkeypatch.setattr(synthetic, "FRACTIONS", [0.05, 0.1, 0.15])
     none = open_study(synthetic.write(tmp_path / "none", shots=(5,)))
-    assert "no step removes one of the 6 FFNs" in sentences.headline(none)[0]
+    assert "no step removes one of the 6 FFNs" in headline(none)[0]
     assert "a loss of more than 2 points is shown" in said, "-20 points are no doubt"
 
 
@@ -141,13 +143,13 @@ def test_an_unfinished_study_opens(tmp_path: Path, parts: dict[str, bool]) -> No
     assert len(study.evaluations()) > 0 or not parts.get("evaluations", True)
     assert len(study.curves()) == 0 or parts.get("evaluations", True)
     assert len(study.importance()) > 0 or not parts.get("importance", True)
-    assert isinstance(sentences.headline(study)[0], str)
-    assert list(sentences.cautions(study))
+    assert isinstance(headline(study)[0], str)
+    assert list(cautions(study))
 
 
 def test_a_task_under_way_costs_the_others_nothing(tmp_path: Path) -> None:
     done = open_study(synthetic.write(tmp_path / "done"))
-    assert not sentences.headline(done)[0].startswith("Not every task")
+    assert not headline(done)[0].startswith("Not every task")
     folder = synthetic.write(tmp_path / "more", tasks=("red", "green", "blue"))
     ledger = Ledger(folder)
     for entry in ledger.entries("evaluation"):
@@ -159,7 +161,7 @@ def test_a_task_under_way_costs_the_others_nothing(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(found.reset_index(drop=True), expected.reset_index(drop=True))
     assert under_way.finished_tasks(5) == ["red", "green"]
     assert under_way.baseline("mean", 5) == done.baseline("mean", 5)
-    assert sentences.headline(under_way)[0] == (
+    assert headline(under_way)[0] == (
         "Not every task is measured at every number of shots: of 3 tasks, 2 with no shots, 2 with 5 shots. "
         "Means are over those alone.")
 
@@ -175,7 +177,7 @@ def test_points_that_one_task_has_beside_the_others_are_no_reason_to_leave_these
 
 def test_what_is_said_is_what_was_planted(tmp_path: Path) -> None:
     study = open_study(synthetic.write(tmp_path))
-    first, second, third = sentences.headline(study)
+    first, second, third = headline(study)
     assert first.startswith("With 5 shots, each task by its own order: 50 % of the attention heads (12 of 24, 0.0 M "
                             "parameters) can go. Mean")
     assert "up to there a loss of 2 points or more is ruled out at every step" in first
@@ -183,14 +185,14 @@ def test_what_is_said_is_what_was_planted(tmp_path: Path) -> None:
                              "Already without 1 of 6 mean accuracy changes by \N{MINUS SIGN}20.0 points")
     assert second.endswith("a loss of more than 2 points is shown.")
     assert third.startswith("With no shots nothing can be said")
-    cautions = " ".join(sentences.cautions(study))
+    told = " ".join(cautions(study))
     for expected in ("weights are made up", "Shots are shared", "red, green", "distinct accuracies in green (0-shot, "
                                                                               "2)"):
-        assert expected in cautions
-    assert "only be ruled out with 189 documents or more" in cautions
+        assert expected in told
+    assert "only be ruled out with 189 documents or more" in told
     many = open_study(synthetic.write(tmp_path / "many", documents=200))
-    assert "only be ruled out" not in " ".join(sentences.cautions(many))
-    ranked = sentences.ranking(study, "head")
+    assert "only be ruled out" not in " ".join(cautions(many))
+    ranked = ranking(study, "head")
     assert ranked[ranked["num_fewshot"] == 5]["name"].tolist()[:2] == ["L5H3", "L5H2"]
 
 
@@ -238,14 +240,14 @@ def test_every_order_says_how_reliable_it_is(tmp_path: Path) -> None:
     ordering = study.ordering_scores
     assert found["orders"].tolist() == [ordering[c] == s for c, s in zip(found["component"], found["score"],
                                                                          strict=True)]
-    (table,) = (t for t in report._tables(study) if t.title == "How reliable the orders are")
+    (table,) = (t for t in tables(study) if t.title == "How reliable the orders are")
     assert len(table.frame) == 3 * 2 * 2, "of two tasks and their mean, at two numbers of shots, heads and FFNs"
     assert table.frame.iloc[0][["task", "shots", "score"]].tolist() == ["mean", 0, f"{ordering['head']} (gradient)"]
     one = table.frame.query("task == 'red' and component == 'head'").iloc[0]
     assert one["reliability of other scores"].endswith(f"(gradient) {heads['reliability']:.2f}")
     write_nothing = open_study(synthetic.write(tmp_path / "none", importance=False))
     assert write_nothing.orders().empty
-    assert not [t for t in report._tables(write_nothing) if t.title == "How reliable the orders are"]
+    assert not [t for t in tables(write_nothing) if t.title == "How reliable the orders are"]
 
 
 def test_chance_within_layers_is_that_of_the_heads_layers(tmp_path: Path) -> None:
@@ -282,10 +284,10 @@ def test_a_mean_says_what_tasks_above_chance_lose(tmp_path: Path) -> None:
     assert mean[["above_chance_low", "above_chance_high"]].tolist() == pytest.approx(red[bounds].tolist())
     assert free.loc["green", "above_chance"] == 0
     assert np.isnan(free.loc["green", "above_chance_difference"])
-    said = sentences.headline(study)[0]
+    said = headline(study)[0]
     assert "on 1 of the 2 tasks of that mean; on that alone the difference is \N{MINUS SIGN}40.0 points" in said
     assert "tasks and share were chosen on these documents" in said
-    assert not any("of that mean" in line for line in sentences.headline(
+    assert not any("of that mean" in line for line in headline(
         open_study(synthetic.write(tmp_path / "both", shots=(5,))))), "nothing where every task is above chance"
 
 
@@ -297,12 +299,12 @@ def test_whatever_is_measured_so_far_can_be_shown(tmp_path: Path, seed: int) -> 
         if rng.random() < seed / 12:
             path.unlink()
     study = open_study(folder)
-    assert sentences.headline(study)
-    assert list(sentences.cautions(study))
+    assert headline(study)
+    assert list(cautions(study))
     for section in sections(study):
         for figure in (section.page(), section.static()):
             assert figure is None or "NaN" not in figure.to_json()
-    assert all(table.rows for table in report._tables(study))
+    assert all(table.rows for table in tables(study))
 
 
 def test_gradient_and_oracle_are_compared_where_both_scored(tmp_path: Path) -> None:
@@ -326,7 +328,7 @@ def test_gradient_and_oracle_are_compared_where_both_scored(tmp_path: Path) -> N
     assert np.isnan(found.loc["head", "example", "accuracy"]["correlation"]), "all heads lose the same"
     ffns = spearmanr(np.arange(6), np.arange(6) // 3).statistic
     assert found.loc["ffn", "example", "accuracy"]["correlation"] == pytest.approx(ffns)
-    page = report.write_report(folder).read_text()
+    page = write_report(folder).read_text()
     assert f"{row['correlation']:.2f}" in page
     assert "all equal" in page
     assert (folder / "tables" / "agreement.csv").is_file()

@@ -12,18 +12,19 @@ import pytest
 import torch
 
 import tiny
+from headcount.engine import budget as rooms
+from headcount.engine.engine import in_memory
+from headcount.engine.pack import Batch, Budget, Cost
 from headcount.errors import ModelError, OptionError
-from headcount.ledger import Ledger
 from headcount.masks import Mask
-from headcount.measure import budget as rooms
-from headcount.measure.forward import in_memory
+from headcount.measure.evaluate import evaluate, prepare
 from headcount.measure.importance import gradient_importance
-from headcount.measure.packing import Batch, Budget, Cost
-from headcount.measure.scoring import evaluate, prepare
-from headcount.measure.tasks import Task, get_tasks
 from headcount.model.load import LoadedModel
-from headcount.specs import StudySpec
-from headcount.study import Runner
+from headcount.study.ledger import Ledger
+from headcount.study.runner import Runner
+from headcount.study.spec import StudySpec
+from headcount.tasks.load import get_tasks
+from headcount.tasks.task import Task
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 import tiny
+from headcount.analysis.study import open_study
 from headcount.cli import main
-from headcount.ledger import Ledger, job_id
-from headcount.measure.budget import budget_of
+from headcount.engine.budget import budget_of
 from headcount.model.load import load
-from headcount.view.analysis import open_study
+from headcount.study.ledger import Ledger, job_id
 
 
 @pytest.fixture(scope="session")

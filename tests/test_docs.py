@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from headcount.view.curves import COLUMNS, FREE_COLUMNS
-from headcount.view.joint import GRID, TRANSFER
-from headcount.view.report import _CSV
+from headcount.analysis.curves import COLUMNS, FREE_COLUMNS
+from headcount.analysis.grid import GRID
+from headcount.analysis.transfer import TRANSFER
+from headcount.report.page import _CSV
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -10,7 +10,7 @@ from families import CORE, FAMILIES, tiny, tokens
 from headcount.errors import OptionError
 from headcount.masks import Mask
 from headcount.model.anatomy import LayerAnatomy, find_anatomy
-from headcount.model.gates import ablated, captured, frozen
+from headcount.model.hooks import ablated, captured, frozen
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

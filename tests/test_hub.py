@@ -24,8 +24,8 @@ from huggingface_hub.utils import httpx
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from headcount import hub
 from headcount.model.fingerprint import fingerprint
+from headcount.tasks import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 COPA = [
@@ -60,7 +60,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 PROLOGUE = """
 import builtins, json
 from headcount.errors import HeadcountError
-from headcount.measure.tasks import get_tasks
+from headcount.tasks.load import get_tasks
 from headcount.model.load import load
 
 def told(name, **options):
@@ -113,7 +113,7 @@ def nowhere(host, *args, **kwargs):
 socket.getaddrinfo = nowhere
 """
 DEAD = NO_NETWORK + PROLOGUE + """
-from headcount.measure.tasks import describe
+from headcount.tasks.load import describe
 names = ["wic", "hellaswag", "copa", "piqa", "arc_easy"]
 rows = [describe(name) for name in names]
 print(json.dumps({"rows": rows, "model": told("org/tiny"), "absent": refusal(load, "org/absent"), "asked": asked}))

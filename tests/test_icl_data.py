@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "src" / "headcount" / "data" / "icl"
+DATA = ROOT / "src" / "headcount" / "tasks" / "data" / "icl"
 TABLES = ROOT / "tools" / "icl"
 TASKS = sorted(path.name for path in DATA.iterdir() if path.is_dir())
 SPLITS = ("train", "validation")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from headcount.measure.tasks import get_tasks
+from headcount.tasks.load import get_tasks
 
-DATA = Path(__file__).resolve().parents[1] / "src" / "headcount" / "data" / "icl"
+DATA = Path(__file__).resolve().parents[1] / "src" / "headcount" / "tasks" / "data" / "icl"
 VOWELS = "aeiou"
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import tiny
+from headcount.engine.encode import encode
+from headcount.engine.pack import Budget
 from headcount.errors import OptionError
 from headcount.masks import Mask
-from headcount.measure.encoding import encode
+from headcount.measure.evaluate import evaluate
 from headcount.measure.importance import (
     example_scores,
     ffn_importance,
@@ -20,12 +22,11 @@ from headcount.measure.importance import (
     head_importance,
     oracle_importance,
     order_of,
-    standard_error,
 )
-from headcount.measure.packing import Budget
-from headcount.measure.scoring import evaluate
-from headcount.measure.tasks import Task, get_tasks
+from headcount.measure.resampling import standard_error
 from headcount.model.load import LoadedModel, wrap
+from headcount.tasks.load import get_tasks
+from headcount.tasks.task import Task
 
 
 @pytest.fixture

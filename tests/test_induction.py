@@ -29,7 +29,7 @@ from headcount.measure.induction import induction_scores, randomised, split_half
 from headcount.model.anatomy import LayerAnatomy, find_anatomy
 from headcount.model.load import LoadedModel, wrap
 from headcount.results import InductionScores
-from headcount.specs import INDUCTION_TEXTS
+from headcount.study.spec import INDUCTION_TEXTS
 
 LENGTHS, REPEATS, SEEDS = (5, 8), 3, 2
 # Values that pass a norm or a gate before heads put them out.

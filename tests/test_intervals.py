@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import binom, multinomial, norm
 
-from headcount import intervals
-from headcount.intervals import Sample, difference_interval, verdict
+from headcount.stats import intervals
+from headcount.stats.intervals import Sample, difference_interval, verdict
 
 Z = float(norm.ppf(0.975))
 MARGIN = 0.02

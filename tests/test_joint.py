@@ -12,20 +12,20 @@ import pytest
 
 import headcount as hc
 import tiny
+from headcount.analysis.study import Study
 from headcount.errors import ModelError, OptionError, StudyError
-from headcount.ledger import Ledger, job_id
 from headcount.masks import Mask, prune, random_order, removal_order
+from headcount.measure.evaluate import evaluate
 from headcount.measure.induction import induction_scores
-from headcount.measure.scoring import evaluate
-from headcount.measure.tasks import get_tasks
-from headcount.plan import TaskFacts, plan
-from headcount.pruning import aggregate_order
-from headcount.specs import StudySpec
-from headcount.study import Runner, run_study
-from headcount.tables import importance_table, resampled_from, stored_order
-from headcount.view import sentences
-from headcount.view.analysis import Study
-from headcount.view.report import _CSV, write_report
+from headcount.report.cautions import cautions
+from headcount.report.page import _CSV, write_report
+from headcount.study.codec import importance_table, resampled_from, stored_order
+from headcount.study.jobs import aggregate_order
+from headcount.study.ledger import Ledger, job_id
+from headcount.study.plan import TaskFacts, plan
+from headcount.study.runner import Runner, run_study
+from headcount.study.spec import StudySpec
+from headcount.tasks.load import get_tasks
 
 TASKS, UNSEEN = ("icl_plural", "icl_gerund", "icl_agent"), "icl_antonym"
 SPEC = StudySpec(
@@ -141,7 +141,7 @@ def test_the_report_has_all_of_it(study: Study) -> None:
     assert {f.name for f in (study.folder / "figures").iterdir()} >= {
         f"{name}.{kind}" for kind in ("png", "pdf")
         for name in ("grid", "transfer_head", "transfer_ffn", "unseen_head", "induction_maps", "retained")}
-    assert "hold in 84 to 97 % of cases" in " ".join(sentences.cautions(study))
+    assert "hold in 84 to 97 % of cases" in " ".join(cautions(study))
     depth = study.depth()
     assert depth["low"].notna().all(), "importance was resampled"
 
@@ -232,7 +232,7 @@ def test_a_folder_that_lost_its_full_model_still_has_tables(study: Study, tmp_pa
         assert set(table["num_fewshot"]) == {0}
     measured = found.evaluations().query("order == 'grid' and num_fewshot == 1")
     cells = len(measured.drop_duplicates(["task", "fraction", "ffn_fraction"]))
-    assert any(f"Of the grid {cells} measured points are not shown" in line for line in sentences.cautions(found))
+    assert any(f"Of the grid {cells} measured points are not shown" in line for line in cautions(found))
     assert not study.unshown
 
 

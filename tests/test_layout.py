@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from families import FAMILIES, SINGLE_ROWS, VOCAB, kernels, probed, reader, tiny, with_kernel
-from headcount.measure.encoding import Request
-from headcount.measure.forward import loglikelihood
-from headcount.measure.layout import layout, probe
-from headcount.measure.packing import Budget, batches, pack
+from headcount.engine.encode import Request
+from headcount.engine.engine import loglikelihood
+from headcount.engine.layout import layout, probe
+from headcount.engine.pack import Budget, batches, pack
 from headcount.model.load import wrap
 
 

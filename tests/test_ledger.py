@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from headcount.errors import StudyError
-from headcount.ledger import Ledger, job_id
+from headcount.study.ledger import Ledger, job_id
 
 JOB = {"kind": "evaluation", "task": "copa", "num_fewshot": 5, "curve": {"fractions": [0.1, 0.2]}}
 TABLE = pd.DataFrame({"mask": [0, 0], "doc_id": [0, 1], "correct": [1.0, 0.0]})

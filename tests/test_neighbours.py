@@ -12,12 +12,13 @@ import psutil
 import pytest
 
 import tiny
-from headcount import neighbours, terminal
-from headcount.measure import budget as rooms
-from headcount.measure.packing import Cost
-from headcount.neighbours import Load, Speed, watch
-from headcount.specs import StudySpec
-from headcount.study import Runner
+from headcount import terminal
+from headcount.engine import budget as rooms
+from headcount.engine import neighbours
+from headcount.engine.neighbours import Load, Speed, watch
+from headcount.engine.pack import Cost
+from headcount.study.runner import Runner
+from headcount.study.spec import StudySpec
 
 Core = namedtuple("Core", "user nice system idle iowait irq softirq steal guest guest_nice")
 Own = namedtuple("Own", "user system")

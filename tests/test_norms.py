@@ -14,18 +14,18 @@ from torch import nn
 
 import synthetic_study
 from families import FAMILIES, reader, tiny
-from headcount.ledger import Ledger, job_id
+from headcount.analysis.study import Study
+from headcount.engine.encode import Request, encode
+from headcount.engine.pack import Budget
 from headcount.masks import Mask
-from headcount.measure.encoding import Request, encode
 from headcount.measure.importance import example_scores
-from headcount.measure.packing import Budget
 from headcount.model.contracts import verify
-from headcount.model.gates import ablated, captured, frozen
+from headcount.model.hooks import ablated, captured, frozen
 from headcount.model.load import LoadedModel, wrap
 from headcount.model.norms import LayerNorms
-from headcount.plan import TaskFacts, plan
-from headcount.specs import StudySpec
-from headcount.view.analysis import Study
+from headcount.study.ledger import Ledger, job_id
+from headcount.study.plan import TaskFacts, plan
+from headcount.study.spec import StudySpec
 
 # By names, where the code looks at tensors: attention's norm, and the FFN's.
 _AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")

@@ -14,19 +14,23 @@ import pytest
 import headcount as hc
 import synthetic_study as synthetic
 import tiny
-from headcount import intervals
+from headcount.analysis.curves import against_random
+from headcount.analysis.grid import grid_table
+from headcount.analysis.points import Points
 from headcount.errors import OptionError
-from headcount.folder import other_orders
-from headcount.ledger import Ledger, job_id
 from headcount.masks import Mask, prune, removal_order
-from headcount.plan import TaskFacts, plan
-from headcount.specs import StudySpec, scores_of
-from headcount.study import Runner, run_study
-from headcount.view import charts, report, sentences, words
-from headcount.view.curves import against_random
-from headcount.view.joint import grid_table
-from headcount.view.points import Points
-from headcount.view.sections import sections
+from headcount.report import words
+from headcount.report.cautions import cautions
+from headcount.report.curves import _next, common_sentence
+from headcount.report.headline import headline
+from headcount.report.importance import head_map
+from headcount.report.page import sections
+from headcount.stats import intervals
+from headcount.study.folder import other_orders
+from headcount.study.ledger import Ledger, job_id
+from headcount.study.plan import TaskFacts, plan
+from headcount.study.runner import Runner, run_study
+from headcount.study.spec import StudySpec, scores_of
 
 TASKS = ("icl_plural", "icl_gerund", "icl_agent")
 SPEC = StudySpec("tiny", tasks=TASKS, shots=(1,), limit=6, importance_limit=8, fractions=(0.25, 0.5), random_orders=2,
@@ -90,7 +94,7 @@ def test_a_folder_begun_by_another_score_goes_on_with_it_when_asked_and_is_never
     assert study.ordering_scores == {"head": "example", "ffn": "gold_loglikelihood"}
     assert study.hidden_scores == ["FFNs by accuracy", "heads by position"]
     said = "which are not shown (nor are grids and transfers by them): FFNs by accuracy, heads by position"
-    assert said in " ".join(sentences.cautions(study))
+    assert said in " ".join(cautions(study))
     alone = run_study(dataclasses.replace(new, out=tmp_path / "alone"), loaded=loaded)
     pd.testing.assert_frame_equal(study.curves(), hc.open_study(alone).curves())
     run_study(old, loaded=loaded)
@@ -195,7 +199,7 @@ def with_common(folder: Path, red: int, green: int) -> Path:
 def test_what_one_set_costs_is_a_claim_of_its_own(tmp_path: Path) -> None:
     """Each task loses nothing by its own order; one set for both costs green 10 points."""
     study = hc.open_study(with_common(tmp_path, 80, 70))
-    own, common, *_ = sentences.headline(study)
+    own, common, *_ = headline(study)
     assert own.startswith("With 5 shots, each task by its own order: 50 % of the attention heads")
     assert common.startswith("With 5 shots, one set of attention heads for all tasks: no share of the attention heads "
                              "is shown to be free. Already without 6 of 24 mean accuracy changes by \N{MINUS SIGN}5.0 "
@@ -204,10 +208,10 @@ def test_what_one_set_costs_is_a_claim_of_its_own(tmp_path: Path) -> None:
     assert common.endswith("Of the 2 tasks above chance, on 1 a loss of more than 2 points is shown: green "
                            "(\N{MINUS SIGN}10.0); on 1 a loss of 2 points or more is ruled out.")
     free = hc.open_study(with_common(tmp_path / "free", 80, 80))
-    said = sentences.headline(free)[1]
+    said = headline(free)[1]
     assert "for all tasks: 25 % of the attention heads (6 of 24, 0.0 M parameters) can go" in said
     assert said.endswith("Of the 2 tasks above chance, on 2 a loss of 2 points or more is ruled out.")
-    said = sentences.common_sentence(study, "head")
+    said = common_sentence(study, "head")
     assert said.startswith("One set of 25 % of the attention heads for all tasks leaves a mean accuracy of 0.75, "
                            "\N{MINUS SIGN}5.0 points against the full model (")
     assert "): a loss of more than 2 points is shown. Each task's own order leaves 0.80." in said
@@ -254,12 +258,12 @@ def test_a_metric_beyond_0_and_1_is_told_in_one_line(tmp_path: Path) -> None:
         ledger.write(entry.job, entry.table.assign(correct=3 * entry.table["correct"]), entry.info)
     study = hc.open_study(tmp_path)
     assert ("The metric of red goes beyond 0 and 1, so that it has no interval: nothing can be ruled out there, nor "
-            "on a mean over tasks.") in list(sentences.cautions(study))
+            "on a mean over tasks.") in list(cautions(study))
     assert set(study.curves().query("fraction > 0")["verdict"]) == {"unknown"}
     assert "it has no interval" in study.weak_results()["reason"].iloc[0]
-    assert sentences.headline(study) == ["With 5 shots nothing can be said: the metric goes beyond 0 and 1, so that "
+    assert headline(study) == ["With 5 shots nothing can be said: the metric goes beyond 0 and 1, so that "
                                          "it has no interval and nothing can be ruled out."]
-    assert "nan" not in " ".join([*sentences.cautions(study), *(s.caption for s in sections(study))])
+    assert "nan" not in " ".join([*cautions(study), *(s.caption for s in sections(study))])
 
 
 def test_verdicts_in_words() -> None:
@@ -288,7 +292,7 @@ def test_the_map_of_heads_says_which_score_it_shows_and_the_ranks_by_both(tmp_pa
             turned = np.where(entry.table["score"] == "example", 1 - scores, scores)
             ledger.path(entry.job).unlink()
             ledger.write(entry.job, entry.table.assign(importance=turned), entry.info)
-    spec = charts.head_map(hc.open_study(tmp_path).importance(), "position", choose=False).to_dict()
+    spec = head_map(hc.open_study(tmp_path).importance(), "position", choose=False).to_dict()
     assert "by position" in json.dumps(spec["spec"]["encoding"]["color"])
     (rows,) = (r for r in spec["datasets"].values() if "share" in r[0])
     ranks = {r["name"]: (r["rank"], r["other"]) for r in rows}
@@ -307,7 +311,7 @@ def test_tasks_asked_for_apart_have_no_mean_of_one_set(tmp_path: Path) -> None:
     common = study.curves().query("order == 'common'")
     assert len(set(common["task"])) == 2, "those of one set"
     assert "mean" not in set(common["task"])
-    assert "One order for all tasks is measured on 2 of 4 tasks" in " ".join(sentences.cautions(study))
+    assert "One order for all tasks is measured on 2 of 4 tasks" in " ".join(cautions(study))
     whole = run_study(dataclasses.replace(first, tasks=names), loaded=loaded)
     alone = run_study(dataclasses.replace(first, tasks=names, out=tmp_path / "alone"), loaded=loaded)
     for table in ("grid", "curves"):
@@ -318,8 +322,8 @@ def test_tasks_asked_for_apart_have_no_mean_of_one_set(tmp_path: Path) -> None:
 def test_numbers_of_documents_are_whole_in_the_table(tmp_path: Path) -> None:
     study = hc.open_study(synthetic.write(tmp_path, shots=(5,)))
     rows = study.free_fractions().assign(next_verdict="unknown", next_documents=25414.0, documents=400)
-    assert {report._next(row) for _, row in rows.iterrows()} == {"cannot tell (about 26,000 would)"}
-    assert report._next(rows.iloc[0].replace({25414.0: np.inf})) == "cannot tell"
+    assert {_next(row) for _, row in rows.iterrows()} == {"cannot tell (about 26,000 would)"}
+    assert _next(rows.iloc[0].replace({25414.0: np.inf})) == "cannot tell"
 
 
 def test_a_bound_that_rounds_to_the_margin_shows_that_it_is_not_it() -> None:

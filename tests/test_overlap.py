@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import hypergeom, rankdata
 
+from headcount.analysis.induction import induction_among_important, retained
 from headcount.errors import OptionError
 from headcount.masks import removal_order
-from headcount.view import overlap
 
 RNG = np.random.default_rng(0)
 SCORES = {(task, k): RNG.random(50) for k in (0, 5) for task in ("red", "green")}
@@ -22,7 +22,7 @@ PRIMITIVES = {"prefix_matching": RNG.random(50) ** 4, "copying": RNG.random(50)}
 @pytest.mark.parametrize("aggregate", ["mean", "ranks"])
 def test_retained_is_summed_head_by_head(aggregate: str) -> None:
     fractions = [0.0, 0.13, 0.5, 1.0]
-    found = overlap.retained(SCORES, PRIMITIVES, fractions, draws=20, aggregate=aggregate)
+    found = retained(SCORES, PRIMITIVES, fractions, draws=20, aggregate=aggregate)
     assert len(found) == 2 * 3 * 2 * len(fractions)
     for row in found.itertuples():
         whole = row.task == ("mean" if aggregate == "mean" else "mean of ranks")
@@ -41,12 +41,12 @@ def test_planted_retention() -> None:
     score = np.array([3.0, 1, 0, 0, 0, 0, 0, 0, 0, 0])
     best = {("red", 0): 10 - np.arange(10.0)}  # the two heads that match prefixes are the most important ones
     worst = {("red", 0): np.arange(10.0)}
-    assert overlap.retained(best, {"p": score}, [0.5, 0.8, 0.9])["retained"].tolist() == [1, 1, 0.75]
-    assert overlap.retained(worst, {"p": score}, [0.1, 0.2, 0.7])["retained"].tolist() == [0.25, 0, 0]
+    assert retained(best, {"p": score}, [0.5, 0.8, 0.9])["retained"].tolist() == [1, 1, 0.75]
+    assert retained(worst, {"p": score}, [0.1, 0.2, 0.7])["retained"].tolist() == [0.25, 0, 0]
 
 
 def test_the_band_is_that_of_random_orders() -> None:
-    found = overlap.retained(SCORES, PRIMITIVES, [0.3], draws=4000)
+    found = retained(SCORES, PRIMITIVES, [0.3], draws=4000)
     values = PRIMITIVES["prefix_matching"]
     rng = np.random.default_rng(9)
     drawn = [values[rng.permutation(50)[15:]].sum() / values.sum() for _ in range(4000)]
@@ -54,7 +54,7 @@ def test_the_band_is_that_of_random_orders() -> None:
     np.testing.assert_allclose([row["random_low"], row["random_high"]], np.quantile(drawn, [0.025, 0.975]), atol=0.015)
     assert row["random_mean"] == pytest.approx(np.mean(drawn), abs=0.01)
     assert found.groupby("primitive")["random_low"].nunique().eq(1).all(), "one band for every task"
-    again = overlap.retained(SCORES, PRIMITIVES, [0.3], draws=4000)
+    again = retained(SCORES, PRIMITIVES, [0.3], draws=4000)
     assert found.equals(again), "the draws are seeded"
 
 
@@ -63,8 +63,8 @@ def test_intervals_are_those_of_the_same_counts_over_resampled_scores() -> None:
     resampled = {key: values + 0.1 * rng.normal(size=(40, 50)) for key, values in SCORES.items()}
     flags = np.arange(50) % 7 == 0
     whole = {**resampled, ("mean", 5): (resampled["red", 5] + resampled["green", 5]) / 2}
-    found = overlap.retained(SCORES, PRIMITIVES, [0.3], resampled=resampled).set_index(["task", "num_fewshot"])
-    among = overlap.induction_among_important(SCORES, flags, [0.3], resampled=resampled).set_index(
+    found = retained(SCORES, PRIMITIVES, [0.3], resampled=resampled).set_index(["task", "num_fewshot"])
+    among = induction_among_important(SCORES, flags, [0.3], resampled=resampled).set_index(
         ["task", "num_fewshot"])
     assert not found.isna().any(axis=None)
     for key in (("red", 0), ("green", 5), ("mean", 5)):
@@ -81,7 +81,7 @@ def test_intervals_are_those_of_the_same_counts_over_resampled_scores() -> None:
 
 
 def test_nothing_to_retain_is_no_number() -> None:
-    found = overlap.retained({("red", 0): np.arange(4.0)}, {"p": np.zeros(4)}, [0.5])
+    found = retained({("red", 0): np.arange(4.0)}, {"p": np.zeros(4)}, [0.5])
     assert found[["retained", "random_low", "random_high"]].isna().all(axis=None)
     assert set(found["task"]) == {"red"}, "one task has no mean"
 
@@ -91,7 +91,7 @@ def test_induction_heads_among_the_important_are_counted(seed: int, n: int, frac
     rng = np.random.default_rng(seed)
     scores = {("red", 0): rng.integers(0, 6, n).astype(float)}
     flags = rng.random(n) < 0.3
-    row = overlap.induction_among_important(scores, flags, [fraction]).iloc[0]
+    row = induction_among_important(scores, flags, [fraction]).iloc[0]
     size = math.floor(fraction * n + 1e-9)
     chosen = set(removal_order(scores["red", 0])[n - size:])
     assert row["important"] == size
@@ -105,7 +105,7 @@ def test_induction_heads_among_the_important_are_counted(seed: int, n: int, frac
 
 def test_planted_induction_heads() -> None:
     scores = {(task, 5): np.arange(100.0) for task in ("red", "green")}
-    found = overlap.induction_among_important(scores, np.arange(100) >= 95).set_index(["task", "fraction"])
+    found = induction_among_important(scores, np.arange(100) >= 95).set_index(["task", "fraction"])
     assert set(found.index) == {(t, f) for t in ("red", "green", "mean") for f in (0.1, 0.2, 0.3, 0.5)}
     one = found.loc[("mean", 0.1)]
     assert (one["important"], one["induction_heads"], one["common"], one["expected"]) == (10, 5, 5, 0.5)
@@ -115,12 +115,12 @@ def test_planted_induction_heads() -> None:
 
 def test_what_cannot_be_compared_is_told() -> None:
     with pytest.raises(OptionError, match="never negative"):
-        overlap.retained(SCORES, {"p": np.full(50, -0.1)})
+        retained(SCORES, {"p": np.full(50, -0.1)})
     with pytest.raises(OptionError, match="one length, not 20, 50"):
-        overlap.retained(SCORES, {"p": np.ones(20)})
+        retained(SCORES, {"p": np.ones(20)})
     with pytest.raises(OptionError, match="one length, not 20, 50"):
-        overlap.induction_among_important(SCORES, np.ones(20, bool))
+        induction_among_important(SCORES, np.ones(20, bool))
     with pytest.raises(OptionError, match="a score for each"):
-        overlap.induction_among_important({("red", 0): np.array([1, np.nan])}, np.ones(2, bool))
+        induction_among_important({("red", 0): np.array([1, np.nan])}, np.ones(2, bool))
     with pytest.raises(OptionError, match="between 0 and 1"):
-        overlap.retained(SCORES, PRIMITIVES, [30])
+        retained(SCORES, PRIMITIVES, [30])

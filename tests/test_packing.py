@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headcount.measure.encoding import Request
-from headcount.measure.packing import Budget, Cost, batches, halves, pack
+from headcount.engine.encode import Request
+from headcount.engine.pack import Budget, Cost, batches, halves, pack
 
 ids = st.lists(st.integers(0, 2), min_size=2, max_size=7)
 documents = st.lists(st.lists(ids.flatmap(lambda x: st.tuples(st.just(x), st.integers(1, len(x) - 1))), min_size=1,

@@ -11,11 +11,11 @@ import pytest
 
 import headcount as hc
 import synthetic_study as synthetic
-from headcount.ledger import Ledger
-from headcount.view import report, sentences
-from headcount.view.report import write_report
-from headcount.view.sections import sections
-from headcount.view.selection import first_differences
+from headcount.analysis.curves import first_differences
+from headcount.report.curves import differences_sentence
+from headcount.report.importance import importance_sentence
+from headcount.report.page import sections, tables, write_report
+from headcount.study.ledger import Ledger
 
 
 def test_what_is_said_of_all_tasks_is_of_the_aggregate_that_was_asked_for(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_what_is_said_of_all_tasks_is_of_the_aggregate_that_was_asked_for(tmp_pa
         ledger.write_json("study.json", {**description, "spec": {**description["spec"], "aggregate": aggregate}})
         study = hc.open_study(folder)
         beginning = f"{said}, the most important attention heads by gradient (per position) are {first}"
-        assert beginning in sentences.importance_sentence(study, "head")
+        assert beginning in importance_sentence(study, "head")
         assert said in " ".join(section.caption for section in sections(study) if section.name == "depth")
         assert set(study.depth()["task"]) == {"red", "green", said.removeprefix("on the ").removesuffix(" over tasks")}
     flat = ledger.read_json("study.json")
@@ -44,7 +44,7 @@ def test_what_is_said_of_all_tasks_is_of_the_aggregate_that_was_asked_for(tmp_pa
             ledger.path(entry.job).unlink()
             ledger.write(entry.job, entry.table.assign(importance=-0.1), entry.info)
     ledger.write_json("study.json", flat)
-    said = sentences.importance_sentence(hc.open_study(folder), "ffn")
+    said = importance_sentence(hc.open_study(folder), "ffn")
     assert "no FFN is of use on the mean of ranks over tasks by accuracy lost" in said
 
 
@@ -64,17 +64,17 @@ def test_weak_results_of_a_study_are_marked_with_their_reasons(tmp_path: Path) -
               if k == 0 else []),
             "the oracle found 2 distinct values for 6 components, so that ties decide the order"]
         assert not found.loc[("green", k)].str.contains("whatever they say").any(), "one place, but many answers"
-    (table,) = (t for t in report._tables(hc.open_study(tmp_path)) if t.title == "Results that say little")
+    (table,) = (t for t in tables(hc.open_study(tmp_path)) if t.title == "Results that say little")
     assert table.frame["reason"].tolist() == found.tolist()
 
 
 def test_where_curves_differ_from_the_full_model_is_told(tmp_path: Path) -> None:
     study = hc.open_study(synthetic.write(tmp_path))
-    assert sentences.differences_sentence(study, "head") == (
+    assert differences_sentence(study, "head") == (
         "With 5 shots accuracy is shown to be another than the full model's (McNemar's paired test over documents, p < "
         "0.05, corrected for a curve's steps by Holm's method) first at 75 % (worse) of the attention heads on all "
         "tasks' documents together; on single tasks (not corrected for how many they are) first at 75 % (2 worse).")
-    assert "first at 25 % (worse) of the FFNs" in sentences.differences_sentence(study, "ffn")
+    assert "first at 25 % (worse) of the FFNs" in differences_sentence(study, "ffn")
     found = first_differences(study.curves()).set_index(["task", "num_fewshot", "component"])["fraction"]
     assert found["red", 5, "head"] == 0.75
     assert np.isnan(found["red", 0, "head"])
@@ -82,13 +82,13 @@ def test_where_curves_differ_from_the_full_model_is_told(tmp_path: Path) -> None
     row = curves[(curves["task"] == "red") & (curves["num_fewshot"] == 5) & (curves["component"] == "ffn")
                  & (curves["order"] == "oracle")]
     assert row.set_index("fraction").loc[0.25, "p"] == pytest.approx(2 * 0.5**20), "20 of 100 fell, none rose"
-    (table,) = (table for table in report._tables(study) if table.title == "Free fractions")
+    (table,) = (table for table in tables(study) if table.title == "Free fractions")
     told = table.frame.set_index(["task", "shots", "component"])["differs at"]
     first = {"heads": "75 % (worse)", "FFNs": "25 % (worse)"}
     assert told.to_dict() == {(task, k, component): "no step" if k == 0 else first[component]
                               for task in ("mean", "red", "green") for k in (0, 5) for component in first}
     few = hc.open_study(synthetic.write(tmp_path / "few", tasks=("red",), documents=4, shots=(5,)))
-    assert sentences.differences_sentence(few, "head").endswith(" at no step of the attention heads on red.")
+    assert differences_sentence(few, "head").endswith(" at no step of the attention heads on red.")
 
 
 def induction_entry(ledger: Ledger, reliability: float) -> None:

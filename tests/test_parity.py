@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import tiny
-from headcount.measure.names import PAPER14, UNSEEN
-from headcount.measure.scoring import evaluate
-from headcount.measure.tasks import Task, get_tasks
+from headcount.measure.evaluate import evaluate
 from headcount.model.load import LoadedModel
+from headcount.tasks.catalog import PAPER14, UNSEEN
+from headcount.tasks.load import get_tasks
+from headcount.tasks.task import Task
 from parity import TOLERANCE, Comparison, compare
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headcount.measure.passages import halves, passages, resampled
-from headcount.measure.tasks import get_tasks
+from headcount.measure.resampling import halves, resampled
+from headcount.tasks.load import get_tasks
+from headcount.tasks.passages import passages
 
 STORY = "Once upon a time a miller had three sons, a mill, a donkey and a cat. "
 

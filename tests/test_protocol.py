@@ -16,25 +16,26 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 import tiny
+from headcount.analysis.study import open_study
+from headcount.engine.encode import Request, encode
+from headcount.engine.engine import columns_of, loglikelihood, masked_loglikelihoods
+from headcount.engine.pack import Budget, batches, pack
 from headcount.errors import OptionError
-from headcount.ledger import Ledger, job_id
 from headcount.masks import Mask
-from headcount.measure.encoding import Request, encode
-from headcount.measure.forward import columns_of, loglikelihood, masked_loglikelihoods
+from headcount.measure.evaluate import by_question, evaluate, prepare
 from headcount.measure.importance import gradient_importance
-from headcount.measure.packing import Budget, batches, pack
-from headcount.measure.scoring import by_question, evaluate, prepare
-from headcount.measure.tasks import Split, Task, get_tasks
 from headcount.model.contracts import ContractResult
-from headcount.model.gates import ablated, captured
+from headcount.model.hooks import ablated, captured
 from headcount.model.load import LoadedModel, wrap
-from headcount.plan import PAPER_VERSION, TaskFacts, plan
+from headcount.report.cautions import cautions
 from headcount.results import Evaluations
-from headcount.specs import StudySpec
-from headcount.study import run_study
-from headcount.tables import stored_order
-from headcount.view.analysis import open_study
-from headcount.view.sentences import cautions
+from headcount.study.codec import stored_order
+from headcount.study.ledger import Ledger, job_id
+from headcount.study.plan import PAPER_VERSION, TaskFacts, plan
+from headcount.study.runner import run_study
+from headcount.study.spec import StudySpec
+from headcount.tasks.load import get_tasks
+from headcount.tasks.task import Split, Task
 
 
 def both(data: Path, name: str) -> tuple[Task, Task]:
@@ -198,7 +199,7 @@ def test_evaluation_is_over_the_tokenizers_tokens_alone(
     loaded, size = larger_opt(), len(tiny.tokenizer())
     if not swept:
         no = ContractResult("", False, 1.0, "")
-        monkeypatch.setattr("headcount.measure.forward.sweep_contract", lambda loaded: no)
+        monkeypatch.setattr("headcount.engine.engine.sweep_contract", lambda loaded: no)
     full = Mask.full(loaded.anatomy.heads_per_layer)
     masks = [full, full.without_ffns([1]), full.without_heads([(1, 2)])]
     for protocol, columns in (("paper", size), ("sound", size + 7)):
@@ -301,7 +302,7 @@ def test_head_importance_is_the_papers_sum(tmp_path: Path, family: str) -> None:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("headcount.study._load", lambda spec: tiny.loaded("opt"))
+    monkeypatch.setattr("headcount.study.runner._load", lambda spec: tiny.loaded("opt"))
     data = tiny.write_task(tmp_path / "data")
     return run_study(StudySpec(model="tiny", tasks=("piqa",), shots=(0,), data=data, out=tmp_path / "study",
                                fractions=(0.5,), protocol="paper"))
@@ -320,7 +321,7 @@ def test_a_smaller_grid_is_of_the_first_of_the_shuffled_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = tiny.loaded("opt")
-    monkeypatch.setattr("headcount.study._load", lambda spec: loaded)
+    monkeypatch.setattr("headcount.study.runner._load", lambda spec: loaded)
     data = tiny.write_task(tmp_path / "data", validation=20)
     folder = run_study(StudySpec(model="tiny", tasks=("piqa",), shots=(1,), data=data, out=tmp_path / "study",
                                  fractions=(0.5,), measure=("curves", "grid"), grid_fractions=(0.5,), limit=12,

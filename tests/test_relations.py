@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 from scipy.stats import rankdata, spearmanr
 
-from headcount import ranks, stats
+from headcount.analysis.correlations import correlations
 from headcount.errors import OptionError
 from headcount.masks import random_order
-from headcount.view import relations
+from headcount.stats import ranks
+from headcount.stats.ranks import pearson
 
 HEADS, DRAWS = 40, 30
 TASKS = ("red", "green", "blue")
@@ -41,7 +42,7 @@ def world(seed: int = 0) -> tuple[dict, dict, dict]:
 
 
 def table(seed: int = 0) -> pd.DataFrame:
-    found = relations.correlations(*world(seed), seed=3)
+    found = correlations(*world(seed), seed=3)
     keys = ["kind", "task", "num_fewshot", "other_task", "other_shots"]
     assert not found.duplicated(keys).any()
     return found.set_index(keys).sort_index()
@@ -69,7 +70,7 @@ def test_an_aggregate_leaves_out_the_task_it_is_compared_with() -> None:
     # Unrelated tasks do not correlate with the mean of the others, which they would with a mean that holds them.
     rng = np.random.default_rng(1)
     unrelated = {(task, 0): rng.normal(size=4000) for task in TASKS}
-    apart = relations.correlations(unrelated).set_index(["task", "other_task"])["correlation"]
+    apart = correlations(unrelated).set_index(["task", "other_task"])["correlation"]
     assert abs(apart["red", "mean"]) < 0.05
     assert rho(unrelated["red", 0], np.mean(list(unrelated.values()), axis=0)) > 0.5
 
@@ -89,7 +90,7 @@ def test_aggregates_between_shots_and_with_each_other() -> None:
 def test_aggregates_between_shots_are_over_the_tasks_of_both() -> None:
     scores, _, _ = world()
     del scores["blue", 5]
-    found = relations.correlations(scores)
+    found = correlations(scores)
     row = found[(found["kind"] == "shots") & (found["task"] == "mean") & (found["other_shots"] == 5)].iloc[0]
     a, b = (scores["red", k] + scores["green", k] for k in (0, 5))
     assert row["correlation"] == pytest.approx(rho(a, b))
@@ -142,7 +143,7 @@ def test_a_random_order_stands_beside_every_row_with_the_band_of_random_orders()
 
 
 def test_both_kinds_of_matrix_are_one_pivot_without_holes() -> None:
-    found = relations.correlations(*world())
+    found = correlations(*world())
     names = {*TASKS, "mean", "mean of ranks", "random"}
     at = found[(found["num_fewshot"] == 5) & (found["other_shots"] == 5)]
     square = at.pivot_table(index="task", columns="other_task", values="correlation")
@@ -161,7 +162,7 @@ def test_what_the_papers_code_correlates_says_nothing_of_nearly_equal_scores() -
     rng = np.random.default_rng(0)
     x = rng.normal(size=4608)
     scores = {("red", 0): x, ("green", 0): x + 0.05 * rng.normal(size=4608)}
-    row = relations.correlations(scores).query("kind == 'tasks' and task == 'red' and other_task == 'green'").iloc[0]
+    row = correlations(scores).query("kind == 'tasks' and task == 'red' and other_task == 'green'").iloc[0]
     assert row["correlation"] > 0.99
     assert abs(row["argsort_correlation"]) < 0.1
     slow = spearmanr(np.argsort(scores["red", 0], kind="stable"), np.argsort(scores["green", 0], kind="stable"))
@@ -175,22 +176,22 @@ def test_components_that_one_task_lacks_are_left_out_of_all() -> None:
     kept = np.arange(HEADS) % 3 > 0
     holes = {key: values.copy() for key, values in scores.items()}
     holes["red", 0][~kept] = np.nan
-    expected = relations.correlations({key: values[kept] for key, values in scores.items()},
+    expected = correlations({key: values[kept] for key, values in scores.items()},
                                       {key: values[:, kept] for key, values in resampled.items()},
                                       {key: values[:, kept] for key, values in halves.items()})
-    pd.testing.assert_frame_equal(relations.correlations(holes, resampled, halves), expected)
+    pd.testing.assert_frame_equal(correlations(holes, resampled, halves), expected)
 
 
 def test_little_or_nothing_is_no_error() -> None:
-    assert relations.correlations({}).empty
-    assert relations.correlations({("red", 0): np.arange(2.0), ("green", 0): np.arange(2.0)}).empty
-    alone = relations.correlations({("red", 0): np.arange(9.0)})
+    assert correlations({}).empty
+    assert correlations({("red", 0): np.arange(2.0), ("green", 0): np.arange(2.0)}).empty
+    alone = correlations({("red", 0): np.arange(9.0)})
     assert set(alone["kind"]) == {"tasks", "reliability"}
     assert set(alone["other_task"]) == {"red", "random"}
-    flat = relations.correlations({("red", 0): np.zeros(9), ("green", 0): np.arange(9.0)})
+    flat = correlations({("red", 0): np.zeros(9), ("green", 0): np.arange(9.0)})
     assert np.isnan(flat.set_index(["task", "other_task"]).loc[("red", "green"), "correlation"])
     with pytest.raises(OptionError, match="one length, not 4, 5"):
-        relations.correlations({("red", 0): np.arange(5.0), ("green", 0): np.arange(4.0)})
+        correlations({("red", 0): np.arange(5.0), ("green", 0): np.arange(4.0)})
 
 
 LAYERS = np.repeat(np.arange(8), 5)
@@ -209,7 +210,7 @@ def in_layers(x: np.ndarray, y: np.ndarray) -> float:
 def test_correlations_have_companions_without_depth() -> None:
     scores, resampled, halves = world()
     keys = ["kind", "task", "num_fewshot", "other_task", "other_shots"]
-    found = relations.correlations(scores, resampled, halves, layers=LAYERS.tolist(), seed=3)
+    found = correlations(scores, resampled, halves, layers=LAYERS.tolist(), seed=3)
     pd.testing.assert_frame_equal(found.set_index(keys).sort_index()[["correlation", "low", "high", "ceiling"]],
                                   table()[["correlation", "low", "high", "ceiling"]])
     found = found.set_index(keys).sort_index()
@@ -240,7 +241,7 @@ def test_what_is_only_depth_is_told_apart_from_what_is_not() -> None:
     for trend, own, expected in ((1.0, 0.0, (0, 0.9)), (0.0, 1.0, (0.9, 0))):
         depth, heads = trend * rng.normal(size=30)[layers], own * rng.normal(size=270)
         scores = {(task, 0): np.exp(depth + heads + 0.25 * rng.normal(size=270)) for task in ("red", "green")}
-        row = relations.correlations(scores, layers=layers.tolist()).query("task == 'red' and other_task == 'green'")
+        row = correlations(scores, layers=layers.tolist()).query("task == 'red' and other_task == 'green'")
         assert row["correlation"].iloc[0] > 0.8
         assert row[["correlation_in_layers", "correlation_layers_alone"]].iloc[0].tolist() == pytest.approx(
             expected, abs=0.16)
@@ -258,16 +259,16 @@ def test_what_is_only_depth_is_told_apart_from_what_is_not() -> None:
 def test_where_layers_say_nothing_there_are_no_companions() -> None:
     companions = ["correlation_in_layers", "in_layers_low", "in_layers_high", "correlation_layers_alone"]
     for layers in (None, list(range(HEADS)), [0] * HEADS):
-        assert relations.correlations(*world(), layers=layers)[companions].isna().all(axis=None)
+        assert correlations(*world(), layers=layers)[companions].isna().all(axis=None)
     flat = {("red", 0): LAYERS.astype(float), ("green", 0): np.arange(HEADS)[::-1] // 5 + 0.1}
-    row = relations.correlations(flat, layers=LAYERS.tolist()).query("task == 'red' and other_task == 'green'").iloc[0]
+    row = correlations(flat, layers=LAYERS.tolist()).query("task == 'red' and other_task == 'green'").iloc[0]
     assert np.isnan(row["correlation_in_layers"]), "no bits of rounding are correlated"
     assert row["correlation_layers_alone"] == pytest.approx(-1)
     holes = {key: np.where(np.arange(HEADS) % 3 > 0, values, np.nan) for key, values in world()[0].items()}
     kept = np.arange(HEADS) % 3 > 0
-    expected = relations.correlations({key: values[kept] for key, values in holes.items()},
+    expected = correlations({key: values[kept] for key, values in holes.items()},
                                       layers=LAYERS[kept].tolist())
-    pd.testing.assert_frame_equal(relations.correlations(holes, layers=LAYERS.tolist()), expected)
+    pd.testing.assert_frame_equal(correlations(holes, layers=LAYERS.tolist()), expected)
 
 
 # How alike the tasks are, how noisy documents are, and whether both scores are of the same documents.
@@ -289,7 +290,7 @@ def test_intervals_within_layers_cover_what_another_study_finds_on_average(
         return np.asarray(scale * np.exp(0.8 * z[:, None] + common + own))
 
     def inside(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return stats.pearson(*(ranks.within_layers(ranks.ranks(values), layers) for values in (x, y)))
+        return pearson(*(ranks.within_layers(ranks.ranks(values), layers) for values in (x, y)))
 
     expected = np.mean([inside(*study().mean(axis=1)[:, None])[0] for _ in range(300)])
     covered = beyond = 0
@@ -301,7 +302,7 @@ def test_intervals_within_layers_cover_what_another_study_finds_on_average(
         means = [draw @ of_one / documents for draw, of_one in zip(draws, scores, strict=True)]
         low, high = ranks.document_interval(float(inside(*scores.mean(axis=1)[:, None])[0]), inside(*means), 101)
         covered += low <= expected <= high
-        whole = stats.pearson(ranks.ranks(means[0]), ranks.ranks(means[1]))
+        whole = pearson(ranks.ranks(means[0]), ranks.ranks(means[1]))
         _, high = ranks.document_interval(ranks.spearman(*scores.mean(axis=1)), whole, 120)
         own = [ranks.reliability(ranks.spearman(one[::2].mean(axis=0), one[1::2].mean(axis=0))) for one in scores]
         beyond += high < ranks.ceiling(*own)

@@ -12,7 +12,8 @@ import pytest
 
 import synthetic_study as synthetic
 from headcount.errors import StudyError
-from headcount.view.report import Table, write_report
+from headcount.report.page import write_report
+from headcount.report.section import Table
 
 FIGURES = ("headline", "head_map", "ffn_bars", "head_curves", "ffn_curves")
 

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 import tiny
+from headcount.engine.encode import encode
+from headcount.engine.engine import loglikelihood
+from headcount.engine.layout import layout, probe
+from headcount.engine.pack import Budget
 from headcount.errors import ModelError, OptionError, TaskError
 from headcount.masks import Mask
-from headcount.measure.encoding import encode
-from headcount.measure.forward import loglikelihood
+from headcount.measure.evaluate import evaluate, prepare
 from headcount.measure.importance import gradient_importance
-from headcount.measure.layout import layout, probe
-from headcount.measure.packing import Budget
-from headcount.measure.scoring import evaluate, prepare
-from headcount.measure.tasks import Task, get_tasks
 from headcount.model.load import LoadedModel
+from headcount.tasks.load import get_tasks
+from headcount.tasks.task import Task
 
 TOLERANCE = 1e-4  # nats, between two ways of computing the same in float32
 

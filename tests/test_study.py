@@ -15,18 +15,18 @@ import pytest
 import torch
 
 import headcount as hc
-import headcount.study
 import tiny
 from headcount.errors import ModelError, OptionError, StudyError
-from headcount.ledger import Ledger, job_id
 from headcount.masks import Mask, prune, random_order
+from headcount.measure.evaluate import evaluate
 from headcount.measure.importance import gradient_importance, oracle_importance, order_of
-from headcount.measure.scoring import evaluate
-from headcount.measure.tasks import get_tasks
 from headcount.model.load import LoadedModel
-from headcount.plan import TaskFacts, plan
-from headcount.specs import StudySpec
-from headcount.study import Runner, run_study
+from headcount.study import runner
+from headcount.study.ledger import Ledger, job_id
+from headcount.study.plan import TaskFacts, plan
+from headcount.study.runner import Runner, run_study
+from headcount.study.spec import StudySpec
+from headcount.tasks.load import get_tasks
 
 FRACTIONS = (0.25, 0.5, 0.75)
 
@@ -309,14 +309,14 @@ def test_a_run_that_begins_while_another_gets_ready_is_seen(tmp_path: Path, monk
     asked = spec(tmp_path, shots=(0,))
     slow = Runner(dataclasses.replace(asked, shots=(2,)), loaded=tiny.loaded("llama"), parts=("evaluate",))
     late = Runner(asked, loaded=tiny.loaded("opt"), parts=("evaluate",))
-    reason, others = headcount.study._masks_reason, [Runner(asked, loaded=tiny.loaded("llama"), parts=("evaluate",))]
+    reason, others = runner._masks_reason, [Runner(asked, loaded=tiny.loaded("llama"), parts=("evaluate",))]
 
     def interrupted(loaded: LoadedModel) -> str:
         while others:
             others.pop().run()
         return reason(loaded)
 
-    monkeypatch.setattr(headcount.study, "_masks_reason", interrupted)
+    monkeypatch.setattr(runner, "_masks_reason", interrupted)
     slow.run()
     assert hc.open_study(tmp_path / "study").spec["shots"] == [0, 2]
     with pytest.raises(StudyError, match="another model"):

@@ -14,15 +14,16 @@ import torch
 import tiny
 from families import FAMILIES, third_contract, tokens
 from families import tiny as family_model
+from headcount.engine import engine as forward
+from headcount.engine.engine import sweep_contract
+from headcount.engine.sweep import Sweep
 from headcount.masks import Mask, all_heads, blocks_run, prune, random_order
-from headcount.measure import forward
-from headcount.measure.forward import sweep_contract
-from headcount.measure.scoring import evaluate
-from headcount.measure.tasks import Task, get_tasks
+from headcount.measure.evaluate import evaluate
 from headcount.model.anatomy import Anatomy, find_anatomy
 from headcount.model.contracts import ContractResult
-from headcount.model.gates import ablated
-from headcount.model.sweep import Sweep
+from headcount.model.hooks import ablated
+from headcount.tasks.load import get_tasks
+from headcount.tasks.task import Task
 
 ROWS, POSITIONS = torch.tensor([0, 0, 1]), torch.tensor([3, 8, 8])
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from headcount.errors import DataError, HeadcountError, OptionError, TaskError
-from headcount.measure import documents
-from headcount.measure.constant import constant_answer
-from headcount.measure.names import PAPER14, UNSEEN, embedded_tasks, expand
-from headcount.measure.tasks import Task, describe, get_tasks
+from headcount.tasks.baseline import constant_answer
+from headcount.tasks.catalog import PAPER14, UNSEEN, embedded_tasks, expand
+from headcount.tasks.fingerprint import fingerprint
+from headcount.tasks.load import describe, get_tasks
+from headcount.tasks.task import Task
 from tiny import write_task
 
 
@@ -99,7 +100,7 @@ def test_fingerprints_hang_on_documents(tmp_path: Path) -> None:
 
 def in_another_process(name: str, folder: Path) -> str:
     """The task's fingerprint as a process of its own has it."""
-    code = ("import sys; from headcount.measure.tasks import get_tasks; "
+    code = ("import sys; from headcount.tasks.load import get_tasks; "
             "(task,) = get_tasks(sys.argv[1:2], data=sys.argv[2]).values(); print(task.fingerprint)")
     done = subprocess.run([sys.executable, "-c", code, name, str(folder)], capture_output=True, text=True, check=True)
     return done.stdout.split()[-1]
@@ -123,7 +124,7 @@ def test_fingerprints_of_definitions_with_functions_are_equal_in_every_process(t
 
 def test_fingerprints_hang_on_what_a_partial_function_is_given() -> None:
     def hashed(*arguments: object) -> str:
-        return documents.fingerprint({"process_docs": functools.partial(max, *arguments)}, [], {"test": [{"a": 1}]})
+        return fingerprint({"process_docs": functools.partial(max, *arguments)}, [], {"test": [{"a": 1}]})
 
     assert hashed(1) == hashed(1)
     assert hashed(1) != hashed(2)
@@ -273,7 +274,7 @@ def test_records_gold_is_what_a_reader_answers(shared: Path) -> None:
 
 def test_lm_evals_multirc_has_the_labels_the_wrong_way_round(shared: Path) -> None:
     """When this fails, lm-eval has fixed it and our own definition can go."""
-    from headcount.measure.names import _lm_eval
+    from headcount.tasks.catalog import _lm_eval
 
     mistaken = get_tasks([str(_lm_eval()[0]["multirc"])], data=shared)["multirc"].prompts("evaluation", limit=40)
     right = get_tasks(["multirc"], data=shared)["multirc"].prompts("evaluation", limit=40)
@@ -296,7 +297,7 @@ def test_groups_are_expanded() -> None:
 def test_every_name_of_lm_evals_index_is_found() -> None:
     from lm_eval.tasks import TaskManager
 
-    from headcount.measure.names import _lm_eval
+    from headcount.tasks.catalog import _lm_eval
 
     ours, grouped = _lm_eval()
     index = TaskManager().task_index

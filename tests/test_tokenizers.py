@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import tiny
+from headcount.engine.encode import encode
+from headcount.engine.pack import Budget
 from headcount.errors import ModelError
-from headcount.measure.encoding import encode
+from headcount.measure.evaluate import evaluate
 from headcount.measure.importance import gradient_importance
-from headcount.measure.packing import Budget
-from headcount.measure.scoring import evaluate
-from headcount.measure.tasks import get_tasks
 from headcount.model.load import LoadedModel, wrap
+from headcount.tasks.load import get_tasks
 from parity import TOLERANCE, compare
 
 VOCAB = 384

@@ -11,11 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
-from headcount import ranks, stats
+from headcount.analysis.importance import THIRDS, aggregate_table, depth
+from headcount.analysis.induction import induction_among_important, retained
+from headcount.analysis.scores import placed, with_aggregate
+from headcount.analysis.scores import places as places_of
+from headcount.analysis.top_sets import top_overlaps, top_sets
 from headcount.errors import OptionError
 from headcount.masks import removal_order
-from headcount.view import overlap, tops
-from headcount.view.scores import aggregate_table
+from headcount.stats import ranks
+from headcount.stats.resampling import around
 
 RNG = np.random.default_rng(0)
 SCORES = {(task, k): RNG.random(60) for k in (0, 5) for task in ("red", "green", "blue")}
@@ -31,7 +35,7 @@ def test_top_sets_are_counted(tasks: int, n: int, seed: int, fraction: float) ->
     rng = np.random.default_rng(seed)
     # Few values, so that ties are many: they go by position, as in pruning.
     scores = {(f"task{i}", 1): rng.integers(0, 5, n).astype(float) for i in range(tasks)}
-    found, pairs = tops.top_sets(scores, [fraction]), tops.top_overlaps(scores, None, [fraction])
+    found, pairs = top_sets(scores, [fraction]), top_overlaps(scores, None, [fraction])
     size = int(np.floor(fraction * n + 1e-9))
     if size == 0:
         assert found.empty
@@ -54,7 +58,7 @@ def test_top_sets_are_counted(tasks: int, n: int, seed: int, fraction: float) ->
 
 def test_planted_top_sets() -> None:
     scores = {("red", 0): np.arange(10.0), ("green", 0): np.array([0.0, 1, 2, 3, 4, 9, 6, 7, 8, 5])}
-    found = tops.top_sets(scores, (0.05, 0.1, 0.3, 1.0)).set_index("fraction")
+    found = top_sets(scores, (0.05, 0.1, 0.3, 1.0)).set_index("fraction")
     assert found.index.tolist() == [0.1, 0.3, 1.0], "a top set of no component says nothing"
     assert found["common"].tolist() == [0, 2, 10]
     assert found["low"].isna().all(), "nothing is known of documents"
@@ -63,7 +67,7 @@ def test_planted_top_sets() -> None:
 @pytest.mark.parametrize("aggregate", ["mean", "ranks"])
 def test_tasks_and_their_aggregate_are_held_against_other_scores(aggregate: str) -> None:
     other = np.random.default_rng(3).random(60)
-    found = tops.top_overlaps(SCORES, {"prefix_matching": other}, (0.2,), resampled=RESAMPLED, aggregate=aggregate)
+    found = top_overlaps(SCORES, {"prefix_matching": other}, (0.2,), resampled=RESAMPLED, aggregate=aggregate)
     beside = found[found["other"] == "prefix_matching"].set_index(["task", "num_fewshot"])
     name = "mean" if aggregate == "mean" else "mean of ranks"
     assert set(beside.index) == {(task, k) for task in ("red", "green", "blue", name) for k in (0, 5)}
@@ -79,7 +83,7 @@ def test_tasks_and_their_aggregate_are_held_against_other_scores(aggregate: str)
     pair = found[(found["task"] == "red") & (found["other"] == "green") & (found["num_fewshot"] == 5)].iloc[0]
     counts = [len(top(a, 12) & top(b, 12)) for a, b in zip(RESAMPLED["red", 5], RESAMPLED["green", 5], strict=True)]
     assert pair["high"] - pair["common"] == pytest.approx(1.959964 * np.std(counts, ddof=1))
-    shared = tops.top_sets(SCORES, (0.2,), resampled=RESAMPLED).set_index("num_fewshot").loc[5]
+    shared = top_sets(SCORES, (0.2,), resampled=RESAMPLED).set_index("num_fewshot").loc[5]
     every = [len(top(a, 12) & top(b, 12) & top(c, 12)) / 12 for a, b, c in zip(
         *(RESAMPLED[task, 5] for task in ("red", "green", "blue")), strict=True)]
     assert shared["high"] - shared["share"] == pytest.approx(1.959964 * np.std(every, ddof=1))
@@ -90,17 +94,17 @@ def test_sets_in_the_same_layers_have_more_in_common_by_chance() -> None:
     layers = [0] * 20 + [1] * 20
     scores = {("red", 0): np.concatenate([np.tile([4.0, 3], 10), np.tile([2.0, 1], 10)]) + 0.001 * np.arange(40)}
     other = np.concatenate([np.tile([4.0, 4, 3, 3], 5), np.tile([2.0, 2, 1, 1], 5)]) + 0.001 * np.arange(40)
-    row = tops.top_overlaps(scores, {"copying": other}, (0.25,), layers=layers).iloc[0]
+    row = top_overlaps(scores, {"copying": other}, (0.25,), layers=layers).iloc[0]
     assert row[["common", "expected", "expected_in_layers"]].tolist() == pytest.approx([5, 2.5, 5])
     assert row["p"] < 0.1
     assert min(row["p_in_layers"], row["p_fewer_in_layers"]) > 0.5
     flags = other >= np.sort(other)[30]
-    among = overlap.induction_among_important(scores, flags, (0.25,), layers=layers).iloc[0]
+    among = induction_among_important(scores, flags, (0.25,), layers=layers).iloc[0]
     columns = ["common", "expected", "p", "p_fewer", "expected_in_layers", "p_in_layers", "p_fewer_in_layers"]
     assert among[columns].tolist() == pytest.approx(row[columns].tolist())
-    assert tops.top_overlaps(scores, {"copying": other}, (0.25,))["p_in_layers"].isna().all()
+    assert top_overlaps(scores, {"copying": other}, (0.25,))["p_in_layers"].isna().all()
     lacking = {("red", 0): np.where(np.arange(40) == 39, np.nan, scores["red", 0])}
-    row = tops.top_overlaps(lacking, {"copying": other}, (0.25,), layers=layers).iloc[0]
+    row = top_overlaps(lacking, {"copying": other}, (0.25,), layers=layers).iloc[0]
     assert row["expected_in_layers"] == pytest.approx(9 * 9 / 20)
 
 
@@ -108,7 +112,7 @@ def test_what_all_tasks_share_by_layers_alone_is_that_of_shuffled_layers() -> No
     rng = np.random.default_rng(5)
     layers = np.repeat(np.arange(6), 10)
     scores = {(task, 5): layers % 3 + rng.random(60) for task in ("red", "green", "blue")}
-    row = tops.top_sets(scores, (0.2,), layers=layers.tolist()).iloc[0]
+    row = top_sets(scores, (0.2,), layers=layers.tolist()).iloc[0]
     common, pairs = [], []
     for _ in range(1500):
         moved = [values[np.lexsort([rng.random(60), layers])] for values in scores.values()]
@@ -118,28 +122,28 @@ def test_what_all_tasks_share_by_layers_alone_is_that_of_shuffled_layers() -> No
     assert row["expected_in_layers"] == pytest.approx(np.mean(common), abs=0.1)
     assert row["pair_share_in_layers"] == pytest.approx(np.mean(pairs), abs=0.01)
     assert row["expected_in_layers"] > 2 * row["expected"], "they lie in the same layers"
-    assert tops.top_sets(scores, (0.2,))[["expected_in_layers", "pair_share_in_layers"]].isna().all(axis=None)
+    assert top_sets(scores, (0.2,))[["expected_in_layers", "pair_share_in_layers"]].isna().all(axis=None)
     lacking = {**scores, ("red", 5): np.where(np.arange(60) == 59, np.nan, scores["red", 5])}
     kept = {key: values[:59] for key, values in scores.items()}
-    pd.testing.assert_frame_equal(tops.top_sets(lacking, layers=layers.tolist()),
-                                  tops.top_sets(kept, layers=layers[:59].tolist()))
+    pd.testing.assert_frame_equal(top_sets(lacking, layers=layers.tolist()),
+                                  top_sets(kept, layers=layers[:59].tolist()))
 
 
 def test_depth_says_how_much_of_importance_lies_between_layers() -> None:
     rng = np.random.default_rng(6)
     layers = np.repeat(np.arange(6), 10)
     scores = {(task, 5): np.exp(layers + rng.normal(size=60)) for task in ("red", "green")}
-    found = tops.depth(scores, layers.tolist()).set_index(["task", "third"])
+    found = depth(scores, layers.tolist()).set_index(["task", "third"])
     for task, values in (("red", scores["red", 5]), ("mean", (scores["red", 5] + scores["green", 5]) / 2)):
         means = [np.log(values)[layers == layer].mean() for layer in layers]
         assert found.loc[task, "between_layers"].tolist() == pytest.approx([np.var(means) / np.var(np.log(values))] * 3)
     assert set(found["between_layers_by_chance"]) == {5 / 59}
-    assert tops.depth({("red", 5): -scores["red", 5]}, layers.tolist())["between_layers"].isna().all()
+    assert depth({("red", 5): -scores["red", 5]}, layers.tolist())["between_layers"].isna().all()
 
 
 def test_thirds_are_alike_at_both_ends() -> None:
     def sizes(layers: int, **of: int) -> list[int]:
-        found = tops.depth({("red", 0): np.arange(float(layers))}, range(layers), **of)
+        found = depth({("red", 0): np.arange(float(layers))}, range(layers), **of)
         return [round(share * layers) for share in found["expected"]]
 
     assert [sizes(n) for n in (2, 3, 4, 5, 30, 32)] == [[1, 1], [1, 1, 1], [1, 2, 1], [2, 1, 2], [10] * 3, [11, 10, 11]]
@@ -150,12 +154,12 @@ def test_depth_counts_thirds_of_the_layers() -> None:
     layers = [layer for layer in range(6) for _ in range(10)]
     middle = np.where(np.isin(layers, [2, 3]), 1.0, 0.1) + 0.001 * np.arange(60)
     scores = {(task, 5): middle for task in ("red", "green")}
-    found = tops.depth(scores, layers).set_index(["task", "third"])
-    assert set(found.index) == {(t, third) for t in ("red", "green", "mean") for third in tops.THIRDS}
+    found = depth(scores, layers).set_index(["task", "third"])
+    assert set(found.index) == {(t, third) for t in ("red", "green", "mean") for third in THIRDS}
     assert found["share"].tolist() == [0, 1, 0] * 3
     assert set(found["important"]) == {12}
     assert found["expected"].tolist() == pytest.approx([1 / 3] * 9)
-    drawn = tops.depth(SCORES, layers, resampled=RESAMPLED).set_index(["task", "num_fewshot", "third"])
+    drawn = depth(SCORES, layers, resampled=RESAMPLED).set_index(["task", "num_fewshot", "third"])
     early = [sum(layers[i] < 2 for i in top(values, 12)) / 12 for values in RESAMPLED["red", 5]]
     row = drawn.loc[("red", 5, "early")]
     assert row["share"] == sum(layers[i] < 2 for i in top(SCORES["red", 5], 12)) / 12
@@ -164,20 +168,20 @@ def test_depth_counts_thirds_of_the_layers() -> None:
 
 def test_ties_go_by_the_next_score_in_every_draw() -> None:
     scores, ties = np.array([[1.0, 1, 0, 0], [2, 2, 1, 1]]), np.array([[1.0, 2, 2, 1], [2, 1, 1, 2]])
-    np.testing.assert_array_equal(tops.placed(scores, ties), [[2, 3, 1, 0], [3, 2, 0, 1]])
-    np.testing.assert_array_equal(tops.placed(scores), [[2, 3, 0, 1], [2, 3, 0, 1]])
+    np.testing.assert_array_equal(placed(scores, ties), [[2, 3, 1, 0], [3, 2, 0, 1]])
+    np.testing.assert_array_equal(placed(scores), [[2, 3, 0, 1], [2, 3, 0, 1]])
 
 
 def test_aggregates_are_means_of_scores_and_of_places() -> None:
     scores = {("red", 0): np.array([10.0, 30.0, 20.0, 20.0]), ("green", 0): np.array([0.4, 0.3, 0.2, 0.1]),
               ("red", 5): np.zeros(4)}
-    found, draws = tops.with_aggregate(scores)
+    found, draws = with_aggregate(scores)
     assert set(found) == {*scores, ("mean", 0)}, "one task has no aggregate"
     assert draws == {}
     np.testing.assert_allclose(found["mean", 0], [5.2, 15.15, 10.1, 10.05])
-    found, _ = tops.with_aggregate(scores, aggregate="ranks")
+    found, _ = with_aggregate(scores, aggregate="ranks")
     np.testing.assert_allclose(found["mean of ranks", 0], [(0 + 3) / 2, (3 + 2) / 2, (1 + 1) / 2, (2 + 0) / 2])
-    found, _ = tops.with_aggregate({**scores, ("red", 5): np.array([1, 2, 3, np.nan])}, aggregate="ranks")
+    found, _ = with_aggregate({**scores, ("red", 5): np.array([1, 2, 3, np.nan])}, aggregate="ranks")
     np.testing.assert_allclose(found["mean of ranks", 0], [1, 1.5, 0.5, np.nan], err_msg="of what all have scored")
 
 
@@ -185,7 +189,7 @@ def test_aggregates_are_means_of_scores_and_of_places() -> None:
 def test_an_aggregate_has_draws_where_all_its_tasks_have(aggregate: str) -> None:
     some = {key: values for key, values in RESAMPLED.items() if key != ("blue", 5)}
     name = "mean" if aggregate == "mean" else "mean of ranks"
-    _, draws = tops.with_aggregate(SCORES, some, aggregate)
+    _, draws = with_aggregate(SCORES, some, aggregate)
     assert (name, 0) in draws
     assert (name, 5) not in draws
     own = [RESAMPLED[task, 0][7] for task in ("red", "green", "blue")]
@@ -194,16 +198,16 @@ def test_an_aggregate_has_draws_where_all_its_tasks_have(aggregate: str) -> None
 
 
 def test_little_or_nothing_is_no_error() -> None:
-    assert tops.top_sets({}).empty
-    assert tops.top_overlaps({}).empty
-    assert tops.depth({}, []).empty
-    assert tops.top_overlaps({("red", 0): np.arange(9.0)}).empty
+    assert top_sets({}).empty
+    assert top_overlaps({}).empty
+    assert depth({}, []).empty
+    assert top_overlaps({("red", 0): np.arange(9.0)}).empty
     holes = {("red", 0): np.array([np.nan, 1, 2, 3, 4]), ("green", 0): np.array([9.0, 1, 2, 3, 4])}
-    assert tops.top_sets(holes, [0.5])["size"].tolist() == [2], "of the four that both have scored"
+    assert top_sets(holes, [0.5])["size"].tolist() == [2], "of the four that both have scored"
     with pytest.raises(OptionError, match="one length, not 4, 5"):
-        tops.top_overlaps({("red", 0): np.arange(5.0)}, {"prefix_matching": np.arange(4.0)})
+        top_overlaps({("red", 0): np.arange(5.0)}, {"prefix_matching": np.arange(4.0)})
     with pytest.raises(OptionError, match="between 0 and 1"):
-        tops.top_sets({("red", 0): np.arange(5.0), ("green", 0): np.arange(5.0)}, [30])
+        top_sets({("red", 0): np.arange(5.0), ("green", 0): np.arange(5.0)}, [30])
 
 
 def simulated(
@@ -223,13 +227,13 @@ def simulated(
             drawn = of_task * np.exp(noise * rng.normal(size=(documents, heads)))
             counts = rng.multinomial(documents, np.full(documents, 1 / documents), 100)
             scores[key], resampled[key] = drawn.mean(axis=0), counts @ drawn / documents
-        rows = {"depth": tops.depth(scores, layers, resampled=resampled), "retained": overlap.retained(
-            scores, {"p": primitive}, [0.5], resampled=resampled, draws=2), "pair": tops.top_overlaps(
-            scores, None, [0.2], resampled=resampled), "prefix_matching": tops.top_overlaps(
+        rows = {"depth": depth(scores, layers, resampled=resampled), "retained": retained(
+            scores, {"p": primitive}, [0.5], resampled=resampled, draws=2), "pair": top_overlaps(
+            scores, None, [0.2], resampled=resampled), "prefix_matching": top_overlaps(
             scores, {"prefix_matching": primitive}, [0.2], resampled=resampled).query("other == 'prefix_matching'"),
-            "among": overlap.induction_among_important(scores, primitive > 0.1, [0.2], resampled=resampled)}
-        places = heads - tops.places(scores, resampled)["red", 0]
-        of_heads.append((places[0], *stats.around(places[0].astype(float), places[1:].astype(float))))
+            "among": induction_among_important(scores, primitive > 0.1, [0.2], resampled=resampled)}
+        places = heads - places_of(scores, resampled)["red", 0]
+        of_heads.append((places[0], *around(places[0].astype(float), places[1:].astype(float))))
         for name, table in rows.items():
             row = table[table["task"] == "red"].iloc[0]
             value = row[{"depth": "share", "retained": "retained"}.get(name, "common")]
@@ -270,7 +274,7 @@ def test_ranges_of_ranks_hold_the_ranks_and_are_possible_at_once(n: int, draws: 
     scores = rng.integers(0, 4, n).astype(float) if ties else rng.normal(size=n)
     resampled = scores + rng.exponential(1, n) * (rng.integers(-1, 2, (draws, n)) if ties else rng.normal(
         size=(draws, n)))
-    measured = n - tops.placed(scores[None])[0]
+    measured = n - placed(scores[None])[0]
     low, high = ranks.rank_intervals(scores, resampled, measured)
     assert ((low >= 1) & (low <= measured) & (measured <= high) & (high <= n)).all()
     assert possible(low, high)
@@ -303,7 +307,7 @@ def test_ranges_of_ranks_cover_the_true_ranks(
     rng = np.random.default_rng(0)
     heads, studies = 90, 60
     truth = np.exp(spread * (rng.normal(size=heads) + 0.5 * rng.normal(size=(tasks, heads))))
-    ranked = heads - tops.placed(truth.mean(axis=0)[None])[0]
+    ranked = heads - placed(truth.mean(axis=0)[None])[0]
     covered, first = [], []
     for _ in range(studies):
         scores, resampled = np.zeros(heads), np.zeros((200, heads))
@@ -312,7 +316,7 @@ def test_ranges_of_ranks_cover_the_true_ranks(
                                      + common * rng.normal(size=(documents, 1)))
             scores += drawn.mean(axis=0) / tasks
             resampled += rng.multinomial(documents, np.full(documents, 1 / documents), 200) @ drawn / documents / tasks
-        measured = heads - tops.placed(scores[None])[0]
+        measured = heads - placed(scores[None])[0]
         low, high = ranks.rank_intervals(scores, resampled, measured)
         covered.append((low <= ranked) & (ranked <= high))
         first.append(covered[-1][measured <= 5].mean())
@@ -322,8 +326,8 @@ def test_ranges_of_ranks_cover_the_true_ranks(
 
 def test_tasks_that_have_no_component_in_common_have_no_sets() -> None:
     apart = {("red", 0): np.array([1.0, 2, np.nan, np.nan]), ("green", 0): np.array([np.nan, np.nan, 1.0, 2])}
-    assert tops.top_sets(apart).empty
-    assert tops.top_overlaps(apart).empty
+    assert top_sets(apart).empty
+    assert top_overlaps(apart).empty
     rows = pd.DataFrame({"task": ["red", "red", "green", "green"], "num_fewshot": 0, "component": "head", "layer": 0,
                          "head": pd.array([0, 1, 2, 3], "Int64"), "method": "oracle", "score": "accuracy",
                          "importance": [0.1, 0.2, 0.3, 0.4], "stderr": 0.1})

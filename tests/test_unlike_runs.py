@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from headcount.view.curves import curve_points, curve_table
-from headcount.view.joint import GRID, grid_table, transfer_table, unshown
-from headcount.view.points import most_measured, points_of
+from headcount.analysis.curves import curve_points, curve_table
+from headcount.analysis.grid import GRID, grid_table
+from headcount.analysis.points import most_measured, points_of
+from headcount.analysis.transfer import transfer_table, unshown
 
 JOBS = itertools.count()
 TASKS = ("red", "green", "blue")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from headcount.waiting import CHOSEN, NAMES, wait_asleep
+from headcount.engine.waiting import CHOSEN, NAMES, wait_asleep
 
 TESTS = Path(__file__).resolve().parent
 COMMAND_LINE = "from headcount.cli import main; main(['anatomy', 'no-such-model.gguf'])"
@@ -47,7 +47,7 @@ def test_a_library_leaves_its_process_alone(tmp_path: Path) -> None:
 
 
 def test_torchs_openmp_reads_it() -> None:
-    code = "from headcount.waiting import wait_asleep; wait_asleep(); import torch"
+    code = "from headcount.engine.waiting import wait_asleep; wait_asleep(); import torch"
     found = process(code, OMP_DISPLAY_ENV="VERBOSE").stderr
     if "GOMP_SPINCOUNT" not in found:
         pytest.skip("torch's OpenMP is not GNU's here")

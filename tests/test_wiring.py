@@ -18,26 +18,28 @@ import torch
 import headcount as hc
 import synthetic_study as synthetic
 import tiny
-from headcount import ranks, stats
-from headcount.intervals import Sample, difference_interval
-from headcount.ledger import Ledger
+from headcount.analysis.curves import curve_table, free_table
+from headcount.analysis.grid import grid_table
+from headcount.analysis.points import Points, Removed, compared
+from headcount.engine.encode import Request, encode
+from headcount.engine.engine import loglikelihood
+from headcount.engine.pack import Budget, batches, pack
 from headcount.masks import Component, Mask, prune, random_order, removal_order
-from headcount.measure.encoding import Request, encode
-from headcount.measure.forward import loglikelihood
-from headcount.measure.importance import example_scores, gradient_importance, standard_error
-from headcount.measure.packing import Budget, batches, pack
-from headcount.measure.passages import halves, resampled
-from headcount.measure.scoring import evaluate
-from headcount.measure.tasks import get_tasks
-from headcount.plan import TaskFacts, plan
-from headcount.pruning import aggregate_order
-from headcount.specs import PRESETS, StudySpec
-from headcount.study import run_study
-from headcount.tables import resampled_from, stored_order
-from headcount.view import sentences
-from headcount.view.curves import curve_table, free_table
-from headcount.view.joint import grid_table
-from headcount.view.points import Points, Removed, compared
+from headcount.measure.evaluate import evaluate
+from headcount.measure.importance import example_scores, gradient_importance
+from headcount.measure.resampling import halves, resampled, standard_error
+from headcount.report.curves import curve_sentence
+from headcount.report.importance import ranking
+from headcount.stats import ranks
+from headcount.stats.intervals import Sample, difference_interval
+from headcount.stats.paired import mcnemar
+from headcount.study.codec import resampled_from, stored_order
+from headcount.study.jobs import aggregate_order
+from headcount.study.ledger import Ledger
+from headcount.study.plan import TaskFacts, plan
+from headcount.study.runner import run_study
+from headcount.study.spec import PRESETS, StudySpec
+from headcount.tasks.load import get_tasks
 
 TASKS, UNSEEN = ("icl_plural", "icl_gerund", "icl_agent"), "icl_antonym"
 SPEC = StudySpec("tiny", tasks=TASKS, unseen=(UNSEEN,), shots=(0, 1), limit=6, importance_limit=8, fractions=(0.5,),
@@ -191,7 +193,7 @@ def test_intervals_and_tests_take_passages_together() -> None:
     changes = [(t.values["x"] - t.full).reshape(25, 4).sum(1) for t in tasks]
     fell, rose = (sum(int((c * sign > 0).sum()) for c in changes) for sign in (-1, 1))
     full, pruned = np.zeros(fell + rose), np.r_[-np.ones(fell), np.ones(rose)][None]
-    assert found["x"].p == pytest.approx(float(stats.mcnemar(full, pruned)[0])), "50 passages, not 25 and not 200"
+    assert found["x"].p == pytest.approx(float(mcnemar(full, pruned)[0])), "50 passages, not 25 and not 200"
 
 
 def two_steps() -> dict[int, dict[str, Points]]:
@@ -341,7 +343,7 @@ def test_ffns_of_equal_accuracy_are_ranked_as_they_are_pruned(tmp_path: Path, pr
     score = None if protocol == "sound" else "accuracy"
     assert stored_order(oracle, "ffn", score) == order
     assert aggregate_order([oracle, oracle], "ffn", score) == order
-    assert sentences.ranking(study, "ffn")["layer"].tolist() == order[::-1]
+    assert ranking(study, "ffn")["layer"].tolist() == order[::-1]
 
 
 def test_top_sets_of_ffns_are_those_that_pruning_keeps_longest(tmp_path: Path) -> None:
@@ -366,7 +368,7 @@ def test_a_curve_is_told_beside_a_random_one(
     right = {**synthetic.RIGHT, ("head", "random"): (80, random, random, random)}
     monkeypatch.setattr(synthetic, "RIGHT", right)
     folder = synthetic.write(tmp_path, tasks=("red",))
-    one = sentences.curve_sentence(hc.open_study(folder), "head")
+    one = curve_sentence(hc.open_study(folder), "head")
     assert "one draw cannot tell whether that is more than chance" in one
     ledger = Ledger(folder)
     for entry in list(ledger.entries("evaluation")):
@@ -376,7 +378,7 @@ def test_a_curve_is_told_beside_a_random_one(
                 masks = [{**mask, "order_seed": seed} for mask in entry.info["masks"]]
                 job = {**entry.job, "curve": {**entry.job["curve"], "order_seed": seed}}
                 ledger.write(job, table, {**entry.info, "masks": masks})
-    text = sentences.curve_sentence(hc.open_study(folder), "head")
+    text = curve_sentence(hc.open_study(folder), "head")
     assert "With 5 shots and 50 % of the attention heads removed, the measured order leaves 0.80" in text
     assert said in text
     assert f"3 random orders 0.{random - 1} on average (single draws 0.{random - 2} to 0.{random})" in text
@@ -426,7 +428,7 @@ def test_distinct_values_of_an_oracle_are_those_of_accuracy(ledger: Ledger) -> N
 
 
 def test_entries_of_another_version_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headcount import ledger as room
+    from headcount.study import ledger as room
 
     folder = synthetic.write(tmp_path, shots=(5,))
     assert len(hc.open_study(folder).curves())

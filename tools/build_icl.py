@@ -1,7 +1,7 @@
 """Build the embedded word-task suite from its hand-written tables.
 
 Each ``tools/icl/icl_<relation>.tsv`` becomes ``train.jsonl`` and ``validation.jsonl`` under
-``src/headcount/data/icl/icl_<relation>/``. The result depends on the tables alone: the random
+``src/headcount/tasks/data/icl/icl_<relation>/``. The result depends on the tables alone: the random
 choices (split, wrong options, order of the options) are seeded with the task's name.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tools" / "icl"
-TARGET = ROOT / "src" / "headcount" / "data" / "icl"
+TARGET = ROOT / "src" / "headcount" / "tasks" / "data" / "icl"
 COLUMNS = ("query", "answer", "confusers", "also", "group")
 OPTIONS = 4
 CONFUSERS = 2

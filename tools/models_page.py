@@ -15,8 +15,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_ROOT / "tests"))
 
 from families import FAMILIES, HYBRIDS, UNFIT, hybrid, kernels, probed, third_contract, tiny
+from headcount.engine.layout import Layout, layout
 from headcount.errors import ModelError
-from headcount.measure.layout import Layout, layout
 from headcount.model.anatomy import Anatomy, find_anatomy
 from headcount.model.contracts import verify
 

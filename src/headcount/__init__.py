@@ -11,47 +11,47 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Budget": "measure.packing",
+    "Budget": "engine.pack",
     "Evaluations": "results",
     "HeadcountError": "errors",
     "Importance": "results",
     "Mask": "masks",
-    "StudySpec": "specs",
-    "evaluate": "measure.scoring",
+    "StudySpec": "study.spec",
+    "evaluate": "measure.evaluate",
     "ffn_importance": "measure.importance",
-    "get_tasks": "measure.tasks",
+    "get_tasks": "tasks.load",
     "head_importance": "measure.importance",
     "load": "model.load",
-    "open_study": "view.analysis",
+    "open_study": "analysis.study",
     "prune": "masks",
     "random_order": "masks",
     "removal_order": "masks",
-    "run_study": "study",
+    "run_study": "study.runner",
     "wrap": "model.load",
-    "write_report": "view.report",
+    "write_report": "report.page",
 }
 
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from headcount.analysis.study import open_study as open_study
+    from headcount.engine.pack import Budget as Budget
     from headcount.errors import HeadcountError as HeadcountError
     from headcount.masks import Mask as Mask
     from headcount.masks import prune as prune
     from headcount.masks import random_order as random_order
     from headcount.masks import removal_order as removal_order
+    from headcount.measure.evaluate import evaluate as evaluate
     from headcount.measure.importance import ffn_importance as ffn_importance
     from headcount.measure.importance import head_importance as head_importance
-    from headcount.measure.packing import Budget as Budget
-    from headcount.measure.scoring import evaluate as evaluate
-    from headcount.measure.tasks import get_tasks as get_tasks
     from headcount.model.load import load as load
     from headcount.model.load import wrap as wrap
+    from headcount.report.page import write_report as write_report
     from headcount.results import Evaluations as Evaluations
     from headcount.results import Importance as Importance
-    from headcount.specs import StudySpec as StudySpec
-    from headcount.study import run_study as run_study
-    from headcount.view.analysis import open_study as open_study
-    from headcount.view.report import write_report as write_report
+    from headcount.study.runner import run_study as run_study
+    from headcount.study.spec import StudySpec as StudySpec
+    from headcount.tasks.load import get_tasks as get_tasks
 
 
 def __getattr__(name: str) -> object:

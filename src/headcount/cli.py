@@ -1,4 +1,4 @@
-"""The command line: verbs, nothing else. Options are the fields of the dataclasses in `headcount.specs`."""
+"""The command line: verbs, nothing else. Options are the fields of the dataclasses in `headcount.study.spec`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import cyclopts
 from cyclopts import App, Parameter
 
 import headcount
+from headcount.engine.waiting import wait_asleep
 from headcount.errors import HeadcountError, OptionError, UnavailableError
-from headcount.specs import PRESETS, ModelSpec, StudySpec
-from headcount.waiting import wait_asleep
+from headcount.study.spec import PRESETS, ModelSpec, StudySpec
 
 if TYPE_CHECKING:
-    from headcount.plan import Part
+    from headcount.analysis.study import Study
+    from headcount.study.plan import Part
     from headcount.terminal import Asked
-    from headcount.view.analysis import Study
 
 app = App(
     name="headcount",
@@ -58,8 +58,8 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
     if spec.out is None:
         raise OptionError("a study needs a folder; name it with --out DIR")
     with terminal.reporter() as reporter:
-        from headcount.neighbours import Speed
-        from headcount.study import Runner
+        from headcount.engine.neighbours import Speed
+        from headcount.study.runner import Runner
 
         runner = Runner(spec, reporter=reporter, command=_command())
         reporter.stage("timing the model")
@@ -175,8 +175,8 @@ def tasks(
 
     with terminal.reporter() as reporter:
         reporter.stage("reading tasks")
-        from headcount.measure.names import expand
-        from headcount.measure.tasks import describe
+        from headcount.tasks.catalog import expand
+        from headcount.tasks.load import describe
 
         expanded = expand(names)
         rows: list[dict[str, object]] = []
@@ -236,8 +236,8 @@ def _measured(spec: StudySpec, part: Part) -> Iterator[tuple[Study, Asked]]:
     with tempfile.TemporaryDirectory() as temporary:
         chosen = dataclasses.replace(spec, out=spec.out or Path(temporary) / "study")
         with terminal.reporter() as reporter:
-            from headcount.study import Runner
-            from headcount.view.analysis import open_study
+            from headcount.analysis.study import open_study
+            from headcount.study.runner import Runner
 
             runner = Runner(chosen, parts=(part,), reporter=reporter, command=_command())
             found = open_study(runner.run())
@@ -246,8 +246,8 @@ def _measured(spec: StudySpec, part: Part) -> Iterator[tuple[Study, Asked]]:
 
 def _report(folder: Path) -> None:
     from headcount import terminal
-    from headcount.view.analysis import open_study
-    from headcount.view.report import write_report
+    from headcount.analysis.study import open_study
+    from headcount.report.page import write_report
 
     study = open_study(folder)  # once: what it works out serves the report and the summary
     with terminal.reporter() as reporter:

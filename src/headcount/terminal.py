@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from headcount.ledger import Ledger
+    from headcount.analysis.study import Study
+    from headcount.engine.neighbours import Speed
     from headcount.masks import Component
     from headcount.model.load import LoadedModel
-    from headcount.neighbours import Speed
-    from headcount.plan import PlannedJob
-    from headcount.view.analysis import Study
+    from headcount.study.ledger import Ledger
+    from headcount.study.plan import PlannedJob
 
 _out = Console()
 _err = Console(stderr=True)
@@ -84,7 +84,7 @@ class Asked:
 
     def of(self, table: pd.DataFrame, study: Study) -> pd.DataFrame:
         """The table's rows of these; means over tasks only where they are over no others."""
-        from headcount.view.points import MEAN
+        from headcount.analysis.points import MEAN
 
         tasks = [*self.tasks, *([MEAN] if set(self.tasks) == set(study.tasks) else [])]
         return table[table["task"].isin(tasks) & table["num_fewshot"].isin(self.shots)]
@@ -199,8 +199,8 @@ def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:
 
 
 def _print_contracts(loaded: LoadedModel) -> bool:
-    from headcount.measure.forward import sweep_contract
-    from headcount.measure.layout import layout
+    from headcount.engine.engine import sweep_contract
+    from headcount.engine.layout import layout
     from headcount.model.contracts import verify
 
     results = verify(loaded)
@@ -232,9 +232,10 @@ def print_accuracy(study: Study, asked: Asked) -> None:
 
 def print_importance(study: Study, asked: Asked, component: Component, method: str = "gradient") -> None:
     """The most and the least important heads, or every FFN, per task and number of shots."""
-    from headcount.view.points import groups
-    from headcount.view.scores import most_important_first, name_of
-    from headcount.view.words import score_name
+    from headcount.analysis.importance import most_important_first
+    from headcount.analysis.points import groups
+    from headcount.analysis.scores import name_of
+    from headcount.report.words import score_name
 
     importance = asked.of(study.importance(), study)
     score = "accuracy" if (component, method) == ("head", "oracle") else study.ordering_scores[component]
@@ -255,7 +256,7 @@ def print_importance(study: Study, asked: Asked, component: Component, method: s
 
 def print_curves(study: Study, asked: Asked) -> None:
     """Accuracy along every curve, a table per task: ten fractions fit in 80 columns."""
-    from headcount.view.points import groups
+    from headcount.analysis.points import groups
 
     names = {"head": "heads", "ffn": "FFNs", "gradient": "by gradient", "oracle": "by oracle", "random": "at random",
              "common": "by one order"}
@@ -274,8 +275,8 @@ def print_curves(study: Study, asked: Asked) -> None:
 
 def print_induction(study: Study, shown: int = 12) -> None:
     """The heads highest on prefix matching, with all scores, and what they say together."""
-    from headcount.view import primitives
-    from headcount.view.scores import name_of
+    from headcount.analysis.scores import name_of
+    from headcount.report import induction as primitives
 
     found = study.induction()
     table = _table("head", "prefix matching|r", "copying|r", "previous token|r", "OV copying|r", "induction head")
@@ -294,15 +295,16 @@ def print_induction(study: Study, shown: int = 12) -> None:
 
 def print_summary(study: Study, report: Path) -> None:
     """What a study found, in words, with what a reader must know, and where the report is."""
-    from headcount.view import sentences
+    from headcount.report.cautions import cautions
+    from headcount.report.headline import headline
 
     _out.print()
-    for sentence in sentences.headline(study):
+    for sentence in headline(study):
         _out.print(f"- {sentence}", highlight=False, soft_wrap=False)
-    cautions = list(sentences.cautions(study))
-    if cautions:
+    told = list(cautions(study))
+    if told:
         _out.print("\nBefore you rely on this:", highlight=False)
-        for sentence in cautions:
+        for sentence in told:
             _out.print(f"- {sentence}", highlight=False)
     _out.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
 
@@ -319,9 +321,9 @@ def _print_agreement(study: Study, asked: Asked) -> None:
 
 
 def _print_truncations(study: Study, asked: Asked) -> None:
-    from headcount.view import sentences
+    from headcount.report.cautions import truncations
 
-    for sentence in sentences.truncations(study, asked.tasks, asked.shots):
+    for sentence in truncations(study, asked.tasks, asked.shots):
         _out.print(sentence, highlight=False)
 
 

@@ -28,8 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headcount.model.attention import attention_seen, fed, one_logit
-from headcount.model.load import LoadedModel
-from headcount.model.weights import (
+from headcount.model.circuits import (
     BranchNorm,
     EndMaps,
     branch_norms,
@@ -39,6 +38,7 @@ from headcount.model.weights import (
     unembedding,
     unembedding_bias,
 )
+from headcount.model.load import LoadedModel
 
 # A head that writes nothing towards any token raises rounding errors: sums of them, relative to the largest logit.
 _FLOOR = 1e-5

@@ -42,22 +42,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headcount.engine.budget import budget_of
+from headcount.engine.encode import Request, encode
+from headcount.engine.engine import Progress, in_memory, scored_only
+from headcount.engine.pack import Batch, Budget, batches, pack
+from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Component, Mask, all_heads, removal_order
-from headcount.measure.budget import budget_of
-from headcount.measure.encoding import Request, encode
-from headcount.measure.forward import Progress, in_memory, model_inputs, scored_only
-from headcount.measure.packing import Batch, Budget, batches, pack
-from headcount.measure.passages import halves, resampled
-from headcount.measure.scoring import evaluate
-from headcount.measure.tasks import LM_EVAL_SEED, Split, Task
+from headcount.measure.evaluate import evaluate
+from headcount.measure.resampling import halves, resampled, standard_error
+from headcount.model.circuits import parts_behind_norm
 from headcount.model.devices import on_device
-from headcount.model.gates import Activations, captured, frozen
+from headcount.model.hooks import Activations, captured, frozen
 from headcount.model.load import LoadedModel
 from headcount.model.norms import norm_of_nothing
-from headcount.model.weights import parts_behind_norm
 from headcount.results import Evaluations, Importance, Score
-from headcount.stats import cluster_sums
+from headcount.tasks.fewshot import LM_EVAL_SEED
+from headcount.tasks.task import Split, Task
 
 
 def head_importance(loaded: LoadedModel, task: Task, *, method: str = "gradient", **options: object) -> Importance:
@@ -144,17 +145,6 @@ def _importance_of(
         n, truncated,
         {kind: halves(x, owners, doc_ids, name=task) for kind, x in scores.items()},
         {kind: resampled(x, owners, doc_ids, name=task) for kind, x in scores.items()})
-
-
-def standard_error(
-    values: Float[np.ndarray, "doc component"], passages: Int[np.ndarray, " doc"]
-) -> Float[np.ndarray, " component"]:
-    """Of the mean over documents, those of a passage together; NaN where all are of one passage."""
-    apart, _ = cluster_sums((values - values.mean(0)).T, passages)
-    passage_count = apart.shape[1]
-    if passage_count < 2:
-        return np.full(values.shape[1], np.nan)
-    return np.asarray(np.sqrt((apart**2).sum(1) * passage_count / (passage_count - 1)) / len(values))
 
 
 def paper_weights(requests: Sequence[Request], heads_per_layer: Sequence[int]) -> Float[np.ndarray, "example head"]:

@@ -35,15 +35,15 @@ from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headcount import ranks
+from headcount.engine.engine import Progress
 from headcount.errors import ModelError, OptionError
 from headcount.measure.copying import Reading, paper_copying, sound_copying
-from headcount.measure.forward import Progress
 from headcount.model.attention import attention_keywords, attention_seen, eager
+from headcount.model.circuits import ov_copying
 from headcount.model.devices import doubled
 from headcount.model.load import LoadedModel, wrap
-from headcount.model.weights import ov_copying
 from headcount.results import InductionScores
+from headcount.stats import ranks
 
 Protocol = Literal["sound", "paper"]
 LENGTHS = (25, 58, 91, 124, 157, 190, 223)

@@ -10,8 +10,7 @@
    gradient of slice h, the part of every other head is exactly 0, and its own is not. For this the model runs eager
    attention, a few tokens long, and gets its own kernel back.
 
-3. Layer sweep (`headcount.model.sweep`): run block by block, sharing between masks, logits are those of the plain
-   pass. A model that fails this one is measured all the same, one plain pass for each mask.
+The third contract, that the model can be run layer by layer, is of the engine (`headcount.engine.proof`).
 
 Shapes are not tested: a gate at the wrong place has the right shape (the FFN module's output on BLOOM and MPT).
 """
@@ -33,18 +32,17 @@ from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy, find_anatomy
 from headcount.model.attention import eager
 from headcount.model.devices import doubled
-from headcount.model.gates import ablated, frozen
+from headcount.model.hooks import ablated, frozen
 from headcount.model.load import LoadedModel
-from headcount.model.sweep import Sweep
 
-_TOKENS = 8
+PROBE_TOKENS = 8
 # Rounding of a few additions, in units of the dtype's precision at the largest value.
 _ROUNDINGS = 32
 # The last norm of a branch that is neither attention nor FFN.
 _OTHER_BRANCHES = ("post_per_layer_input_norm",)
 _SMALLEST_SCALE = 1e-3
 # What a model raises whose parts are not what they seem to be.
-_FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -74,53 +72,12 @@ def verify(model: LoadedModel | PreTrainedModel, anatomy: Anatomy | None = None)
     if isinstance(model, LoadedModel):
         anatomy, model = anatomy or model.anatomy, model.model
     anatomy = anatomy or find_anatomy(model)
-    ids = _tokens(model)
+    ids = probe_tokens(model)
     return [_identity(model, anatomy, ids), _head_slices(model, anatomy, ids)]
 
 
-def verify_sweep(model: PreTrainedModel, anatomy: Anatomy) -> ContractResult:
-    """Test contract 3: masks that part from the full model in the first, last and some middle layers, and all at once.
-
-    Args:
-        model: In eval mode.
-        anatomy: Its heads and FFNs.
-    """
-    name = "run layer by layer, the model computes the same"
-    first = _tokens(model)
-    ids = torch.cat([first, first.flip(1)])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    rows, positions = torch.tensor([0, 1]), torch.tensor([_TOKENS // 2, _TOKENS - 1])
-    masks = _parting(anatomy)
-    worst, where = 0.0, ""
-    try:
-        with torch.no_grad():
-            for owners, logits in Sweep(model, anatomy).logits(inputs, masks, rows, positions):
-                for i in owners:
-                    with ablated(anatomy, masks[i]):
-                        plain = model(**inputs, use_cache=False).logits
-                    expected = plain[rows.to(plain.device), positions.to(plain.device)]
-                    error = _relative(logits.cpu().double(), expected.cpu().double())
-                    if not error <= worst:
-                        worst, where = error, f"{masks[i]}"
-    except _FAILURES as failure:
-        return ContractResult(name, False, float("inf"), f"blocks cannot be called by themselves ({failure})")
-    holds = worst <= max(1e-5, 16 * torch.finfo(model.dtype).eps)
-    return ContractResult(name, holds, worst, "" if holds else f"it does not for {where}")
-
-
-def _parting(anatomy: Anatomy) -> list[Mask]:
-    full = Mask.full(anatomy.heads_per_layer)
-    last = anatomy.num_layers - 1
-    masks = [full]
-    for layer in sorted({0, last // 3, last // 2, max(last - 1, 0), last}):
-        heads = [(layer, h) for h in range(anatomy.heads_per_layer[layer])]
-        masks += [full.without_ffns([layer]), full.without_heads(heads[: (len(heads) + 1) // 2]),
-                  full.without_heads(heads), full.without_heads(heads).without_ffns([layer])]
-    everywhere = [(layer, 0) for layer, n in enumerate(anatomy.heads_per_layer) if n]
-    return [*masks, full.without_heads(everywhere), full.without_ffns(range(0, last + 1, 2))]
-
-
-def _tokens(model: PreTrainedModel) -> Int[Tensor, "batch pos"]:
+def probe_tokens(model: PreTrainedModel) -> Int[Tensor, "batch pos"]:
+    """A row of a few random tokens, the same every time."""
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
     if device.type == "meta":
@@ -128,7 +85,7 @@ def _tokens(model: PreTrainedModel) -> Int[Tensor, "batch pos"]:
     generator = torch.Generator().manual_seed(0)
     # Past the first ids, where padding and other special tokens tend to be.
     size = int(embeddings.weight.shape[0])
-    return torch.randint(min(10, size // 2), size, (1, _TOKENS), generator=generator).to(device)
+    return torch.randint(min(10, size // 2), size, (1, PROBE_TOKENS), generator=generator).to(device)
 
 
 @dataclass
@@ -147,7 +104,7 @@ def _identity(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch 
     try:
         with torch.no_grad(), ablated(anatomy, nothing), _traced(anatomy) as traces:
             model(input_ids=ids, use_cache=False)
-    except _FAILURES as failure:
+    except FAILURES as failure:
         # A gate at a wrong place can leave shapes that do not fit.
         return ContractResult(name, False, float("inf"), "a block does not even run so: a head or FFN of it is not "
                               f"where the anatomy says ({failure})")
@@ -219,7 +176,7 @@ def _identity_error(trace: _Trace, bias: Tensor | None) -> float:
     if last is not None and last.numel() == out.numel() and torch.equal(last.reshape(out.shape), trace.left):
         # The block ends with a norm: each norm must read what the one before wrote, and the first x + bias.
         expected = [x + b, *(doubled(after) for _, after in trace.norms[:-1])]
-        return max(_relative(doubled(before).reshape(x.shape), e.reshape(x.shape))
+        return max(relative_error(doubled(before).reshape(x.shape), e.reshape(x.shape))
                    for (before, _), e in zip(trace.norms, expected, strict=True))
     added = b.expand_as(x)
     norm_of_zero = torch.zeros_like(x)
@@ -235,13 +192,14 @@ def _identity_error(trace: _Trace, bias: Tensor | None) -> float:
     square = (added * added).sum()
     factor = (left_over * added).sum() / square if square > 0 else torch.ones(()).to(x)
     whole = x + norm_of_zero + added
-    errors = [_relative(out, whole), _relative(out, x + norm_of_zero + factor * added)]
+    errors = [relative_error(out, whole), relative_error(out, x + norm_of_zero + factor * added)]
     # A factor of the whole block; a block that hands on nothing (its residual was gated too) is none of it.
     scale = float((out * whole).sum() / (whole * whole).sum())
-    return min(*errors, _relative(out, scale * whole) if abs(scale) > _SMALLEST_SCALE else 1.0)
+    return min(*errors, relative_error(out, scale * whole) if abs(scale) > _SMALLEST_SCALE else 1.0)
 
 
-def _relative(a: Float[Tensor, "*_"], b: Float[Tensor, "*_"]) -> float:
+def relative_error(a: Float[Tensor, "*_"], b: Float[Tensor, "*_"]) -> float:
+    """The largest difference of two tensors, relative to the largest value in them."""
     return float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30))
 
 

@@ -39,12 +39,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from headcount import hub
 from headcount.errors import ModelError, OptionError, first_line
 from headcount.model import gguf
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
 from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint
 from headcount.model.norms import LayerNorms, find_norms
+from headcount.tasks import hub
 
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
 _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says

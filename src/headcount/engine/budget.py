@@ -1,0 +1,236 @@
+"""How much a model is given at once: measured on the device for row lengths, from free memory for batches.
+
+Three timings of a few blocks tell what packing must know (`measure.packing.Cost`): a batch of few tokens and one of
+eight times as many, both in short rows, give the cost of a batch beside its tokens; the same number of tokens in long
+rows tells how much attention adds with the length of rows. What is found is kept per device and shape of model, in
+`headcount/devices.json` in the user's cache, so that equal runs are laid out alike; what was timed while other
+processes kept the cores busy is not kept there, since it says little about the device.
+
+Memory is estimated, not measured: what does not fit after all is halved (`measure.forward.in_memory`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+
+from headcount.engine import neighbours
+from headcount.engine.encode import Request
+from headcount.engine.layout import layout
+from headcount.engine.pack import Batch, Budget, Cost, batches, pack
+from headcount.engine.treemask import model_inputs
+from headcount.model.load import LoadedModel
+
+_SHORT, _LONG = 128, 1024
+_BLOCKS = 4
+_REPETITIONS = 3
+_FIRST_BATCH, _LARGEST_BATCH = 2048, 65536
+_LONGEST_ROW = 8192
+# A batch is so many times as large as what it costs beside its tokens: about 3 % are lost.
+_WORTH = 32
+# Of free memory; on a CPU there is no error to be caught when it is exceeded.
+_SHARE = {"cpu": 0.25}
+_found: weakref.WeakKeyDictionary[LoadedModel, Budget] = weakref.WeakKeyDictionary()
+
+
+def budget_of(loaded: LoadedModel, row_tokens: int | None = None, batch_tokens: int | None = None) -> Budget:
+    """What this model is given at once on its device, found once; what is passed is taken as it is."""
+    if loaded not in _found:
+        _found[loaded] = _measured(loaded)
+    found = dataclasses.replace(_found[loaded], row_tokens=row_tokens)
+    if batch_tokens is not None:
+        found = dataclasses.replace(found, batch_tokens=batch_tokens, gradient_tokens=batch_tokens)
+    return found
+
+
+def _measured(loaded: LoadedModel) -> Budget:
+    cost = _kept(loaded)
+    if cost is None:
+        try:
+            with neighbours.watch(threads_of(loaded)) as load:
+                cost = measure_cost(loaded)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            cost = Cost()  # hardly any memory: batches will be halved
+        else:
+            if not load.crowded:
+                _keep(loaded, cost)
+    wanted = int(np.clip(_WORTH * cost.batch, _FIRST_BATCH, _LARGEST_BATCH))
+    forward, gradient = _bytes_per_token(loaded)
+    free = _free_memory(loaded) * _SHARE.get(loaded.device.type, 0.5)
+    return Budget(
+        batch_tokens=max(1, int(min(wanted, free / forward))),
+        gradient_tokens=max(1, int(min(wanted, free / gradient))),
+        longest_row=max(1, int(min(_LONGEST_ROW, free / forward, math.sqrt(free / _bytes_per_pair(loaded))))),
+        cost=cost)
+
+
+@torch.no_grad()
+def measure_cost(loaded: LoadedModel) -> Cost:
+    """Time a few blocks on batches of short rows and of long ones."""
+    tokens, found = _FIRST_BATCH, layout(loaded)
+    with _first_blocks(loaded) as timed:
+        few, many = _times(loaded, timed, (tokens // 8, _SHORT), (tokens, _SHORT))
+        # A GPU is not busy with so few tokens: they tell nothing about the cost of one.
+        while loaded.device.type != "cpu" and many < 2 * few and tokens < _LARGEST_BATCH:
+            tokens *= 4
+            few, many = _times(loaded, timed, (tokens // 8, _SHORT), (tokens, _SHORT))
+        length = min(_LONG, found.tree_tokens or _LONG)
+        each = max((many - few) / (tokens - tokens // 8), 1e-12)
+        overhead = float(np.clip(many / each - tokens, 0, _LARGEST_BATCH))
+        if not found.trees or length <= _SHORT:
+            return Cost(overhead)
+        short, long = _times(loaded, timed, (tokens, _SHORT), (tokens, length))
+    ratio = max((long / each - overhead) / (short / each - overhead), 1.01)
+    return Cost(round(overhead, 1), round(max(_SHORT, (length - _SHORT * ratio) / (ratio - 1)), 1))
+
+
+def _times(loaded: LoadedModel, timed: _Timed, *sizes: tuple[int, int]) -> list[float]:
+    """Seconds of batches of so many tokens in rows of such a length: the fastest of a few, taken in turns."""
+    made = [_random_batch(loaded, *size) for size in sizes]
+    fastest = [float("inf")] * len(sizes)
+    for turn in range(1 + _REPETITIONS):
+        for i, batch in enumerate(made):
+            seconds = timed(batch)
+            if turn:  # the first warms up
+                fastest[i] = min(fastest[i], seconds)
+    return fastest
+
+
+def _random_batch(loaded: LoadedModel, tokens: int, width: int) -> Batch:
+    """Rows of that length: trees of short documents, or single requests where the model takes no trees."""
+    found = layout(loaded)
+    vocabulary = int(loaded.model.config.get_text_config().vocab_size)
+    each = min(_SHORT if not found.trees else _SHORT // 2, loaded.max_length)
+    rng = np.random.default_rng(0)
+    documents = [[Request(ids, np.zeros(1, np.int64))] for ids in rng.integers(0, vocabulary, (tokens // each, each))]
+    made = Budget(width, 10**9, 10**9, cost=Cost(10**9))
+    (batch,) = batches(pack(documents, made, trees=found.trees), made)
+    return batch
+
+
+class _Timed:
+    """Runs a batch through the first blocks of a model and takes the time they need."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.started = 0.0
+
+    def __call__(self, batch: Batch) -> float:
+        inputs = model_inputs(self.loaded, batch, layout(self.loaded).tree_mask)
+        with contextlib.suppress(_Enough):
+            self.loaded.model(**inputs, use_cache=False)
+        _synchronize(self.loaded.device)
+        return time.perf_counter() - self.started
+
+    def start(self, *_: Any) -> None:
+        """The first block begins."""
+        _synchronize(self.loaded.device)
+        self.started = time.perf_counter()
+
+
+@contextlib.contextmanager
+def _first_blocks(loaded: LoadedModel) -> Iterator[_Timed]:
+    timed = _Timed(loaded)
+    blocks: list[nn.Module] = [part.block for part in loaded.anatomy.layers][:_BLOCKS]
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    handles = [blocks[0].register_forward_pre_hook(timed.start), blocks[-1].register_forward_hook(stop)]
+    try:
+        yield timed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Enough(Exception):  # noqa: N818
+    """Ends a pass after the blocks that are timed."""
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _bytes_per_token(loaded: LoadedModel) -> tuple[float, float]:
+    """About what a token takes in a forward pass, and in one that keeps activations for gradients."""
+    layers = loaded.anatomy.layers
+    d_model, size = layers[0].d_model, loaded.model.dtype.itemsize
+    inner = max(loaded.anatomy.parameters_per_ffn(i) for i in range(len(layers))) / (2 * d_model)
+    one = size * (16 * d_model + 3 * inner) + _LONG * _bytes_per_pair(loaded)
+    return one, one * len(layers)
+
+
+def _bytes_per_pair(loaded: LoadedModel) -> int:
+    """About what two positions of a row take: the mask, and every head's scores where the kernel writes them out."""
+    eager = loaded.model.config._attn_implementation == "eager"
+    return loaded.model.dtype.itemsize * (3 * max(loaded.anatomy.heads_per_layer) if eager else 2)
+
+
+def _free_memory(loaded: LoadedModel) -> int:
+    if loaded.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(loaded.device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def threads_of(loaded: LoadedModel) -> int:
+    """How many threads want a core each while this model runs; beside a GPU it is the one that feeds it."""
+    return torch.get_num_threads() if loaded.device.type == "cpu" else 1
+
+
+def device_key(loaded: LoadedModel) -> str:
+    """What timings depend on: device, threads, version, shape, type and attention kernel."""
+    device = loaded.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    anatomy = loaded.anatomy
+    return ", ".join(map(str, (
+        name, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", loaded.model.config.model_type,
+        f"{anatomy.num_layers} x {max(anatomy.heads_per_layer)} x {anatomy.layers[0].d_model}", loaded.model.dtype,
+        loaded.model.config._attn_implementation)))
+
+
+def _file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headcount" / "devices.json"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        known = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # measured again
+    return known if isinstance(known, dict) else {}
+
+
+def _kept(loaded: LoadedModel) -> Cost | None:
+    try:
+        return Cost(**_read()[device_key(loaded)])
+    except (KeyError, TypeError):
+        return None
+
+
+def _keep(loaded: LoadedModel, cost: Cost) -> None:
+    file = _file()
+    with contextlib.suppress(OSError):  # no such place here: measured again next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        own = file.with_suffix(f".{os.getpid()}")
+        known = {**_read(), device_key(loaded): dataclasses.asdict(cost)}
+        own.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
+        own.replace(file)

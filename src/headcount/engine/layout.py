@@ -1,0 +1,148 @@
+"""Whether a model's prompts may be laid out as token trees: found out by a probe, never by the model's name.
+
+One random tree is scored as a tree and request by request; the two must agree. Attention windows are too long to be
+exceeded by a short probe (4,096 tokens and more), so during the probe the window in the model's config, from which
+transformers makes its masks, is cut to 8 tokens. Three ways of handing the tree's mask over are tried: one mask per
+type of layer, one mask with the window counted in depths, one mask without. A model that agrees with none of them
+(ALiBi reads positions off the column, GPT-Neo keeps its window in a buffer) gets one request a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from transformers import PreTrainedConfig
+
+from headcount.engine.encode import Request
+from headcount.engine.engine import loglikelihood
+from headcount.engine.pack import Budget, batches, pack
+from headcount.engine.treemask import TreeMask
+from headcount.model.load import LoadedModel
+
+# Trees and single rows must agree in log-likelihood, in nats: relative to what the type can hold.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.05}
+_LONGEST = 24
+_WINDOW = 8
+# Windows that transformers reads from the config whenever it makes a mask, and one that GPT-Neo reads once.
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+_FIXED_WINDOWS = ("window_size",)
+# What models raise that know no such mask.
+_REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How requests are laid out for a model.
+
+    Attributes:
+        trees: Whether requests share prefixes in token trees; otherwise each is a row of its own.
+        reason: Why.
+        tree_mask: How the model takes the mask of a tree.
+        tree_tokens: Rows of trees are not longer than this: the attention window, where the mask does not carry it.
+    """
+
+    trees: bool
+    reason: str
+    tree_mask: TreeMask = "plain"
+    tree_tokens: int | None = None
+
+    def __str__(self) -> str:
+        return f"{'token trees' if self.trees else 'one request a row'}: {self.reason}"
+
+
+_layouts: weakref.WeakKeyDictionary[LoadedModel, Layout] = weakref.WeakKeyDictionary()
+
+
+def layout(loaded: LoadedModel) -> Layout:
+    """How this model's requests are laid out, found out once per loaded model by `probe`."""
+    if loaded not in _layouts:
+        _layouts[loaded] = probe(loaded)
+    return _layouts[loaded]
+
+
+def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
+    """Score one random tree of requests as a tree and request by request, and see whether the two agree.
+
+    The tree has two documents, a context and options of several lengths in each; its longest branch exceeds the
+    window, which is cut short meanwhile.
+    """
+    if "position_ids" not in inspect.signature(loaded.model.forward).parameters:
+        return Layout(False, "the model takes no position_ids")
+    text = loaded.model.config.get_text_config()
+    windows = [int(getattr(text, name)) for name in _WINDOWS if _is_window(getattr(text, name, None))]
+    fixed = [int(getattr(text, name)) for name in _FIXED_WINDOWS if _is_window(getattr(text, name, None))]
+    kinds: tuple[TreeMask, ...] = ("by type", "windowed", "plain") if windows else ("plain",)
+    documents = _documents(loaded, np.random.default_rng(seed))
+    differences: dict[TreeMask, float] = {}
+    refusal = ""
+    with _short_windows(loaded):
+        budget = Budget(row_tokens=10_000, batch_tokens=10_000)
+        rows = batches(pack(documents, budget, trees=False), budget)
+        expected, _ = loglikelihood(loaded, rows, 6)
+        tree = batches(pack(documents, budget), budget)
+        for kind in kinds:
+            try:
+                found, _ = loglikelihood(loaded, tree, 6, tree_mask=kind)
+            except _REFUSALS as error:
+                refusal = type(error).__name__
+            else:
+                differences[kind] = float(np.nan_to_num(np.abs(found - expected).max(), nan=np.inf))
+    if not differences:
+        return Layout(False, f"the model does not take a tree's mask ({refusal})")
+    best = min(differences, key=differences.__getitem__)
+    if differences[best] > _TOLERANCE.get(loaded.model.dtype, 1e-3):
+        return Layout(False, f"a tree's log-likelihoods differ from single rows' by {differences[best]:.2g}")
+    return _agreed(best, differences[best], windows, fixed)
+
+
+def _agreed(kind: TreeMask, difference: float, windows: Sequence[int], fixed: Sequence[int]) -> Layout:
+    reason = f"a tree's log-likelihoods equal single rows' to {max(difference, 1e-7):.0e}"
+    # Without a window in its mask, either the model does not use its window or it was not cut short. Such a window may
+    # count columns, not depths: rows stay shorter than it.
+    unheeded = [*fixed, *(windows if kind == "plain" else [])]
+    if kind != "plain":
+        reason += f"; windows of {', '.join(map(str, windows))} tokens count in depths"
+    if unheeded:
+        reason += f"; rows of trees stay within the window of {min(unheeded)} tokens"
+    return Layout(True, reason, kind, min(unheeded, default=None))
+
+
+def _documents(loaded: LoadedModel, rng: np.random.Generator) -> list[list[Request]]:
+    longest = min(loaded.max_length, _LONGEST)
+    vocabulary = int(loaded.model.config.get_text_config().vocab_size)
+
+    def ids(n: int) -> Int[np.ndarray, " pos"]:
+        return rng.integers(0, vocabulary, n)
+
+    documents = []
+    for context in (ids(longest // 2), ids(longest // 3)):
+        options = [ids(n) for n in (1, 2, longest - len(context) - 1)]
+        documents.append([Request(np.concatenate([context, o])[:-1], o) for o in options])
+    return documents
+
+
+@contextlib.contextmanager
+def _short_windows(loaded: LoadedModel) -> Iterator[None]:
+    """Cut the windows in the model's configs to 8 tokens."""
+    modules = (getattr(module, "config", None) for module in loaded.model.modules())
+    configs = {id(c): c for c in (*modules, loaded.model.config.get_text_config()) if isinstance(c, PreTrainedConfig)}
+    before = [(c, name, getattr(c, name)) for c in configs.values() for name in _WINDOWS
+              if _is_window(getattr(c, name, None))]
+    try:
+        for config, name, _ in before:
+            setattr(config, name, _WINDOW)
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+def _is_window(value: object) -> bool:
+    return isinstance(value, int) and value > 0

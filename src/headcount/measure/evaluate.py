@@ -1,0 +1,229 @@
+"""Scoring: a task's metric, gold log-likelihoods and margins, for many masks.
+
+Prompts are built, encoded and laid out once (`prepare`); the batches run through the unmodified model under all masks
+(`measure.forward`), and log-likelihoods become lm-eval's metrics (`score`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from headcount.engine.budget import budget_of
+from headcount.engine.encode import encode
+from headcount.engine.engine import Progress, columns_of, masked_loglikelihoods
+from headcount.engine.layout import Layout, layout
+from headcount.engine.pack import Batch, Budget, batches, pack
+from headcount.errors import ModelError, OptionError, TaskError
+from headcount.masks import Mask
+from headcount.model.load import LoadedModel
+from headcount.results import Evaluations
+from headcount.tasks.fewshot import LM_EVAL_SEED
+from headcount.tasks.task import Prompt, Split, Task
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A task's documents, encoded and packed, ready for any number of masks.
+
+    Attributes:
+        task: The task.
+        num_fewshot: How many shots stand before each document.
+        prompts: The documents.
+        counts: How many requests each document has; requests follow one another in this order.
+        layout: How they are laid out for the model.
+        batches: What the model reads.
+        passages: Which documents share a passage: equal numbers.
+        truncated: How many requests lost their beginning.
+        columns: The first so many logits decide (protocol "paper"); None: all.
+    """
+
+    task: Task
+    num_fewshot: int
+    prompts: tuple[Prompt, ...]
+    counts: tuple[int, ...]
+    layout: Layout
+    batches: tuple[Batch, ...]
+    passages: Int[np.ndarray, " doc"]
+    truncated: int
+    columns: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Positions that one forward pass over all documents computes."""
+        return sum(b.tokens for b in self.batches)
+
+
+def evaluate(
+    loaded: LoadedModel,
+    task: Task,
+    masks: Sequence[Mask] | None = None,
+    *,
+    num_fewshot: int = 0,
+    limit: int | None = None,
+    split: Split = "evaluation",
+    seed: int = LM_EVAL_SEED,
+    shared_shots: bool = False,
+    trees: bool | None = None,
+    budget: Budget | None = None,
+    progress: Progress | None = None,
+) -> Evaluations:
+    """Measure a task under each mask.
+
+    Args:
+        loaded: The model.
+        task: From `get_tasks`.
+        masks: What is kept, one result per mask; None measures the full model.
+        num_fewshot: Shots before each document.
+        limit: The first so many documents; None takes all.
+        split: "evaluation", or "examples" for the documents importance is measured on.
+        seed: Of the sampler of shots.
+        shared_shots: Whether one draw of shots serves all documents.
+        trees: Whether prompts share their prefixes in token trees; None asks `layout`.
+        budget: How long rows and how large batches may be; None asks `budget_of`, which measures the device.
+        progress: Called with the number of tokens after each batch.
+
+    Returns:
+        Metric, gold log-likelihood, margin and prediction per mask and document.
+    """
+    if isinstance(masks, Mask) or not isinstance(task, Task):
+        raise OptionError("masks is a sequence of masks, and task what get_tasks made of one name")
+    prepared = prepare(loaded, task, num_fewshot=num_fewshot, limit=limit, split=split, seed=seed,
+                       shared_shots=shared_shots, trees=trees, budget=budget)
+    return score(loaded, prepared, masks or [Mask.full(loaded.anatomy.heads_per_layer)], progress=progress)
+
+
+def prepare(
+    loaded: LoadedModel,
+    task: Task,
+    *,
+    num_fewshot: int = 0,
+    limit: int | None = None,
+    split: Split = "evaluation",
+    seed: int = LM_EVAL_SEED,
+    shared_shots: bool = False,
+    trees: bool | None = None,
+    budget: Budget | None = None,
+) -> Prepared:
+    """Build, encode and pack a task's prompts; the options are those of `evaluate`."""
+    prompts = task.prompts(split, num_fewshot=num_fewshot, limit=limit, seed=seed, shared_shots=shared_shots,
+                           chat=loaded.chat)
+    try:
+        requests = encode(loaded.tokenizer, [pair for p in prompts for pair in p.pairs], loaded.max_length,
+                          apart=task.protocol == "paper")
+    except TaskError as error:
+        raise TaskError(f"task {task.name!r}: {error}") from error
+    counts = [len(p.pairs) for p in prompts]
+    by_document = [requests[end - n : end] for n, end in zip(counts, np.cumsum(counts), strict=True)]
+    found = layout(loaded)
+    if trees and not found.trees:
+        raise OptionError(f"this model's prompts cannot be laid out as trees: {found.reason}")
+    chosen = found if trees is None else dataclasses.replace(found, trees=trees, reason="asked for")
+    budget = budget or budget_of(loaded)
+    rows = pack(by_document, budget, trees=chosen.trees, tree_tokens=chosen.tree_tokens)
+    return Prepared(task, num_fewshot, tuple(prompts), tuple(counts), chosen,
+                    tuple(batches(rows, budget)), task.passages(split, prompts), sum(r.truncated for r in requests),
+                    columns_of(loaded) if task.protocol == "paper" else None)
+
+
+def score(
+    loaded: LoadedModel, prepared: Prepared, masks: Sequence[Mask], *, progress: Progress | None = None
+) -> Evaluations:
+    """Run prepared prompts under each mask and turn log-likelihoods into the task's metric."""
+    found = masked_loglikelihoods(loaded, prepared.batches, sum(prepared.counts), masks, progress,
+                                  prepared.layout.tree_mask, prepared.columns)
+    for mask, values in zip(masks, found.loglikelihoods, strict=True):
+        if bad := int((~np.isfinite(values)).sum()):
+            raise ModelError(f"{bad} of {len(values)} log-likelihoods of task {prepared.task.name!r} are no numbers "
+                             f"under {mask}: they overflow in {str(loaded.model.dtype).removeprefix('torch.')}; use "
+                             "--dtype bfloat16 or float32")
+    splits = np.cumsum(prepared.counts)[:-1]
+    rows = [
+        [_score_document(prepared.task, *one) for one in zip(
+            prepared.prompts, np.split(loglikelihoods, splits), np.split(greedy, splits), strict=True)]
+        for loglikelihoods, greedy in zip(found.loglikelihoods, found.greedy, strict=True)
+    ]
+    metric, task = prepared.task.metric, prepared.task
+    extra = {name for row in rows for one in row for name in one.metrics} - {metric}
+    measured = Evaluations(
+        task=task.name,
+        num_fewshot=prepared.num_fewshot,
+        metric=metric,
+        masks=tuple(masks),
+        doc_ids=np.array([p.doc_id for p in prepared.prompts], np.int64),
+        correct=np.array([[one.metrics[metric] for one in row] for row in rows]),
+        gold_loglikelihood=np.array([[one.gold for one in row] for row in rows]),
+        margin=np.array([[one.margin for one in row] for row in rows]),
+        prediction=np.array([[one.prediction for one in row] for row in rows], np.int64),
+        gold=np.array([p.gold for p in prepared.prompts], np.int64),
+        num_options=np.array([0 if task.is_produced else p.num_options for p in prepared.prompts], np.int64),
+        extra_metrics={name: np.array([[one.metrics.get(name, np.nan) for one in row] for row in rows])
+                       for name in sorted(extra)},
+        passages=prepared.passages,
+        truncated=prepared.truncated,
+        tokens=prepared.tokens * len(masks),
+        layer_tokens=found.layer_tokens,
+    )
+    if task.question is not None:
+        return by_question(measured, [task.question(p.doc) for p in prepared.prompts])
+    return measured
+
+
+def by_question(measured: Evaluations, questions: Sequence[Hashable]) -> Evaluations:
+    """One document per question: right if every answer to it is judged right (MultiRC in the paper's code).
+
+    A question stands where its first answer does, under that one's number. A limit may cut the last question's answers
+    short; it then counts by those that were evaluated.
+
+    Gold log-likelihoods are averaged over a question's answers, its margin is the smallest, and judgements are numbered
+    as the digits of one number, so that prediction, gold and the number of options keep their meaning.
+    """
+    numbers = {q: i for i, q in enumerate(dict.fromkeys(questions))}
+    owner = np.array([numbers[q] for q in questions])
+    members = [np.flatnonzero(owner == i) for i in range(len(numbers))]
+
+    def reduced(values: np.ndarray, how: Callable[..., Any]) -> np.ndarray:
+        return np.stack([how(values[..., m], axis=-1) for m in members], axis=-1)
+
+    def number(values: np.ndarray) -> np.ndarray:
+        bases = [np.concatenate([[1], np.cumprod(measured.num_options[m])[:-1]]) for m in members]
+        return np.stack([(values[..., m] * base).sum(-1) for m, base in zip(members, bases, strict=True)], axis=-1)
+
+    passages = measured.passages
+    if passages is not None:  # counted anew: an answer that shares nothing with its question's first one leaves a gap
+        passages = np.unique(passages[[m[0] for m in members]], return_inverse=True)[1]
+    return dataclasses.replace(
+        measured,
+        doc_ids=np.array([measured.doc_ids[m[0]] for m in members]),
+        passages=passages,
+        correct=reduced(measured.correct, np.min),
+        gold_loglikelihood=reduced(measured.gold_loglikelihood, np.mean),
+        margin=reduced(measured.margin, np.min),
+        prediction=number(measured.prediction),
+        gold=number(measured.gold),
+        num_options=reduced(measured.num_options, np.prod),
+        extra_metrics={name: reduced(values, np.mean) for name, values in measured.extra_metrics.items()},
+    )
+
+
+class _Scored(NamedTuple):
+    metrics: dict[str, float]
+    gold: float
+    margin: float
+    prediction: int
+
+
+def _score_document(
+    task: Task, prompt: Prompt, loglikelihoods: Float[np.ndarray, " option"], greedy: Int[np.ndarray, " option"]
+) -> _Scored:
+    results = [(float(x), bool(g)) for x, g in zip(loglikelihoods, greedy, strict=True)]
+    options = loglikelihoods[: prompt.num_options]
+    gold = float(options[prompt.gold])
+    others = np.delete(options, prompt.gold)
+    margin = gold - float(others.max()) if len(others) else float("nan")
+    return _Scored(task.metrics(prompt, results), gold, margin, int(np.argmax(options)))

@@ -1,0 +1,88 @@
+"""What a page is made of: sections (a figure with its caption) and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from headcount.analysis.points import MEAN
+
+
+@dataclass(frozen=True)
+class Section:
+    """One figure with what is said of it.
+
+    Attributes:
+        name: Of its files.
+        heading: Of its part of the page.
+        caption: What it shows, in words.
+        page: Draws it for the page.
+        static: Draws it for PNG and PDF.
+    """
+
+    name: str
+    heading: str
+    caption: str
+    page: Callable[[], Any]
+    static: Callable[[], Any]
+
+
+def section(
+    name: str, heading: str, draw: Callable[[], Any], *caption: str, static: Callable[[], Any] | None = None
+) -> Section:
+    """A section; what is empty of its caption is left out."""
+    return Section(name, heading, " ".join(filter(None, caption)), draw, static or draw)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page.
+
+    Attributes:
+        title: Its heading.
+        caption: What its columns mean.
+        frame: Its content.
+    """
+
+    title: str
+    caption: str
+    frame: pd.DataFrame
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return [str(c) for c in self.frame.columns]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Cells as text."""
+        return [[_cell(value) for value in row] for row in self.frame.itertuples(index=False)]
+
+
+def mean_first(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the mean over tasks, then those of single tasks."""
+    return pd.concat([table[table["task"] == MEAN], table[table["task"] != MEAN]])
+
+
+def thousandths(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Accuracies with the same number of digits, so that they can be read down a column."""
+    return table.assign(**{c: [f"{x:.3f}" if x == x else "" for x in table[c]] for c in columns})
+
+
+def plain_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns by the names that people read."""
+    names = {"num_fewshot": "shots", "parameters_removed": "parameters", "full_accuracy": "full model"}
+    return frame.rename(columns=lambda c: names.get(str(c), str(c).replace("_", " ")))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        if value != value:
+            return ""
+        # Large numbers are means of parameters, whose decimals say nothing.
+        whole = (value == int(value) and abs(value) >= 10) or abs(value) >= 10_000
+        return f"{value:,.0f}" if whole else f"{value:.4g}"
+    return str(value)

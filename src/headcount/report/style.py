@@ -1,0 +1,75 @@
+"""How figures look: palette, fonts, panels by number of shots, menus; one description for the page, PNG and PDF.
+
+Colours are those of Okabe and Ito, told apart by colour-blind readers; random orders are dashed, so that no figure
+depends on colour alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+Chart = Any  # Altair's charts have many types, alike for us
+alt.data_transformers.disable_max_rows()
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+COMPONENTS = {"head": "attention heads", "ffn": "FFNs"}
+LEGEND = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 260}
+_CONFIG = {
+    "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
+    "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "#e8e8e8"},
+    "legend": LEGEND,
+    "title": {"fontSize": 13, "fontWeight": "bold", "anchor": "start"},
+    "view": {"stroke": None},
+}
+
+
+def save(chart: Chart, path: Path) -> list[Path]:
+    """Write a figure as PNG (twice the size) and PDF; returns both paths."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = [path.with_suffix(".png"), path.with_suffix(".pdf")]
+    chart.save(str(found[0]), scale_factor=2)
+    chart.save(str(found[1]))
+    return found
+
+
+def fewest_first(names: Iterable[str]) -> list[str]:
+    """Labels of numbers of shots (`no shots`, `1 shot`, `5 shots`), each once, in the order of the numbers."""
+    return sorted(set(names), key=lambda name: int(name.split()[0]) if name[0].isdigit() else 0)
+
+
+def shots_column(rows: pd.DataFrame) -> alt.Column:
+    """A panel per number of shots, few shots first."""
+    return alt.Column("shots:N", title=None, sort=fewest_first(rows["shots"]), header=alt.Header(labelFontSize=12))
+
+
+def shots_colour(rows: pd.DataFrame) -> alt.Color:
+    """The same colour for the same number of shots in every panel; few shots first."""
+    names = fewest_first(rows["shots"])
+    return alt.Color("shots:N", title="shots", scale=alt.Scale(domain=names, range=PALETTE[: len(names)]),
+                     legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1))
+
+
+def of_one_task(chart: Chart, rows: pd.DataFrame, choose: bool) -> Chart:
+    """Show the task that the menu names, or the mean (the only task where there is one)."""
+    return chart.transform_filter("datum.task == task" if choose else alt.datum.task == rows["task"].iloc[0])
+
+
+def with_menu(chart: Chart, rows: pd.DataFrame, choose: bool) -> Chart:
+    """Add the menu of tasks that `of_one_task` reads, where a figure has one."""
+    tasks = list(dict.fromkeys(rows["task"]))
+    menu = alt.param(name="task", value=tasks[0], bind=alt.binding_select(options=tasks, name="task "))
+    return chart.add_params(menu) if choose else chart
+
+
+def dressed(chart: Chart) -> Chart:
+    """A finished figure in the report's fonts and sizes."""
+    return chart.configure(**_CONFIG)
+
+
+WIDTH = 950  # of the page, in pixels
+LEGEND_LENGTH = 160
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]

@@ -1,0 +1,288 @@
+"""One task: its documents, prompts, gold answers and metrics, which are lm-eval's own.
+
+What is added here: shots can be shared by all documents; prompts can be built for training documents too, without the
+document itself among its shots; and the variants of the paper's code (protocol "paper"): its order of documents and its
+draws of shots, WSC's training documents are its positive ones, and a question of MultiRC counts when all its answers
+are judged right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Int
+from jinja2.exceptions import TemplateError
+
+from headcount.errors import DataError, OptionError, TaskError
+from headcount.tasks.chat import rendered
+from headcount.tasks.fewshot import LM_EVAL_SEED, Shots, papers_draws, questions_together
+from headcount.tasks.fingerprint import fingerprint as fingerprint_of
+from headcount.tasks.passages import passages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAME = "importance is measured on the documents that are evaluated, so that pruned models come out too well"
+Split = Literal["evaluation", "examples"]
+Protocol = Literal["sound", "paper"]
+SPLITS: tuple[Split, ...] = ("evaluation", "examples")
+_METRICS = ("acc", "em", "exact_match")
+_NUMBERS = (int, float, np.number, np.bool_)
+# What a definition raises on documents that it was not written for.
+MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError, TemplateError)
+# The paper's variants: which training documents there are, and which documents are one question.
+_TRAINING: dict[str, Callable[[Mapping[str, Any]], bool]] = {"wsc": lambda doc: doc["label"] == 1}
+_QUESTIONS: dict[str, Callable[[Mapping[str, Any]], Hashable]] = {
+    "multirc": lambda doc: (doc["idx"]["paragraph"], doc["idx"]["question"])}
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One document with its prompts.
+
+    Attributes:
+        doc_id: The document's position in its split.
+        doc: The document as lm-eval gives it.
+        pairs: (context, continuation) of every option, and behind them of the same continuations without context,
+            where a metric of the task compares the two.
+        gold: Index of the right option, the first of several.
+        num_options: How many options there are.
+    """
+
+    doc_id: int
+    doc: Mapping[str, Any]
+    pairs: tuple[tuple[str, str], ...]
+    gold: int
+    num_options: int
+
+
+class Task:
+    """A multiple-choice or log-likelihood task of lm-eval.
+
+    Attributes:
+        name: lm-eval's name.
+        metric: The metric that decides orders: "acc", or "em" where there is no acc.
+        notes: What a reader of the results must know, such as a split that stands in for another.
+        protocol: "sound", or "paper" for what the paper's code does otherwise.
+        question: Under protocol "paper", the question that a document belongs to, where all answers must be right.
+    """
+
+    def __init__(
+        self, name: str, inner: Any, notes: Sequence[str] = (), examples_split: str = "train",
+        protocol: Protocol = "sound",
+    ) -> None:
+        self.name = name
+        self.inner = inner
+        self.notes = tuple(notes)
+        self.examples_split = examples_split
+        self.protocol: Protocol = protocol
+        kind = inner.OUTPUT_TYPE
+        if kind not in ("multiple_choice", "loglikelihood"):
+            raise TaskError(f"task {name!r} is a {kind} task; headcount scores multiple_choice and loglikelihood tasks")
+        metrics = list(inner.aggregation())
+        self.metric = next((m for m in _METRICS if m in metrics), metrics[0])
+        paper = protocol == "paper"
+        self.question = _QUESTIONS.get(name) if paper else None
+        self._is_training = _TRAINING.get(name) if paper else None
+        self._texts: dict[tuple[Split, int], str] = {}
+        if self._is_training is not None:
+            inner.sampler.replace_df([doc for doc in inner.sampler.df if self._is_training(doc)])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the task's definition and of all its documents; equal in every process."""
+        variant = ["paper"] if self.question or self._is_training else []
+        config = self.inner.config.to_dict(keep_callable=True)
+        return fingerprint_of(config, [self.examples_split, *variant], self.inner.dataset)
+
+    @property
+    def split_sizes(self) -> dict[str, int]:
+        """How many documents each split has, by lm-eval's names; only those that the task uses."""
+        config = self.inner.config
+        used = dict.fromkeys(s for s in (config.training_split, config.validation_split, config.test_split) if s)
+        return {split: len(self.inner.dataset[split]) for split in used if split in self.inner.dataset}
+
+    @property
+    def is_produced(self) -> bool:
+        """Whether the answer is no choice: greedy decoding must give the continuation."""
+        return bool(self.inner.OUTPUT_TYPE == "loglikelihood")
+
+    @property
+    def num_options(self) -> Int[np.ndarray, " doc"]:
+        """How many options each evaluated document has; 0 where a continuation must be produced."""
+        if self.is_produced:
+            return np.zeros(len(self.documents("evaluation")), np.int64)
+        return np.array([len(self.inner.doc_to_choice(doc)) for doc in self.documents("evaluation")], np.int64)
+
+    def documents(self, split: Split) -> Sequence[Mapping[str, Any]]:
+        """The evaluated documents (lm-eval's choice of split), or the examples that importance is measured on.
+
+        Raises:
+            TaskError: If the task has no documents for this.
+        """
+        if split == "evaluation":
+            return list(self.inner.eval_docs)
+        docs = {"train": self.inner.training_docs, "validation": self.inner.validation_docs,
+                "test": self.inner.test_docs}[self.examples_split]()
+        if docs is None:
+            has = [s for s, there in (("train", self.inner.has_training_docs()),
+                                      ("validation", self.inner.has_validation_docs()),
+                                      ("test", self.inner.has_test_docs())) if there]
+            same = f" (then {SAME})" if len(has) == 1 else ""
+            raise TaskError(f"task {self.name!r} has no {self.examples_split} split to measure importance on; choose "
+                            f"one that it has with --examples-split {' or '.join(has)}{same}")
+        return [doc for doc in docs if self._is_training is None or self._is_training(doc)]
+
+    def size(self, split: Split, *, shared_shots: int = 0, seed: int = LM_EVAL_SEED) -> int:
+        """How many documents a split offers when those that serve as shared shots are left out."""
+        found = self.documents(split)
+        shots = self._drawn(shared_shots, seed)
+        left = sum(doc not in shots for doc in found)
+        if left < 1:
+            raise OptionError(f"all {len(found)} documents of task {self.name!r} are shots; ask for fewer with --shots")
+        return left
+
+    def prompts(
+        self, split: Split, *, num_fewshot: int = 0, limit: int | None = None, seed: int = LM_EVAL_SEED,
+        shared_shots: bool = False, chat: PreTrainedTokenizerBase | None = None,
+    ) -> list[Prompt]:
+        """Prompts of the first documents of a split.
+
+        Shots come from lm-eval's own few-shot split. For evaluated documents they are drawn exactly as lm-eval draws
+        them with this seed; examples never are among their own shots; documents that serve as shared shots are left
+        out. Under protocol "paper" evaluated documents are shuffled, and shots are drawn as `shots.papers_draws` says.
+
+        Args:
+            split: Which documents.
+            num_fewshot: How many shots stand before each document.
+            limit: Take the first so many documents; None takes all.
+            seed: Of the sampler of shots.
+            shared_shots: Whether one draw of shots serves all documents.
+            chat: A tokenizer whose chat template is put around the prompts, each shot a turn, as lm-eval does.
+
+        Raises:
+            OptionError: If there are too few documents to draw the shots from.
+        """
+        if num_fewshot < 0 or (limit is not None and limit < 1):
+            raise OptionError(f"num_fewshot is at least 0 and limit at least 1, not {num_fewshot} and {limit}")
+        found = self.documents(split)
+        paper = self.protocol == "paper"
+        own_pool = num_fewshot > 0 and not paper and self._drawn_from(found)
+        excludes = not self.inner.has_training_docs() if paper else own_pool or self._lm_eval_excludes
+        self._check_pool(num_fewshot, excluding=not shared_shots and excludes)
+        shots = self._drawn(num_fewshot if shared_shots else 0, seed)
+        template = functools.partial(rendered, chat) if chat is not None else None
+        prompts: list[Prompt] = []
+        own = self._papers_draws(split, found, 0 if shared_shots else num_fewshot, seed) if paper else (
+            (doc_id, ()) for doc_id in range(len(found)))
+        for doc_id, drawn in own:
+            if limit is not None and len(prompts) >= limit:
+                break
+            if (doc := found[doc_id]) not in shots:
+                with self._sampling(drawn or shots, doc if own_pool else None, doc_id):
+                    prompts.append(self._prompt(doc_id, doc, num_fewshot, template))
+        return prompts
+
+    def passages(self, split: Split, prompts: Sequence[Prompt]) -> Int[np.ndarray, " doc"]:
+        """A number for every document, equal for those that share a passage; whatever the shots before them."""
+        for prompt in prompts:
+            if (split, prompt.doc_id) not in self._texts:
+                plain = self._prompt(prompt.doc_id, prompt.doc, 0, None)
+                self._texts[split, prompt.doc_id] = "".join(plain.pairs[plain.gold])
+        return passages([self._texts[split, prompt.doc_id] for prompt in prompts])
+
+    def metrics(self, prompt: Prompt, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+        """lm-eval's own metrics of one document that are plain numbers.
+
+        Args:
+            prompt: The document.
+            results: Log-likelihood in nats, and whether greedy decoding gives it, of every pair.
+        """
+        scores = self.inner.process_results(prompt.doc, list(results))
+        return {name: float(value) for name, value in scores.items() if isinstance(value, _NUMBERS)}
+
+    def _prompt(
+        self, doc_id: int, doc: Mapping[str, Any], num_fewshot: int, template: Callable[..., str] | None
+    ) -> Prompt:
+        chat = {"apply_chat_template": template is not None, "chat_template": template}
+        try:
+            context = self.inner.fewshot_context(doc, num_fewshot, gen_prefix=self.inner.doc_to_prefix(doc),
+                                                 fewshot_as_multiturn=template is not None, **chat)
+            built = self.inner.construct_requests(doc=doc, ctx=context, metadata=(self.name, doc_id, 1), **chat)
+            pairs = tuple(tuple(i.args[:2]) for i in (built if isinstance(built, list) else [built]))
+            options = len(pairs) // (2 if "acc_mutual_info" in self.inner.aggregation() else 1)
+            return Prompt(doc_id, doc, pairs, self._gold(doc, options, len(pairs)), options)
+        except MISFITS as error:
+            raise DataError(f"document {doc_id} of task {self.name!r} does not fit the task's definition "
+                            f"({type(error).__name__}: {error}); fix that document") from error
+
+    def _gold(self, doc: Mapping[str, Any], options: int, pairs: int) -> int:
+        """The option which scores when it alone wins, asked of the task's own metric."""
+        for i in range(options):
+            results = [(0.0, True) if j == i else (-1e4, False) for j in range(pairs)]
+            score = self.inner.process_results(doc, results).get(self.metric)
+            if not isinstance(score, _NUMBERS):
+                raise TaskError(f"task {self.name!r} measures {', '.join(self.inner.aggregation())}; headcount needs a "
+                                f"metric that gives each document a number, such as {' or '.join(_METRICS)}")
+            if score == 1:
+                return i
+        raise ValueError("no option is right")
+
+    def _papers_draws(
+        self, split: Split, found: Sequence[Mapping[str, Any]], num_fewshot: int, seed: int
+    ) -> Iterable[tuple[int, Sequence[Any]]]:
+        """Documents in the order, and with the shots, of the paper's code; another seed than its draws other shots."""
+        pool = self.inner.sampler.fewshot_docs() if num_fewshot else []
+        draws = papers_draws(found, pool, num_fewshot, evaluated=split == "evaluation",
+                             seed=None if split == "evaluation" and seed == LM_EVAL_SEED else seed,
+                             excluding=not self.inner.has_training_docs())
+        question = self.question if split == "evaluation" else None
+        return draws if question is None else questions_together(draws, lambda i: question(found[i]))
+
+    def _drawn(self, num_shared: int, seed: int) -> Sequence[Any]:
+        """One draw of so many shots for all documents; the sampler starts from this seed, with none too."""
+        self.inner.set_fewshot_seed(seed)
+        if num_shared == 0:
+            return []
+        self._check_pool(num_shared, excluding=False)
+        shots: Sequence[Any] = self.inner.sampler.sample(num_shared)
+        return shots
+
+    def _check_pool(self, num_fewshot: int, *, excluding: bool) -> None:
+        if num_fewshot == 0:
+            return
+        size = len(self._pool)
+        if num_fewshot + excluding > size:
+            raise OptionError(f"{num_fewshot} shots cannot be drawn from the {size} few-shot documents of task "
+                              f"{self.name!r}; ask for fewer with --shots")
+
+    def _drawn_from(self, documents: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the shots are drawn from these documents (the first one tells: splits do not overlap in part)."""
+        return bool(documents) and documents[0] in self._pool
+
+    @property
+    def _lm_eval_excludes(self) -> bool:
+        """Whether lm-eval draws one shot more, to leave out the document itself, wherever the document comes from."""
+        return bool(self.inner.fewshot_cfg.split == self.inner.config.test_split)
+
+    @property
+    def _pool(self) -> Sequence[Any]:
+        """The documents that shots are drawn from."""
+        sampler = getattr(self.inner, "sampler", None)
+        return sampler.df if sampler is not None else []
+
+    @contextlib.contextmanager
+    def _sampling(self, shots: Sequence[Any], excluded: Mapping[str, Any] | None, doc_id: int) -> Iterator[None]:
+        original = getattr(self.inner, "sampler", None)
+        if shots or excluded is not None:
+            self.inner.sampler = Shots(shots, excluded, doc_id, original)
+        try:
+            yield
+        finally:
+            if original is not None:
+                self.inner.sampler = original

@@ -1,1 +1,0 @@
-"""Looking at a study: files only, never a model."""
