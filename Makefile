@@ -4,20 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check parity bench models format clean
+.PHONY: help setup demo test check parity bench models tables format clean
 
 help:
 	@echo "make demo    measure SmolLM2-135M on the embedded word tasks and write headcount-demo/report.html"
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy --strict"
-	@echo "make parity  hold SmolLM2 against lm-eval's HF backend on every task and write docs/parity.md (hours)"
-	@echo "make bench   time SmolLM2's measurements beside the obvious way and write docs/performance.md"
+	@echo "make parity  compare SmolLM2 with lm-eval's HF backend on every task and write docs/parity.md (hours)"
+	@echo "make bench   time SmolLM2's measurements against the obvious way and write docs/performance.md"
 	@echo "make models  write docs/models.md from the table of families that the tests go through"
-	@echo "make format  let ruff mend what it can"
+	@echo "make tables  write docs/tables.md from the declarations of a study's tables"
+	@echo "make format  let ruff fix what it can"
 
 setup: $(VENV)/.ready
 
-# The stamp is newer than what it was made from, so a second call installs nothing.
+# The stamp is newer than the files it depends on, so a second call installs nothing.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("headcount needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +45,9 @@ bench: setup
 
 models: setup
 	$(BIN)/python tools/models_page.py
+
+tables: setup
+	$(BIN)/python tools/tables_page.py
 
 format: setup
 	$(BIN)/ruff check --fix .

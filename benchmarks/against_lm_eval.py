@@ -17,14 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from headcount.engine.budget import budget_of
 from headcount.engine.encode import Request, encode
-from headcount.engine.engine import loglikelihood
-from headcount.engine.layout import layout
-from headcount.engine.pack import batches, pack
+from headcount.engine.engine import Engine
 from headcount.measure.evaluate import prepare
 from headcount.model.load import LoadedModel
 from headcount.tasks.catalog import PAPER14
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Prompt
 
@@ -39,7 +37,7 @@ def counts(loaded: LoadedModel, data: Path, limit: int = 100) -> list[Row]:
     """Per task: tokens of all requests as single rows, trie nodes, and tokens that the model computes."""
     rows = []
     for name, (setting, (k, shared)) in itertools.product(PAPER14, SETTINGS.items()):
-        prepared = prepare(loaded, get_tasks([name], data=data)[name], num_fewshot=k, shared_shots=shared, limit=limit)
+        prepared = prepare(loaded, get_tasks([name], data=data)[name], FewShot(k, limit, shared=shared))
         pairs = [pair for p in prepared.prompts for pair in p.pairs]
         requests = encode(loaded.tokenizer, pairs, loaded.max_length)
         rows.append({"task": name, "setting": setting, "documents": len(prepared.prompts),
@@ -53,7 +51,7 @@ def scoring(loaded: LoadedModel, data: Path, name: str, setting: str, limit: int
     k, shared = SETTINGS[setting]
     task = get_tasks([name], data=data)[name]
     started = time.perf_counter()
-    prompts = task.prompts("evaluation", num_fewshot=k, limit=limit, shared_shots=shared)
+    prompts = task.prompts("evaluation", FewShot(k, limit, shared=shared))
     built = time.perf_counter() - started
     tokens = [sum(len(r.ids) for r in requests) for requests in _encoded(loaded, prompts)]
     every = max(1, round(sum(tokens) / _TIMED))
@@ -61,12 +59,12 @@ def scoring(loaded: LoadedModel, data: Path, name: str, setting: str, limit: int
     theirs, batch_size = _lm_eval(loaded, sample)
     ours = sample if k and not shared else prompts
     encoded = _encoded(loaded, ours)
-    budget, found = budget_of(loaded), layout(loaded)
+    engine = Engine.of(loaded)
+    engine.pack(encoded[:1])  # what the engine must find out about the model, it finds out before the clock starts
     started = time.perf_counter()
-    rows = pack(encoded, budget, trees=found.trees, tree_tokens=found.tree_tokens)
-    packed = batches(rows, budget)
+    packed = engine.pack(encoded)
     between = time.perf_counter()
-    scores, _ = loglikelihood(loaded, packed, sum(map(len, encoded)), tree_mask=found.tree_mask)
+    scores = engine.loglikelihoods(packed).loglikelihoods[0]
     forward = time.perf_counter() - between
     scale = sum(tokens) / sum(tokens[::every])
     own = scale if ours is sample else 1

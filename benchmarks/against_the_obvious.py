@@ -5,6 +5,7 @@ Times are medians of repetitions that alternate between the sides, with nothing 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -20,19 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from headcount.engine.budget import budget_of
 from headcount.engine.encode import encode
-from headcount.engine.engine import Likelihoods, masked_loglikelihoods, sweep_contract, target_logprobs
+from headcount.engine.engine import Engine, Likelihoods
+from headcount.engine.forward import target_logprobs
 from headcount.engine.pack import Batch, batches, pack
 from headcount.masks import Mask, prune, random_order
 from headcount.measure.copying import Reading, paper_copying, sound_copying
 from headcount.measure.evaluate import Prepared, prepare, score
-from headcount.measure.importance import example_scores
 from headcount.measure.induction import LENGTHS, REPEATS, prefix_matching, usable_tokens
 from headcount.model.attention import attention_keywords, attention_seen, eager
 from headcount.model.circuits import ov_copying
 from headcount.model.load import LoadedModel, load
 from headcount.study.ledger import Job, Ledger
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 
 Row = dict[str, Any]
@@ -43,13 +44,13 @@ def importance(loaded: LoadedModel, data: Path, limit: int = 12, repetitions: in
     task = get_tasks(["piqa"], data=data)["piqa"]
     rows = []
     for k in (0, 5):
-        prompts = task.prompts("examples", num_fewshot=k, limit=limit)
+        prompts = task.prompts("examples", FewShot(k, limit))
         requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length)
-        budget = budget_of(loaded)
+        budget = Engine.of(loaded).budget()
         packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
         sides: dict[str, Callable[[], Any]] = {
             "forward": functools.partial(_forward, loaded, packed),
-            "gradient": functools.partial(example_scores, loaded, requests),
+            "gradient": functools.partial(Engine.of(loaded).gradients, requests),
             "parameters": functools.partial(_with_parameters, loaded, packed)}
         if importlib.util.find_spec("transformer_lens") is not None:
             sides["transformer_lens"] = functools.partial(_with_transformer_lens, _bridge(loaded), packed)
@@ -145,7 +146,7 @@ def oracles(loaded: LoadedModel, data: Path, limit: int = 40) -> list[Row]:
     full = Mask.full(loaded.anatomy.heads_per_layer)
     layers, heads = loaded.anatomy.num_layers, loaded.anatomy.heads_per_layer[0]
     rows = []
-    sweep_contract(loaded)
+    Engine.of(loaded).prove_sweep()
     ffns = [full.without_ffns([layer]) for layer in range(layers)]
     single = [full.without_heads([(i, h)]) for i in range(layers) for h in range(heads)]
     # All heads of long prompts are too much to be timed here.
@@ -153,7 +154,7 @@ def oracles(loaded: LoadedModel, data: Path, limit: int = 40) -> list[Row]:
         ("all FFNs", "hellaswag", 5, limit, ffns), ("all heads", "copa", 0, limit // 2, single),
         ("all heads", "copa", 5, limit // 4, single),
     ):
-        prepared = prepare(loaded, get_tasks([task], data=data)[task], num_fewshot=num_fewshot, limit=documents)
+        prepared = prepare(loaded, get_tasks([task], data=data)[task], FewShot(num_fewshot, documents))
         evaluation = wall = passes = 0.0
         for batch in prepared.batches:  # in turns, since a shared machine's speed drifts within minutes
             measure = functools.partial(_measured, loaded, prepared, batch)
@@ -168,7 +169,8 @@ def oracles(loaded: LoadedModel, data: Path, limit: int = 40) -> list[Row]:
 
 
 def _measured(loaded: LoadedModel, prepared: Prepared, batch: Batch, masks: list[Mask]) -> Likelihoods:
-    return masked_loglikelihoods(loaded, [batch], sum(prepared.counts), masks, tree_mask=prepared.layout.tree_mask)
+    packed = dataclasses.replace(prepared.packed, batches=(batch,))
+    return Engine.of(loaded).loglikelihoods(packed, masks)
 
 
 def scaling(loaded: LoadedModel, data: Path) -> list[Row]:
@@ -196,10 +198,10 @@ def measure_alone(*, masks: int, documents: int, layers: int, shots: int, model:
     loaded = load(model, device="cpu")
     if layers < loaded.anatomy.num_layers:
         loaded = _shallow(loaded, layers)
-    prepared = prepare(loaded, get_tasks(["piqa"], data=Path(data))["piqa"], num_fewshot=shots, limit=documents)
+    prepared = prepare(loaded, get_tasks(["piqa"], data=Path(data))["piqa"], FewShot(shots, documents))
     heads = loaded.anatomy.heads_per_layer
     chosen = [Mask.full(heads)] + [prune(heads, "head", random_order(sum(heads), i), 0.3) for i in range(1, masks)]
-    budget_of(loaded)
+    Engine.of(loaded).budget()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
     before = _peak()
     wall, measured = _timed(lambda: score(loaded, prepared, chosen))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from headcount.engine.waiting import wait_asleep
@@ -23,13 +23,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from headcount.engine.budget import budget_of
 from headcount.engine.encode import Request
-from headcount.engine.engine import masked_loglikelihoods
-from headcount.engine.layout import layout
+from headcount.engine.engine import Engine
 from headcount.engine.pack import Batch, Budget, batches, pack
 from headcount.masks import Mask, prune, random_order
-from headcount.measure.importance import example_scores
 from headcount.model.load import LoadedModel, wrap
 
 
@@ -74,26 +71,25 @@ def documents(vocabulary: int, number: int, shots: int) -> list[list[Request]]:
 def measure(loaded: LoadedModel, number: int, shots: int) -> list[tuple[str, int, float, float]]:
     """Per measurement: tokens, seconds and needed operations."""
     docs = documents(loaded.model.config.vocab_size, number, shots)
-    budget, found = budget_of(loaded), layout(loaded)
-    packed = batches(pack(docs, budget, trees=found.trees, tree_tokens=found.tree_tokens), budget)
+    engine = Engine.of(loaded)
+    budget, packed = engine.budget(), engine.pack(docs)
     layers, heads = loaded.anatomy.num_layers, loaded.anatomy.heads_per_layer
     full = Mask.full(heads)
     singles = [full.without_ffns([layer]) for layer in range(layers)]
     curve = [prune(heads, "head", random_order(sum(heads), 0), f / 10) for f in range(1, 10)]
     rows = []
     for what, masks in (("one mask", [full]), ("nine masks of a curve", curve), ("FFN oracle", singles)):
-        seconds, result = _timed(loaded, lambda masks=masks: masked_loglikelihoods(
-            loaded, packed, 4 * number, masks, tree_mask=found.tree_mask))
-        passes = result.layer_tokens / (layers * sum(b.tokens for b in packed))
-        rows.append((what, result.layer_tokens // layers, seconds, passes * _operations(loaded, packed)))
+        seconds, result = _timed(loaded, lambda masks=masks: engine.loglikelihoods(packed, masks))
+        passes = result.layer_tokens / (layers * packed.tokens)
+        rows.append((what, result.layer_tokens // layers, seconds, passes * _operations(loaded, packed.batches)))
     requests = [doc[0] for doc in docs]
     alone = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
-    seconds, _ = _timed(loaded, lambda: example_scores(loaded, requests, budget=budget))
+    seconds, _ = _timed(loaded, lambda: engine.gradients(requests, budget=budget))
     rows.append(("gradient importance", sum(b.tokens for b in alone), seconds, 2 * _operations(loaded, alone)))
     return rows
 
 
-def _operations(loaded: LoadedModel, packed: list[Batch]) -> float:
+def _operations(loaded: LoadedModel, packed: Sequence[Batch]) -> float:
     parameters = sum(p.numel() for part in loaded.anatomy.layers for p in part.block.parameters())
     attention = 4 * loaded.anatomy.layers[0].d_model * loaded.anatomy.num_layers
     return float(sum(int(b.lengths.sum()) * 2 * parameters + int((b.lengths**2).sum()) * attention for b in packed))
@@ -129,7 +125,7 @@ def main() -> None:
                      "|---|---|--:|--:|--:|--:|--:|--:|\n")
     for shape in options.shapes:
         loaded = model_of(shape, options.device, getattr(torch, options.dtype))
-        budget: Budget = budget_of(loaded)
+        budget: Budget = Engine.of(loaded).budget()
         for what, tokens, seconds, operations in measure(loaded, options.documents, options.shots):
             speed = operations / seconds / 1e12
             share = f"{speed / options.peak_tflops:.1%}" if options.peak_tflops else "-"

@@ -36,14 +36,14 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from headcount.engine.engine import loglikelihood
+from headcount.engine.engine import Engine
 from headcount.masks import Component
 from headcount.measure.evaluate import evaluate, prepare
 from headcount.measure.importance import gradient_importance
 from headcount.model.load import LoadedModel, load
 from headcount.results import Evaluations, Importance
 from headcount.tasks.catalog import PAPER14, UNSEEN
-from headcount.tasks.fewshot import LM_EVAL_SEED
+from headcount.tasks.fewshot import LM_EVAL_SEED, FewShot
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Task
 
@@ -111,9 +111,9 @@ def compare(loaded: LoadedModel, task: Task, num_fewshot: int, limit: int) -> Co
     started = time.monotonic()
     theirs = lm_eval_results(loaded, task, num_fewshot, limit)
     between = time.monotonic()
-    prepared = prepare(loaded, task, num_fewshot=num_fewshot, limit=limit)
-    scores, greedy = loglikelihood(loaded, prepared.batches, sum(prepared.counts),
-                                   tree_mask=prepared.layout.tree_mask)
+    prepared = prepare(loaded, task, FewShot(num_fewshot, limit))
+    found = Engine.of(loaded).loglikelihoods(prepared.packed)
+    scores, greedy = found.loglikelihoods[0], found.greedy[0]
     finished = time.monotonic()
     ends = np.cumsum(prepared.counts)
     worst, greedy_differs, metrics, different, close = 0.0, 0, [], [], []
@@ -141,7 +141,7 @@ def _measured(
     loaded: LoadedModel, task: Task, num_fewshot: int, limit: int
 ) -> tuple[Evaluations, dict[Component, Importance]]:
     return (evaluate(loaded, task, num_fewshot=num_fewshot, limit=limit),
-            gradient_importance(loaded, task, num_fewshot=num_fewshot, limit=limit))
+            gradient_importance(loaded, task, FewShot(num_fewshot, limit)))
 
 
 def compare_dtypes(full: LoadedModel, other: LoadedModel, task: Task, num_fewshot: int, limit: int) -> dict[str, Any]:
@@ -246,19 +246,19 @@ _DTYPE_ROW = ("| {dtype} | {task} | {num_fewshot} | {documents} | {full:.3f} | {
 _PAGE = """\
 # Parity
 
-Written by `make parity`; every figure is measured. {date}, {machine}.
+`make parity` writes this page; every figure is measured. {date}, {machine}.
 Model: {model}.
 
 ## Against lm-eval's HF backend
 
 Both sides score the prompts that lm-eval builds, from the same model object. *Worst* is the largest difference between
-the two sides' log-likelihoods over all requests, in nats. *Different* counts documents which one side has right and
-the other wrong; *close* are those of them whose two best options lie within 0.002 nats of one another, where either
-answer is a rounding. *Greedy* counts requests that one side calls the greedy continuation and the other does not.
-`record` and `multirc` run on headcount's own definitions on both sides: lm-eval's `record` needs a module that
+the two sides' log-likelihoods over all requests, in nats. *Different* counts documents that one side has right and
+the other wrong. *Close* counts those of them whose two best options lie within 0.002 nats of one another, so that
+rounding decides the answer. *Greedy* counts requests that one side calls the greedy continuation and the other does
+not. `record` and `multirc` use headcount's own definitions on both sides: lm-eval's `record` needs a module that
 transformers no longer has, and its `multirc` takes right answers for wrong ones.
 
-Over {requests} requests the largest difference is {worst} nats; {clear} documents differ that are not close.
+Over {requests} requests the largest difference is {worst} nats; {clear} documents differ without being close.
 
 | task | shots | documents | requests | cut to the window | worst | greedy | lm-eval | headcount | different | close |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|
@@ -268,10 +268,10 @@ Over {requests} requests the largest difference is {worst} nats; {clear} documen
 
 ## Other types of weights against float32
 
-The same weights rounded to bfloat16 and float16, and computed in that type. *Changed* counts documents whose answer
-turns right or wrong; the two differences are those of the gold continuation's log-likelihood, in nats; *heads* and
-*FFNs* are Spearman correlations of gradient importance (score `position`) with float32's, over all heads and all FFNs,
-measured on as many training documents.
+The same weights, rounded to bfloat16 and float16 and computed in that type. *Changed* counts documents whose answer
+turns right or wrong. The two differences are of the gold continuation's log-likelihood, in nats. *Heads* and *FFNs* are
+Spearman correlations with float32 of gradient importance (score `position`), over all heads and all FFNs, measured on
+as many training documents as *documents* says.
 
 | type | task | shots | documents | float32 | this type | changed | median difference | largest | heads | FFNs |
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|

@@ -41,7 +41,8 @@ def _goals(kept: dict[str, list[Row]]) -> str:
         found.append((f"oracle of {r['what']} / one evaluation, wall time; {r['task']}, {r['num_fewshot']} shots",
                       r["wall"] / r["evaluation"], goal, "at most"))
         if r["masks"] == r["layers"]:
-            found.append(("layer-tokens of the same / one forward's", r["passes"], (r["layers"] + 1) / 2, "at most"))
+            found.append(("layer-tokens of the same / those of one forward pass", r["passes"], (r["layers"] + 1) / 2,
+                          "at most"))
     if rows := kept.get("scaling"):
         peaks = {r["masks"]: r["peak"] for r in rows}
         found.append(("peak memory, 100 masks / 1", peaks[100] / rows[0]["peak"], 1.5, "at most"))
@@ -58,8 +59,9 @@ def _mean(ratios: Sequence[float]) -> float:
 
 
 def _counts(rows: list[Row]) -> str:
-    lines = ["## Tokens", "", "The first 100 documents of every task. *Saved* is tokens of the requests as single rows "
-             "/ tokens through the model; *padding* is tokens through the model / nodes in rows.", "",
+    lines = ["## Tokens", "", "The first 100 documents of every task. *Saved* is the tokens of all requests as single "
+             "rows / the tokens through the model. *Padding* is the tokens through the model / the nodes of the token "
+             "trees.", "",
              "| task | " + " | ".join(f"{s}: saved | padding" for s in SETTINGS) + " |",
              "|---|" + "--:|--:|" * len(SETTINGS)]
     for task in PAPER14:
@@ -70,15 +72,15 @@ def _counts(rows: list[Row]) -> str:
     means = [_mean([r["single"] / r["tokens"] for r in rows if r["setting"] == s]) for s in SETTINGS]
     worst = max(r["tokens"] / r["nodes"] for r in rows)
     return "\n".join([*lines, "| geometric mean | " + " | ".join(f"{m:.2f} |" for m in means) + " |", "",
-                      f"The most padding: {worst:.3f}.", ""])
+                      f"The largest padding is {worst:.3f}.", ""])
 
 
 def _scoring(rows: list[Row]) -> str:
-    lines = ["## Scoring, beside lm-eval's HF backend", "",
+    lines = ["## Scoring, against lm-eval's HF backend", "",
              "Seconds from encoded requests to log-likelihoods of the first 100 documents (cb: 56), SmolLM2-135M in "
-             "float32 on both sides; lm-eval with the batch size in brackets, the fastest of 1, 2, 4 and 16. *Every* "
-             "says which documents were timed (every n-th, scaled up); without shots and with shared ones ours was "
-             "timed on all. *Built* is building the prompts, the same for both.", ""]
+             "float32 on both sides. lm-eval ran with the batch size in brackets, the fastest of 1, 2, 4 and 16. "
+             "*Every* says which documents were timed: every n-th, scaled up. headcount without shots, and with shared "
+             "shots, was timed on all documents. *Built* is the time to build the prompts, which both sides share.", ""]
     for setting in SETTINGS:
         of_setting = {r["task"]: r for r in rows if r["setting"] == setting}
         if not of_setting:
@@ -101,9 +103,10 @@ def _scoring(rows: list[Row]) -> str:
 def _importance(rows: list[Row]) -> str:
     bridge = all("transformer_lens" in r for r in rows)
     beside = " TransformerLens / forward |" if bridge else ""
-    lines = ["## Importance by gradient", "", "All heads and FFNs of SmolLM2-135M, in forward passes over the same "
-             "examples (piqa); beside it autograd with parameter gradients, as the paper's code has it, and "
-             "TransformerLens's bridge around the same model (hooks on every head's and FFN's output, there and back).",
+    lines = ["## Importance by gradient", "", "All heads and FFNs of SmolLM2-135M. The unit is one forward pass "
+             "over the same examples (piqa). Beside headcount: autograd with parameter gradients, as the paper's code "
+             "has it, and TransformerLens's bridge around the same model (hooks on every head's and FFN's output, "
+             "forward and backward).",
              "", f"| shots | examples | forward, s | headcount / forward | parameter gradients / forward |{beside}",
              "|--:|--:|--:|--:|--:|" + ("--:|" if bridge else "")]
     return "\n".join([*lines, *(
@@ -113,9 +116,10 @@ def _importance(rows: list[Row]) -> str:
 
 
 def _induction(rows: list[Row]) -> str:
-    lines = ["## Induction heads", "", "SmolLM2-135M, every head, random texts of four times *length* tokens; in eager "
-             "forward passes of the same texts without logits. Once for a model, besides: "
-             f"{rows[0]['once']:.1f} s for the OV score, what norms do and where the residual stream ends.", "",
+    lines = ["## Induction heads", "", "SmolLM2-135M, every head, random texts of four times *length* tokens. The unit "
+             "is one eager forward pass over the same texts without logits. Once per model, "
+             f"{rows[0]['once']:.1f} s are added for the OV score, the effect of norms and the end of the residual "
+             "stream.", "",
              "| length | texts | tokens | forward, s | prefix matching | copying | copying, protocol `paper` |",
              "|--:|--:|--:|--:|--:|--:|--:|"]
     return "\n".join([*lines, *(
@@ -125,8 +129,8 @@ def _induction(rows: list[Row]) -> str:
 
 
 def _oracles(rows: list[Row]) -> str:
-    lines = ["## Oracles", "", "SmolLM2-135M; in evaluations of the full model. *Counted* is in layer-tokens, which do "
-             "not depend on the machine.", "",
+    lines = ["## Oracles", "", "SmolLM2-135M. The unit is one evaluation of the full model. *Counted* is the cost in "
+             "layer-tokens, which do not depend on the machine; *wall* is wall time.", "",
              "| what | task | shots | documents | masks | counted | wall / evaluation | the same, per mask |",
              "|---|---|--:|--:|--:|--:|--:|--:|"]
     return "\n".join([*lines, *(
@@ -135,8 +139,9 @@ def _oracles(rows: list[Row]) -> str:
 
 
 def _scaling(rows: list[Row]) -> str:
-    lines = ["## Scaling", "", "piqa, 30 % of heads off at random in every mask but the first; each line in a process "
-             "of its own. *Peak* is the largest resident memory while measuring, *loaded* that before.", "",
+    lines = ["## Scaling", "", "piqa; every mask but the first has 30 % of the heads off, at random. Each line ran in "
+             "a process of its own. *Peak* is the largest resident memory while measuring, *loaded* the resident "
+             "memory before.", "",
              "| masks | documents | layers | shots | tokens a pass | layer-tokens | wall, s | loaded, MiB | "
              "peak, MiB | peak / first line's |", "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     return "\n".join([*lines, *(
@@ -150,24 +155,26 @@ def _demo(rows: list[Row]) -> str:
     work = r["floor"] * sum(r["gflops"]) / 2e3
     kinds = [f"| {kind} | {n} | {seconds:.0f} | {tokens:,} |" for kind, (n, seconds, tokens) in r["kinds"].items()]
     return "\n".join([
-        "## The demo", "", f"`headcount demo` in an empty folder: {r['wall']:.0f} s in all, {r['measuring']:.0f} s of "
-        f"them measuring; matrix products of this model's shape ran at {r['gflops'][0]:.0f} GFLOP/s before and "
+        "## The demo", "", f"`headcount demo` in an empty folder takes {r['wall']:.0f} s in all, "
+        f"{r['measuring']:.0f} s of them for measuring. Matrix products of this model's shape ran at "
+        f"{r['gflops'][0]:.0f} GFLOP/s before and "
         f"{r['gflops'][1]:.0f} after. The blocks' matrix products of the evaluations are {work:.0f} TFLOP, which take "
-        f"{r['floor']:.0f} s at that speed; gradients, the output layer and attention come on top. By themselves, "
-        f"everything before the first job (`--dry-run`: loading, proofs, planning) takes {r['starting']:.0f} s, and "
+        f"{r['floor']:.0f} s at that speed; gradients, the output layer and attention come on top. Everything before "
+        f"the first job (`--dry-run`: loading, proofs, planning) takes {r['starting']:.0f} s by itself, and "
         f"`headcount report` {r['report']:.0f} s.", "",
         "| jobs | how many | seconds | layer-tokens |", "|---|--:|--:|--:|", *kinds, ""])
 
 
 def _waiting(rows: list[Row]) -> str:
-    lines = ["## How threads wait", "", "Passes over documents of icl_antonym without shots, SmolLM2-135M; medians of "
-             "some that take turns between processes which hold the model ready. OpenMP's threads meet at a barrier "
-             "after every matrix product; by default one that comes early spins there for a while, which costs the "
-             "core that the other thread waits for where other processes want it too. *Others* is how many cores "
-             "other processes kept busy meanwhile, *CPU* the seconds of all threads of the process that was timed. "
-             "headcount's command line, tests and benchmarks set `OMP_WAIT_POLICY=passive` unless the user has said "
-             "how threads wait.", "",
-             "| documents | busy processes beside | others | way of waiting | wall, s | fastest to slowest | CPU, s |",
+    lines = ["## How threads wait", "", "Passes over documents of icl_antonym without shots, SmolLM2-135M. Wall and "
+             "CPU are medians of several passes; the processes hold the model in memory and take turns. OpenMP's "
+             "threads meet at a barrier after every matrix product. By default a thread that comes early spins there "
+             "for a while; on a machine that other processes use, it thereby takes the core that the late thread "
+             "needs. "
+             "*Others* is how many cores other processes kept busy meanwhile, *CPU* the seconds of all threads of the "
+             "timed process. headcount's command line, tests and benchmarks set `OMP_WAIT_POLICY=passive` unless the "
+             "user has said how threads wait.", "",
+             "| documents | busy processes | others | way of waiting | wall, s | fastest to slowest | CPU, s |",
              "|--:|--:|--:|---|--:|--:|--:|"]
     return "\n".join([*lines, *(
         f"| {r['documents']} | {r['busy']} | {r['others']:.1f} | {r['way']} | {r['wall']:.2f} | {r['fastest']:.2f} to "
@@ -180,6 +187,6 @@ _SECTIONS: dict[str, Callable[[list[Row]], str]] = {
 _HEAD = """\
 # Performance
 
-Written by `make bench` from measurements that are kept; ratios of one run, or counts.
-`python benchmarks/gpu.py` is for GPUs, where nothing has been measured yet.
+`make bench` writes this page from stored measurements. A ratio compares two times of the same run; other figures are
+counts. `python benchmarks/gpu.py` is for GPUs, where nothing has been measured yet.
 """

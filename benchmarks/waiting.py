@@ -19,6 +19,7 @@ from typing import Any
 
 from headcount.engine.waiting import NAMES
 from headcount.model.load import LoadedModel
+from headcount.tasks.fewshot import FewShot
 
 # Ways of waiting: what is set before torch is loaded.
 WAYS: dict[str, dict[str, str]] = {
@@ -108,7 +109,7 @@ def _serve() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     loaded = load("smollm2", device="cpu")
     (task,) = get_tasks("icl_antonym").values()
-    prepared = {n: prepare(loaded, task, limit=n, split=split) for n, split in DOCUMENTS.items()}
+    prepared = {n: prepare(loaded, task, FewShot(limit=n), split=split) for n, split in DOCUMENTS.items()}
     full = [Mask.full(loaded.anatomy.heads_per_layer)]
     sys.stdout.write("true\n")
     sys.stdout.flush()

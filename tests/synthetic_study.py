@@ -41,6 +41,13 @@ def spec(tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...] = (0, 5), docume
     }
 
 
+def of_task(kind: str, task: str, k: int, documents: int) -> dict[str, object]:
+    """What jobs of a task say."""
+    shots = {"seed": 1, "shared_shots": True} if k else {}
+    return {"kind": kind, "protocol": "sound", "model": "abc", "task": task, "task_fingerprint": f"data-{task}",
+            "num_fewshot": k, "documents": documents, **shots}
+
+
 def _rows(right: int, documents: int, mask: int) -> pd.DataFrame:
     ids = np.arange(documents)
     correct = (ids < right * documents // 100).astype(float)
@@ -66,8 +73,7 @@ def write(folder: Path, *, tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...
     ledger.write_json("study.json", spec(tasks, shots, documents))
     for task in tasks:
         for k in shots:
-            job = {"kind": "evaluation", "model": "abc", "task": task, "num_fewshot": k, "split": "evaluation",
-                   "documents": documents}
+            job = {**of_task("evaluation", task, k, documents), "split": "evaluation"}
             info = {"metric": "acc", "truncated": 0, "tokens": 1, "seconds": 0.1}
             right = full if k else 25
             if evaluations:
@@ -75,7 +81,10 @@ def write(folder: Path, *, tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...
                              {**info, "masks": [_label("none", "none", 0.0)]})
                 for (component, order), planted in RIGHT.items():
                     table = pd.concat([_rows(n if k else 25, documents, i) for i, n in enumerate(planted[1:])])
-                    ledger.write({**job, "curve": {"component": component, "order": order}}, table,
+                    by = {"order_seed": 7} if order == "random" else {"importance": "planted"}
+                    curve = {"component": component, "order": order, "fractions": FRACTIONS, **by}
+                    score = {"score": "position"} if order == "gradient" else {}
+                    ledger.write({**job, "curve": {**curve, **score}}, table,
                                  {**info, "masks": [_label(component, order, f) for f in FRACTIONS]})
             if importance:
                 _write_importance(ledger, task, k)
@@ -90,7 +99,7 @@ def _write_importance(ledger: Ledger, task: str, k: int) -> None:
     ffn = {"component": "ffn", "layer": np.arange(LAYERS), "head": -1, "stderr": 0.01}
     ffn_rows = [pd.DataFrame({**ffn, "score": s, "importance": 0.1 * np.arange(LAYERS)})
                 for s in ("position", "example")]
-    base = {"kind": "importance", "model": "abc", "task": task, "num_fewshot": k}
+    base = of_task("importance", task, k, 50)
     ledger.write({**base, "method": "gradient"}, pd.concat([*head_rows, *ffn_rows]), {"num_examples": 50})
     oracle = [pd.DataFrame({**ffn, "score": s, "importance": 0.1 * (np.arange(LAYERS) // 3)})
               for s in ("accuracy", "gold_loglikelihood")]

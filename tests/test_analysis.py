@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 import synthetic_study as synthetic
 from headcount.analysis.importance import mean_importance
 from headcount.analysis.points import Points, finished
+from headcount.analysis.rows import labelled
 from headcount.analysis.study import open_study
 from headcount.errors import StudyError
 from headcount.report.cautions import cautions
@@ -28,7 +29,7 @@ def pick(table: pd.DataFrame, **values: object) -> pd.DataFrame:
 
 
 def test_curves_are_what_was_planted(tmp_path: Path) -> None:
-    curves = open_study(synthetic.write(tmp_path)).curves()
+    curves = labelled(open_study(synthetic.write(tmp_path)).curves())
     for task in (*synthetic.TASKS, "mean"):
         for (component, order), right in synthetic.RIGHT.items():
             curve = pick(curves, task=task, num_fewshot=5, component=component, order=order)
@@ -47,7 +48,7 @@ def test_curves_are_what_was_planted(tmp_path: Path) -> None:
 
 
 def test_intervals_equal_a_slow_bootstrap(tmp_path: Path) -> None:
-    curves = open_study(synthetic.write(tmp_path)).curves()
+    curves = labelled(open_study(synthetic.write(tmp_path)).curves())
     rng = np.random.default_rng(5)
     full, pruned = np.arange(100) < 80, np.arange(100) < 60
     for task, tasks in (("red", 1), ("mean", 2)):
@@ -65,7 +66,7 @@ def test_intervals_equal_a_slow_bootstrap(tmp_path: Path) -> None:
 
 
 def test_free_fractions_are_what_was_planted(tmp_path: Path) -> None:
-    free = open_study(synthetic.write(tmp_path)).free_fractions()
+    free = labelled(open_study(synthetic.write(tmp_path)).free_fractions())
     for task in (*synthetic.TASKS, "mean"):
         heads = pick(free, task=task, num_fewshot=5, component="head").iloc[0]
         # 100 unchanged documents rule out 3.7 points at the most, 200 of both tasks 1.9.
@@ -157,10 +158,10 @@ def test_a_task_under_way_costs_the_others_nothing(tmp_path: Path) -> None:
             (folder / "entries" / f"evaluation-{job_id(entry.job)}.parquet").unlink()
     under_way = open_study(folder)
     for table in ("curves", "free_fractions"):
-        expected, found = pick(getattr(done, table)(), task="mean"), pick(getattr(under_way, table)(), task="mean")
+        expected, found = pick(getattr(done, table)(), scope="mean"), pick(getattr(under_way, table)(), scope="mean")
         pd.testing.assert_frame_equal(found.reset_index(drop=True), expected.reset_index(drop=True))
     assert under_way.finished_tasks(5) == ["red", "green"]
-    assert under_way.baseline("mean", 5) == done.baseline("mean", 5)
+    assert under_way.baseline(None, 5) == done.baseline(None, 5)
     assert headline(under_way)[0] == (
         "Not every task is measured at every number of shots: of 3 tasks, 2 with no shots, 2 with 5 shots. "
         "Means are over those alone.")
@@ -204,7 +205,7 @@ def test_rows_come_in_an_order_that_does_not_hang_on_hashes(tmp_path: Path) -> N
             (task, k) for task in names for k in (0, 5)]
     curves = study.curves()
     expected = [("head", "gradient"), ("head", "random"), ("ffn", "oracle"), ("ffn", "random")]
-    for _, curve in curves.groupby(["task", "num_fewshot"]):
+    for _, curve in curves.groupby(["scope", "task", "num_fewshot"]):
         assert list(dict.fromkeys(zip(curve["component"], curve["order"], strict=True))) == expected
 
 
@@ -217,7 +218,7 @@ def test_truncation_in_one_entry_is_not_hidden_by_another(tmp_path: Path) -> Non
 
 
 def test_what_is_free_says_how_many_documents_changed(tmp_path: Path) -> None:
-    free = open_study(synthetic.write(tmp_path)).free_fractions()
+    free = labelled(open_study(synthetic.write(tmp_path)).free_fractions())
     heads = pick(free, task="red", num_fewshot=5, component="head").iloc[0]
     assert heads["changed"] == 0
     assert heads["next_low"] == pytest.approx(-0.037, abs=0.001), "an interval of nothing seen has a width"
@@ -225,7 +226,7 @@ def test_what_is_free_says_how_many_documents_changed(tmp_path: Path) -> None:
 
 def test_every_order_says_how_reliable_it_is(tmp_path: Path) -> None:
     study = open_study(synthetic.write(tmp_path))
-    found, keys = study.orders(), ["task", "num_fewshot", "component", "method", "score"]
+    found, keys = labelled(study.orders()), ["task", "num_fewshot", "component", "method", "score"]
     assert not found.duplicated(keys).any()
     assert set(found["task"]) == {*synthetic.TASKS, "mean"}
     heads = found.set_index(keys).loc["red", 5, "head", "gradient", "position"]
@@ -242,7 +243,8 @@ def test_every_order_says_how_reliable_it_is(tmp_path: Path) -> None:
                                                                          strict=True)]
     (table,) = (t for t in tables(study) if t.title == "How reliable the orders are")
     assert len(table.frame) == 3 * 2 * 2, "of two tasks and their mean, at two numbers of shots, heads and FFNs"
-    assert table.frame.iloc[0][["task", "shots", "score"]].tolist() == ["mean", 0, f"{ordering['head']} (gradient)"]
+    first = table.frame.query("component == 'head'").iloc[0]
+    assert first[["task", "shots", "score"]].tolist() == ["mean", 0, f"{ordering['head']} (gradient)"]
     one = table.frame.query("task == 'red' and component == 'head'").iloc[0]
     assert one["reliability of other scores"].endswith(f"(gradient) {heads['reliability']:.2f}")
     write_nothing = open_study(synthetic.write(tmp_path / "none", importance=False))
@@ -254,7 +256,7 @@ def test_chance_within_layers_is_that_of_the_heads_layers(tmp_path: Path) -> Non
     study = open_study(synthetic.write(tmp_path))
     overlaps, importance = study.top_overlaps(), study.importance()
     assert overlaps.loc[overlaps["component"] == "ffn", "expected_in_layers"].isna().all()
-    row = pick(overlaps, component="head", task="red", other="green", num_fewshot=5, fraction=0.3).iloc[0]
+    row = pick(overlaps, component="head", task="red", other_task="green", num_fewshot=5, fraction=0.3).iloc[0]
     heads = pick(importance, component="head", score="position", task="red", num_fewshot=5)
     top = heads.nlargest(int(row["size"]), "importance")["layer"].value_counts()
     assert row["expected_in_layers"] == pytest.approx(sum(top**2 / synthetic.HEADS)), "both have the same scores"
@@ -274,7 +276,7 @@ def test_a_mean_says_what_tasks_above_chance_lose(tmp_path: Path) -> None:
             ledger.path(entry.job).unlink()
             ledger.write(entry.job, unharmed, entry.info)
     study = open_study(tmp_path)
-    free = study.free_fractions().query("component == 'head'").set_index("task")
+    free = labelled(study.free_fractions()).query("component == 'head'").set_index("task")
     red, mean = free.loc["red"], free.loc["mean"]
     assert (mean["free_fraction"], red["free_fraction"]) == (0.75, 0.75)
     assert mean["difference_low"] < -0.2 < mean["difference_high"]
@@ -316,8 +318,8 @@ def test_gradient_and_oracle_are_compared_where_both_scored(tmp_path: Path) -> N
     oracle = pd.concat([pd.DataFrame({"component": "head", "layer": layers, "head": heads, "score": score,
                                       "importance": values, "stderr": 0.1})
                         for score, values in (("accuracy", 0 * lost), ("gold_loglikelihood", lost))])
-    Ledger(folder).write({"kind": "importance", "model": "abc", "task": "red", "num_fewshot": 5, "method": "oracle",
-                          "component": "head"}, oracle, {"num_examples": 50, "distinct_values": 1})
+    Ledger(folder).write({**synthetic.of_task("importance", "red", 5, 50), "method": "oracle", "component": "head",
+                          "sample": None}, oracle, {"num_examples": 50, "distinct_values": 1})
     found = open_study(folder).agreement().set_index(["component", "score", "oracle"])
     planted = 0.01 * (layers + 1) + 0.001 * heads
     row = found.loc["head", "position", "gold_loglikelihood"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 import tiny
+from headcount.engine import blocks
 from headcount.engine import budget as rooms
-from headcount.engine.engine import in_memory
+from headcount.engine.engine import Engine
+from headcount.engine.forward import Told, in_memory
 from headcount.engine.pack import Batch, Budget, Cost
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
@@ -21,8 +24,10 @@ from headcount.measure.evaluate import evaluate, prepare
 from headcount.measure.importance import gradient_importance
 from headcount.model.load import LoadedModel
 from headcount.study.ledger import Ledger
-from headcount.study.runner import Runner
+from headcount.study.prepare import prepare as prepare_study
+from headcount.study.runner import run
 from headcount.study.spec import StudySpec
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Task
 
@@ -69,11 +74,60 @@ def test_batches_too_large_for_memory_are_halved(task: Task, many: bool) -> None
     np.testing.assert_allclose(found.gold_loglikelihood, expected.gold_loglikelihood, atol=1e-4)
     assert (found.correct == expected.correct).all()
     assert found.layer_tokens <= expected.layer_tokens, "what is done again is counted once; halves have less padding"
-    assert 0 < sum(told) <= found.tokens
+    assert sum(told) == found.tokens, "the planned tokens, however they were halved"
+    assert min(told) > 0, "progress never goes back"
+
+
+def test_what_was_told_of_a_batch_is_not_told_again_when_it_is_halved(task: Task) -> None:
+    """Memory ends under the second mask, when the first one's tokens are told already."""
+    loaded = tiny.loaded("llama")
+    full = Mask.full(loaded.anatomy.heads_per_layer)
+    asked = [full, full.without_ffns([2]), *(full.without_heads([(1, h)]) for h in range(4))]
+    engine = Engine.of(loaded)
+    packed = prepare(loaded, task, FewShot(1), budget=Budget(1, 3000)).packed
+    expected = engine.loglikelihoods(packed, asked)
+    told: list[int] = []
+    failed: list[int] = []
+
+    def full_once(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if told and output.shape[:-1].numel() > packed.tokens // 2:
+            failed.append(sum(told))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    handle = loaded.anatomy.layers[1].ffn_output.register_forward_hook(full_once)
+    # Every mask's positions pass the output layer by themselves, so that each is told as it is done.
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks, "_FINISHED", 1)
+            found = engine.loglikelihoods(packed, asked, progress=told.append)
+    finally:
+        handle.remove()
+    assert failed, "memory was too small after something was told"
+    assert min(failed) > 0
+    assert min(told) > 0
+    assert sum(told) == packed.tokens * len(asked)
+    np.testing.assert_allclose(found.loglikelihoods, expected.loglikelihoods, atol=1e-4)
+    assert found.layer_tokens <= expected.layer_tokens
+
+
+def test_the_halves_of_a_batch_stand_for_what_it_stood_for(task: Task) -> None:
+    """Halves have less padding, and share less, than the whole: progress counts the batches that were planned."""
+    packed = prepare(tiny.loaded("llama"), task, FewShot(1), budget=Budget(1, 400)).batches
+    told: list[int] = []
+
+    def work(batch: Batch) -> int:
+        if batch.tokens > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return batch.tokens
+
+    done = sum(tokens for _, tokens in in_memory(packed, work, Told(told.append, 3)))
+    assert done != sum(batch.tokens for batch in packed)
+    assert sum(told) == 3 * sum(batch.tokens for batch in packed)
+    assert min(told) > 0
 
 
 def test_later_batches_are_halved_before_they_fail(task: Task) -> None:
-    packed = prepare(tiny.loaded("llama"), task, num_fewshot=1, budget=Budget(1, 400)).batches * 5
+    packed = prepare(tiny.loaded("llama"), task, FewShot(1), budget=Budget(1, 400)).batches * 5
     failed: list[int] = []
 
     def work(batch: Batch) -> int:
@@ -91,9 +145,9 @@ def test_later_batches_are_halved_before_they_fail(task: Task) -> None:
 def test_gradients_are_halved_too(task: Task) -> None:
     loaded = tiny.loaded("llama")
     budget = Budget(gradient_tokens=3000)
-    expected = gradient_importance(loaded, task, budget=budget)
+    expected = gradient_importance(loaded, task, FewShot(), budget=budget)
     with memory_of(loaded, 150) as failed:
-        found = gradient_importance(loaded, task, budget=budget)
+        found = gradient_importance(loaded, task, FewShot(), budget=budget)
     assert failed
     for component in ("head", "ffn"):
         for score, values in expected[component].scores.items():
@@ -132,16 +186,16 @@ def test_other_errors_are_not_taken_for_memory(task: Task) -> None:
 
 def test_timings_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = rooms.budget_of(tiny.loaded("llama", seed=11))
+    found = Engine.of(tiny.loaded("llama", seed=11)).budget()
     assert found.row_tokens is None
     assert found.cost.batch >= 0
     assert found.cost.doubled >= 64
     (kept,) = json.loads((tmp_path / "headcount" / "devices.json").read_text()).values()
     assert Cost(**kept) == found.cost
     # Another model of that shape: what is kept is taken, nothing is timed.
-    monkeypatch.setattr(rooms, "measure_cost", lambda loaded: pytest.fail("timed again"))
-    assert rooms.budget_of(tiny.loaded("llama", seed=12)).cost == found.cost
-    pinned = rooms.budget_of(tiny.loaded("llama", seed=12), 100, 1000)
+    monkeypatch.setattr(rooms, "measure_cost", lambda *_: pytest.fail("timed again"))
+    assert Engine.of(tiny.loaded("llama", seed=12)).budget().cost == found.cost
+    pinned = Engine.of(tiny.loaded("llama", seed=12)).budget(100, 1000)
     assert pinned == Budget(100, 1000, 1000, found.longest_row, found.cost)
 
 
@@ -151,25 +205,34 @@ def test_what_cannot_be_read_is_timed_again(content: str, tmp_path: Path, monkey
     loaded = tiny.loaded("gpt2", seed=13)
     (tmp_path / "headcount").mkdir()
     (tmp_path / "headcount" / "devices.json").write_text(content.replace("KEY", rooms.device_key(loaded)))
-    assert rooms.budget_of(loaded).batch_tokens > 0
+    assert Engine.of(loaded).budget().batch_tokens > 0
 
 
 def test_a_folder_is_laid_out_alike_when_it_goes_on(tmp_path: Path) -> None:
     spec = StudySpec("tiny", tasks=("piqa",), shots=(0,), out=tmp_path / "study", limit=4, importance_limit=4,
                      fractions=(0.5,), data=tiny.write_task(tmp_path / "data"))
-    Runner(spec, parts=("evaluate",), loaded=tiny.loaded("llama")).run()
+    run(prepare_study(spec, parts=("evaluate",), loaded=tiny.loaded("llama")))
     ledger = Ledger(tmp_path / "study")
     description = ledger.read_json("study.json")
     description["budget"] |= {"batch_tokens": 777, "cost": {"batch": 3.0, "doubled": 99.0}}
     ledger.write_json("study.json", description)
-    again = Runner(spec, parts=("evaluate",), loaded=tiny.loaded("llama"))
+    again = prepare_study(spec, parts=("evaluate",), loaded=tiny.loaded("llama"))
     assert (again.budget.batch_tokens, again.budget.cost) == (777, Cost(3.0, 99.0))
     description["budget"]["device"] = "another"
     ledger.write_json("study.json", description)
-    assert Runner(spec, parts=("evaluate",), loaded=tiny.loaded("llama")).budget.batch_tokens != 777
+    assert prepare_study(spec, parts=("evaluate",), loaded=tiny.loaded("llama")).budget.batch_tokens != 777
 
 
 @pytest.mark.parametrize("wrong", [{"row_tokens": 0}, {"batch_tokens": 0}, {"gradient_tokens": -1}])
 def test_a_budget_is_positive(wrong: dict[str, int]) -> None:
     with pytest.raises(OptionError, match="is at least 1"):
         Budget(**wrong)
+
+
+def test_timings_lie_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert rooms._file() == tmp_path / "cache" / "headcount" / "devices.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if sys.platform == "linux":
+        assert rooms._file() == tmp_path / ".cache" / "headcount" / "devices.json"

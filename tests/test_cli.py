@@ -21,7 +21,7 @@ import torch
 import tiny
 from headcount.analysis.study import open_study
 from headcount.cli import main
-from headcount.engine.budget import budget_of
+from headcount.engine.engine import Engine
 from headcount.model.load import load
 from headcount.study.ledger import Ledger, job_id
 
@@ -72,7 +72,7 @@ def test_a_study_killed_and_started_again(model_folder: Path, tmp_path: Path) ->
     arguments = study_arguments(model_folder, tmp_path)
     # Timed here, where the machine counts as quiet, and kept: what another process times beside this one is not, and
     # other timings are other packs.
-    budget_of(load(str(model_folder)))
+    Engine.of(load(str(model_folder))).budget()
     # As many threads as here: sums in another order are other bits.
     process = subprocess.Popen([sys.executable, "-m", "headcount", *map(str, arguments)], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL,
@@ -142,7 +142,7 @@ def test_induction_needs_no_tasks(model_folder: Path, tmp_path: Path) -> None:
     assert "Means over 8 texts" in more.stdout
     assert "Means over 4 texts" in headcount("induction", model_folder, "--seeds", "1", "--out",
                                              tmp_path / "study").stdout, "what was asked for last"
-    assert "--seeds is at least 1" in headcount("induction", model_folder, "--seeds", "0").stderr
+    assert "--induction-seeds is at least 1" in headcount("induction", model_folder, "--seeds", "0").stderr
 
 
 def test_options_come_from_a_file_too(model_folder: Path, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_study_that_is_stopped_says_what_is_kept(model_folder: Path, tmp_path:
     # A shell sees 130 both ways: CPython ends itself by the signal where the interrupt went through exec() of a text
     # (a dataclass that is made while a module loads), although it was caught.
     assert process.returncode in (130, -signal.SIGINT), err
-    assert "stopped; what is measured is kept in --out" in err
+    assert f"stopped; what is measured is kept in {tmp_path / 'study'}, and the same command goes on from there" in err
     assert list(Ledger(tmp_path / "study").entries()), "whole files"
     assert not (tmp_path / "study" / "report.html").exists()
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from headcount.analysis.curves import COLUMNS, FREE_COLUMNS
-from headcount.analysis.grid import GRID
-from headcount.analysis.transfer import TRANSFER
-from headcount.report.page import _CSV
+from headcount.analysis.schema import Table
+from headcount.analysis.study import TABLES, Study
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+sys.path.insert(0, str(ROOT / "tools"))
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -36,17 +36,30 @@ def test_files_that_are_linked_exist(page: Path) -> None:
 def test_tables_that_the_paper_page_names_are_written() -> None:
     named = set(re.findall(r"tables/(\w+)\.csv", (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")))
     assert named
-    assert named <= set(_CSV)
+    assert named <= {table.name for table in TABLES if table.written}
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda folder: folder.name)
 def test_results_have_the_tables_of_this_version(folder: Path) -> None:
     tables = {path.stem: path.read_text(encoding="utf-8") for path in (folder / "tables").glob("*.csv")}
-    assert set(tables) == set(_CSV)
-    for name, columns in (("curves", COLUMNS), ("free_fractions", FREE_COLUMNS), ("grid", GRID),
-                          ("transfer", TRANSFER)):
-        assert tables[name].splitlines()[0].split(",") == columns
-    for name in ("top_overlaps", "induction_among_important"):
-        assert {"p", "p_fewer", "p_in_layers"} <= set(tables[name].splitlines()[0].split(","))
+    assert set(tables) == {table.name for table in TABLES if table.written}
+    for table in TABLES:
+        if table.written:
+            assert tables[table.name].splitlines()[0].split(",") == table.names
     for text in tables.values():
         assert not re.search(r"[,\"](/|\.\./|~)", text), "no path of the machine that made them"
+
+
+def test_the_page_of_tables_is_that_of_their_declarations() -> None:
+    import tables_page
+
+    assert (ROOT / "docs" / "tables.md").read_text(encoding="utf-8") == tables_page.page(), "make tables"
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_every_method_says_what_the_columns_of_its_table_mean(table: Table) -> None:
+    said = getattr(Study, table.name).__doc__
+    assert said == table.docstring()
+    for column in table.columns:
+        assert f"    {column.name} (" in said
+        assert column.meaning in said

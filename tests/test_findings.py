@@ -14,17 +14,17 @@ from headcount.report.correlations import shots_sentence, tasks_sentence
 from headcount.report.grid import grid_sentence
 from headcount.report.importance import depth_sentence
 from headcount.report.induction import (
-    _NAMED,
     among_important_rows,
     among_important_sentence,
     induction_heads_table,
-    induction_sentence,
     reliability_caution,
     retained_sentence,
     scatter_sentence,
     texts_sentence,
 )
-from headcount.report.top_sets import overlap_rows, overlap_sentence, top_sets_sentence
+from headcount.report.induction_heads import NAMED, induction_sentence
+from headcount.report.sets import overlap_sentence, top_sets_sentence
+from headcount.report.top_sets import overlap_rows
 from headcount.report.transfer import transfer_sentence, unseen_sentence
 
 ONE, TWO = frames.TASKS[:1], frames.TASKS[:2]
@@ -88,7 +88,7 @@ def test_induction_heads_are_counted_named_and_beside_random_weights() -> None:
     assert induction_sentence(induction.assign(induction=False), frames.THRESHOLDS).startswith("None of 24")
     assert "random" not in induction_sentence(trained, frames.THRESHOLDS)
     many = induction_sentence(frames.induction(20, 20, circuits=40), frames.THRESHOLDS)
-    assert many.count("H") == _NAMED
+    assert many.count("H") == NAMED
     assert " more." in many
 
 
@@ -138,7 +138,7 @@ def test_tasks_are_compared_from_the_most_unlike_to_the_most_alike_pair() -> Non
 
 
 def noisy(table: pd.DataFrame, k: int, value: float) -> pd.DataFrame:
-    of_k = (table["kind"] == "reliability") & (table["task"] != "random") & (table["num_fewshot"] == k)
+    of_k = (table["kind"] == "reliability") & (table["scope"] != "random") & (table["num_fewshot"] == k)
     return table.assign(correlation=table["correlation"].where(~of_k, value))
 
 
@@ -157,7 +157,7 @@ def test_that_scores_are_mostly_noise_comes_first() -> None:
     assert tasks_sentence(few, "head").startswith("With 5 shots, two tasks'"), "one of three is not most"
     unknown = noisy(table, 5, np.nan)
     assert noise_by_shots(unknown[unknown["component"] == "head"]) == {}
-    random = (unknown["other_task"] == "random") & (unknown["kind"] == "tasks")
+    random = (unknown["other_scope"] == "random") & (unknown["kind"] == "tasks")
     unknown.loc[random, "high"] = 0.95
     assert tasks_sentence(unknown, "head").startswith(
         "With 5 shots scores may be noise: most correlations lie within what random orders reach. With 5 shots, two")
@@ -197,13 +197,13 @@ def test_the_best_and_the_worst_donor_are_found() -> None:
     assert f"by {MINUS}3.0 ({MINUS}4.5 to {MINUS}1.5) with that of copa, the worst" in text
     assert "Of the 4 single donors 2 are shown to be worse than a task's own order, 0 better" in text
     assert text.endswith("the other tasks' mean order is shown to be neither better nor worse.")
-    without = (transfer["donor"] == "mean without own") & (transfer["task"] == "mean")
+    without = (transfer["donor_scope"] == "other tasks") & (transfer["scope"] == "mean")
     transfer.loc[without, ["difference", "difference_low", "difference_high"]] = [-0.05, -0.08, -0.02]
     assert transfer_sentence(transfer, "head").endswith("mean order is shown to be worse.")
 
 
 def test_without_a_mean_over_recipients_it_is_taken_but_not_hedged() -> None:
-    transfer = frames.transfer(frames.TASKS[:4], (5,)).query("task != 'mean'")
+    transfer = frames.transfer(frames.TASKS[:4], (5,)).query("scope != 'mean'")
     text = transfer_sentence(transfer, "head")
     means = transfer[(transfer["fraction"] == 0.5)].groupby("donor")["difference"].mean()[list(frames.TASKS[:4])]
     assert f"by {MINUS}{-100 * means.min():.1f} with that of {means.idxmin()}, the worst" in text
@@ -249,7 +249,7 @@ def test_sets_of_heads() -> None:
     table = among_important_rows(frames.among_important(TWO))
     assert table["task"].tolist() == ["mean"] * 9 + [TWO[0]] * 3 + [TWO[1]] * 3, "of tasks one size, the mean first"
     assert table["95 % interval"].iloc[0] == "5 to 7"
-    ranked = frames.among_important(TWO).replace({"task": {"mean": "mean of ranks"}})
+    ranked = frames.among_important(TWO).replace({"scope": {"mean": "mean of ranks"}})
     assert "most important on the mean of ranks over tasks" in among_important_sentence(ranked)
 
 
@@ -266,9 +266,9 @@ def test_pairs_of_top_sets_are_told_with_what_chance_gives() -> None:
         ["mean", "prefix matching", 10, "1", "6.3", "0.2"], ["mean", "copying", 0, "< 0.001", "6.3", "0.2"],
         [TWO[0], TWO[1], 27, "0.002", "6.3", "0.2"]]
     assert set(table["shots"]) == {5}
-    assert overlap_sentence(overlaps[overlaps["other"] == TWO[1]]) == ""
+    assert overlap_sentence(overlaps[overlaps["other_task"] == TWO[1]]) == ""
     of_ffns = {name: np.nan for name in overlaps if "in_layers" in name}
-    ffns = overlaps.query("num_fewshot == 0 and other == @TWO[1]").assign(component="ffn", **of_ffns)
+    ffns = overlaps.query("num_fewshot == 0 and other_task == @TWO[1]").assign(component="ffn", **of_ffns)
     both = overlap_rows(pd.concat([overlaps, ffns]))
     assert both[["of", "shots"]].drop_duplicates().to_numpy().tolist() == [["heads", 5], ["FFNs", 0]]
     assert both.loc[both["of"] == "FFNs", ["in the same layers", "p there"]].to_numpy().tolist() == [["", ""]]

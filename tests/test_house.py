@@ -22,7 +22,8 @@ ARROWS = {
     "engine": {"model"},
     "measure": {"engine", "model", "tasks", "stats"},
     "study": {"measure", "engine", "model", "tasks"},
-    "analysis": {"stats", "study.ledger", "study.codec", "study.jobs", "study.spec", "study.shown"},
+    "analysis": {"stats", "study.ledger", "study.codec", "study.jobs", "study.spec",
+                 "study.masksets", "study.shown"},
     "report": {"analysis", "stats"},
 }
 # Libraries that one place alone may import.
@@ -94,6 +95,13 @@ def test_a_room_has_four_floors_at_most(of: str) -> None:
                                       "induction"])
 def test_a_question_has_the_same_name_on_both_sides(question: str) -> None:
     assert {f"analysis.{question}", f"report.{question}"} <= modules().keys()
+
+
+def test_no_question_of_the_report_imports_another() -> None:
+    questions = {f"report.{name}" for name in ("headline", "importance", "curves", "grid", "transfer", "correlations",
+                                               "top_sets", "induction", "cautions")}
+    assert questions <= modules().keys()
+    assert {(module, other) for module in questions for other in uses(module) & questions} == set()
 
 
 @pytest.mark.parametrize("library", DOORS)

@@ -58,7 +58,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 # A process prints one JSON object as its last line.
 PROLOGUE = """
-import builtins, json
+import builtins, dataclasses, json
 from headcount.errors import HeadcountError
 from headcount.tasks.load import get_tasks
 from headcount.model.load import load
@@ -115,7 +115,7 @@ socket.getaddrinfo = nowhere
 DEAD = NO_NETWORK + PROLOGUE + """
 from headcount.tasks.load import describe
 names = ["wic", "hellaswag", "copa", "piqa", "arc_easy"]
-rows = [describe(name) for name in names]
+rows = [dataclasses.asdict(describe(name)) for name in names]
 print(json.dumps({"rows": rows, "model": told("org/tiny"), "absent": refusal(load, "org/absent"), "asked": asked}))
 """
 # A hub that is there and knows no such name.
@@ -378,13 +378,13 @@ def test_without_a_network_many_tasks_ask_once_and_what_is_cached_is_found(tmp_p
     put_into_cache(tmp_path / "home", "org/tiny", write_checkpoint(tmp_path / "a"))
     told = outcome(DEAD, tmp_path, tmp_path / "home", offline=False)
     assert told["asked"] == ["huggingface.co"]
-    absent = {row["task"]: row["absent"] for row in told["rows"] if "absent" in row}
+    absent = {row["name"]: row["absent"] for row in told["rows"] if row["absent"]}
     assert list(absent) == ["wic", "hellaswag", "piqa", "arc_easy"]
     for message in list(absent.values())[1:]:
         assert "https://huggingface.co does not answer" in message
         assert "--data" in message
-    (copa,) = (row for row in told["rows"] if "absent" not in row)
-    assert (copa["train"], copa["validation"]) == (2, 1)
+    (copa,) = (row for row in told["rows"] if not row["absent"])
+    assert copa["sizes"] == {"train": 2, "validation": 1}
     assert told["model"]["commit"] == COMMIT
     assert_refused(told["absent"], "ModelError", "org/absent is no local folder")
 

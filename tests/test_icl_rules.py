@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 
 DATA = Path(__file__).resolve().parents[1] / "src" / "headcount" / "tasks" / "data" / "icl"
@@ -239,5 +240,5 @@ def test_enlarged_documents_stand_for_themselves() -> None:
     # Short queries are no passage: each counts as one document where intervals are computed.
     for name, task in get_tasks(list(RULES)).items():
         for shots in (0, 5):
-            prompts = task.prompts("evaluation", num_fewshot=shots, shared_shots=True)
+            prompts = task.prompts("evaluation", FewShot(shots, shared=True))
             assert len(set(task.passages("evaluation", prompts).tolist())) == len(prompts) == 200, name

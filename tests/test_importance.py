@@ -11,12 +11,12 @@ from torch import nn
 
 import tiny
 from headcount.engine.encode import encode
+from headcount.engine.engine import Engine
 from headcount.engine.pack import Budget
 from headcount.errors import OptionError
 from headcount.masks import Mask
 from headcount.measure.evaluate import evaluate
 from headcount.measure.importance import (
-    example_scores,
     ffn_importance,
     gradient_importance,
     head_importance,
@@ -25,6 +25,7 @@ from headcount.measure.importance import (
 )
 from headcount.measure.resampling import standard_error
 from headcount.model.load import LoadedModel, wrap
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Task
 
@@ -95,9 +96,9 @@ def test_documents_of_one_passage_are_no_further_evidence() -> None:
 @pytest.mark.parametrize("k", [0, 2])
 def test_gradient_importance_equals_plain_autograd(task: Task, family: str, k: int) -> None:
     loaded = tiny.loaded(family)
-    found = gradient_importance(loaded, task, num_fewshot=k, limit=7, budget=Budget(None, 150, 150))
+    found = gradient_importance(loaded, task, FewShot(k, 7), budget=Budget(None, 150, 150))
     slow = [plain_autograd(loaded, *p.pairs[p.gold], num_heads=4)
-            for p in task.prompts("examples", num_fewshot=k, limit=7)]
+            for p in task.prompts("examples", FewShot(k, 7))]
     for component, which in (("head", 0), ("ffn", 1)):
         expected = np.stack([one[which] for one in slow], axis=1)
         assert found[component].num_examples == 7
@@ -112,17 +113,17 @@ def test_no_parameter_gets_a_gradient(task: Task) -> None:
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
-    gradient_importance(loaded, task, limit=2)
+    gradient_importance(loaded, task, FewShot(limit=2))
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
 
 
 def test_scores_do_not_hang_on_the_batch(task: Task) -> None:
     loaded = tiny.loaded("llama")
-    prompts = task.prompts("examples", num_fewshot=1)
+    prompts = task.prompts("examples", FewShot(1))
     requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length)
-    one_by_one = example_scores(loaded, requests, budget=Budget(None, 1, 1))
+    one_by_one = Engine.of(loaded).gradients(requests, budget=Budget(None, 1, 1))
     for batch_tokens in (60, 10_000):
-        together = example_scores(loaded, requests, budget=Budget(None, batch_tokens, batch_tokens))
+        together = Engine.of(loaded).gradients(requests, budget=Budget(None, batch_tokens, batch_tokens))
         for found, expected in zip(together, one_by_one, strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-8)
 
@@ -137,7 +138,7 @@ def test_the_users_requires_grad_flags_come_back(task: Task) -> None:
 
 def test_oracle_equals_one_ablation_at_a_time(task: Task) -> None:
     loaded = tiny.loaded("opt")
-    found = oracle_importance(loaded, task, num_fewshot=1, limit=8)
+    found = oracle_importance(loaded, task, FewShot(1, 8))
     down = projections(loaded)[1]
 
     def measured() -> tuple[float, float]:
@@ -160,7 +161,7 @@ def test_oracle_equals_one_ablation_at_a_time(task: Task) -> None:
 
 
 def test_the_oracles_order_breaks_ties_by_loglikelihood(task: Task) -> None:
-    found = oracle_importance(tiny.loaded("opt"), task, limit=8)
+    found = oracle_importance(tiny.loaded("opt"), task, FewShot(limit=8))
     accuracy, loglikelihood = found.scores["accuracy"], found.scores["gold_loglikelihood"]
     order = order_of(found)
     assert order == sorted(range(3), key=lambda i: (round(accuracy[i], 10), float(f"{loglikelihood[i]:.4e}"), i))
@@ -172,6 +173,9 @@ def test_methods_by_name(task: Task) -> None:
     assert ffn_importance(loaded, task, limit=2).method == "oracle"
     with pytest.raises(OptionError, match="'magic'"):
         ffn_importance(loaded, task, method="magic")
+    for name, option in {"heads": {"heads": [(0, 1)]}, "trees": {"trees": True}}.items():
+        with pytest.raises(OptionError, match=f"^{name} is an argument of method='oracle'"):
+            head_importance(loaded, task, **option)
 
 
 def planted() -> LoadedModel:
@@ -190,7 +194,7 @@ def planted() -> LoadedModel:
 
 def test_a_planted_circuit_is_found(task: Task) -> None:
     loaded = planted()
-    found = gradient_importance(loaded, task, num_fewshot=1)
+    found = gradient_importance(loaded, task, FewShot(1))
     for score in ("position", "example"):
         heads = found["head"].scores[score]
         alive = [str(p) for p, x in zip(found["head"].positions, heads, strict=True) if x > 0]
@@ -198,16 +202,16 @@ def test_a_planted_circuit_is_found(task: Task) -> None:
         assert [i for i, x in enumerate(found["ffn"].scores[score]) if x > 0] == [1]
         assert heads.sum() == pytest.approx(heads[[1, 10]].sum())
     assert set(order_of(found["head"])[-2:]) == {1, 10}
-    lost = oracle_importance(loaded, task, num_fewshot=1).scores["gold_loglikelihood"]
+    lost = oracle_importance(loaded, task, FewShot(1)).scores["gold_loglikelihood"]
     np.testing.assert_allclose(lost[[0, 2]], 0, atol=1e-5)
     assert abs(lost[1]) > 1e-3
 
 
 def test_pruning_all_but_the_planted_circuit_changes_nothing(task: Task) -> None:
     loaded = planted()
-    order = order_of(gradient_importance(loaded, task)["head"])
+    order = order_of(gradient_importance(loaded, task, FewShot())["head"])
     full = Mask.full(loaded.anatomy.heads_per_layer)
-    positions = gradient_importance(loaded, task, limit=2)["head"].positions
+    positions = gradient_importance(loaded, task, FewShot(limit=2))["head"].positions
     without = full.without_heads(positions[i] for i in order[:10]).without_ffns([0, 2])
     both = evaluate(loaded, task, [full, without, full.without_heads([positions[order[-1]]])])
     np.testing.assert_allclose(both.gold_loglikelihood[1], both.gold_loglikelihood[0], atol=1e-5)
@@ -225,7 +229,7 @@ def test_the_oracle_of_heads_is_one_evaluation_per_head(task: Task) -> None:
         lost = whole.gold_loglikelihood[0].mean() - without.gold_loglikelihood[0].mean()
         assert found.scores["gold_loglikelihood"][i] == pytest.approx(lost, abs=1e-5)
     assert (found.component, found.method, found.num_examples) == ("head", "oracle", 6)
-    some = oracle_importance(loaded, task, component="head", heads=[(0, 1), (2, 3)], num_fewshot=1, limit=6)
+    some = oracle_importance(loaded, task, FewShot(1, 6), component="head", heads=[(0, 1), (2, 3)])
     measured = np.isfinite(some.scores["accuracy"])
     assert [str(p) for p, m in zip(some.positions, measured, strict=True) if m] == ["L0H1", "L2H3"]
     np.testing.assert_allclose(some.scores["gold_loglikelihood"][measured],

@@ -12,6 +12,7 @@ import pytest
 
 import headcount as hc
 import tiny
+from headcount.analysis.rows import labelled
 from headcount.analysis.study import Study
 from headcount.errors import ModelError, OptionError, StudyError
 from headcount.masks import Mask, prune, random_order, removal_order
@@ -20,10 +21,11 @@ from headcount.measure.induction import induction_scores
 from headcount.report.cautions import cautions
 from headcount.report.page import _CSV, write_report
 from headcount.study.codec import importance_table, resampled_from, stored_order
-from headcount.study.jobs import aggregate_order
 from headcount.study.ledger import Ledger, job_id
+from headcount.study.masksets import aggregate_order
 from headcount.study.plan import TaskFacts, plan
-from headcount.study.runner import Runner, run_study
+from headcount.study.prepare import prepare
+from headcount.study.runner import run_study
 from headcount.study.spec import StudySpec
 from headcount.tasks.load import get_tasks
 
@@ -65,8 +67,8 @@ def test_the_grid_is_every_pair_of_prunings(study: Study, k: int) -> None:
         assert row["documents"] == 6
         assert row["accuracy"] == pytest.approx(correct("icl_gerund", k, mask, 6))
         assert (row["heads_removed"], row["ffns_removed"]) == (len(mask.heads_removed), len(mask.ffns_removed))
-    mean = grid[(grid["task"] == "mean") & (grid["num_fewshot"] == k)].set_index(["heads_fraction", "ffns_fraction"])
-    each = grid[(grid["task"] != "mean") & (grid["num_fewshot"] == k)]
+    mean = grid[(grid["scope"] == "mean") & (grid["num_fewshot"] == k)].set_index(["heads_fraction", "ffns_fraction"])
+    each = grid[(grid["scope"] == "task") & (grid["num_fewshot"] == k)]
     by_hand = each.groupby(["heads_fraction", "ffns_fraction"])["accuracy"].mean()
     np.testing.assert_allclose(mean.loc[by_hand.index, "accuracy"], by_hand)
 
@@ -74,7 +76,7 @@ def test_the_grid_is_every_pair_of_prunings(study: Study, k: int) -> None:
 @pytest.mark.parametrize("component", ["head", "ffn"])
 def test_transfer_prunes_by_the_donors_order(study: Study, component: str) -> None:
     heads = tiny.loaded("llama").anatomy.heads_per_layer
-    transfer = study.transfer()
+    transfer = labelled(study.transfer())
     rows = transfer[(transfer["component"] == component) & (transfer["num_fewshot"] == 1)]
     of_task = rows[rows["task"] == "icl_plural"].set_index("donor")
     assert set(of_task.index) == {"none", "own", "random", "icl_gerund", "icl_agent", "mean", "mean without own"}
@@ -162,7 +164,7 @@ def test_more_can_be_measured_in_a_folder_that_is_there(tmp_path: Path) -> None:
     assert study.spec["measure"] == ["induction", "curves", "transfer"]
     assert study.spec["limit"] == SPEC.limit
     # The aggregate is that of most tasks, not a mixture with the one that was measured first.
-    mean = study.transfer().query("task == 'icl_plural' and donor == 'mean' and component == 'head'")
+    mean = study.transfer().query("task == 'icl_plural' and donor_scope == 'all tasks' and component == 'head'")
     tables = [e.table for e in Ledger(grown).entries("importance") if e.job["method"] == "gradient"]
     mask = prune(loaded.anatomy.heads_per_layer, "head", aggregate_order(tables, "head", "position"), 0.5)
     assert mean["accuracy"].tolist() == pytest.approx([correct("icl_plural", 0, mask, 7)])
@@ -172,13 +174,14 @@ def test_more_can_be_measured_in_a_folder_that_is_there(tmp_path: Path) -> None:
     jobs = {e.job["curve"].get("aggregate") for e in Ledger(grown).entries("evaluation")}
     assert jobs == {None, "mean", "ranks"}
     mask = prune(loaded.anatomy.heads_per_layer, "head", aggregate_order(tables, "head", "position", "ranks"), 0.5)
-    rows = ranked.evaluations().query("task == 'icl_plural' and donor == 'mean' and component == 'head'")
+    rows = ranked.evaluations().query(
+        "task == 'icl_plural' and order == 'transfer' and donor_scope == 'all tasks' and component == 'head'")
     assert len(rows) == 7
     assert rows["correct"].mean() == pytest.approx(correct("icl_plural", 0, mask, 7))
-    with pytest.raises(OptionError, match="both --tasks and --unseen"):
-        Runner(dataclasses.replace(base, unseen=TASKS[:1], measure=("transfer",)), loaded=loaded)
+    with pytest.raises(OptionError, match="both tasks and unseen"):
+        prepare(dataclasses.replace(base, unseen=TASKS[:1], measure=("transfer",)), loaded=loaded)
     with pytest.raises(StudyError, match="is no unseen one there"):
-        Runner(dataclasses.replace(base, tasks=TASKS[:2], unseen=TASKS[2:], measure=("transfer",)), loaded=loaded)
+        prepare(dataclasses.replace(base, tasks=TASKS[:2], unseen=TASKS[2:], measure=("transfer",)), loaded=loaded)
     # Options of induction are those of the last run that has any, in a folder that has tasks too.
     asked = dataclasses.replace(base, tasks=(), measure=("induction",), induction_lengths=(9, 5), induction_seeds=2,
                                 prefix_threshold=0.5, skip_control=True)
@@ -204,7 +207,7 @@ def test_a_task_that_was_unseen_may_get_an_order_of_its_own(tmp_path: Path) -> N
     assert after.spec["tasks"] == [*TASKS[:2], UNSEEN]
     assert after.spec["unseen"] == [TASKS[2]]
     rows = after.transfer().query(f"task == '{UNSEEN}'")
-    assert {"own", *TASKS[:2]} <= set(rows["donor"])
+    assert {"own", *TASKS[:2]} <= set(labelled(rows)["donor"])
     assert not rows["unseen"].any()
 
 
@@ -213,10 +216,10 @@ def test_two_tasks_give_no_order_twice() -> None:
     asked = dataclasses.replace(SPEC, shots=(0,), measure=("transfer",), unseen=(), transfer_components=("head",))
     for many, donors in ((2, {"mean", *TASKS[:2], "own"}), (3, {"mean", "mean without own", *TASKS, "own"})):
         jobs = plan(asked, "model", (4, 4, 4), facts[:many], ("transfer",))
-        found = [j.job["curve"] for j in jobs if j.job.get("curve", {}).get("order") == "transfer"]
+        found = [j.key["curve"] for j in jobs if j.key.get("curve", {}).get("order") == "transfer"]
         assert {c["donor"] for c in found} == donors
     alone = plan(asked, "model", (4, 4, 4), [facts[0], dataclasses.replace(facts[1], unseen=True)], ("transfer",))
-    found = [(j.job["task"], j.job["curve"]["donor"]) for j in alone if j.job.get("curve", {}).get("donor")]
+    found = [(j.key["task"], j.key["curve"]["donor"]) for j in alone if j.key.get("curve", {}).get("donor")]
     assert found == [(TASKS[1], "mean")], "a single task has no other order than its own"
 
 
@@ -243,7 +246,8 @@ def test_a_mean_of_unfinished_transfer_is_over_the_tasks_that_are_done(study: St
         curve = entry.job["curve"]
         if (entry.job["task"], curve.get("donor"), curve.get("component")) == (TASKS[0], TASKS[1], "head"):
             (copy / "entries" / f"evaluation-{job_id(entry.job)}.parquet").unlink()
-    rows = hc.open_study(copy).transfer().query("component == 'head' and num_fewshot == 1 and fraction == 0.5")
+    rows = labelled(hc.open_study(copy).transfer()).query(
+        "component == 'head' and num_fewshot == 1 and fraction == 0.5")
     mean, each = rows[rows["task"] == "mean"].set_index("donor"), rows.set_index(["task", "donor"])["accuracy"]
     assert mean.loc["own", "accuracy"] == pytest.approx(each[[(t, "own") for t in TASKS[1:]]].mean())
     assert mean.loc[TASKS[0], "accuracy"] == pytest.approx(each[[(t, TASKS[0]) for t in TASKS[1:]]].mean())
@@ -269,22 +273,22 @@ def test_what_induction_would_refuse_is_refused_before_anything_is_measured(
 ) -> None:
     asked = dataclasses.replace(SPEC, out=tmp_path / "study", shots=(0,), unseen=(), measure=("curves", "induction"))
     with pytest.raises(OptionError, match="no random sequence fits"):
-        Runner(dataclasses.replace(asked, induction_lengths=(500,)), loaded=tiny.loaded("llama"))
+        prepare(dataclasses.replace(asked, induction_lengths=(500,)), loaded=tiny.loaded("llama"))
     loaded = tiny.loaded("llama")
     monkeypatch.setattr(loaded.model, "hf_device_map", {"": "disk"}, raising=False)
-    with pytest.raises(ModelError, match="--skip-control leaves it out"):
-        Runner(asked, loaded=loaded)
+    with pytest.raises(ModelError, match=r"leave it out \(skip_control, --skip-control\)"):
+        prepare(asked, loaded=loaded)
     assert not (tmp_path / "study").exists()
 
 
 def test_nothing_is_left_to_do_in_a_finished_folder(study: Study) -> None:
-    runner = Runner(dataclasses.replace(SPEC, out=study.folder), loaded=tiny.loaded("llama"))
+    runner = prepare(dataclasses.replace(SPEC, out=study.folder), loaded=tiny.loaded("llama"))
     assert not runner.todo()
     parts = ("grid", "transfer")
     alone = plan(dataclasses.replace(SPEC, measure=parts), "model", (4, 4, 4), runner.facts, parts)
-    points = [p for j in alone for p in j.job.get("curve", {}).get("points", ())]
+    points = [p for j in alone for p in j.key.get("curve", {}).get("points", ())]
     assert len(points) == 6 * 8, "without curves the grid has its own edges"
-    donors = {j.job["curve"]["donor"] for j in alone if j.job.get("curve", {}).get("order") == "transfer"}
+    donors = {j.key["curve"]["donor"] for j in alone if j.key.get("curve", {}).get("order") == "transfer"}
     assert "own" in donors
 
 

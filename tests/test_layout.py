@@ -12,8 +12,9 @@ import torch
 
 from families import FAMILIES, SINGLE_ROWS, VOCAB, kernels, probed, reader, tiny, with_kernel
 from headcount.engine.encode import Request
-from headcount.engine.engine import loglikelihood
-from headcount.engine.layout import layout, probe
+from headcount.engine.engine import Engine
+from headcount.engine.forward import plain_loglikelihoods
+from headcount.engine.layout import probe
 from headcount.engine.pack import Budget, batches, pack
 from headcount.model.load import wrap
 
@@ -35,14 +36,14 @@ def test_trees_are_used_where_they_are_right(family: str) -> None:
     for kernel in kernels(family):
         loaded = probed(family, kernel)
         config = with_kernel(family, kernel).model.config.to_dict()
-        found = layout(loaded)
+        found = Engine.of(loaded).layout
         assert found.trees == (family not in SINGLE_ROWS), f"{kernel}: {found}"
         assert loaded.model.config.to_dict() == config, "the probe's short windows are gone"
         docs = documents(np.random.default_rng(0))
         number = sum(map(len, docs))
-        expected, _ = loglikelihood(loaded, batches(pack(docs, Budget(), trees=False), Budget(None, 1)), number)
+        expected, _ = plain_loglikelihoods(loaded, batches(pack(docs, Budget(), trees=False), Budget(None, 1)), number)
         rows = pack(docs, Budget(200), trees=found.trees, tree_tokens=found.tree_tokens)
-        scores, _ = loglikelihood(loaded, batches(rows, Budget(None, 400)), number, tree_mask=found.tree_mask)
+        scores, _ = plain_loglikelihoods(loaded, batches(rows, Budget(None, 400)), number, tree_mask=found.tree_mask)
         np.testing.assert_allclose(scores, expected, atol=2e-4, err_msg=kernel)
 
 
@@ -61,8 +62,9 @@ def test_a_tree_without_the_window_would_be_wrong(family: str) -> None:
     loaded = with_kernel(family, kernels(family)[-1])
     docs = documents(np.random.default_rng(0))
     number = sum(map(len, docs))
-    expected, _ = loglikelihood(loaded, batches(pack(docs, Budget(), trees=False), Budget(None, 1)), number)
-    wrong, _ = loglikelihood(loaded, batches(pack(docs, Budget(200)), Budget(None, 400)), number, tree_mask="plain")
+    expected, _ = plain_loglikelihoods(loaded, batches(pack(docs, Budget(), trees=False), Budget(None, 1)), number)
+    trees = batches(pack(docs, Budget(200)), Budget(None, 400))
+    wrong, _ = plain_loglikelihoods(loaded, trees, number, tree_mask="plain")
     assert np.abs(wrong - expected).max() > 1e-2
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from transformers import (
 from families import CORE, tiny, tokens
 from headcount.errors import HeadcountError, ModelError, OptionError
 from headcount.model.contracts import verify
-from headcount.model.fingerprint import fingerprint
+from headcount.model.fingerprint import _xors, fingerprint
 from headcount.model.gguf import read_once
 from headcount.model.load import load, wrap
 from headcount.tasks.chat import rendered
@@ -68,7 +70,7 @@ def test_a_saved_folder_is_loaded_as_it_was(tmp_path, family):
 
 
 def test_a_local_model_has_no_revision(tmp_path):
-    with pytest.raises(OptionError, match="--revision main is of the hub"):
+    with pytest.raises(OptionError, match=r"--revision main\) is a version on the hub"):
         load(saved(tmp_path), device="cpu", revision="main")
 
 
@@ -99,6 +101,20 @@ def test_fingerprints_are_equal_for_equal_models_only(tmp_path):
     model = tiny("llama")
     model.config.rms_norm_eps = 1e-3
     assert fingerprint(model) != first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(300, 576), (576, 1), (1, 5), (2, 40_000)])
+def test_bits_are_folded_as_torch_folds_them(dtype, shape):
+    torch.manual_seed(0)
+    rows = (100 * torch.randn(shape)).to(dtype)
+    if dtype.is_floating_point:
+        rows[0, 0], rows[-1, -1] = float("nan"), -0.0
+        rows[-1, 0] = -float("inf")
+    for ours, theirs in zip(_xors(rows), (torch.hash_tensor(rows, 0), torch.hash_tensor(rows, 1)), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.numpy().tobytes() == theirs.numpy().tobytes()
 
 
 def test_offloaded_models_are_measured_and_fingerprinted_as_they_are(tmp_path):
@@ -200,6 +216,30 @@ def test_wrap_refuses_what_load_refuses():
 
     with pytest.raises(ModelError, match="encoder-decoder"):
         wrap(T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, num_layers=1, num_heads=2)), tokenizer())
+
+
+def test_what_is_no_name_no_model_or_no_tokenizer_is_told_in_a_line():
+    """In a process of its own: here types are checked before the package sees them."""
+    code = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+import headcount as hc
+config = LlamaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+model = LlamaForCausalLM(config)
+for call in (lambda: hc.load(model), lambda: hc.wrap(model, None), lambda: hc.wrap(LlamaModel(config), print),
+             lambda: hc.wrap(torch.nn.Linear(2, 2), print)):
+    try:
+        call()
+    except hc.HeadcountError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, untold, headless, linear = done.stdout.splitlines()
+    assert loaded.startswith("load takes a hub id or a path, not a LlamaForCausalLM:")
+    assert loaded.endswith("use wrap(model, tokenizer)")
+    assert "needs the tokenizer of model, not None: pass what AutoTokenizer.from_pretrained gives" in untold
+    assert "is a LlamaModel, which has no output layer and gives no logits" in headless
+    assert "not a Linear: pass what AutoModelForCausalLM.from_pretrained gives" in linear
 
 
 def test_window_as_lm_eval_decides(tmp_path):

@@ -42,7 +42,7 @@ def test_the_grid_says_accuracies_and_outlines_what_is_within_the_margin() -> No
     cells = [r for r in rows_of(spec) if r["outline"] is None]
     edges = [r for r in rows_of(spec) if r["outline"] is not None]
     assert {r["task"] for r in cells} == {"mean"}, "without a menu the mean alone is there"
-    mean = grid[grid["task"] == "mean"]
+    mean = grid[grid["scope"] == "mean"]
     at = {(r["shots"], r["x"] + 0.5, r["y"] + 0.5): r for r in cells}
     for k, words in ((0, "no shots"), (5, "5 shots")):
         of_k = mean[mean["num_fewshot"] == k]
@@ -105,7 +105,7 @@ def test_the_matrix_tells_companions_and_marks_noise() -> None:
     assert "title" not in spec
     ffns = next(r for r in rows_of(drawn(task_matrix(table, "ffn"))))
     assert ffns["inside"] == ffns["alone"] == "\N{EN DASH}", "nothing in a tooltip is called null"
-    low = (table["kind"] == "reliability") & (table["num_fewshot"] == 0) & (table["task"] != "random")
+    low = (table["kind"] == "reliability") & (table["num_fewshot"] == 0) & (table["scope"] != "random")
     noisy = table.assign(correlation=table["correlation"].where(~low, 0.2))
     spec = drawn(task_matrix(noisy, "head"))
     assert {(r["shots"], r["pale"]) for r in rows_of(spec)} == {("no shots", True), ("5 shots", False)}
@@ -115,7 +115,7 @@ def test_the_matrix_tells_companions_and_marks_noise() -> None:
 
 def test_dots_of_noise_are_pale_and_say_so() -> None:
     table = frames.correlations(TWO, (0, 5))
-    low = (table["kind"] == "reliability") & (table["component"] == "ffn") & (table["task"] != "random")
+    low = (table["kind"] == "reliability") & (table["component"] == "ffn") & (table["scope"] != "random")
     heads, ffns = drawn(shots_dots(table.assign(correlation=table["correlation"].where(~low, 0.2))))["hconcat"]
     assert heads["title"] == "Attention heads"
     assert ffns["title"]["subtitle"] == "scores are mostly noise: reliability is below 0.5 for 4 of 4 orders"
@@ -128,8 +128,8 @@ def test_the_transfer_map_is_of_the_middle_fraction_unless_told() -> None:
     for fraction, told in ((0.5, None), (0.3, 0.3)):
         cells = {(r["row"], r["column"]): r for r in rows_of(drawn(transfer_map(transfer, "head", fraction=told)))}
         planted = transfer[(transfer["fraction"] == fraction) & (transfer["donor"] == TWO[0])].set_index("task")
-        for task in (TWO[1], "mean"):
-            assert cells[TWO[0], task]["value"] == pytest.approx(100 * planted.loc[task, "difference"], abs=1e-3)
+        for task, of_mean in ((TWO[1], TWO[1]), ("mean", "")):
+            assert cells[TWO[0], task]["value"] == pytest.approx(100 * planted.loc[of_mean, "difference"], abs=1e-3)
         assert cells[TWO[0], TWO[0]]["framed"]
         assert cells[TWO[0], TWO[0]]["text"] == "0"
         assert not cells["mean", "mean"]["framed"]
@@ -158,7 +158,7 @@ def test_names_in_the_scatter_do_not_lie_on_one_another(seed: int) -> None:
 
 def test_shots_are_compared_once_per_pair_beside_a_random_order() -> None:
     table = frames.correlations(TWO, (0, 1, 5)).assign(score="position")
-    table.loc[(table["task"] == "mean") & (table["other_task"] == "random"), "correlation"] = 0.07
+    table.loc[(table["scope"] == "mean") & (table["other_scope"] == "random"), "correlation"] = 0.07
     spec = drawn(shots_dots(table))
     random = [data for data in spec["datasets"].values() if data[0]["task"] == "random order"]
     for data in spec["datasets"].values():
@@ -216,7 +216,7 @@ def test_depth_has_bars_over_tasks_with_intervals() -> None:
     lambda: transfer_map(frames.transfer(ONE, (0,)), "head"),
     lambda: transfer_map(frames.transfer(TWO, (0,)).assign(difference=np.nan), "head"),
     lambda: shots_dots(frames.correlations(ONE, (0, 5))),
-    lambda: unseen_curves(frames.transfer(ONE, (0,)).query("donor == 'mean'"), "head"),
+    lambda: unseen_curves(frames.transfer(ONE, (0,)).query("donor_scope == 'all tasks'"), "head"),
     lambda: retained_curves(frames.retained(ONE, (0,)).assign(random_mean=np.nan)),
     lambda: depth_bars(frames.depth(ONE, (0,), known=False)),
 ])

@@ -15,9 +15,10 @@ import tiny
 from headcount import terminal
 from headcount.engine import budget as rooms
 from headcount.engine import neighbours
+from headcount.engine.engine import Engine
 from headcount.engine.neighbours import Load, Speed, watch
 from headcount.engine.pack import Cost
-from headcount.study.runner import Runner
+from headcount.study.prepare import prepare
 from headcount.study.spec import StudySpec
 
 Core = namedtuple("Core", "user nice system idle iowait irq softirq steal guest guest_nice")
@@ -76,20 +77,20 @@ def test_timings_beside_busy_processes_are_not_kept(tmp_path: Path, monkeypatch:
     kept = tmp_path / "headcount" / "devices.json"
     timed: list[float] = []
 
-    def measure(loaded: object) -> Cost:
+    def measure(loaded: object, layout: object) -> Cost:
         timed.append(1.0 + len(timed))
         return Cost(timed[-1], 100.0)
 
     monkeypatch.setattr(rooms, "measure_cost", measure)
     beside(monkeypatch, 1.8)
-    assert rooms.budget_of(tiny.loaded("llama", seed=31)).cost == Cost(1.0, 100.0), "it serves this process"
+    assert Engine.of(tiny.loaded("llama", seed=31)).budget().cost == Cost(1.0, 100.0), "it serves this process"
     assert not kept.exists()
     beside(monkeypatch, 0.1)
-    assert rooms.budget_of(tiny.loaded("llama", seed=32)).cost == Cost(2.0, 100.0)
+    assert Engine.of(tiny.loaded("llama", seed=32)).budget().cost == Cost(2.0, 100.0)
     assert [Cost(**cost) for cost in json.loads(kept.read_text()).values()] == [Cost(2.0, 100.0)]
     # What a quiet moment has found stays, also where the machine is busy again.
     beside(monkeypatch, 1.8)
-    assert rooms.budget_of(tiny.loaded("llama", seed=33)).cost == Cost(2.0, 100.0)
+    assert Engine.of(tiny.loaded("llama", seed=33)).budget().cost == Cost(2.0, 100.0)
     assert timed == [1.0, 2.0]
 
 
@@ -98,7 +99,7 @@ def test_a_plan_says_beside_what_it_was_timed(
 ) -> None:
     spec = StudySpec("tiny", tasks=("piqa",), shots=(0,), out=tmp_path / "study", limit=4, importance_limit=4,
                      fractions=(0.5,), data=tiny.write_task(tmp_path / "data"))
-    runner = Runner(spec, parts=("evaluate",), loaded=tiny.loaded("llama"))
+    runner = prepare(spec, parts=("evaluate",), loaded=tiny.loaded("llama"))
     said = "timed while other processes kept 1.8 of 2 cores busy: on a quiet machine it may be several times faster"
     for others in (1.8, 0.2):
         beside(monkeypatch, others)

@@ -16,9 +16,9 @@ import synthetic_study
 from families import FAMILIES, reader, tiny
 from headcount.analysis.study import Study
 from headcount.engine.encode import Request, encode
+from headcount.engine.engine import Engine
 from headcount.engine.pack import Budget
 from headcount.masks import Mask
-from headcount.measure.importance import example_scores
 from headcount.model.contracts import verify
 from headcount.model.hooks import ablated, captured, frozen
 from headcount.model.load import LoadedModel, wrap
@@ -70,7 +70,7 @@ def norm_of(loaded: LoadedModel, family: str, layer: int, which: int) -> nn.Modu
 
 
 def scores(loaded: LoadedModel) -> tuple[np.ndarray, np.ndarray]:
-    return example_scores(loaded, requests_of(loaded), budget=Budget(None, 150, 150))
+    return Engine.of(loaded).gradients(requests_of(loaded), budget=Budget(None, 150, 150))
 
 
 def loss_of(loaded: LoadedModel, request: Request) -> torch.Tensor:
@@ -273,10 +273,10 @@ def test_jobs_say_when_scores_pass_norms() -> None:
     spec = StudySpec(model="m", tasks=("a",), shots=(0,), ffn_order="gradient")
     facts = [TaskFacts("a", "f", {0: 10}, {0: 10})]
     before, after = (plan(spec, "model", (2, 2), facts, through_norms=norms) for norms in (False, True))
-    assert [p.job for p in before] == [p.job for p in plan(spec, "model", (2, 2), facts)]
-    (old,), (new,) = ([p.job for p in jobs if p.job["kind"] == "importance"] for jobs in (before, after))
+    assert [p.key for p in before] == [p.key for p in plan(spec, "model", (2, 2), facts)]
+    (old,), (new,) = ([p.key for p in jobs if p.key["kind"] == "importance"] for jobs in (before, after))
     assert new == {**old, "through_norms": True}
-    curves = [{p.job["curve"]["importance"] for p in jobs if "importance" in p.job.get("curve", {})}
+    curves = [{p.key["curve"]["importance"] for p in jobs if "importance" in p.key.get("curve", {})}
               for jobs in (before, after)]
     assert curves == [{job_id(old)}, {job_id(new)}]
 
@@ -284,10 +284,9 @@ def test_jobs_say_when_scores_pass_norms() -> None:
 def test_scores_of_before_are_passed_over_where_they_were_measured_again(tmp_path: Path) -> None:
     folder = synthetic_study.write(tmp_path, tasks=("red",), shots=(5,), importance=False)
     ledger = Ledger(folder)
-    old = {"kind": "importance", "model": "abc", "task": "red", "num_fewshot": 5, "documents": 50, "method": "gradient"}
+    old = {**synthetic_study.of_task("importance", "red", 5, 50), "method": "gradient"}
     new = {**old, "through_norms": True}
-    curve = {"kind": "evaluation", "model": "abc", "task": "red", "num_fewshot": 5, "split": "evaluation",
-             "documents": 100}
+    curve = {**synthetic_study.of_task("evaluation", "red", 5, 100), "split": "evaluation"}
     label = synthetic_study._label("head", "gradient", 0.1)
     of_curve = {"metric": "acc", "truncated": 0, "tokens": 1, "seconds": 0.1, "masks": [label]}
 
@@ -295,7 +294,8 @@ def test_scores_of_before_are_passed_over_where_they_were_measured_again(tmp_pat
         table = pd.DataFrame({"component": "head", "layer": [0, 1], "head": [0, 0], "score": "position",
                               "importance": value, "stderr": 0.0})
         ledger.write(job, table, {"num_examples": 50, "truncated": 0})
-        order = {"component": "head", "order": "gradient", "fractions": [0.1], "importance": job_id(job)}
+        order = {"component": "head", "order": "gradient", "fractions": [0.1], "importance": job_id(job),
+                 "score": "position"}
         ledger.write({**curve, "curve": order}, synthetic_study._rows(right, 100, 0), of_curve)
 
     def shown() -> tuple[set[float], set[float]]:

@@ -17,19 +17,22 @@ import tiny
 from headcount.analysis.curves import against_random
 from headcount.analysis.grid import grid_table
 from headcount.analysis.points import Points
+from headcount.analysis.rows import labelled
 from headcount.errors import OptionError
 from headcount.masks import Mask, prune, removal_order
 from headcount.report import words
 from headcount.report.cautions import cautions
-from headcount.report.curves import _next, common_sentence
-from headcount.report.headline import headline
+from headcount.report.curves import common_sentence
+from headcount.report.headline import _next, headline
 from headcount.report.importance import head_map
 from headcount.report.page import sections
 from headcount.stats import intervals
 from headcount.study.folder import other_orders
-from headcount.study.ledger import Ledger, job_id
+from headcount.study.jobs import name_of
+from headcount.study.ledger import Ledger
 from headcount.study.plan import TaskFacts, plan
-from headcount.study.runner import Runner, run_study
+from headcount.study.prepare import prepare
+from headcount.study.runner import run, run_study
 from headcount.study.spec import StudySpec, scores_of
 
 TASKS = ("icl_plural", "icl_gerund", "icl_agent")
@@ -41,8 +44,8 @@ FACTS = [TaskFacts(name, name, {1: 9}, {1: 9}) for name in TASKS]
 def planned(**changes: object) -> dict[str, dict[str, object]]:
     """Descriptions of curves and grids by title."""
     spec = dataclasses.replace(SPEC, **changes)  # type: ignore[arg-type]
-    return {p.title: dict(p.job["curve"]) for p in plan(spec, "model", (4, 4, 4), FACTS, ("curve", "grid"))
-            if "curve" in p.job}
+    return {p.title: dict(p.key["curve"]) for p in plan(spec, "model", (4, 4, 4), FACTS, ("curve", "grid"))
+            if "curve" in p.key}
 
 
 @pytest.mark.parametrize(("options", "heads", "ffns"), [
@@ -76,11 +79,11 @@ def test_a_folder_begun_by_another_score_goes_on_with_it_when_asked_and_is_never
     folder = run_study(old, loaded=loaded)
     before = hc.open_study(folder).curves()
     assert set(hc.open_study(folder).evaluations()["score"]) == {"", "position", "accuracy"}
-    asked_again = Runner(old, loaded=loaded)
+    asked_again = prepare(old, loaded=loaded)
     assert not asked_again.todo(), "nothing is measured again"
     assert asked_again.other_orders == ""
     new = dataclasses.replace(old, head_score=None, ffn_score=None)
-    runner = Runner(new, loaded=loaded)
+    runner = prepare(new, loaded=loaded)
     assert runner.other_orders == (
         "this folder's curves remove heads by position (to go on with these: --head-score position) and FFNs by "
         "accuracy (to go on with these: --ffn-score accuracy); new ones, heads by example and FFNs by "
@@ -89,7 +92,7 @@ def test_a_folder_begun_by_another_score_goes_on_with_it_when_asked_and_is_never
     todo = {p.title.split(": ")[1] for p in runner.todo()}
     assert todo == {"heads by gradient, 25% to 50%", "ffns by oracle, 25% to 50%", "heads by the order of all tasks, "
                     "50% to 50%", "ffns by the order of all tasks, 50% to 50%"}, "neither oracles nor gradients again"
-    runner.run()
+    run(runner)
     study = hc.open_study(folder)
     assert study.ordering_scores == {"head": "example", "ffn": "gold_loglikelihood"}
     assert study.hidden_scores == ["FFNs by accuracy", "heads by position"]
@@ -106,9 +109,9 @@ def test_more_random_orders_are_measured_and_not_refused(tmp_path: Path) -> None
     loaded = tiny.loaded("llama")
     few = dataclasses.replace(SPEC, tasks=TASKS[:1], out=tmp_path, measure=("curves",))
     run_study(few, loaded=loaded)
-    more = Runner(dataclasses.replace(few, random_orders=3), loaded=loaded)
-    assert [p.job["curve"]["order_seed"] for p in more.todo()] == [1236, 1236], "heads and FFNs, the third order alone"
-    more.run()
+    more = prepare(dataclasses.replace(few, random_orders=3), loaded=loaded)
+    assert [p.key["curve"]["order_seed"] for p in more.todo()] == [1236, 1236], "heads and FFNs, the third order alone"
+    run(more)
     draws = hc.open_study(tmp_path).curves().query("order == 'random' and fraction > 0")["draws"]
     assert (draws == 3).all()
 
@@ -122,7 +125,7 @@ def test_fractions_of_random_and_common_orders() -> None:
     assert (few.fractions_of_random, few.fractions_of_common) == ((0.3,), (0.3,))
     chosen = StudySpec("m", tasks=("a",), random_fractions=(0.7,), common_fractions=(0.6,))
     assert (chosen.fractions_of_random, chosen.fractions_of_common) == ((0.7,), (0.6,))
-    with pytest.raises(OptionError, match="--random-fractions lie between 0 and 1"):
+    with pytest.raises(OptionError, match="random_fractions lie between 0 and 1"):
         StudySpec("m", tasks=("a",), random_fractions=(1.5,))
 
 
@@ -152,11 +155,11 @@ def test_the_common_order_is_one_set_for_all_tasks_and_that_of_the_mean(tmp_path
     assert common == {(c, f): {prune(heads, c, by[c], f).to_json()}  # type: ignore[arg-type]
                       for c in ("head", "ffn") for f in (0.25, 0.5)}
     study = hc.open_study(tmp_path)
-    assert set(study.grid()["order"]) == {"mean"}
-    assert len(study.grid().query("task == 'mean'")) == 4, "full, heads alone, FFNs alone, both: none read from curves"
+    assert set(study.grid()["order"]) == {"all tasks"}
+    assert len(study.grid().query("scope == 'mean'")) == 4, "full, heads alone, FFNs alone, both: none read from curves"
     curves = study.curves()
     assert set(curves["order"]) == {"gradient", "oracle", "common", "random"}
-    of_common = curves[curves["order"] == "common"].groupby("component")["task"].nunique()
+    of_common = labelled(curves[curves["order"] == "common"]).groupby("component")["task"].nunique()
     assert (of_common == 4).all(), "tasks and their mean"
     free = study.free_fractions()
     assert set(free["order"]) == {"gradient", "oracle", "common"}
@@ -164,7 +167,7 @@ def test_the_common_order_is_one_set_for_all_tasks_and_that_of_the_mean(tmp_path
 
 def test_a_single_task_has_no_order_of_all_tasks() -> None:
     spec = dataclasses.replace(SPEC, tasks=TASKS[:1], grid_order="mean")
-    curves = [p.job["curve"] for p in plan(spec, "m", (4, 4), FACTS[:1], ("curve", "grid")) if "curve" in p.job]
+    curves = [p.key["curve"] for p in plan(spec, "m", (4, 4), FACTS[:1], ("curve", "grid")) if "curve" in p.key]
     assert not [c for c in curves if c["order"] == "common" or c.get("donor")]
 
 
@@ -188,9 +191,9 @@ def with_common(folder: Path, red: int, green: int) -> Path:
     description = ledger.read_json("study.json") or {}
     ledger.write_json("study.json", {**description, "spec": {**description["spec"], "common_fractions": [0.25]}})
     for task, right in (("red", red), ("green", green)):
-        job = {"kind": "evaluation", "model": "abc", "task": task, "num_fewshot": 5, "split": "evaluation",
-               "documents": 400, "curve": {"component": "head", "order": "common", "score": "position",
-                                           "importance": ["x", "y"], "aggregate": "mean"}}
+        job = {**synthetic.of_task("evaluation", task, 5, 400), "split": "evaluation",
+               "curve": {"component": "head", "order": "common", "score": "position", "importance": ["x", "y"],
+                         "aggregate": "mean", "fractions": [0.25]}}
         ledger.write(job, synthetic._rows(right, 400, 0), {"metric": "acc", "truncated": 0, "tokens": 1, "seconds": 0.1,
                                                            "masks": [synthetic._label("head", "common", 0.25)]})
     return folder
@@ -232,7 +235,7 @@ def test_intervals_beside_random_orders_are_over_documents_and_draws(draws: int)
             tasks[name] = Points(np.ones(100), np.arange(100), 0.1,
                                  {("head", "gradient", 0.5): own, ("head", "random", 0.5): random.mean(0)},
                                  {("head", "gradient", 0.5): own[None], ("head", "random", 0.5): random})
-        row = against_random({5: tasks}).query("task == 'mean'").iloc[0]
+        row = against_random({5: tasks}).query("scope == 'mean'").iloc[0]
         inside.append(row["difference_low"] <= 0.2 <= row["difference_high"])
         samples = [t.sample((t.values["head", "gradient", 0.5] - t.values["head", "random", 0.5])[None])
                    for t in tasks.values()]
@@ -277,8 +280,8 @@ def test_verdicts_in_words() -> None:
 
 
 def test_job_ids_of_curves_differ_by_score() -> None:
-    ids = [{job_id(p.job) for p in plan(dataclasses.replace(SPEC, **options), "m", (4, 4, 4), FACTS, ("curve",))
-            if p.job.get("curve", {}).get("order") in ("gradient", "oracle", "common")}
+    ids = [{name_of(p.job) for p in plan(dataclasses.replace(SPEC, **options), "m", (4, 4, 4), FACTS, ("curve",))
+            if p.key.get("curve", {}).get("order") in ("gradient", "oracle", "common")}
            for options in ({}, {"head_score": "position", "ffn_score": "accuracy"})]
     assert not ids[0] & ids[1]
     assert len(ids[0]) == len(ids[1]) == 12
@@ -310,7 +313,7 @@ def test_tasks_asked_for_apart_have_no_mean_of_one_set(tmp_path: Path) -> None:
     study = hc.open_study(folder)
     common = study.curves().query("order == 'common'")
     assert len(set(common["task"])) == 2, "those of one set"
-    assert "mean" not in set(common["task"])
+    assert "mean" not in set(common["scope"])
     assert "One order for all tasks is measured on 2 of 4 tasks" in " ".join(cautions(study))
     whole = run_study(dataclasses.replace(first, tasks=names), loaded=loaded)
     alone = run_study(dataclasses.replace(first, tasks=names, out=tmp_path / "alone"), loaded=loaded)
@@ -333,7 +336,8 @@ def test_a_bound_that_rounds_to_the_margin_shows_that_it_is_not_it() -> None:
 
 def test_the_grid_frames_nothing_of_a_task_that_is_not_shown_to_be_above_chance() -> None:
     label = {"task": "red", "num_fewshot": 5, "split": "evaluation", "doc_id": np.arange(400), "num_options": 4,
-             "passage": np.arange(400), "order_seed": -1, "donor": "", "heads_removed": 1, "ffns_removed": 1,
+             "passage": np.arange(400), "order_seed": -1, "donor_scope": "own", "donor": "",
+             "heads_removed": 1, "ffns_removed": 1,
              "parameters_removed": 1, "correct": (np.arange(400) < 200).astype(float)}
     rows = pd.concat([pd.DataFrame({**label, "component": c, "order": o, "fraction": f, "ffn_fraction": f})
                       for c, o, f in (("none", "none", 0.0), ("both", "grid", 0.2))])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import hypergeom, rankdata
 
 from headcount.analysis.induction import induction_among_important, retained
+from headcount.analysis.rows import labelled
 from headcount.errors import OptionError
 from headcount.masks import removal_order
 
@@ -25,7 +26,7 @@ def test_retained_is_summed_head_by_head(aggregate: str) -> None:
     found = retained(SCORES, PRIMITIVES, fractions, draws=20, aggregate=aggregate)
     assert len(found) == 2 * 3 * 2 * len(fractions)
     for row in found.itertuples():
-        whole = row.task == ("mean" if aggregate == "mean" else "mean of ranks")
+        whole = row.scope == ("mean" if aggregate == "mean" else "mean of ranks")
         tasks = ["red", "green"] if whole else [row.task]
         scores = [SCORES[task, row.num_fewshot] for task in tasks]
         importance = sum(scores if aggregate == "mean" else map(rankdata, scores)) / len(tasks)
@@ -63,8 +64,8 @@ def test_intervals_are_those_of_the_same_counts_over_resampled_scores() -> None:
     resampled = {key: values + 0.1 * rng.normal(size=(40, 50)) for key, values in SCORES.items()}
     flags = np.arange(50) % 7 == 0
     whole = {**resampled, ("mean", 5): (resampled["red", 5] + resampled["green", 5]) / 2}
-    found = retained(SCORES, PRIMITIVES, [0.3], resampled=resampled).set_index(["task", "num_fewshot"])
-    among = induction_among_important(SCORES, flags, [0.3], resampled=resampled).set_index(
+    found = labelled(retained(SCORES, PRIMITIVES, [0.3], resampled=resampled)).set_index(["task", "num_fewshot"])
+    among = labelled(induction_among_important(SCORES, flags, [0.3], resampled=resampled)).set_index(
         ["task", "num_fewshot"])
     assert not found.isna().any(axis=None)
     for key in (("red", 0), ("green", 5), ("mean", 5)):
@@ -105,7 +106,7 @@ def test_induction_heads_among_the_important_are_counted(seed: int, n: int, frac
 
 def test_planted_induction_heads() -> None:
     scores = {(task, 5): np.arange(100.0) for task in ("red", "green")}
-    found = induction_among_important(scores, np.arange(100) >= 95).set_index(["task", "fraction"])
+    found = labelled(induction_among_important(scores, np.arange(100) >= 95)).set_index(["task", "fraction"])
     assert set(found.index) == {(t, f) for t in ("red", "green", "mean") for f in (0.1, 0.2, 0.3, 0.5)}
     one = found.loc[("mean", 0.1)]
     assert (one["important"], one["induction_heads"], one["common"], one["expected"]) == (10, 5, 5, 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from headcount.analysis.curves import first_differences
 from headcount.report.curves import differences_sentence
 from headcount.report.importance import importance_sentence
 from headcount.report.page import sections, tables, write_report
+from headcount.report.style import description
 from headcount.study.ledger import Ledger
 
 
@@ -37,7 +39,7 @@ def test_what_is_said_of_all_tasks_is_of_the_aggregate_that_was_asked_for(tmp_pa
         beginning = f"{said}, the most important attention heads by gradient (per position) are {first}"
         assert beginning in importance_sentence(study, "head")
         assert said in " ".join(section.caption for section in sections(study) if section.name == "depth")
-        assert set(study.depth()["task"]) == {"red", "green", said.removeprefix("on the ").removesuffix(" over tasks")}
+        assert set(study.depth()["scope"]) == {"task", said.removeprefix("on the ").removesuffix(" over tasks")}
     flat = ledger.read_json("study.json")
     for entry in ledger.entries("importance"):
         if entry.job["method"] == "oracle":
@@ -71,9 +73,9 @@ def test_weak_results_of_a_study_are_marked_with_their_reasons(tmp_path: Path) -
 def test_where_curves_differ_from_the_full_model_is_told(tmp_path: Path) -> None:
     study = hc.open_study(synthetic.write(tmp_path))
     assert differences_sentence(study, "head") == (
-        "With 5 shots accuracy is shown to be another than the full model's (McNemar's paired test over documents, p < "
+        "With 5 shots accuracy is shown to differ from the full model's (McNemar's paired test over documents, p < "
         "0.05, corrected for a curve's steps by Holm's method) first at 75 % (worse) of the attention heads on all "
-        "tasks' documents together; on single tasks (not corrected for how many they are) first at 75 % (2 worse).")
+        "tasks' documents together; on single tasks (not corrected for their number) first at 75 % (2 worse).")
     assert "first at 25 % (worse) of the FFNs" in differences_sentence(study, "ffn")
     found = first_differences(study.curves()).set_index(["task", "num_fewshot", "component"])["fraction"]
     assert found["red", 5, "head"] == 0.75
@@ -130,8 +132,36 @@ def test_a_page_has_its_sections_in_the_papers_order_and_says_what_is_noisy(tmp_
     for name in ("depth", "cross_task_head", "cross_shot", "induction_maps", "induction_scatter", "retained"):
         assert (tmp_path / "figures" / f"{name}.png").exists()
         assert (tmp_path / "figures" / f"{name}.pdf").exists()
-    lines = pd.read_csv(tmp_path / "tables" / "top_overlaps.csv").query("other == 'prefix_matching' and task == 'mean'")
+    lines = pd.read_csv(tmp_path / "tables" / "top_overlaps.csv").query(
+        "other_scope == 'prefix_matching' and scope == 'mean'")
     assert lines.set_index(["num_fewshot", "fraction"]).loc[(5, 0.1), "common"] == 2
+
+
+def test_every_figure_is_valid_and_the_same_without_validation(tmp_path: Path) -> None:
+    ledger = Ledger(synthetic.write(tmp_path))
+    induction_entry(ledger, 0.62)
+    for section in sections(hc.open_study(tmp_path)):
+        for draw in (section.page, section.static):
+            # Altair numbers the views as it makes them.
+            checked, unchecked = (re.sub(r"(?:view|param)_\d+", "", json.dumps(figure, sort_keys=True))
+                                  for figure in (draw().to_dict(), description(draw)))
+            assert checked == unchecked, section.name
+
+
+def test_the_page_is_there_before_its_pictures(tmp_path: Path) -> None:
+    synthetic.write(tmp_path)
+
+    def stop(done: int, total: int) -> None:
+        assert (done, total) == (0, 9)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_report(tmp_path, stop)
+    assert (tmp_path / "report.html").stat().st_size > 100_000
+    assert (tmp_path / "tables" / "curves.csv").exists()
+    assert not (tmp_path / "figures").exists()
+    assert write_report(tmp_path, pictures=False) == tmp_path / "report.html"
+    assert not (tmp_path / "figures").exists()
 
 
 def test_a_single_task_has_captions_with_intervals_too(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import tiny
 from headcount.measure.evaluate import evaluate
 from headcount.model.load import LoadedModel
 from headcount.tasks.catalog import PAPER14, UNSEEN
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Task
 from parity import TOLERANCE, Comparison, compare
@@ -64,7 +65,7 @@ def test_chat_templates(shared: Path, name: str, k: int) -> None:
     chat = dataclasses.replace(raw, apply_chat_template=True)
     task = get_tasks([name], data=shared)[name]
     agrees(compare(chat, task, k, 5))
-    context, _ = task.prompts("evaluation", num_fewshot=k, limit=1, chat=chat.chat)[0].pairs[0]
+    context, _ = task.prompts("evaluation", FewShot(k, 1), chat=chat.chat)[0].pairs[0]
     assert context.count("<|im_start|>user") == k + 1
     assert context.count("<|im_start|>assistant") == k + 1
     assert context.endswith("<|im_start|>assistant\n")
@@ -105,7 +106,7 @@ def test_unconditional_requests_stay_apart_from_the_options(tmp_path: Path) -> N
                           "metric_list: [{metric: acc}, {metric: acc_mutual_info}]\n")
     task = get_tasks([str(definition)], data=tmp_path)["piqa"]
     loaded = tiny.loaded("llama")
-    prompt = task.prompts("evaluation", limit=1)[0]
+    prompt = task.prompts("evaluation", FewShot(limit=1))[0]
     assert (len(prompt.pairs), prompt.num_options) == (4, 2)
     agrees(compare(loaded, task, 0, 5))
     measured, plain = evaluate(loaded, task, limit=5), evaluate(loaded, stock, limit=5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from headcount.measure.resampling import halves, resampled
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 from headcount.tasks.passages import passages
 
@@ -33,11 +34,11 @@ def test_short_beginnings_are_shared_by_chance() -> None:
 def test_real_tasks(shared: Path) -> None:
     expected = {"multirc": (5, 30), "winogrande": (60, 95), "piqa": (99, 100), "copa": (99, 100)}
     for name, task in get_tasks(list(expected), data=shared).items():
-        prompts = task.prompts("evaluation", limit=100)
+        prompts = task.prompts("evaluation", FewShot(limit=100))
         least, most = expected[name]
         assert least <= len(set(task.passages("evaluation", prompts).tolist())) <= most, name
         # Shots before the documents change nothing.
-        with_shots = task.prompts("evaluation", num_fewshot=2, limit=20, shared_shots=True)
+        with_shots = task.prompts("evaluation", FewShot(2, 20, shared=True))
         assert task.passages("evaluation", with_shots).tolist() == task.passages("evaluation", prompts[:20]).tolist()
 
 

@@ -18,7 +18,8 @@ from transformers import OPTConfig, OPTForCausalLM
 import tiny
 from headcount.analysis.study import open_study
 from headcount.engine.encode import Request, encode
-from headcount.engine.engine import columns_of, loglikelihood, masked_loglikelihoods
+from headcount.engine.engine import Engine
+from headcount.engine.forward import columns_of, plain_loglikelihoods
 from headcount.engine.pack import Budget, batches, pack
 from headcount.errors import OptionError
 from headcount.masks import Mask
@@ -34,6 +35,7 @@ from headcount.study.ledger import Ledger, job_id
 from headcount.study.plan import PAPER_VERSION, TaskFacts, plan
 from headcount.study.runner import run_study
 from headcount.study.spec import StudySpec
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Split, Task
 
@@ -56,9 +58,9 @@ def test_wscs_training_documents_are_the_positive_ones(shared: Path) -> None:
     assert 0 < len(positive) < len(sound.documents("examples"))
     assert paper.documents("evaluation") == sound.documents("evaluation")
     for split in ("evaluation", "examples"):
-        for prompt in paper.prompts(split, num_fewshot=5, limit=10):
+        for prompt in paper.prompts(split, FewShot(5, 10)):
             assert prompt.pairs[0][0].count("Answer: yes") == 5
-    assert any("Answer: no" in p.pairs[0][0] for p in sound.prompts("evaluation", num_fewshot=5, limit=10))
+    assert any("Answer: no" in p.pairs[0][0] for p in sound.prompts("evaluation", FewShot(5, 10)))
     assert paper.fingerprint != sound.fingerprint
 
 
@@ -101,15 +103,15 @@ def test_evaluated_documents_and_their_shots_are_drawn_as_the_papers_code_does(t
     rnd = seeded()
     rnd.shuffle(evaluated)
     expected = [(doc, written(doc, rnd.sample(training, k))) for doc in evaluated]
-    found = paper.prompts("evaluation", num_fewshot=k)
+    found = paper.prompts("evaluation", FewShot(k))
     assert [p.doc for p in found] == [doc for doc, _ in expected] != sound.documents("evaluation")
     assert [list(p.pairs) for p in found] == [pairs for _, pairs in expected]
     assert [sound.documents("evaluation")[p.doc_id] for p in found] == evaluated
     assert [p.gold for p in found] == [doc["label"] for doc in evaluated]
     for limit in (1, 7):
-        first = paper.prompts("evaluation", num_fewshot=k, limit=limit)
+        first = paper.prompts("evaluation", FewShot(k, limit))
         assert [(p.doc_id, p.pairs) for p in first] == [(p.doc_id, p.pairs) for p in found[:limit]]
-    other = paper.prompts("evaluation", num_fewshot=k, seed=7)
+    other = paper.prompts("evaluation", FewShot(k, seed=7))
     assert [p.doc_id for p in other] == [p.doc_id for p in found]
     assert (other[0].pairs == found[0].pairs) == (k == 0), "another seed draws other shots for the same documents"
 
@@ -119,15 +121,15 @@ def test_shots_of_scored_documents_come_from_one_seed_and_may_be_the_document_it
     training = sound.documents("examples")
     random.seed(1234)
     expected = [written(doc, random.sample(training, 5)) for doc in training]
-    found = paper.prompts("examples", num_fewshot=5)
+    found = paper.prompts("examples", FewShot(5))
     assert [p.doc_id for p in found] == list(range(12))
     assert [list(p.pairs) for p in found] == expected
     among_own = [p.pairs[0][0].count(f"{p.doc['goal']}\n") > 1 for p in found]
     assert 0 < sum(among_own) < 12
-    assert not any(p.pairs[0][0].count(f"{p.doc['goal']}\n") > 1 for p in sound.prompts("examples", num_fewshot=5))
-    assert len(paper.prompts("examples", num_fewshot=12, limit=1)) == 1
+    assert not any(p.pairs[0][0].count(f"{p.doc['goal']}\n") > 1 for p in sound.prompts("examples", FewShot(5)))
+    assert len(paper.prompts("examples", FewShot(12, 1))) == 1
     with pytest.raises(OptionError, match="13 shots cannot be drawn from the 12"):
-        paper.prompts("examples", num_fewshot=13)
+        paper.prompts("examples", FewShot(13))
 
 
 def test_without_training_documents_one_shot_more_is_drawn_and_the_document_taken_out(tmp_path: Path) -> None:
@@ -140,14 +142,14 @@ def test_without_training_documents_one_shot_more_is_drawn_and_the_document_take
     shuffled = list(pool)
     rnd = seeded()
     rnd.shuffle(shuffled)
-    found = paper.prompts("evaluation", num_fewshot=4)
+    found = paper.prompts("evaluation", FewShot(4))
     assert [p.doc for p in found] == shuffled
     for prompt, doc in zip(found, shuffled, strict=True):
         shots = [shot for shot in rnd.sample(pool, 5) if shot != doc][:4]
         assert prompt.pairs[0][0] == "".join(f"{s['context']} {s['options'][0]}\n\n" for s in shots) + doc["context"]
-    assert paper.prompts("evaluation", num_fewshot=7)
+    assert paper.prompts("evaluation", FewShot(7))
     with pytest.raises(OptionError, match="8 shots cannot be drawn"):
-        paper.prompts("evaluation", num_fewshot=8)
+        paper.prompts("evaluation", FewShot(8))
 
 
 @pytest.mark.parametrize("name", ["rte", "winogrande", "record", "wsc", "arc_easy"])
@@ -158,7 +160,7 @@ def test_shots_of_the_papers_tasks_are_drawn_as_its_code_does(
     training, evaluated = list(paper.documents("examples")), list(sound.documents("evaluation"))
     rnd = seeded()
     rnd.shuffle(evaluated)
-    for prompt, doc in zip(paper.prompts("evaluation", num_fewshot=5, limit=8), evaluated, strict=False):
+    for prompt, doc in zip(paper.prompts("evaluation", FewShot(5, 8)), evaluated, strict=False):
         shots = rnd.sample(training, 5)
         monkeypatch.setattr(paper.inner, "sampler", SimpleNamespace(sample=lambda n, eval_doc=None, shots=shots: shots))
         context = paper.inner.fewshot_context(doc, 5)
@@ -169,10 +171,10 @@ def test_shots_of_the_papers_tasks_are_drawn_as_its_code_does(
 @pytest.mark.parametrize("split", ["evaluation", "examples"])
 def test_shared_shots_are_one_draw_under_either_protocol(tmp_path: Path, split: Split) -> None:
     sound, paper = both(tiny.write_task(tmp_path), "piqa")
-    of_sound, of_paper = ({p.doc_id: p.pairs for p in task.prompts(split, num_fewshot=3, shared_shots=True)}
+    of_sound, of_paper = ({p.doc_id: p.pairs for p in task.prompts(split, FewShot(3, shared=True))}
                           for task in (sound, paper))
     assert of_sound == of_paper
-    assert len(of_paper) == paper.size(split, shared_shots=3) == (8 if split == "evaluation" else 9)
+    assert len(of_paper) == paper.size(split, FewShot(3, shared=True)) == (8 if split == "evaluation" else 9)
     order = list(range(8))
     seeded().shuffle(order)
     assert list(of_paper) == (order if split == "evaluation" else sorted(of_paper))
@@ -199,16 +201,15 @@ def test_evaluation_is_over_the_tokenizers_tokens_alone(
     loaded, size = larger_opt(), len(tiny.tokenizer())
     if not swept:
         no = ContractResult("", False, 1.0, "")
-        monkeypatch.setattr("headcount.engine.engine.sweep_contract", lambda loaded: no)
+        monkeypatch.setitem(vars(Engine.of(loaded)), "sweep_contract", no)
     full = Mask.full(loaded.anatomy.heads_per_layer)
     masks = [full, full.without_ffns([1]), full.without_heads([(1, 2)])]
     for protocol, columns in (("paper", size), ("sound", size + 7)):
         task = get_tasks(["piqa"], data=tiny.write_task(tmp_path), protocol=protocol)["piqa"]
-        prepared = prepare(loaded, task, num_fewshot=2)
+        prepared = prepare(loaded, task, FewShot(2))
         pairs = [pair for p in prepared.prompts for pair in p.pairs]
         requests = encode(loaded.tokenizer, pairs, loaded.max_length, apart=protocol == "paper")
-        found = masked_loglikelihoods(loaded, prepared.batches, len(pairs), masks, columns=prepared.columns,
-                                      tree_mask=prepared.layout.tree_mask)
+        found = Engine.of(loaded).loglikelihoods(prepared.packed, masks, columns=prepared.columns)
         measured = evaluate(loaded, task, masks, num_fewshot=2)
         for i, mask in enumerate(masks):
             expected, hits = [], []
@@ -234,7 +235,7 @@ def test_greedy_decoding_is_among_the_tokenizers_tokens() -> None:
     best = int(logits[:size].argmax())
     packed = batches(pack([[Request(np.array(context), np.array([best]))]], Budget()), Budget())
     for columns, hit in ((None, 0), (size, 1)):
-        assert loglikelihood(loaded, packed, 1, columns=columns)[1].tolist() == [hit]
+        assert plain_loglikelihoods(loaded, packed, 1, columns=columns)[1].tolist() == [hit]
     assert columns_of(loaded) == size
 
 
@@ -280,10 +281,10 @@ def test_head_importance_is_the_papers_sum(tmp_path: Path, family: str) -> None:
     """Sums of |z . dL/dz| over all examples, by their positions; the last layer by the continuations' tokens."""
     _, paper = both(tiny.write_task(tmp_path), "piqa")
     loaded = tiny.loaded(family)
-    found = gradient_importance(loaded, paper, num_fewshot=1)["head"]
+    found = gradient_importance(loaded, paper, FewShot(1))["head"]
     sums = [torch.zeros(n) for n in loaded.anatomy.heads_per_layer]
     positions = continuations = 0
-    for prompt in paper.prompts("examples", num_fewshot=1):
+    for prompt in paper.prompts("examples", FewShot(1)):
         (request,) = encode(loaded.tokenizer, [prompt.pairs[prompt.gold]], loaded.max_length, apart=True)
         with torch.enable_grad(), captured(loaded.anatomy, gradients=True) as caught:
             logits = loaded.model(torch.from_numpy(request.ids)[None]).logits[0]
@@ -302,7 +303,7 @@ def test_head_importance_is_the_papers_sum(tmp_path: Path, family: str) -> None:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("headcount.study.runner._load", lambda spec: tiny.loaded("opt"))
+    monkeypatch.setattr("headcount.study.prepare._load", lambda spec: tiny.loaded("opt"))
     data = tiny.write_task(tmp_path / "data")
     return run_study(StudySpec(model="tiny", tasks=("piqa",), shots=(0,), data=data, out=tmp_path / "study",
                                fractions=(0.5,), protocol="paper"))
@@ -321,7 +322,7 @@ def test_a_smaller_grid_is_of_the_first_of_the_shuffled_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = tiny.loaded("opt")
-    monkeypatch.setattr("headcount.study.runner._load", lambda spec: loaded)
+    monkeypatch.setattr("headcount.study.prepare._load", lambda spec: loaded)
     data = tiny.write_task(tmp_path / "data", validation=20)
     folder = run_study(StudySpec(model="tiny", tasks=("piqa",), shots=(1,), data=data, out=tmp_path / "study",
                                  fractions=(0.5,), measure=("curves", "grid"), grid_fractions=(0.5,), limit=12,
@@ -391,7 +392,7 @@ def test_only_jobs_of_protocol_paper_have_its_version() -> None:
     for protocol in ("sound", "paper"):
         spec = StudySpec(model="m", tasks=("piqa",), shots=(0, 1), fractions=(0.5,), head_score="position",
                          masks_per_job=2, protocol=protocol)
-        jobs[protocol] = {p.title: p.job for p in plan(spec, "model", (2, 2), [facts])}
+        jobs[protocol] = {p.title: p.key for p in plan(spec, "model", (2, 2), [facts])}
     assert SOUND_JOBS.items() <= {title: job_id(job) for title, job in jobs["sound"].items()}.items()
     assert not any("paper_version" in job for job in jobs["sound"].values())
     assert {job["paper_version"] for job in jobs["paper"].values()} == {PAPER_VERSION}

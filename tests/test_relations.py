@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from scipy.stats import rankdata, spearmanr
 
-from headcount.analysis.correlations import correlations
+from headcount.analysis.correlations import correlations as correlation_rows
+from headcount.analysis.rows import labelled
 from headcount.errors import OptionError
 from headcount.masks import random_order
 from headcount.stats import ranks
@@ -18,6 +19,11 @@ from headcount.stats.ranks import pearson
 HEADS, DRAWS = 40, 30
 TASKS = ("red", "green", "blue")
 KEYS = [(task, k) for k in (0, 5) for task in TASKS]
+
+
+def correlations(*scores: dict, **options: object) -> pd.DataFrame:
+    """The table with its rows called as people call them: "mean", "mean of ranks", "random"."""
+    return labelled(correlation_rows(*scores, **options))  # type: ignore[arg-type]
 
 
 def rho(x: np.ndarray, y: np.ndarray) -> float:

@@ -10,14 +10,15 @@ import torch
 
 import tiny
 from headcount.engine.encode import encode
-from headcount.engine.engine import loglikelihood
-from headcount.engine.layout import layout, probe
+from headcount.engine.engine import Engine
+from headcount.engine.layout import probe
 from headcount.engine.pack import Budget
 from headcount.errors import ModelError, OptionError, TaskError
 from headcount.masks import Mask
 from headcount.measure.evaluate import evaluate, prepare
 from headcount.measure.importance import gradient_importance
 from headcount.model.load import LoadedModel
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Task
 
@@ -44,12 +45,12 @@ def task(tmp_path: Path) -> Task:
 @pytest.mark.parametrize("row_tokens", [1, 300])
 def test_packed_equals_one_request_at_a_time(task: Task, family: str, k: int, row_tokens: int) -> None:
     loaded = tiny.loaded(family)
-    assert layout(loaded).trees, layout(loaded).reason
-    prepared = prepare(loaded, task, num_fewshot=k, shared_shots=k > 0, budget=Budget(row_tokens))
-    found, greedy = loglikelihood(loaded, prepared.batches, sum(prepared.counts), tree_mask=prepared.layout.tree_mask)
+    assert Engine.of(loaded).layout.trees, Engine.of(loaded).layout.reason
+    prepared = prepare(loaded, task, FewShot(k, shared=k > 0), budget=Budget(row_tokens))
+    scored = Engine.of(loaded).loglikelihoods(prepared.packed)
     slow = [slow_loglikelihood(loaded, *pair) for p in prepared.prompts for pair in p.pairs]
-    np.testing.assert_allclose(found, [x for x, _ in slow], atol=TOLERANCE)
-    assert greedy.astype(bool).tolist() == [g for _, g in slow]
+    np.testing.assert_allclose(scored.loglikelihoods[0], [x for x, _ in slow], atol=TOLERANCE)
+    assert scored.greedy[0].astype(bool).tolist() == [g for _, g in slow]
     if row_tokens > 1:
         requests = encode(loaded.tokenizer, [pair for p in prepared.prompts for pair in p.pairs], 512)
         assert prepared.tokens < sum(len(r.ids) for r in requests), "prefixes are shared"
@@ -73,7 +74,7 @@ def test_evaluations_say_what_the_loglikelihoods_say(task: Task) -> None:
     measured = evaluate(loaded, task, masks, num_fewshot=1, limit=6)
     assert measured.correct.shape == (3, 6)
     assert measured.extra_metrics.keys() == {"acc_norm"}
-    prompts = task.prompts("evaluation", num_fewshot=1, limit=6)
+    prompts = task.prompts("evaluation", FewShot(1, 6))
     slow = np.array([[slow_loglikelihood(loaded, *pair)[0] for pair in p.pairs] for p in prompts])
     gold = np.array([p.gold for p in prompts])
     np.testing.assert_allclose(measured.gold_loglikelihood[0], slow[np.arange(6), gold], atol=TOLERANCE)
@@ -99,9 +100,9 @@ def test_results_do_not_hang_on_rows_and_batches(task: Task) -> None:
 def test_long_prompts_are_cut_as_lm_eval_cuts_them(task: Task) -> None:
     loaded = tiny.loaded("llama")
     # Eleven shots of about 12 tokens do not fit 64.
-    requests = encode(loaded.tokenizer, [p.pairs[0] for p in task.prompts("evaluation", num_fewshot=11)], 64)
+    requests = encode(loaded.tokenizer, [p.pairs[0] for p in task.prompts("evaluation", FewShot(11))], 64)
     assert all(r.truncated and len(r.ids) == 64 for r in requests)
-    whole = encode(loaded.tokenizer, [p.pairs[0] for p in task.prompts("evaluation", num_fewshot=11)], 512)
+    whole = encode(loaded.tokenizer, [p.pairs[0] for p in task.prompts("evaluation", FewShot(11))], 512)
     for cut, full in zip(requests, whole, strict=True):
         assert cut.targets.tolist() == full.targets.tolist()
         assert cut.ids.tolist() == full.ids[-64:].tolist()
@@ -137,7 +138,7 @@ def test_a_model_that_reads_positions_off_the_column_gets_single_rows(task: Task
     torch.manual_seed(0)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=len(tiny.tokenizer()), hidden_size=32, n_layer=2, n_head=4))
     loaded = wrap(bloom.eval(), tiny.tokenizer())
-    assert not layout(loaded).trees
+    assert not Engine.of(loaded).layout.trees
     slow = [slow_loglikelihood(loaded, *p.pairs[p.gold])[0] for p in task.prompts("evaluation")]
     np.testing.assert_allclose(evaluate(loaded, task).gold_loglikelihood[0], slow, atol=TOLERANCE)
 
@@ -170,10 +171,10 @@ def test_windows_count_in_depths(task: Task) -> None:
         vocab_size=len(tiny.tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, sliding_window=30, max_position_embeddings=512))
     loaded = wrap(mistral.eval(), tiny.tokenizer())
-    assert (layout(loaded).tree_mask, layout(loaded).tree_tokens) == ("windowed", None)
+    assert (Engine.of(loaded).layout.tree_mask, Engine.of(loaded).layout.tree_tokens) == ("windowed", None)
     assert mistral.config.sliding_window == 30
     for k in (0, 5):  # 5 shots exceed the window
-        slow = [slow_loglikelihood(loaded, *p.pairs[p.gold])[0] for p in task.prompts("evaluation", num_fewshot=k)]
+        slow = [slow_loglikelihood(loaded, *p.pairs[p.gold])[0] for p in task.prompts("evaluation", FewShot(k))]
         np.testing.assert_allclose(evaluate(loaded, task, num_fewshot=k).gold_loglikelihood[0], slow, atol=TOLERANCE)
 
 
@@ -187,11 +188,11 @@ def test_a_fixed_window_keeps_long_requests_out_of_trees(task: Task) -> None:
         vocab_size=len(tiny.tokenizer()), hidden_size=32, num_layers=2, num_heads=4, window_size=30,
         attention_types=[[["global", "local"], 1]], max_position_embeddings=512))
     loaded = wrap(neo.eval(), tiny.tokenizer())
-    assert (layout(loaded).trees, layout(loaded).tree_tokens) == (True, 30)
+    assert (Engine.of(loaded).layout.trees, Engine.of(loaded).layout.tree_tokens) == (True, 30)
     for k in (0, 5):  # 5 shots exceed the window
-        prepared = prepare(loaded, task, num_fewshot=k)
+        prepared = prepare(loaded, task, FewShot(k))
         assert any(b.is_tree for b in prepared.batches) == (k == 0)
-        slow = [slow_loglikelihood(loaded, *p.pairs[p.gold])[0] for p in task.prompts("evaluation", num_fewshot=k)]
+        slow = [slow_loglikelihood(loaded, *p.pairs[p.gold])[0] for p in task.prompts("evaluation", FewShot(k))]
         np.testing.assert_allclose(evaluate(loaded, task, num_fewshot=k).gold_loglikelihood[0], slow, atol=TOLERANCE)
 
 
@@ -203,7 +204,7 @@ def test_log_likelihoods_that_are_no_numbers_are_refused(task: Task) -> None:
     with pytest.raises(ModelError, match=r"of 16 log-likelihoods of task 'piqa' are no numbers"):
         evaluate(loaded, task)
     with pytest.raises(ModelError, match="gradients overflow"):
-        gradient_importance(loaded, task)
+        gradient_importance(loaded, task, FewShot())
 
 
 def test_trees_cannot_be_asked_of_a_model_that_does_not_take_them(task: Task) -> None:

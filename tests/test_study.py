@@ -20,12 +20,14 @@ from headcount.errors import ModelError, OptionError, StudyError
 from headcount.masks import Mask, prune, random_order
 from headcount.measure.evaluate import evaluate
 from headcount.measure.importance import gradient_importance, oracle_importance, order_of
-from headcount.model.load import LoadedModel
 from headcount.study import runner
+from headcount.study.jobs import name_of
 from headcount.study.ledger import Ledger, job_id
 from headcount.study.plan import TaskFacts, plan
-from headcount.study.runner import Runner, run_study
+from headcount.study.prepare import prepare
+from headcount.study.runner import run, run_study
 from headcount.study.spec import StudySpec
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 
 FRACTIONS = (0.25, 0.5, 0.75)
@@ -91,8 +93,8 @@ def test_a_study_measures_what_it_says(tmp_path: Path) -> None:
             assert label["parameters_removed"] == loaded.anatomy.parameters_removed(mask)
             assert label["heads_removed"] == len(mask.heads_removed)
     for k in (0, 2):
-        order = {"head": order_of(gradient_importance(loaded, task, num_fewshot=k, limit=7)["head"]),
-                 "ffn": order_of(oracle_importance(loaded, task, num_fewshot=k, limit=7))}
+        order = {"head": order_of(gradient_importance(loaded, task, FewShot(k, 7))["head"]),
+                 "ffn": order_of(oracle_importance(loaded, task, FewShot(k, 7)))}
         expected = {(k, "evaluation", "none", "none", 0.0, -1, -1): Mask.full(heads)}
         for component, method in (("head", "gradient"), ("ffn", "oracle")):
             n = sum(heads) if component == "head" else len(heads)
@@ -158,10 +160,9 @@ def test_tasks_and_shots_may_be_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"limit": 5}, "--limit was 6, is 5"),
-    ({"fractions": (0.5,)}, "--fractions"),
-    ({"seed": 1}, "--seed"),
-    ({"shared_shots": True}, "--shared-shots"),
+    ({"seed": 1}, "seed was 1234, is 1"),
+    ({"protocol": "paper"}, "protocol was sound, is paper"),
+    ({"apply_chat_template": True}, "apply_chat_template"),
 ])
 def test_another_studys_folder_is_refused_and_left_alone(
     tmp_path: Path, changes: dict[str, object], message: str
@@ -193,9 +194,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         run_study(spec(tmp_path), loaded=tiny.loaded("llama"))
     with pytest.raises(StudyError, match="is a file"):
         run_study(spec(tmp_path, out=tmp_path / "study" / "thesis.txt"), loaded=tiny.loaded("llama"))
-    with pytest.raises(StudyError, match=r"thesis\.txt is a file; --out"):
+    with pytest.raises(StudyError, match=r"thesis\.txt is a file; out"):
         run_study(spec(tmp_path, out=tmp_path / "study" / "thesis.txt" / "a" / "b"), loaded=tiny.loaded("llama"))
-    with pytest.raises(OptionError, match="--out"):
+    with pytest.raises(OptionError, match="name it with out"):
         run_study(spec(tmp_path, out=None), loaded=tiny.loaded("llama"))
 
 
@@ -203,7 +204,7 @@ def test_parts_are_steps_of_the_same_study(tmp_path: Path) -> None:
     loaded = tiny.loaded("llama")
     for part in ("evaluate", "heads", "ffns", "curve"):
         folder = run_study(spec(tmp_path), loaded=loaded, parts=(part,))
-    assert not [p for p in Runner(spec(tmp_path), loaded=loaded).jobs if not Ledger(folder).has(p.job)]
+    assert not [p for p in prepare(spec(tmp_path), loaded=loaded).jobs if not Ledger(folder).has(p.key)]
 
 
 def test_the_plan_counts_its_passes(tmp_path: Path) -> None:
@@ -219,21 +220,21 @@ def test_the_plan_counts_its_passes(tmp_path: Path) -> None:
     assert 1 + curves <= 4 / 3 * (1 + 4 * 9)
     seen: set[str] = set()
     for planned in jobs:
-        assert {job_id(n) for n in planned.needs} <= seen, "what a job needs comes before it"
-        seen.add(job_id(planned.job))
+        assert {need.name for need in planned.job.needs} <= seen, "what a job needs comes before it"
+        seen.add(name_of(planned.job))
     assert len(seen) == len(jobs)
-    singles = [i for p in jobs for i in p.job.get("curve", {}).get("layers", [])]
+    singles = [i for p in jobs for i in p.key.get("curve", {}).get("layers", [])]
     assert sorted(singles) == sorted(list(range(30)) * 4)
     without = plan(dataclasses.replace(asked, ffn_order="gradient", random_orders=0), "model", (9,) * 30, facts)
     assert sum(p.passes for p in without) == 2 * 2 * (2 + 1 + 2 * 9 + 2 * 4)
 
 
-def test_zero_shot_jobs_do_not_hang_on_the_seed() -> None:
+def test_zero_shot_jobs_do_not_depend_on_the_seed() -> None:
     facts = [TaskFacts("a", "f", {0: 100, 5: 100}, {0: 50, 5: 50})]
     first, other = (plan(StudySpec("m", tasks=("a",), shots=(0, 5), seed=s, random_orders=0), "model", (4,) * 3, facts)
                     for s in (1, 2))
-    shared = {job_id(p.job) for p in first} & {job_id(p.job) for p in other}
-    assert shared == {job_id(p.job) for p in first if p.job["num_fewshot"] == 0}
+    shared = {name_of(p.job) for p in first} & {name_of(p.job) for p in other}
+    assert shared == {name_of(p.job) for p in first if p.key["num_fewshot"] == 0}
 
 
 def test_the_public_names_work_as_the_readme_uses_them(tmp_path: Path) -> None:
@@ -254,13 +255,13 @@ def test_a_name_in_place_of_a_task_is_told() -> None:
     """In a process of its own: here types are checked before."""
     done = subprocess.run([sys.executable, "-c", "import headcount as hc; hc.evaluate(None, 'piqa')"],
                           capture_output=True, text=True, check=False)
-    assert "OptionError: masks is a sequence of masks, and task what get_tasks made of one name" in done.stderr
+    assert "OptionError: masks must be a list of masks, and task one of the tasks that get_tasks" in done.stderr
 
 
 def test_a_model_passed_in_another_chat_setting_is_refused(tmp_path: Path) -> None:
     chat = dataclasses.replace(tiny.loaded("llama"), apply_chat_template=True)
     with pytest.raises(OptionError, match="apply_chat_template"):
-        Runner(spec(tmp_path), loaded=chat)
+        prepare(spec(tmp_path), loaded=chat)
 
 
 def test_a_study_does_not_go_on_with_another_tokenizer(tmp_path: Path) -> None:
@@ -275,14 +276,14 @@ def test_a_study_does_not_go_on_with_another_tokenizer(tmp_path: Path) -> None:
 def test_shots_that_use_up_all_documents_are_refused(tmp_path: Path) -> None:
     asked = dataclasses.replace(spec(tmp_path), shots=(12,), shared_shots=True)
     with pytest.raises(OptionError, match="all 12 documents of task 'piqa' are shots"):
-        Runner(asked, loaded=tiny.loaded("llama"))
+        prepare(asked, loaded=tiny.loaded("llama"))
 
 
 def test_what_a_kill_leaves_does_not_lock_the_folder(tmp_path: Path) -> None:
     asked = spec(tmp_path)
     asked.out.mkdir(parents=True)
     (asked.out / ".study.json.1-abc.tmp").write_text("{")
-    assert Runner(asked, loaded=tiny.loaded("llama")).jobs
+    assert prepare(asked, loaded=tiny.loaded("llama")).jobs
 
 
 def test_two_runs_that_begin_together_keep_each_others_tasks(tmp_path: Path) -> None:
@@ -293,34 +294,34 @@ def test_two_runs_that_begin_together_keep_each_others_tasks(tmp_path: Path) -> 
                           "validation_split: validation\ndoc_to_text: '{{goal}}'\ndoc_to_target: label\n"
                           "doc_to_choice: '{{[sol1, sol2]}}'\nmetric_list: [{metric: acc}]\n")
     asked = [dataclasses.replace(spec(tmp_path), data=data, tasks=(name,)) for name in ("piqa", str(definition))]
-    first, second = (Runner(one, loaded=tiny.loaded("llama"), parts=("evaluate",)) for one in asked)
-    first.run()
-    second.run()
+    first, second = (prepare(one, loaded=tiny.loaded("llama"), parts=("evaluate",)) for one in asked)
+    run(first)
+    run(second)
     assert list(hc.open_study(tmp_path / "study").tasks) == ["piqa", "copa"]
-    other = Runner(dataclasses.replace(asked[0], out=tmp_path / "new"), loaded=tiny.loaded("llama"))
-    late = Runner(dataclasses.replace(asked[0], out=tmp_path / "new", seed=7), loaded=tiny.loaded("llama"))
-    other.run()
-    with pytest.raises(StudyError, match="--seed"):
-        late.run()
+    other = prepare(dataclasses.replace(asked[0], out=tmp_path / "new"), loaded=tiny.loaded("llama"))
+    late = prepare(dataclasses.replace(asked[0], out=tmp_path / "new", seed=7), loaded=tiny.loaded("llama"))
+    run(other)
+    with pytest.raises(StudyError, match="seed was 1234, is 7"):
+        run(late)
 
 
 def test_a_run_that_begins_while_another_gets_ready_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another process wrote between the first look and the last is merged, or refused, never overwritten."""
     asked = spec(tmp_path, shots=(0,))
-    slow = Runner(dataclasses.replace(asked, shots=(2,)), loaded=tiny.loaded("llama"), parts=("evaluate",))
-    late = Runner(asked, loaded=tiny.loaded("opt"), parts=("evaluate",))
-    reason, others = runner._masks_reason, [Runner(asked, loaded=tiny.loaded("llama"), parts=("evaluate",))]
+    slow = prepare(dataclasses.replace(asked, shots=(2,)), loaded=tiny.loaded("llama"), parts=("evaluate",))
+    late = prepare(asked, loaded=tiny.loaded("opt"), parts=("evaluate",))
+    describe, others = runner._describe, [prepare(asked, loaded=tiny.loaded("llama"), parts=("evaluate",))]
 
-    def interrupted(loaded: LoadedModel) -> str:
+    def interrupted(*arguments: object) -> None:
         while others:
-            others.pop().run()
-        return reason(loaded)
+            run(others.pop())
+        describe(*arguments)
 
-    monkeypatch.setattr(runner, "_masks_reason", interrupted)
-    slow.run()
+    monkeypatch.setattr(runner, "_describe", interrupted)
+    run(slow)
     assert hc.open_study(tmp_path / "study").spec["shots"] == [0, 2]
     with pytest.raises(StudyError, match="another model"):
-        late.run()
+        run(late)
 
 
 def test_entries_of_another_model_are_not_shown(tmp_path: Path) -> None:
@@ -337,9 +338,9 @@ def test_a_check_that_memory_is_too_small_for_says_so(tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr("headcount.model.contracts.verify", full)
+    monkeypatch.setattr("headcount.engine.engine.verify", full)
     with pytest.raises(ModelError, match="memory is too small to check tiny-llama"):
-        Runner(spec(tmp_path), loaded=tiny.loaded("llama"))
+        prepare(spec(tmp_path), loaded=dataclasses.replace(tiny.loaded("llama")))
 
 
 def test_documents_that_equal_shared_shots_are_counted_out(tmp_path: Path) -> None:
@@ -352,4 +353,4 @@ def test_documents_that_equal_shared_shots_are_counted_out(tmp_path: Path) -> No
     assert found.job["documents"] == found.info["num_examples"] == 4
     path.write_text(path.read_text().splitlines(keepends=True)[0] * 4)
     with pytest.raises(OptionError, match="all 4 documents of task 'piqa' are shots"):
-        Runner(dataclasses.replace(asked, out=tmp_path / "other"), loaded=tiny.loaded("llama"), parts=("heads",))
+        prepare(dataclasses.replace(asked, out=tmp_path / "other"), loaded=tiny.loaded("llama"), parts=("heads",))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +14,13 @@ import torch
 import tiny
 from families import FAMILIES, third_contract, tokens
 from families import tiny as family_model
-from headcount.engine import engine as forward
-from headcount.engine.engine import sweep_contract
-from headcount.engine.sweep import Sweep
-from headcount.masks import Mask, all_heads, blocks_run, prune, random_order
+from headcount.engine import sweep as schedule
+from headcount.engine.blocks import entered, finished, learned
+from headcount.engine.engine import Engine
+from headcount.engine.pack import Budget
+from headcount.engine.step import State, Stepped, step
+from headcount.engine.sweep import Sweep, fewest_first
+from headcount.masks import Mask, all_heads, blocks_run, prune, random_order, ways
 from headcount.measure.evaluate import evaluate
 from headcount.model.anatomy import Anatomy, find_anatomy
 from headcount.model.contracts import ContractResult
@@ -111,20 +114,63 @@ def test_the_oracles_share_what_the_design_says(layers: int) -> None:
     assert sweep.layer_tokens == 18 * layers * (layers + 1) / 2
 
 
+def layer_by_layer(model: torch.nn.Module, anatomy: Anatomy, masks: list[Mask]) -> tuple[list[torch.Tensor], int]:
+    """Another schedule of the same step: all branches through one layer, then through the next."""
+    blocks = learned(model, anatomy, inputs()["input_ids"])
+    hidden, calls = entered(model, blocks, inputs())
+    branches = [(list(range(len(masks))), State(hidden))]
+    positions = 0
+    for layer, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+        following = []
+        for owners, state in branches:
+            parted = ways(masks, owners, layer)
+            for stepped in step(block, state, call, fewest_first(parted)):
+                following.append((parted[stepped.way], stepped.state))
+                positions += stepped.positions
+        branches = following
+    leaves = [(owners, state.hidden[ROWS, POSITIONS]) for owners, state in branches]
+    found = {i: logits for owners, logits in finished(model, blocks, leaves) for i in owners}
+    return [found[i] for i in range(len(masks))], positions
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_schedule_of_the_same_step_gives_the_same_bits(family: str) -> None:
+    model = family_model(family)
+    anatomy = find_anatomy(model)
+    masks = every_kind(anatomy)
+    found, sweep = swept(model, anatomy, masks)
+    with torch.no_grad():
+        other, positions = layer_by_layer(model, anatomy, masks)
+    assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True))
+    assert positions == sweep.layer_tokens
+
+
+def test_a_step_lets_go_of_what_it_was_given_before_its_last_way_is_told() -> None:
+    loaded = tiny.loaded("opt")
+    full = Mask.full(loaded.anatomy.heads_per_layer)
+    parted = ways([full, full.without_heads([(0, 1)]), full.without_ffns([0])], range(3), 0)
+    with torch.no_grad():
+        blocks = learned(loaded.model, loaded.anatomy, inputs()["input_ids"])
+        hidden, calls = entered(loaded.model, blocks, inputs())
+        waits = weakref.ref(hidden)
+        steps = step(blocks[0], State(hidden), calls[0], list(parted))
+        del hidden
+        alive = [(next(steps).positions, waits() is not None) for _ in parted]
+    assert alive == [(18, True), (18, True), (0, False)]
+
+
 def test_few_hidden_states_wait_however_many_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny.loaded("opt", layers=6)
     made: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    taken = Sweep._taken
 
-    def watched(self: Sweep, *args: Any) -> Any:
+    def watched(stepped: Stepped) -> Stepped:
         nonlocal most
-        branch = taken(self, *args)
-        made.append(weakref.ref(branch.hidden))
+        made.append(weakref.ref(stepped.state.hidden))
         most = max(most, sum(ref() is not None for ref in made))
-        return branch
+        return stepped
 
-    monkeypatch.setattr(Sweep, "_taken", watched)
+    monkeypatch.setattr(schedule, "step", lambda *args: map(watched, step(*args)))
     full = Mask.full(loaded.anatomy.heads_per_layer)
     heads = [full.without_heads([h]) for h in all_heads(loaded.anatomy.heads_per_layer)]
     random = [prune(loaded.anatomy.heads_per_layer, "head", random_order(24, i), 0.5) for i in range(64)]
@@ -146,9 +192,11 @@ def test_evaluations_are_those_of_one_pass_per_mask(
 ) -> None:
     loaded = tiny.loaded(family)
     masks = every_kind(loaded.anatomy)
-    assert sweep_contract(loaded).holds
+    engine = Engine.of(loaded)
+    assert engine.sweep_contract.holds
     shared = evaluate(loaded, task, masks, num_fewshot=1, limit=4)
-    monkeypatch.setattr(forward, "sweep_contract", lambda _: ContractResult("", False, 1.0, "planted"))
+    monkeypatch.setitem(vars(engine), "sweep_contract", ContractResult("", False, 1.0, "planted"))
+    assert engine.masks_reason == "one forward pass each: planted"
     plain = evaluate(loaded, task, masks, num_fewshot=1, limit=4)
     np.testing.assert_allclose(shared.gold_loglikelihood, plain.gold_loglikelihood, atol=1e-4)
     assert (shared.prediction == plain.prediction).all()
@@ -171,7 +219,7 @@ def test_a_model_that_cannot_be_swept_runs_a_pass_per_mask(task: Task) -> None:
     handles = [loaded.anatomy.layers[1].block.register_forward_pre_hook(remember),
                last.register_forward_hook(recall), first.register_forward_hook(lambda *_: None)]
     try:
-        contract = sweep_contract(loaded)
+        contract = Engine.of(loaded).sweep_contract
         assert not contract.holds
         assert contract.worst_error > 1e-3
         full = Mask.full(loaded.anatomy.heads_per_layer)
@@ -201,3 +249,14 @@ def test_what_was_replaced_is_put_back(task: Task) -> None:
     assert block.__dict__["forward"] is forward_of_its_own
     assert "forward" not in loaded.anatomy.layers[0].block.__dict__
     assert "forward" not in loaded.anatomy.layers[2].attention.__dict__
+
+
+def test_contract_three_is_proved_when_masks_are_first_swept(task: Task) -> None:
+    loaded = dataclasses.replace(tiny.loaded("llama", seed=7))
+    engine = Engine.of(loaded)
+    full = Mask.full(loaded.anatomy.heads_per_layer)
+    evaluate(loaded, task, limit=1, budget=Budget())
+    evaluate(loaded, task, [full.without_ffns([1])], limit=1, budget=Budget())
+    assert engine.masks_reason is None, "one mask is not swept"
+    evaluate(loaded, task, [full, full.without_ffns([1])], limit=1, budget=Budget())
+    assert engine.masks_reason == "layers before the first difference are shared"

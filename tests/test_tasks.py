@@ -15,6 +15,7 @@ import pytest
 from headcount.errors import DataError, HeadcountError, OptionError, TaskError
 from headcount.tasks.baseline import constant_answer
 from headcount.tasks.catalog import PAPER14, UNSEEN, embedded_tasks, expand
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.fingerprint import fingerprint
 from headcount.tasks.load import describe, get_tasks
 from headcount.tasks.task import Task
@@ -39,7 +40,7 @@ def lm_eval_pairs(found: Task, k: int, limit: int) -> list[list[tuple[str, str]]
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_evaluated_prompts_are_lm_evals(tmp_path: Path, k: int) -> None:
     found = task(tmp_path)
-    ours = found.prompts("evaluation", num_fewshot=k, limit=5)
+    ours = found.prompts("evaluation", FewShot(k, 5))
     assert [list(p.pairs) for p in ours] == lm_eval_pairs(found, k, 5)
     assert [p.doc_id for p in ours] == list(range(5))
     assert [p.gold for p in ours] == [p.doc["label"] for p in ours]
@@ -49,32 +50,32 @@ def test_evaluated_prompts_are_lm_evals(tmp_path: Path, k: int) -> None:
 @pytest.mark.parametrize("k", [0, 5])
 def test_evaluated_prompts_are_lm_evals_on_real_documents(shared: Path, name: str, k: int) -> None:
     found = get_tasks([name], data=shared)[name]
-    ours = found.prompts("evaluation", num_fewshot=k, limit=20)
+    ours = found.prompts("evaluation", FewShot(k, 20))
     assert [list(p.pairs) for p in ours] == lm_eval_pairs(found, k, 20)
 
 
 def test_examples_are_training_documents_and_not_their_own_shots(tmp_path: Path) -> None:
     found = task(tmp_path)
-    for prompt in found.prompts("examples", num_fewshot=11):
+    for prompt in found.prompts("examples", FewShot(11)):
         goal = prompt.doc["goal"]
         assert prompt.pairs[0][0].count(f"{goal}\n") == 1, "the document stands at the end and nowhere else"
-    assert found.prompts("examples", num_fewshot=11)[3].pairs == found.prompts("examples", num_fewshot=11)[3].pairs
+    assert found.prompts("examples", FewShot(11))[3].pairs == found.prompts("examples", FewShot(11))[3].pairs
 
 
 def test_shared_shots_are_one_draw_and_left_out_of_the_examples(tmp_path: Path) -> None:
     found = task(tmp_path)
     heads = set()
     for split in ("evaluation", "examples"):
-        prompts = found.prompts(split, num_fewshot=3, shared_shots=True)
+        prompts = found.prompts(split, FewShot(3, shared=True))
         for prompt in prompts:
             context = prompt.pairs[0][0]
             heads.add(context[: context.rindex("Question:")])
             assert context.count(f"{prompt.doc['goal']}\n") == 1
     assert len(heads) == 1
-    assert len(found.prompts("examples", num_fewshot=3, shared_shots=True)) == 12 - 3
-    assert found.size("examples", shared_shots=3) == 9
-    assert found.size("evaluation", shared_shots=3) == 8
-    other = found.prompts("evaluation", num_fewshot=3, shared_shots=True, seed=7)[0].pairs[0][0]
+    assert len(found.prompts("examples", FewShot(3, shared=True))) == 12 - 3
+    assert found.size("examples", FewShot(3, shared=True)) == 9
+    assert found.size("evaluation", FewShot(3, shared=True)) == 8
+    other = found.prompts("evaluation", FewShot(3, seed=7, shared=True))[0].pairs[0][0]
     assert not other.startswith(next(iter(heads)))
 
 
@@ -162,7 +163,7 @@ def test_the_embedded_suite_is_tasks_like_any_other() -> None:
     for one in found.values():
         assert one.metric == "acc"
         for split in ("evaluation", "examples"):
-            prompts = one.prompts(split, num_fewshot=5, limit=3)
+            prompts = one.prompts(split, FewShot(5, 3))
             for prompt in prompts:
                 context, continuation = prompt.pairs[prompt.gold]
                 assert len(prompt.pairs) == 4
@@ -173,7 +174,7 @@ def test_the_embedded_suite_is_tasks_like_any_other() -> None:
 
 def test_metrics_are_lm_evals(tmp_path: Path) -> None:
     found = task(tmp_path)
-    prompt = found.prompts("evaluation", limit=1)[0]
+    prompt = found.prompts("evaluation", FewShot(limit=1))[0]
     # Per character of " Say 1001." (9) and of the longer option (22) the order turns round.
     assert found.metrics(prompt, [(-5.0, False), (-6.0, False)]) == {"acc": 1.0, "acc_norm": 0.0}
 
@@ -187,7 +188,7 @@ def _rewrite(folder: Path, split: str, text: str) -> Path:
     (lambda f: (f, ["pika"]), TaskError, "did you mean piqa"),
     (lambda f: (f, ["qqqqzzzz"]), TaskError, "no task is named 'qqqqzzzz'"),
     (lambda f: (f, ["./nowhere.yaml"]), TaskError, "no task file"),
-    (lambda f: (write_task(f), ["copa"]), DataError, "--data holds: piqa"),
+    (lambda f: (write_task(f), ["copa"]), DataError, "folder .*copa with .* task 'copa'; .* holds piqa"),
     (lambda f: (_rewrite(f, "train", ""), ["piqa"]), DataError, "train.jsonl is empty"),
     (lambda f: (_rewrite(f, "validation", '{"goal": "a"\n'), ["piqa"]), DataError, "validation.jsonl, line 1"),
     (lambda f: (_rewrite(f, "train", '{"goal": "a"}\n[]\n'), ["piqa"]), DataError, "train.jsonl, line 2"),
@@ -199,7 +200,7 @@ def test_bad_input_is_told(tmp_path: Path, break_it: object, kind: type[Exceptio
     data, names = break_it(tmp_path)  # type: ignore[operator]
     with pytest.raises(kind, match=message):
         for one in get_tasks(names, data=data).values():
-            one.prompts("evaluation", limit=1)
+            one.prompts("evaluation", FewShot(limit=1))
 
 
 def test_missing_files_and_splits_are_told(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_missing_files_and_splits_are_told(tmp_path: Path) -> None:
     (tmp_path / "piqa" / "train.jsonl").unlink()
     with pytest.raises(HeadcountError, match=r"train"):
         get_tasks(["piqa"], data=tmp_path)["piqa"].prompts("examples")
-    with pytest.raises(OptionError, match="--examples-split"):
+    with pytest.raises(OptionError, match=r"examples_split \(--examples-split\) is one of train, .* not 'dev'"):
         get_tasks(["piqa"], data=tmp_path, examples_split="dev")
     (tmp_path / "piqa" / "validation.jsonl").unlink()
     with pytest.raises(DataError, match="neither"):
@@ -217,19 +218,19 @@ def test_missing_files_and_splits_are_told(tmp_path: Path) -> None:
 def test_a_task_without_the_split_names_the_option(tmp_path: Path) -> None:
     found = task(tmp_path)
     found.inner.config.training_split = None
-    with pytest.raises(TaskError, match="--examples-split"):
+    with pytest.raises(TaskError, match=r"no train split .* examples_split='validation', .* --examples-split valid"):
         found.prompts("examples")
 
 
 def test_more_shots_than_documents_are_refused(tmp_path: Path) -> None:
     found = task(tmp_path)
     for split in ("evaluation", "examples"):
-        assert found.prompts(split, num_fewshot=11, limit=1)
+        assert found.prompts(split, FewShot(11, 1))
         with pytest.raises(OptionError, match="12 few-shot documents"):
-            found.prompts(split, num_fewshot=12)
-    assert found.prompts("evaluation", num_fewshot=12, shared_shots=True)
-    with pytest.raises(OptionError, match="ask for fewer"):
-        found.prompts("evaluation", num_fewshot=13, shared_shots=True)
+            found.prompts(split, FewShot(12))
+    assert found.prompts("evaluation", FewShot(12, shared=True))
+    with pytest.raises(OptionError, match=r"ask for fewer shots with num_fewshot \(--shots\)"):
+        found.prompts("evaluation", FewShot(13, shared=True))
 
 
 @pytest.mark.parametrize("name", [*PAPER14, *UNSEEN])
@@ -237,10 +238,10 @@ def test_every_task_of_the_paper_gives_lm_evals_prompts(shared: Path, name: str)
     found = get_tasks([name], data=shared)[name]
     assert found.metric == ("em" if name == "record" else "acc")
     for k in (0, 5):
-        ours = found.prompts("evaluation", num_fewshot=k, limit=12)
+        ours = found.prompts("evaluation", FewShot(k, 12))
         assert [list(p.pairs) for p in ours] == lm_eval_pairs(found, k, 12)
     if name != "lambada_openai":
-        assert found.prompts("examples", num_fewshot=5, limit=12)
+        assert found.prompts("examples", FewShot(5, 12))
 
 
 # What a reader of the passage answers, by document.
@@ -251,7 +252,7 @@ RECORD = {0: ("Tracy Morgan", "Morgan"), 1: ("China",), 2: ("Manchester United",
 
 
 def test_multircs_gold_is_what_a_reader_answers(shared: Path) -> None:
-    prompts = get_tasks(["multirc"], data=shared)["multirc"].prompts("evaluation", limit=931)
+    prompts = get_tasks(["multirc"], data=shared)["multirc"].prompts("evaluation", FewShot(limit=931))
     for doc_id, verdict in MULTIRC.items():
         prompt = prompts[doc_id]
         _, gold = prompt.pairs[prompt.gold]
@@ -262,7 +263,7 @@ def test_multircs_gold_is_what_a_reader_answers(shared: Path) -> None:
 def test_records_gold_is_what_a_reader_answers(shared: Path) -> None:
     task = get_tasks(["record"], data=shared)["record"]
     for doc_id, entities in RECORD.items():
-        prompt = task.prompts("evaluation", limit=12)[doc_id]
+        prompt = task.prompts("evaluation", FewShot(limit=12))[doc_id]
         assert prompt.doc["entities"][prompt.gold] in entities
         filled = prompt.doc["query"].replace("@placeholder", prompt.doc["entities"][prompt.gold])
         assert prompt.pairs[prompt.gold][1] == f"   - {filled}"
@@ -276,8 +277,8 @@ def test_lm_evals_multirc_has_the_labels_the_wrong_way_round(shared: Path) -> No
     """When this fails, lm-eval has fixed it and our own definition can go."""
     from headcount.tasks.catalog import _lm_eval
 
-    mistaken = get_tasks([str(_lm_eval()[0]["multirc"])], data=shared)["multirc"].prompts("evaluation", limit=40)
-    right = get_tasks(["multirc"], data=shared)["multirc"].prompts("evaluation", limit=40)
+    mistaken, right = (get_tasks([definition], data=shared)["multirc"].prompts("evaluation", FewShot(limit=40))
+                       for definition in (str(_lm_eval()[0]["multirc"]), "multirc"))
     assert all(a.pairs[a.gold] != b.pairs[b.gold] for a, b in zip(mistaken, right, strict=True))
     assert all(set(a.pairs) == set(b.pairs) for a, b in zip(mistaken, right, strict=True))
 
@@ -321,7 +322,7 @@ def test_bare_documents_by_folder_by_data_and_by_file(tmp_path: Path) -> None:
     by_folder = get_tasks([str(tmp_path / "after")])["after"]
     by_data = get_tasks(["after"], data=tmp_path)["after"]
     for found in (by_folder, by_data):
-        prompts = found.prompts("evaluation", num_fewshot=2)
+        prompts = found.prompts("evaluation", FewShot(2))
         assert [p.gold for p in prompts] == [0] * 4
         assert [c for _, c in prompts[3].pairs] == [" 4", " 3"]
         assert prompts[3].pairs[0][0].endswith("\n\nThe number after 3 is")
@@ -330,9 +331,10 @@ def test_bare_documents_by_folder_by_data_and_by_file(tmp_path: Path) -> None:
     assert by_folder.fingerprint == by_data.fingerprint
     alone = get_tasks([str(bare(tmp_path / "counting.jsonl"))])["counting"]
     assert len(alone.documents("evaluation")) == 6
-    with pytest.raises(TaskError, match="--examples-split validation"):
+    with pytest.raises(TaskError, match=r"folder with train.jsonl and validation.jsonl, .* instead of counting.jsonl; "
+                                        r"or choose examples_split='validation', .*--examples-split validation"):
         alone.documents("examples")
-    for prompt in alone.prompts("evaluation", num_fewshot=5):
+    for prompt in alone.prompts("evaluation", FewShot(5)):
         assert prompt.pairs[0][0].count(f"after {prompt.doc_id} is") == 1, "not among its own shots"
 
 
@@ -370,7 +372,7 @@ def test_whether_one_answer_can_be_given_to_all_documents(tmp_path: Path) -> Non
 def test_a_constant_answer_to_a_question_is_right_when_it_is_to_all_its_answers(shared: Path) -> None:
     task = get_tasks(["multirc"], data=shared, protocol="paper")["multirc"]
     wholes: dict[object, list[int]] = {}
-    for prompt in task.prompts("evaluation", limit=100):
+    for prompt in task.prompts("evaluation", FewShot(limit=100)):
         wholes.setdefault((prompt.doc["idx"]["paragraph"], prompt.doc["idx"]["question"]), []).append(prompt.gold)
     best = max(sum(set(gold) == {answer} for gold in wholes.values()) for answer in (0, 1))
     assert constant_answer(task, 100) == (pytest.approx(best / len(wholes)), [0, 1])
@@ -382,7 +384,7 @@ def test_constant_answers_to_the_papers_tasks(shared: Path, name: str) -> None:
     found, places = constant_answer(task, 100)
     assert places == ([0, 1] if name in ("multirc", "boolq") else [])
     if name in ("multirc", "boolq"):
-        gold = [prompt.gold for prompt in task.prompts("evaluation", limit=100)]
+        gold = [prompt.gold for prompt in task.prompts("evaluation", FewShot(limit=100))]
         assert found == pytest.approx(np.bincount(gold).max() / 100)
     else:
         assert found == 0
@@ -394,16 +396,54 @@ def test_a_task_whose_metric_is_no_number_per_document_is_refused(tmp_path: Path
     definition.write_text("task: piqa\noutput_type: multiple_choice\nvalidation_split: validation\ndoc_to_text: goal\n"
                           "doc_to_target: label\ndoc_to_choice: '{{[sol1, sol2]}}'\nmetric_list: [{metric: f1}]\n")
     with pytest.raises(TaskError, match="measures f1; headcount needs"):
-        get_tasks([str(definition)], data=tmp_path)["piqa"].prompts("evaluation", limit=1)
+        get_tasks([str(definition)], data=tmp_path)["piqa"].prompts("evaluation", FewShot(limit=1))
 
 
 def test_what_a_task_offers_is_told(shared: Path) -> None:
-    assert describe("record", shared) == {
-        "task": "record", "train": 82, "validation": 133, "evaluated": "validation", "fewest": 4, "most": 23,
-        "chance": pytest.approx(0.105, abs=1e-3), "metric": "em", "notes": [describe("record", shared)["notes"][0]]}
-    found = describe("lambada_openai", shared)
-    assert (found["evaluated"], found["most"], found["chance"]) == ("test", 0, 0.0)
-    assert "--data" in describe("copa")["absent"]
+    record = describe("record", shared)
+    assert (record.name, record.sizes, record.evaluated) == ("record", {"train": 82, "validation": 133}, "validation")
+    assert (record.fewest, record.most, record.metric, record.absent) == (4, 23, "em", "")
+    assert record.chance == pytest.approx(0.105, abs=1e-3)
+    assert len(record.notes) == 1
+    produced = describe("lambada_openai", shared)
+    assert (produced.evaluated, produced.most, produced.chance) == ("test", 0, 0.0)
+    assert "--data" in describe("copa").absent
+
+
+def test_tasks_are_named_by_paths_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bare(tmp_path / "mytask" / "validation.jsonl")
+    bare(tmp_path / "one.jsonl")
+    assert list(get_tasks(Path("mytask"))) == ["mytask"]
+    assert list(get_tasks([Path("mytask"), Path("one.jsonl"), tmp_path / "mytask" / "validation.jsonl"])) == [
+        "mytask", "one", "validation"]
+    with pytest.raises(TaskError, match=r"there is no folder \./absent"):
+        get_tasks(Path("absent"))
+
+
+def test_a_definitions_metadata_may_hold_anything(tmp_path: Path) -> None:
+    """lm-eval gives it to the function that reads local files."""
+    write_task(tmp_path)
+    definition = tmp_path / "mine.yaml"
+    definition.write_text("task: piqa\noutput_type: multiple_choice\nvalidation_split: validation\ndoc_to_text: goal\n"
+                          "doc_to_target: label\ndoc_to_choice: '{{[sol1, sol2]}}'\nmetric_list: [{metric: acc}]\n"
+                          "metadata: {version: 2, author: me, note: mine alone}\n")
+    assert "mine alone" in get_tasks([str(definition)], data=tmp_path)["piqa"].notes
+
+
+def test_what_is_no_name_is_told() -> None:
+    """In a process of its own: here types are checked before the package sees them."""
+    code = """
+import headcount as hc
+for given in (None, 3, ["icl_plural", None]):
+    try:
+        hc.get_tasks(given)
+    except hc.HeadcountError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = "tasks are named by strings or paths, such as 'piqa' or './my-task', not "
+    assert done.stdout.splitlines() == [told + "None", told + "3", told + "None"]
 
 
 def test_importance_of_evaluated_documents_is_told(tmp_path: Path) -> None:
@@ -460,10 +500,14 @@ def test_slips_in_ones_own_documents_are_told(tmp_path: Path, text: str, message
 def test_documents_of_a_windows_editor_are_read(tmp_path: Path) -> None:
     path = bare(tmp_path / "counting.jsonl")
     path.write_bytes("\ufeff".encode() + path.read_bytes())
-    found = get_tasks(str(path))["counting"]
-    assert len(found.documents("evaluation")) == 6
-    with pytest.raises(OptionError, match="limit at least 1"):
-        found.prompts("evaluation", limit=0)
+    assert len(get_tasks(str(path))["counting"].documents("evaluation")) == 6
+
+
+@pytest.mark.parametrize(("num_fewshot", "limit"), [(0, 0), (2, -3), (-1, None)])
+def test_what_is_asked_is_checked_where_it_is_made(num_fewshot: int, limit: int | None) -> None:
+    with pytest.raises(OptionError, match=f"limit at least 1, not {num_fewshot} and {limit}$"):
+        FewShot(num_fewshot, limit)
+    assert FewShot(2, 5) == FewShot(num_fewshot=2, limit=5, seed=1234, shared=False)
 
 
 def test_answers_that_are_produced_have_no_options(shared: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from headcount.errors import ModelError
 from headcount.measure.evaluate import evaluate
 from headcount.measure.importance import gradient_importance
 from headcount.model.load import LoadedModel, wrap
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 from parity import TOLERANCE, compare
 
@@ -94,7 +95,7 @@ def test_scores_are_lm_evals(tmp_path: Path, kind: str, k: int) -> None:
     found = compare(loaded, task, k, len(docs))
     assert found.worst < TOLERANCE
     assert set(found.different) <= set(found.close)
-    scores = gradient_importance(loaded, task, num_fewshot=k)["head"].scores["position"]
+    scores = gradient_importance(loaded, task, FewShot(k))["head"].scores["position"]
     assert np.isfinite(scores).all()
     assert (scores > 0).all()
 

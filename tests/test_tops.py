@@ -13,6 +13,7 @@ from scipy.stats import hypergeom
 
 from headcount.analysis.importance import THIRDS, aggregate_table, depth
 from headcount.analysis.induction import induction_among_important, retained
+from headcount.analysis.rows import Scoped, labelled, of_task
 from headcount.analysis.scores import placed, with_aggregate
 from headcount.analysis.scores import places as places_of
 from headcount.analysis.top_sets import top_overlaps, top_sets
@@ -21,6 +22,7 @@ from headcount.masks import removal_order
 from headcount.stats import ranks
 from headcount.stats.resampling import around
 
+MEAN, MEAN_OF_RANKS = Scoped("mean"), Scoped("mean of ranks")
 RNG = np.random.default_rng(0)
 SCORES = {(task, k): RNG.random(60) for k in (0, 5) for task in ("red", "green", "blue")}
 RESAMPLED = {key: values + 0.1 * RNG.normal(size=(30, 60)) for key, values in SCORES.items()}
@@ -68,7 +70,7 @@ def test_planted_top_sets() -> None:
 def test_tasks_and_their_aggregate_are_held_against_other_scores(aggregate: str) -> None:
     other = np.random.default_rng(3).random(60)
     found = top_overlaps(SCORES, {"prefix_matching": other}, (0.2,), resampled=RESAMPLED, aggregate=aggregate)
-    beside = found[found["other"] == "prefix_matching"].set_index(["task", "num_fewshot"])
+    beside = labelled(found[found["other_scope"] == "prefix_matching"]).set_index(["task", "num_fewshot"])
     name = "mean" if aggregate == "mean" else "mean of ranks"
     assert set(beside.index) == {(task, k) for task in ("red", "green", "blue", name) for k in (0, 5)}
     whole = np.mean([values if aggregate == "mean" else np.argsort(np.argsort(values))
@@ -80,7 +82,7 @@ def test_tasks_and_their_aggregate_are_held_against_other_scores(aggregate: str)
     assert row["common"] == len(top(SCORES["red", 0], 12) & top(other, 12))
     assert row["low"] == pytest.approx(max(0, row["common"] - reach))
     assert row["high"] == pytest.approx(min(12, row["common"] + reach))
-    pair = found[(found["task"] == "red") & (found["other"] == "green") & (found["num_fewshot"] == 5)].iloc[0]
+    pair = found[(found["task"] == "red") & (found["other_task"] == "green") & (found["num_fewshot"] == 5)].iloc[0]
     counts = [len(top(a, 12) & top(b, 12)) for a, b in zip(RESAMPLED["red", 5], RESAMPLED["green", 5], strict=True)]
     assert pair["high"] - pair["common"] == pytest.approx(1.959964 * np.std(counts, ddof=1))
     shared = top_sets(SCORES, (0.2,), resampled=RESAMPLED).set_index("num_fewshot").loc[5]
@@ -133,7 +135,7 @@ def test_depth_says_how_much_of_importance_lies_between_layers() -> None:
     rng = np.random.default_rng(6)
     layers = np.repeat(np.arange(6), 10)
     scores = {(task, 5): np.exp(layers + rng.normal(size=60)) for task in ("red", "green")}
-    found = depth(scores, layers.tolist()).set_index(["task", "third"])
+    found = labelled(depth(scores, layers.tolist())).set_index(["task", "third"])
     for task, values in (("red", scores["red", 5]), ("mean", (scores["red", 5] + scores["green", 5]) / 2)):
         means = [np.log(values)[layers == layer].mean() for layer in layers]
         assert found.loc[task, "between_layers"].tolist() == pytest.approx([np.var(means) / np.var(np.log(values))] * 3)
@@ -154,7 +156,7 @@ def test_depth_counts_thirds_of_the_layers() -> None:
     layers = [layer for layer in range(6) for _ in range(10)]
     middle = np.where(np.isin(layers, [2, 3]), 1.0, 0.1) + 0.001 * np.arange(60)
     scores = {(task, 5): middle for task in ("red", "green")}
-    found = depth(scores, layers).set_index(["task", "third"])
+    found = labelled(depth(scores, layers)).set_index(["task", "third"])
     assert set(found.index) == {(t, third) for t in ("red", "green", "mean") for third in THIRDS}
     assert found["share"].tolist() == [0, 1, 0] * 3
     assert set(found["important"]) == {12}
@@ -176,19 +178,19 @@ def test_aggregates_are_means_of_scores_and_of_places() -> None:
     scores = {("red", 0): np.array([10.0, 30.0, 20.0, 20.0]), ("green", 0): np.array([0.4, 0.3, 0.2, 0.1]),
               ("red", 5): np.zeros(4)}
     found, draws = with_aggregate(scores)
-    assert set(found) == {*scores, ("mean", 0)}, "one task has no aggregate"
+    assert set(found) == {*((of_task(task), k) for task, k in scores), (MEAN, 0)}, "one task has no aggregate"
     assert draws == {}
-    np.testing.assert_allclose(found["mean", 0], [5.2, 15.15, 10.1, 10.05])
+    np.testing.assert_allclose(found[MEAN, 0], [5.2, 15.15, 10.1, 10.05])
     found, _ = with_aggregate(scores, aggregate="ranks")
-    np.testing.assert_allclose(found["mean of ranks", 0], [(0 + 3) / 2, (3 + 2) / 2, (1 + 1) / 2, (2 + 0) / 2])
+    np.testing.assert_allclose(found[MEAN_OF_RANKS, 0], [(0 + 3) / 2, (3 + 2) / 2, (1 + 1) / 2, (2 + 0) / 2])
     found, _ = with_aggregate({**scores, ("red", 5): np.array([1, 2, 3, np.nan])}, aggregate="ranks")
-    np.testing.assert_allclose(found["mean of ranks", 0], [1, 1.5, 0.5, np.nan], err_msg="of what all have scored")
+    np.testing.assert_allclose(found[MEAN_OF_RANKS, 0], [1, 1.5, 0.5, np.nan], err_msg="of what all have scored")
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "ranks"])
 def test_an_aggregate_has_draws_where_all_its_tasks_have(aggregate: str) -> None:
     some = {key: values for key, values in RESAMPLED.items() if key != ("blue", 5)}
-    name = "mean" if aggregate == "mean" else "mean of ranks"
+    name = MEAN if aggregate == "mean" else MEAN_OF_RANKS
     _, draws = with_aggregate(SCORES, some, aggregate)
     assert (name, 0) in draws
     assert (name, 5) not in draws
@@ -223,14 +225,15 @@ def simulated(
     of_heads = []
     for _ in range(studies):
         scores, resampled = {}, {}
-        for key, of_task in truths.items():
-            drawn = of_task * np.exp(noise * rng.normal(size=(documents, heads)))
+        for key, truth_of_task in truths.items():
+            drawn = truth_of_task * np.exp(noise * rng.normal(size=(documents, heads)))
             counts = rng.multinomial(documents, np.full(documents, 1 / documents), 100)
             scores[key], resampled[key] = drawn.mean(axis=0), counts @ drawn / documents
         rows = {"depth": depth(scores, layers, resampled=resampled), "retained": retained(
             scores, {"p": primitive}, [0.5], resampled=resampled, draws=2), "pair": top_overlaps(
             scores, None, [0.2], resampled=resampled), "prefix_matching": top_overlaps(
-            scores, {"prefix_matching": primitive}, [0.2], resampled=resampled).query("other == 'prefix_matching'"),
+            scores, {"prefix_matching": primitive}, [0.2], resampled=resampled).query(
+            "other_scope == 'prefix_matching'"),
             "among": induction_among_important(scores, primitive > 0.1, [0.2], resampled=resampled)}
         places = heads - places_of(scores, resampled)["red", 0]
         of_heads.append((places[0], *around(places[0].astype(float), places[1:].astype(float))))
@@ -311,8 +314,8 @@ def test_ranges_of_ranks_cover_the_true_ranks(
     covered, first = [], []
     for _ in range(studies):
         scores, resampled = np.zeros(heads), np.zeros((200, heads))
-        for of_task in truth:
-            drawn = of_task * np.exp(noise * rng.normal(size=(documents, heads))
+        for truth_of_task in truth:
+            drawn = truth_of_task * np.exp(noise * rng.normal(size=(documents, heads))
                                      + common * rng.normal(size=(documents, 1)))
             scores += drawn.mean(axis=0) / tasks
             resampled += rng.multinomial(documents, np.full(documents, 1 / documents), 200) @ drawn / documents / tasks
@@ -333,5 +336,6 @@ def test_tasks_that_have_no_component_in_common_have_no_sets() -> None:
                          "importance": [0.1, 0.2, 0.3, 0.4], "stderr": 0.1})
     assert aggregate_table(rows, {"head": "position", "ffn": "accuracy"}, {}).empty
     known = aggregate_table(rows.assign(head=pd.array([0, 1, 1, 2], "Int64")), {"head": "position", "ffn": ""}, {})
-    assert known[["task", "head", "rank"]].to_numpy().tolist() == [["mean", 1, 1], ["mean of ranks", 1, 1]]
+    told = known[["scope", "task", "head", "rank"]]
+    assert told.to_numpy().tolist() == [["mean", "", 1, 1], ["mean of ranks", "", 1, 1]]
     assert known.loc[0, "importance"] == pytest.approx(0.25)

@@ -13,6 +13,7 @@ import pytest
 from headcount.analysis.curves import curve_points, curve_table
 from headcount.analysis.grid import GRID, grid_table
 from headcount.analysis.points import most_measured, points_of
+from headcount.analysis.rows import labelled
 from headcount.analysis.transfer import transfer_table, unshown
 
 JOBS = itertools.count()
@@ -22,11 +23,17 @@ TASKS = ("red", "green", "blue")
 def rows(task: str, order: str, documents: int, right: float = 0.5, **labels: Any) -> pd.DataFrame:
     """Documents of one mask, of which the first are right."""
     ids = np.arange(documents)
-    known = {"task": task, "num_fewshot": 0, "split": "evaluation", "component": "none", "order": order, "donor": "",
+    known = {"task": task, "num_fewshot": 0, "split": "evaluation", "component": "none", "order": order,
+             "donor_scope": "own" if order == "grid" else "none", "donor": "",
              "order_seed": -1, "fraction": 0.0, "ffn_fraction": 0.0, "heads_removed": 1, "ffns_removed": 0,
              "parameters_removed": 10, "job": next(JOBS), "members": 1, **labels}
     return pd.DataFrame({**known, "doc_id": ids, "passage": ids, "correct": (ids < right * documents).astype(float),
                          "num_options": 4})
+
+
+def by(donor: str) -> dict[str, str]:
+    """Whose order removes: all tasks', the other tasks', or that of the task of this name."""
+    return {"donor_scope": donor, "donor": ""} if donor.endswith(" tasks") else {"donor_scope": "task", "donor": donor}
 
 
 def transferred(task: str, donors: Sequence[str], fraction: float, documents: int = 20) -> Iterator[pd.DataFrame]:
@@ -34,7 +41,7 @@ def transferred(task: str, donors: Sequence[str], fraction: float, documents: in
     yield rows(task, "gradient", documents, 0.8, component="head", fraction=fraction)
     for donor in donors:
         if donor != task:
-            yield rows(task, "transfer", documents, 0.5 if task == "red" else 0.7, component="head", donor=donor,
+            yield rows(task, "transfer", documents, 0.5 if task == "red" else 0.7, component="head", **by(donor),
                        fraction=fraction)
 
 
@@ -43,8 +50,8 @@ def transfer(frames: Sequence[pd.DataFrame], documents: int = 20) -> pd.DataFram
 
 
 def donors_of_mean(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    found = transfer(frames)
-    return found[found["task"] == "mean"].set_index(["donor", "fraction"])
+    found = labelled(transfer(frames))
+    return found[found["scope"] == "mean"].set_index(["donor", "fraction"])
 
 
 @pytest.mark.parametrize("orders", [["gradient"], ["gradient", "random"]])
@@ -69,7 +76,7 @@ def test_a_random_order_that_two_jobs_measured_counts_once() -> None:
     assert curves["accuracy"].iloc[1] == pytest.approx(0.5)
     moved = list(transferred("red", ["green"], 0.3))
     table = transfer_table(pd.concat([full, *drawn, *again, *moved]), ())
-    assert table.set_index(["donor", "fraction"]).loc[("random", 0.3), "accuracy"] == pytest.approx(0.5)
+    assert table.set_index(["donor_scope", "fraction"]).loc[("random", 0.3), "accuracy"] == pytest.approx(0.5)
 
 
 def test_a_larger_grid_is_not_cut_to_an_older_smaller_one() -> None:
@@ -115,10 +122,10 @@ def test_a_larger_transfer_is_not_cut_to_an_older_smaller_one() -> None:
     old = [frame for task in TASKS for frame in transferred(task, TASKS, 0.3, 10)]
     new = [frame for task in TASKS for frame in transferred(task, TASKS, 0.5, 60)]
     found = transfer([*old, *new], 60)
-    assert unshown(pd.concat([*old, *new]), pd.DataFrame(columns=GRID), found) == {"transfer": len(TASKS) * 2}
+    assert unshown(pd.concat([*old, *new]), GRID.frame(), found) == {"transfer": len(TASKS) * 2}
     pruned = found[found["fraction"] > 0]
     assert set(pruned["fraction"]) == {0.5}
-    assert set(pruned.query("task != 'mean'")["documents"]) == {60}
+    assert set(pruned.query("scope != 'mean'")["documents"]) == {60}
 
 
 def test_most_is_kept_where_points_are_of_unlike_numbers_of_documents() -> None:
@@ -130,22 +137,23 @@ def test_most_is_kept_where_points_are_of_unlike_numbers_of_documents() -> None:
 
 def test_an_aggregate_of_fewer_tasks_is_taken_where_the_larger_one_has_too_few_documents() -> None:
     donors = [frame for task in TASKS for frame in transferred(task, TASKS, 0.5, 60)]
-    means = [rows(task, "transfer", documents, right, component="head", donor="mean", fraction=0.5, members=members)
+    means = [rows(task, "transfer", documents, right, component="head", **by("all tasks"), fraction=0.5,
+                  members=members)
              for task in TASKS for documents, members, right in ((60, 3, 0.5), (20, 4, 0.9))]
-    found = transfer([*donors, *means], 60).set_index(["task", "donor"])
-    assert found.loc[("red", "mean"), "accuracy"] == pytest.approx(0.5)
-    assert found.loc[("red", "mean"), "documents"] == 60
+    found = transfer([*donors, *means], 60).set_index(["task", "donor_scope"])
+    assert found.loc[("red", "all tasks"), "accuracy"] == pytest.approx(0.5)
+    assert found.loc[("red", "all tasks"), "documents"] == 60
 
 
 def test_a_donors_mean_lacks_no_task_but_the_donor() -> None:
-    complete = [frame for task in TASKS for frame in transferred(task, (*TASKS, "mean"), 0.5)]
-    partly = [*complete, *(frame for task in TASKS[:2] for frame in transferred(task, ["mean without own"], 0.5))]
+    complete = [frame for task in TASKS for frame in transferred(task, (*TASKS, "all tasks"), 0.5)]
+    partly = [*complete, *(frame for task in TASKS[:2] for frame in transferred(task, ["other tasks"], 0.5))]
     random = rows("red", "random", 20, 0.1, component="head", fraction=0.5)
     found = donors_of_mean([*partly, random])
     assert set(found.index.get_level_values("donor")) == {"none", "own", "mean", *TASKS}
     assert found.loc[("red", 0.5), "accuracy"] == pytest.approx(0.7), "a donor to all but itself"
     assert found.loc[("green", 0.5), "accuracy"] == pytest.approx(0.6)
-    every = [*partly, *transferred("blue", ["mean without own"], 0.5)]
+    every = [*partly, *transferred("blue", ["other tasks"], 0.5)]
     assert ("mean without own", 0.5) in donors_of_mean(every).index
 
 

@@ -22,23 +22,25 @@ from headcount.analysis.curves import curve_table, free_table
 from headcount.analysis.grid import grid_table
 from headcount.analysis.points import Points, Removed, compared
 from headcount.engine.encode import Request, encode
-from headcount.engine.engine import loglikelihood
+from headcount.engine.engine import Engine
+from headcount.engine.forward import plain_loglikelihoods
 from headcount.engine.pack import Budget, batches, pack
 from headcount.masks import Component, Mask, prune, random_order, removal_order
 from headcount.measure.evaluate import evaluate
-from headcount.measure.importance import example_scores, gradient_importance
+from headcount.measure.importance import gradient_importance
 from headcount.measure.resampling import halves, resampled, standard_error
-from headcount.report.curves import curve_sentence
+from headcount.report.curve_parts import curve_sentence
 from headcount.report.importance import ranking
 from headcount.stats import ranks
 from headcount.stats.intervals import Sample, difference_interval
 from headcount.stats.paired import mcnemar
 from headcount.study.codec import resampled_from, stored_order
-from headcount.study.jobs import aggregate_order
 from headcount.study.ledger import Ledger
+from headcount.study.masksets import aggregate_order
 from headcount.study.plan import TaskFacts, plan
 from headcount.study.runner import run_study
 from headcount.study.spec import PRESETS, StudySpec
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 
 TASKS, UNSEEN = ("icl_plural", "icl_gerund", "icl_agent"), "icl_antonym"
@@ -97,9 +99,9 @@ def test_points_that_curves_measure_are_planned_once() -> None:
     for parts, points, own in ((("evaluate", "heads", "ffns", "curve", "grid", "transfer"), 4, False),
                                (("grid", "transfer"), 8, True)):
         jobs = plan(asked, "model", (4, 4, 4), facts, parts)  # type: ignore[arg-type]
-        grid = [j.job["curve"]["points"] for j in jobs if j.job.get("curve", {}).get("order") == "grid"]
+        grid = [j.key["curve"]["points"] for j in jobs if j.key.get("curve", {}).get("order") == "grid"]
         assert [len(p) for p in grid] == [points] * 3
-        assert any(j.job.get("curve", {}).get("donor") == "own" for j in jobs) == own
+        assert any(j.key.get("curve", {}).get("donor") == "own" for j in jobs) == own
 
 
 def test_scores_orders_and_seeds_are_those_that_were_asked_for(tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_scores_orders_and_seeds_are_those_that_were_asked_for(tmp_path: Path) -
                       head_score="example", ffn_order="gradient", random_orders=2, out=tmp_path / "study")
     study = hc.open_study(run_study(asked, loaded=loaded))
     task, heads = get_tasks(["icl_plural"])["icl_plural"], loaded.anatomy.heads_per_layer
-    found = gradient_importance(loaded, task, num_fewshot=1, limit=6, seed=7)
+    found = gradient_importance(loaded, task, FewShot(1, 6, seed=7))
     masks = {}
     for component, n in (("head", 12), ("ffn", 3)):
         own = removal_order(found[component].scores["example"])
@@ -149,8 +151,9 @@ def test_passages_reach_evaluations_importance_and_entries(tmp_path: Path) -> No
     assert measured.passages is not None
     assert measured.passages.tolist() == passages.tolist()
     prompts = task.prompts("examples")
-    heads, _ = example_scores(loaded, encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length))
-    found = gradient_importance(loaded, task)["head"]
+    requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length)
+    heads, _ = Engine.of(loaded).gradients(requests)
+    found = gradient_importance(loaded, task, FewShot())["head"]
     np.testing.assert_allclose(found.stderrs["position"], standard_error(heads[0], passages), rtol=1e-3)
     ids = np.array([p.doc_id for p in prompts], np.int64)
     np.testing.assert_allclose(found.halves["position"], halves(heads[0], passages, ids, name="stories"), rtol=1e-3)
@@ -231,7 +234,7 @@ def test_cells_are_within_the_margin_by_their_lower_bounds(margin: float, within
     mixed[:4], mixed[-4:], fallen[:10] = 0, 1, 0
     label = {"task": "red", "num_fewshot": 5, "split": "evaluation", "doc_id": np.arange(100),
              "passage": np.arange(100), "gold": np.arange(100) % 4, "num_options": 4, "job": 0, "members": 0,
-             "order_seed": -1, "donor": ""}
+             "order_seed": -1, "donor_scope": "own", "donor": ""}
     frames = [pd.DataFrame({**label, "component": "none", "order": "none", "fraction": 0.0, "ffn_fraction": 0.0,
                             "correct": full, "heads_removed": 0, "ffns_removed": 0, "parameters_removed": 0})]
     for h, f, correct in ((0.2, 0.2, full), (0.2, 0.4, mixed), (0.4, 0.4, fallen)):
@@ -287,7 +290,7 @@ def test_the_models_own_answer_is_greedy_and_another_is_not() -> None:
     other = Request(answer.ids, changed)
     for trees in (True, False):
         packed = list(batches(pack([[answer, other]], Budget(64, 64), trees=trees), Budget(64, 64)))
-        _, greedy = loglikelihood(loaded, packed, 2)
+        _, greedy = plain_loglikelihoods(loaded, packed, 2)
         assert greedy.astype(bool).tolist() == [True, False]
 
 
@@ -295,19 +298,19 @@ def test_importance_reads_prompts_in_the_chat_template() -> None:
     raw = tiny.loaded("llama")
     chat = dataclasses.replace(raw, apply_chat_template=True)
     task = get_tasks(["icl_plural"])["icl_plural"]
-    prompts = task.prompts("examples", num_fewshot=1, limit=4, chat=chat.chat)
+    prompts = task.prompts("examples", FewShot(1, 4), chat=chat.chat)
     assert prompts[0].pairs[0][0].count("<|im_start|>user") == 2
     requests = encode(raw.tokenizer, [p.pairs[p.gold] for p in prompts], raw.max_length)
-    found = gradient_importance(chat, task, num_fewshot=1, limit=4)["head"].scores["position"]
-    np.testing.assert_allclose(found, example_scores(raw, requests)[0][0].mean(0), rtol=1e-3)
-    plain = gradient_importance(raw, task, num_fewshot=1, limit=4)["head"].scores["position"]
+    found = gradient_importance(chat, task, FewShot(1, 4))["head"].scores["position"]
+    np.testing.assert_allclose(found, Engine.of(raw).gradients(requests).heads[0].mean(0), rtol=1e-3)
+    plain = gradient_importance(raw, task, FewShot(1, 4))["head"].scores["position"]
     assert np.abs(plain - found).max() > 1e-3 * found.max()
 
 
 def test_margins_are_to_the_best_of_several_other_options() -> None:
     loaded, task = tiny.loaded("opt"), get_tasks(["icl_plural"])["icl_plural"]
     measured = evaluate(loaded, task, limit=5)
-    for i, prompt in enumerate(task.prompts("evaluation", limit=5)):
+    for i, prompt in enumerate(task.prompts("evaluation", FewShot(limit=5))):
         requests = encode(loaded.tokenizer, list(prompt.pairs), loaded.max_length)
         scores = []
         for request in requests:
@@ -444,11 +447,11 @@ def test_importance_over_tasks_is_the_mean_and_the_mean_of_ranks(ledger: Ledger)
         values = np.stack([r["importance"].to_numpy() for r in rows])
         of_score = found[(found["component"] == component) & (found["score"] == score) & (found["num_fewshot"] == 1)]
         for name, how in (("mean", "mean"), ("mean of ranks", "ranks")):
-            of_name = of_score[of_score["task"] == name].reset_index(drop=True)
+            of_name = of_score[of_score["scope"] == name].reset_index(drop=True)
             order = aggregate_order(tables, component, score, how)
             assert of_name.sort_values("rank", ascending=False).index.tolist() == order, "as pruned"
             assert of_name["method"].eq(method).all()
-        mean = of_score[of_score["task"] == "mean"].reset_index(drop=True)
+        mean = of_score[of_score["scope"] == "mean"].reset_index(drop=True)
         np.testing.assert_allclose(mean["importance"], values.mean(axis=0))
         np.testing.assert_allclose(mean["stderr"], np.sqrt(sum(r["stderr"].to_numpy() ** 2 for r in rows)) / 3)
         if component == "head":

@@ -15,7 +15,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_ROOT / "tests"))
 
 from families import FAMILIES, HYBRIDS, UNFIT, hybrid, kernels, probed, third_contract, tiny
-from headcount.engine.layout import Layout, layout
+from headcount.engine.engine import Engine
+from headcount.engine.layout import Layout
 from headcount.errors import ModelError
 from headcount.model.anatomy import Anatomy, find_anatomy
 from headcount.model.contracts import verify
@@ -24,20 +25,21 @@ _CONTRACTS = ("identity", "head slice", "sweep")
 _HEAD = """\
 # Models
 
-Written by `make models` from the table of tiny random models that the tests go through (`tests/families.py`), with
-transformers {version}. No family has code of its own: heads and FFNs are found under five short lists of names, and
-two contracts prove, on the model that is loaded, that they are where they seem to be.
+`make models` writes this page from the table of tiny random models that the tests cover (`tests/families.py`), with
+transformers {version}. No family has code of its own. Heads and FFNs are looked up under five short lists of names, and
+two contracts prove on the loaded model that the look-up is right.
 
-* *Identity*: with all heads and FFNs off, every block passes its input on, but for the bias of the output projection.
-* *Head slice*: what a head puts out depends on its own attention alone.
+* *Identity*: with all heads and FFNs off, every block hands its input on, plus the bias of the output projection.
+* *Head slice*: what a head writes depends on its own attention alone.
 
-A family that is not named here works if the contracts hold on it (`headcount anatomy MODEL --verify`); a model that
-fails one is refused, with the block's name, before anything is measured. A third, *sweep*, says that a model may be run
-layer by layer, so that masks share what they have in common; one that fails it runs a forward pass for each mask.
+A family that is not listed here works if the contracts hold on it (`headcount anatomy MODEL --verify`). A model that
+fails one of them is refused before anything is measured, with the name of the block. A third contract, *sweep*, says
+that the model can be run layer by layer, so that masks share the layers before their first difference. A model that
+fails it runs one forward pass for each mask.
 
-*Prompts* says how they are laid out: as token trees, which compute each shared beginning once, or one request a row.
-That is found out on the loaded model, too, by scoring one random tree both ways. *Windows* are attention windows, which
-count in a tree's depths.
+The columns *prompts* say how prompts are laid out: as token trees, which compute each shared beginning once, or one
+request a row. This, too, is found out on the loaded model, by scoring one random tree both ways. *Windows* are
+attention windows; in a tree they count depths, not columns.
 
 | family | query heads | KV groups | FFN | contracts | prompts, sdpa | prompts, eager |
 |---|---|---|---|---|---|---|
@@ -45,9 +47,10 @@ count in a tree's depths.
 
 ## Refused
 
-Layers without attention heads, heads that are not their own, and blocks that hold more than heads and one FFN.
+headcount refuses layers without attention heads, heads that depend on other heads, and blocks that hold more than
+heads and one FFN.
 
-| family | what is said |
+| family | reason given |
 |---|---|
 {refused}
 """
@@ -98,7 +101,7 @@ def _ffns(anatomy: Anatomy) -> str:
 
 
 def _prompts(family: str, kernel: str) -> str:
-    return _told(layout(probed(family, kernel))) if kernel in kernels(family) else ""
+    return _told(Engine.of(probed(family, kernel)).layout) if kernel in kernels(family) else ""
 
 
 def _told(found: Layout) -> str:

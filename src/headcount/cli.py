@@ -19,7 +19,7 @@ from cyclopts import App, Parameter
 import headcount
 from headcount.engine.waiting import wait_asleep
 from headcount.errors import HeadcountError, OptionError, UnavailableError
-from headcount.study.spec import PRESETS, ModelSpec, StudySpec
+from headcount.study.spec import PRESETS, InductionSpec, ModelSpec, StudySpec
 
 if TYPE_CHECKING:
     from headcount.analysis.study import Study
@@ -38,6 +38,9 @@ app.meta.suppress_keyboard_interrupt = False
 app.meta.group_parameters = cyclopts.Group("Session")
 
 Spec = Annotated[StudySpec, Parameter(name="*")]
+# What a verb calls an option for short.
+_SHORT = {"induction": {"--seeds": "--induction-seeds", "--lengths": "--induction-lengths"},
+          "heads": {"--sample": "--head-sample"}}
 # Relations of the embedded suite that the demo measures: five of those that have 200 evaluated documents, so that a
 # single one can tell of two points, and all of them together of one.
 DEMO_TASKS = ("icl_adverb", "icl_comparative", "icl_first_letter", "icl_past_tense", "icl_plural")
@@ -55,27 +58,28 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
     """
     from headcount import terminal
 
-    if spec.out is None:
+    if spec.out is None and not dry_run:
         raise OptionError("a study needs a folder; name it with --out DIR")
     with terminal.reporter() as reporter:
         from headcount.engine.neighbours import Speed
-        from headcount.study.runner import Runner
+        from headcount.study.prepare import prepare
+        from headcount.study.runner import run
 
-        runner = Runner(spec, reporter=reporter, command=_command())
+        plan = prepare(spec, reporter=reporter)
         reporter.stage("timing the model")
-        todo = runner.todo()
-        speed = runner.speed() if todo else Speed()
-    if runner.other_orders and todo:
-        terminal.print_note(runner.other_orders)
+        todo = plan.todo()
+        speed = plan.speed() if todo else Speed()
+    if plan.other_orders and todo:
+        terminal.print_note(plan.other_orders)
     if dry_run:
-        terminal.print_plan(runner.jobs, runner.ledger)
-    terminal.print_cost(todo, runner.loaded.anatomy.num_layers, speed)
-    if dry_run:
+        terminal.print_plan(plan)
+    terminal.print_cost(todo, plan.loaded.anatomy.num_layers, speed)
+    if dry_run or spec.out is None:
         return
-    with terminal.reporter() as reporter:
-        runner.reporter = reporter
-        runner.run()
-    _report(spec.out)
+    with _keeping(spec.out):
+        with terminal.reporter() as reporter:
+            run(plan, reporter=reporter, command=_command())
+        _report(spec.out)
 
 
 @app.command
@@ -126,39 +130,19 @@ def curve(spec: Spec) -> None:
 
 
 @app.command
-def induction(
-    spec: Annotated[ModelSpec, Parameter(name="*")], *, out: Path | None = None,
-    protocol: Literal["sound", "paper"] = "sound", seeds: int | None = None, lengths: tuple[int, ...] | None = None,
-    seed: int = 1234, skip_control: bool = False, prefix_threshold: float = 0.3, copying_threshold: float | None = None,
-) -> None:
+def induction(spec: Annotated[InductionSpec, Parameter(name="*")]) -> None:
     """Prefix matching and copying of every head, on random tokens: which are induction heads?
 
-    The same is measured with random weights of the same shape, to see what is found where nothing was learnt.
-
-    Args:
-        out: The study folder, new or one of this model; without it nothing is kept.
-        protocol: `paper` measures as the code of Bansal et al. does: docs/paper.md.
-        seeds: Random texts of each length; by default 14 of seven lengths (`paper`: one of each of its hundred).
-        lengths: Of the random sequences, in tokens; each stands four times in a text. Those that do not fit into the
-            model's window are left out.
-        seed: Of the draws.
-        skip_control: Leave out the random weights, which take as much memory again; what is high on copying is then
-            told by --copying-threshold.
-        prefix_threshold: A head that is high on prefix matching has at least this score.
-        copying_threshold: A head that is high on copying has at least this score, by default the most that any head
-            has with random weights; induction heads are high on both.
+    The same is measured with random weights of the same shape, to see what is found where nothing was learnt. Without
+    --out nothing is kept. --seeds and --lengths are short for --induction-seeds and --induction-lengths.
     """
     from headcount import terminal
 
-    if seeds is not None and seeds < 1:
-        raise OptionError(f"--seeds is at least 1, not {seeds}")
-    chosen = StudySpec(**dataclasses.asdict(spec), tasks=(), measure=("induction",), out=out, protocol=protocol,
-                       seed=seed, induction_seeds=seeds, induction_lengths=lengths, skip_control=skip_control,
-                       prefix_threshold=prefix_threshold, copying_threshold=copying_threshold)
-    with _measured(chosen, "induction") as (found, _):
-        terminal.print_induction(found)
-        if out is not None:
-            _report(out)
+    chosen = StudySpec(**dataclasses.asdict(spec), tasks=(), measure=("induction",))
+    with _measured(chosen, "induction") as (opened, _):
+        terminal.print_induction(opened)
+        if spec.out is not None:
+            _report(spec.out)
 
 
 @app.command
@@ -176,26 +160,29 @@ def tasks(
     with terminal.reporter() as reporter:
         reporter.stage("reading tasks")
         from headcount.tasks.catalog import expand
-        from headcount.tasks.load import describe
+        from headcount.tasks.load import TaskDescription, describe
 
         expanded = expand(names)
-        rows: list[dict[str, object]] = []
+        rows: list[TaskDescription] = []
         for name in expanded:
             reporter.stage("reading tasks", len(rows), len(expanded))
             rows.append(describe(name, data))
-    if all("absent" in row for row in rows):
-        raise UnavailableError(str(rows[0]["absent"]))
+    if all(row.absent for row in rows):
+        raise UnavailableError(rows[0].absent)
     terminal.print_tasks(rows)
 
 
 @app.command
-def report(folder: Path) -> None:
+def report(folder: Path, *, asked: int | None = None, skip_pictures: bool = False) -> None:
     """Write the report of a study folder again.
 
     Args:
         folder: What --out named.
+        asked: A folder may have been asked for different things, one after another: the number of one of them, 1 for
+            the first. By default the report is of the last, and says which others there are.
+        skip_pictures: Write the page and its tables alone, without the figures as PNG and PDF.
     """
-    _report(folder)
+    _report(folder, asked, pictures=not skip_pictures)
 
 
 @app.command
@@ -228,6 +215,25 @@ def demo(*, out: Path = Path("headcount-demo"), dry_run: bool = False) -> None:
                     fractions=(0.1, 0.2, 0.3, 0.5), random_orders=3, out=out), dry_run=dry_run)
 
 
+class _Stopped(KeyboardInterrupt):
+    """Stopped while something is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+
+@contextlib.contextmanager
+def _keeping(folder: Path | None) -> Iterator[None]:
+    """Say where results are kept if the block is stopped; None: nowhere."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if folder is None:
+            raise
+        raise _Stopped(folder) from stopped
+
+
 @contextlib.contextmanager
 def _measured(spec: StudySpec, part: Part) -> Iterator[tuple[Study, Asked]]:
     """Do one part of a study, in its folder, or in one that is thrown away where none is named; and open that."""
@@ -235,25 +241,30 @@ def _measured(spec: StudySpec, part: Part) -> Iterator[tuple[Study, Asked]]:
 
     with tempfile.TemporaryDirectory() as temporary:
         chosen = dataclasses.replace(spec, out=spec.out or Path(temporary) / "study")
-        with terminal.reporter() as reporter:
+        with terminal.reporter() as reporter, _keeping(spec.out):
             from headcount.analysis.study import open_study
-            from headcount.study.runner import Runner
+            from headcount.study.prepare import prepare
+            from headcount.study.runner import run
 
-            runner = Runner(chosen, parts=(part,), reporter=reporter, command=_command())
-            found = open_study(runner.run())
-        yield found, terminal.Asked(list(runner.tasks), chosen.shots)
+            plan = prepare(chosen, parts=(part,), reporter=reporter)
+            opened = open_study(run(plan, reporter=reporter, command=_command()))
+        yield opened, terminal.Asked(list(plan.tasks), chosen.shots)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, asked: int | None = None, *, pictures: bool = True) -> None:
     from headcount import terminal
     from headcount.analysis.study import open_study
-    from headcount.report.page import write_report
+    from headcount.report.page import write_page, write_pictures
 
-    study = open_study(folder)  # once: what it works out serves the report and the summary
+    study = open_study(folder, asked)  # once: what it works out serves the report and the summary
     with terminal.reporter() as reporter:
         reporter.stage("writing the report")
-        path = write_report(study, lambda done, total: reporter.stage("drawing figures", done, total))
+        path, figures = write_page(study)
+    # The page is there, and stays there if drawing its pictures is stopped.
     terminal.print_summary(study, path)
+    if pictures:
+        with terminal.reporter() as reporter:
+            write_pictures(study, figures, lambda done, total: reporter.stage("drawing the figures", done, total))
 
 
 def _command() -> str:
@@ -268,6 +279,8 @@ def _with_config(
                                             "--config and the command line win.")] = None,
 ) -> None:
     app.config = ()
+    short = _SHORT.get(tokens[0], {}) if tokens else {}
+    tokens = tuple(short.get(token, token) for token in tokens)
     if config is not None:
         try:
             options = tomllib.loads(config.read_text(encoding="utf-8"))
@@ -275,6 +288,7 @@ def _with_config(
             raise OptionError(f"--config {config} cannot be read ({error.strerror})") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise OptionError(f"--config {config} is not TOML: {error}") from error
+        options = {short.get(f"--{name}", f"--{name}")[2:]: value for name, value in options.items()}
         # Under the verb's name: read as the program's own, an option that is called as a verb is (tasks) would be lost.
         app.config = (cyclopts.config.Dict({tokens[0]: options} if tokens else {}, source=str(config)),)
     if preset is not None:
@@ -297,12 +311,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app.meta(sys.argv[1:] if arguments is None else arguments, exit_on_error=False, print_error=False)
     except (HeadcountError, cyclopts.CycloptsError) as error:
-        return _fail(" ".join(str(error).split()))
+        message = error.on_command_line() if isinstance(error, HeadcountError) else str(error)
+        return _fail(" ".join(message.split()))
     except OSError as error:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except KeyboardInterrupt:
-        sys.stderr.write("\nheadcount: stopped; what is measured is kept in --out, and the same command goes on from "
-                         "there; without --out nothing is kept\n")
+    except KeyboardInterrupt as stopped:
+        kept = (f"what is measured is kept in {stopped.folder}, and the same command goes on from there"
+                if isinstance(stopped, _Stopped) else "nothing is kept")
+        sys.stderr.write(f"\nheadcount: stopped; {kept}\n")
         return 130
     return 0
 

@@ -1,8 +1,29 @@
 """Errors that a user can cause: one clear line that says what to do; the command line prints it and exits with 2."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
 
 class HeadcountError(Exception):
-    """Base of every error that a user can cause and fix."""
+    """Base of every error that a user can cause and fix.
+
+    Args:
+        message: One line that says what to do.
+        fields: Options that the message names as Python knows them (`importance_limit`).
+    """
+
+    def __init__(self, message: str, *, fields: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.fields = tuple(fields)
+
+    def on_command_line(self) -> str:
+        """The message with these options as the command line knows them (`--importance-limit`)."""
+        message = str(self)
+        for name in sorted(self.fields, key=len, reverse=True):
+            message = re.sub(rf"(?<![\w-]){name}(?![\w-])", f"--{name.replace('_', '-')}", message)
+        return message
 
 
 class ModelError(HeadcountError):

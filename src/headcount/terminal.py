@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import pandas as pd
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from headcount.engine.neighbours import Speed
     from headcount.masks import Component
     from headcount.model.load import LoadedModel
-    from headcount.study.ledger import Ledger
     from headcount.study.plan import PlannedJob
+    from headcount.study.prepare import Plan
+    from headcount.tasks.load import TaskDescription
 
 _out = Console()
 _err = Console(stderr=True)
@@ -84,10 +85,13 @@ class Asked:
 
     def of(self, table: pd.DataFrame, study: Study) -> pd.DataFrame:
         """The table's rows of these; means over tasks only where they are over no others."""
-        from headcount.analysis.points import MEAN
+        from headcount.analysis.rows import MEAN
 
-        tasks = [*self.tasks, *([MEAN] if set(self.tasks) == set(study.tasks) else [])]
-        return table[table["task"].isin(tasks) & table["num_fewshot"].isin(self.shots)]
+        rows = table[table["num_fewshot"].isin(self.shots)]
+        if "scope" not in rows:
+            return rows[rows["task"].isin(list(self.tasks))]
+        means = (rows["scope"] == MEAN) & (set(self.tasks) == set(study.tasks))
+        return rows[rows["task"].isin(list(self.tasks)) | means]
 
 
 @contextlib.contextmanager
@@ -105,25 +109,29 @@ def print_note(text: str) -> None:
     _out.print(f"note: {text}", highlight=False)
 
 
-def print_plan(jobs: Sequence[PlannedJob], ledger: Ledger) -> None:
+def print_plan(plan: Plan) -> None:
     """The jobs of a study, what they cost, and which are done; where they are many, by task and number of shots."""
-    done = [ledger.has(planned.job) for planned in jobs]
-    if len(jobs) <= _MOST_JOBS:
+    left = plan.left()
+    if len(left) <= _MOST_JOBS:
         table = _table("job", "passes|r", "documents|r", "tokens (about)|r", "done")
-        for planned, is_done in zip(jobs, done, strict=True):
-            table.add_row(planned.title, f"{planned.passes:.3g}", f"{planned.job['documents']}",
-                          f"{planned.tokens:,.0f}", "yes" if is_done else "")
+        for planned, rest in zip(plan.jobs, left, strict=True):
+            done = "yes" if rest is None else "in part" if rest.passes < planned.passes else ""
+            table.add_row(planned.title, f"{planned.passes:.3g}", f"{planned.job.documents}",
+                          f"{planned.tokens:,.0f}", done)
     else:
         table = _table("task", "jobs|r", "passes|r", "documents|r", "tokens (about)|r", "done|r")
-        parts: dict[str, list[tuple[PlannedJob, bool]]] = {}
-        for planned, is_done in zip(jobs, done, strict=True):
-            parts.setdefault(planned.title.partition(":")[0], []).append((planned, is_done))
-        for title, of_part in parts.items():
-            table.add_row(title, str(len(of_part)), f"{sum(p.passes for p, _ in of_part):.0f}",
-                          str(max(p.job["documents"] for p, _ in of_part)),
-                          f"{sum(p.tokens for p, _ in of_part):,.0f}", str(sum(is_done for _, is_done in of_part)))
+        by_subject: dict[str, list[tuple[PlannedJob, bool]]] = {}
+        for planned, rest in zip(plan.jobs, left, strict=True):
+            by_subject.setdefault(planned.job.subject, []).append((planned, rest is None))
+        for subject, jobs in by_subject.items():
+            table.add_row(subject, str(len(jobs)), f"{sum(p.passes for p, _ in jobs):.0f}",
+                          str(max(p.job.documents or 0 for p, _ in jobs)), f"{sum(p.tokens for p, _ in jobs):,.0f}",
+                          str(sum(is_done for _, is_done in jobs)))
     _out.print(table)
-    _out.print(f"{_jobs(len(jobs))}, {done.count(False)} to do. Nothing was measured.", highlight=False)
+    _out.print("passes: forward passes over the documents; a gradient counts two, masks that share layers less than "
+               "one each. documents: evaluated ones, training ones where importance is measured.", highlight=False)
+    todo = sum(rest is not None for rest in left)
+    _out.print(f"{_jobs(len(left))}, {todo} to do. Nothing was measured.", highlight=False)
 
 
 def print_cost(todo: Sequence[PlannedJob], layers: int, speed: Speed) -> None:
@@ -149,28 +157,27 @@ def _duration(seconds: float) -> str:
     return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 
-def print_tasks(rows: Sequence[Mapping[str, Any]]) -> None:
+def print_tasks(rows: Sequence[TaskDescription]) -> None:
     """Tasks with what they offer; below, notes and what could not be read."""
     table = _table("task", "train|r", "validation|r", "test|r", "options|r", "chance|r", "metric")
     for row in rows:
-        if "absent" in row:
-            table.add_row(row["task"], *[""] * 6)
+        if row.absent:
+            table.add_row(row.name, *[""] * 6)
             continue
-        sizes = [f"{row[split]:,}{'*' * (split == row['evaluated'])}" if split in row else ""
+        sizes = [f"{row.sizes[split]:,}{'*' * (split == row.evaluated)}" if split in row.sizes else ""
                  for split in ("train", "validation", "test")]
-        fewest, most = row["fewest"], row["most"]
-        options = "" if most == 0 else str(most) if fewest == most else f"{fewest} to {most}"
-        table.add_row(row["task"], *sizes, options, f"{row['chance']:.3f}", row["metric"])
+        options = "" if row.most == 0 else str(row.most) if row.fewest == row.most else f"{row.fewest} to {row.most}"
+        table.add_row(row.name, *sizes, options, f"{row.chance:.3f}", row.metric)
     _out.print(table)
     _out.print("* these documents are evaluated; importance is measured on train", highlight=False)
     notes: dict[str, list[str]] = {}
     for row in rows:
-        for note in row.get("notes", []):
-            notes.setdefault(note, []).append(row["task"])
+        for note in row.notes:
+            notes.setdefault(note, []).append(row.name)
     for note, tasks in notes.items():
         _out.print(f"{', '.join(tasks)}: {note}", highlight=False)
-    if absent := [row for row in rows if "absent" in row]:
-        _out.print(f"{len(absent)} of {len(rows)} tasks could not be read; the first: {absent[0]['absent']}",
+    if absent := [row for row in rows if row.absent]:
+        _out.print(f"{len(absent)} of {len(rows)} tasks could not be read; the first: {absent[0].absent}",
                    highlight=False)
 
 
@@ -199,25 +206,23 @@ def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:
 
 
 def _print_contracts(loaded: LoadedModel) -> bool:
-    from headcount.engine.engine import sweep_contract
-    from headcount.engine.layout import layout
-    from headcount.model.contracts import verify
+    from headcount.engine.engine import Engine
 
-    results = verify(loaded)
-    for result in results:
+    engine = Engine.of(loaded)
+    for result in engine.contracts:
         verdict = "[green]holds[/green]" if result.holds else "[red]FAILS[/red]"
         _out.print(f"{verdict}  {result.name} (largest error {result.worst_error:.1e}) {result.detail}",
                    highlight=False)
-    _out.print(f"prompts: {layout(loaded)}", highlight=False)
-    swept = sweep_contract(loaded)
-    _out.print("masks: " + ("layers before the first difference are shared" if swept.holds else
-                            f"one forward pass each: {swept.detail}"), highlight=False)
-    return all(result.holds for result in results)
+    _out.print(f"prompts: {engine.layout}", highlight=False)
+    _out.print(f"masks: {engine.prove_sweep()}", highlight=False)
+    return all(result.holds for result in engine.contracts)
 
 
 def print_accuracy(study: Study, asked: Asked) -> None:
     """The full model's accuracy per task and number of shots."""
-    curves = asked.of(study.curves(), study)
+    from headcount.analysis.rows import labelled
+
+    curves = labelled(asked.of(study.curves(), study))
     full = curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"])
     table = _table("task", "shots|r", "accuracy|r", "95 % interval|r", "documents|r")
     for row in full.to_dict("records"):
@@ -233,7 +238,7 @@ def print_accuracy(study: Study, asked: Asked) -> None:
 def print_importance(study: Study, asked: Asked, component: Component, method: str = "gradient") -> None:
     """The most and the least important heads, or every FFN, per task and number of shots."""
     from headcount.analysis.importance import most_important_first
-    from headcount.analysis.points import groups
+    from headcount.analysis.rows import groups
     from headcount.analysis.scores import name_of
     from headcount.report.words import score_name
 
@@ -256,11 +261,11 @@ def print_importance(study: Study, asked: Asked, component: Component, method: s
 
 def print_curves(study: Study, asked: Asked) -> None:
     """Accuracy along every curve, a table per task: ten fractions fit in 80 columns."""
-    from headcount.analysis.points import groups
+    from headcount.analysis.rows import groups, labelled
 
     names = {"head": "heads", "ffn": "FFNs", "gradient": "by gradient", "oracle": "by oracle", "random": "at random",
              "common": "by one order"}
-    for task, of_task in groups(asked.of(study.curves(), study), "task"):
+    for task, of_task in groups(labelled(asked.of(study.curves(), study)), "task"):
         fractions = sorted(of_task["fraction"].unique())
         table = _table("shots|r", "% removed of", *(f"{100 * f:.3g}|r" for f in fractions))
         table.padding = (0, 1, 0, 0)
@@ -277,17 +282,19 @@ def print_induction(study: Study, shown: int = 12) -> None:
     """The heads highest on prefix matching, with all scores, and what they say together."""
     from headcount.analysis.scores import name_of
     from headcount.report import induction as primitives
+    from headcount.report.induction_heads import induction_sentence
 
-    found = study.induction()
+    scores_of_heads = study.induction()
     table = _table("head", "prefix matching|r", "copying|r", "previous token|r", "OV copying|r", "induction head")
-    trained = found[found["weights"] == "trained"].sort_values("prefix_matching", ascending=False, kind="stable")
+    trained = scores_of_heads[scores_of_heads["weights"] == "trained"].sort_values(
+        "prefix_matching", ascending=False, kind="stable")
     for row in trained.head(shown).to_dict("records"):
         scores = (row[name] for name in ("prefix_matching", "copying", "previous_token", "ov_copying"))
         table.add_row(name_of("head", row["layer"], row["head"]), *("" if x != x else f"{x:.3f}" for x in scores),
                       "yes" if row["induction"] is True else "")
     _out.print(table)
     notes = study.induction_notes
-    told = [primitives.texts_sentence(notes), primitives.induction_sentence(found, study.induction_thresholds),
+    told = [primitives.texts_sentence(notes), induction_sentence(scores_of_heads, study.induction_thresholds),
             primitives.reliability_caution(notes.get("reliability", {})), *notes.get("notes", ())]
     for sentence in filter(None, told):
         _out.print(f"- {sentence}", highlight=False)
@@ -306,6 +313,11 @@ def print_summary(study: Study, report: Path) -> None:
         _out.print("\nBefore you rely on this:", highlight=False)
         for sentence in told:
             _out.print(f"- {sentence}", highlight=False)
+    if others := study.other_requests:
+        _out.print(f"\nThis folder was also asked for other things; headcount report {study.folder} --asked NUMBER "
+                   "shows one:", highlight=False)
+        for line in others:
+            _out.print(line, highlight=False)
     _out.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
 
 

@@ -14,35 +14,68 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy.cluster.hierarchy import leaves_list, linkage
 
-from headcount.analysis.points import MEAN
-from headcount.analysis.rows import RELIABLE, SUMMARIES, tasks_first
-from headcount.analysis.scores import (
+from headcount.analysis.rows import (
+    MEAN,
     MEAN_OF_RANKS,
     RANDOM,
-    Rows,
-    ScoreKey,
-    Scores,
-    by_shots,
-    check_lengths,
-    concatenated,
-    layers_of,
-    measured,
-    scored,
+    RELIABLE,
+    TASK,
+    Scoped,
+    of_task,
+    single_tasks,
 )
+from headcount.analysis.schema import COMPONENT, OF_SCOPE, Column, Table, columns, interval_of
+from headcount.analysis.scores import Rows, Scores, by_shots, check_lengths, layers_of, measured, scored
 from headcount.masks import random_order
 from headcount.stats import ranks
 from headcount.stats.ranks import pearson
 
-_CORRELATION = ["task", "num_fewshot", "other_task", "other_shots", "correlation", "low", "high", "ceiling",
-                "disattenuated", "argsort_correlation", "correlation_in_layers", "in_layers_low", "in_layers_high",
-                "correlation_layers_alone", "kind"]
+CORRELATIONS = Table(
+    "correlations", "Spearman's correlation of importance between tasks, and between numbers of shots: one row for "
+    "each "
+    "ordered pair, so that a matrix is one pivot.",
+    columns(
+        COMPONENT,
+        Column("score", "str", "", "the score that orders such components"),
+        OF_SCOPE,
+        Column("other_scope", "str", "", "what it is compared with, as `scope`"),
+        Column("other_task", "str", "", "name of the other task; empty where it is no single task"),
+        Column("other_shots", "int64", "shots", "its number of shots; -1 for a random order beside numbers of shots"),
+        Column("correlation", "float64", "-1..1", "Spearman's correlation of the scores; of the kind `reliability` "
+               "what "
+               "the score would correlate with itself, measured on as many other documents (Spearman-Brown from "
+               "halves)"),
+        interval_of("the correlation over documents, for studies of as many of them; missing without replicates; of a "
+                    "random order the band that holds 95 % of random orders", "-1..1"),
+        Column("ceiling", "float64", "0..1", "the most that can be expected of scores so noisy: the square root of the "
+               "product of both reliabilities; noise of shared documents, in `shots`, may lift a correlation above it"),
+        Column("disattenuated", "float64", "-1..1", "estimate of what would be found with unlimited documents"),
+        Column("argsort_correlation", "float64", "-1..1", "Spearman's correlation of argsort lists, the paper's "
+               "variant"),
+        Column("correlation_in_layers", "float64", "-1..1", "correlation of ranks without their layer's mean rank: how "
+               "alike two scores rank heads of one layer; missing where layers are not known or have one component"),
+        interval_of("it", "-1..1", "in_layers_low", "in_layers_high"),
+        Column("correlation_layers_alone", "float64", "-1..1", "what of the correlation is left when the heads of "
+               "every "
+               "layer swap their scores at random: that part is depth alone"),
+        Column("kind", "str", "", "`tasks` (two tasks at one number of shots), `shots` (two numbers of shots of one "
+               "task) or `reliability` (the diagonal of both)")),
+    "An aggregate holds the task it is compared with, which would correlate it with itself: that task is left out of "
+    "it. "
+    "The two aggregates are compared as they are; between numbers of shots an aggregate is over the tasks that have "
+    "both. "
+    "No rows where fewer than three components are scored by all.")
+_PAIR = ("correlation", "low", "high", "ceiling", "disattenuated", "argsort_correlation", "correlation_in_layers",
+         "in_layers_low", "in_layers_high", "correlation_layers_alone")
+# A task, an aggregate or a random order, at a number of shots.
+_Key: TypeAlias = tuple[Scoped, int]
 
 
 class _Ranked(NamedTuple):
@@ -63,9 +96,9 @@ class _Ranked(NamedTuple):
 
 def correlations(
     scores: Scores, resampled: Rows | None = None, halves: Rows | None = None, *, layers: Sequence[int] | None = None,
-    seed: int = 0,
+    seed: int = 0, component: str = "", score: str = "",
 ) -> pd.DataFrame:
-    """Spearman's correlation of importance between tasks, and between numbers of shots.
+    """Spearman's correlation of importance between tasks, and between numbers of shots: the table `CORRELATIONS`.
 
     Args:
         scores: Importance by (task, number of shots), means over training documents. Components that one of them
@@ -74,30 +107,8 @@ def correlations(
         halves: Its means over the two halves of the documents (2 x component), for reliabilities.
         layers: Of every component, where a layer has several.
         seed: Of the random order.
-
-    Returns:
-        One row for each ordered pair, so that a matrix is one pivot, of these kinds:
-
-        - "tasks": two tasks at one number of shots; "mean" and "mean of ranks" are the aggregates. An aggregate holds
-          the task it is compared with, which would correlate it with itself: **that task is left out of it**. The two
-          aggregates are compared as they are.
-        - "shots": two numbers of shots of a task, or of an aggregate (over the tasks that have both).
-        - "reliability", the diagonal of both: what the score would correlate with itself measured on as many other
-          documents (Spearman-Brown from the halves). Without halves NaN.
-
-        The task "random" is one random order of components: it has a row at every number of shots in "tasks", and
-        beside every task in "shots", where its number of shots is -1.
-
-        Columns: task; num_fewshot; other_task; other_shots; correlation; low, high (95 %, over documents, for studies
-        of as many documents; NaN without replicates; for "random" the band that holds 95 % of random orders); ceiling
-        (the most that can be expected of scores so noisy: the square root of the product of both reliabilities; noise
-        of shared documents, in "shots", may lift a correlation above it); disattenuated (estimate of what would be
-        found with unlimited documents); argsort_correlation (Spearman's correlation of argsort lists, as in the paper's
-        code); correlation_in_layers (of ranks without their layer's mean rank: how alike two scores rank heads of one
-        layer; on the diagonal its reliability) with its interval in_layers_low, in_layers_high, as above;
-        correlation_layers_alone (what of the correlation is left when the heads of every layer swap their scores at
-        random: that part is depth alone); these are NaN without layers, and where each layer has one component; kind.
-        No rows where fewer than three components are scored by all.
+        component: Heads or FFNs, for the table.
+        score: Which score it is, for the table.
 
     Raises:
         OptionError: If the arrays are not of one model's components.
@@ -105,60 +116,71 @@ def correlations(
     check_lengths(scores, resampled, halves)
     known = scored(scores)
     if known.sum() < 3:
-        return pd.DataFrame(columns=_CORRELATION)
+        return CORRELATIONS.frame()
     at = np.zeros(int(known.sum()), np.int64) if layers is None else np.asarray(layers)[known]
-    found = {key: _ranked_score(key, scores, resampled, halves, known, at) for key in scores}
+    ranked = {key: _ranked_score(key, scores, resampled, halves, known, at) for key in scores}
     noise = _random(at, seed)
-    return pd.DataFrame([*_between_tasks(found, noise), *_between_shots(found, noise)], columns=_CORRELATION)
+    return CORRELATIONS.frame({"component": component, "score": score, **row} for row in itertools.chain(
+        _between_tasks(ranked, noise), _between_shots(ranked, noise)))
 
 
-def _between_tasks(found: Mapping[ScoreKey, _Ranked], noise: _Ranked) -> Iterator[dict[str, Any]]:
+def _between_tasks(ranked: Mapping[tuple[str, int], _Ranked], noise: _Ranked) -> Iterator[dict[str, Any]]:
     """Rows of the kinds "tasks" and "reliability", by number of shots."""
-    for k, tasks in by_shots(found).items():
-        of_k = {task: found[task, k] for task in tasks}
-        whole = {name: how(of_k.values()) for name, how in _AGGREGATES.items()} if len(tasks) > 1 else {}
-        for name, one in (of_k | whole).items():
+    random = Scoped(RANDOM)
+    for k, tasks in by_shots(ranked).items():
+        single = {of_task(task): ranked[task, k] for task in tasks}
+        whole = {name: how(single.values()) for name, how in _AGGREGATES.items()} if len(tasks) > 1 else {}
+        for name, one in (single | whole).items():
             yield _reliability((name, k), one)
-        yield _reliability((RANDOM, k), noise)
-        for a, b in itertools.combinations(tasks, 2):
-            yield from _pair((a, k), (b, k), of_k[a], of_k[b], "tasks")
-        for name, task in itertools.product(whole, tasks):
-            others = _AGGREGATES[name](one for other, one in of_k.items() if other != task)
-            yield from _pair((task, k), (name, k), of_k[task], others, "tasks")
+        yield _reliability((random, k), noise)
+        for a, b in itertools.combinations(single, 2):
+            yield from _pair((a, k), (b, k), single[a], single[b], "tasks")
+        for name, task in itertools.product(whole, single):
+            others = _AGGREGATES[name](one for other, one in single.items() if other != task)
+            yield from _pair((task, k), (name, k), single[task], others, "tasks")
         if whole:
-            yield from _pair((MEAN, k), (MEAN_OF_RANKS, k), whole[MEAN], whole[MEAN_OF_RANKS], "tasks")
-        for name, one in (of_k | whole).items():
-            yield from _pair((name, k), (RANDOM, k), one, noise, "tasks")
+            mean, of_ranks = whole
+            yield from _pair((mean, k), (of_ranks, k), whole[mean], whole[of_ranks], "tasks")
+        for name, one in (single | whole).items():
+            yield from _pair((name, k), (random, k), one, noise, "tasks")
 
 
-def _between_shots(found: Mapping[ScoreKey, _Ranked], noise: _Ranked) -> Iterator[dict[str, Any]]:
+def _between_shots(ranked: Mapping[tuple[str, int], _Ranked], noise: _Ranked) -> Iterator[dict[str, Any]]:
     """Rows of the kind "shots", by task, then aggregates."""
-    shots = sorted(by_shots(found))
-    for task in dict.fromkeys(task for task, _ in found):
-        of_task = {k: found[task, k] for k in shots if (task, k) in found}
-        for a, b in itertools.combinations(of_task, 2):
-            yield from _pair((task, a), (task, b), of_task[a], of_task[b], "shots")
-        if len(of_task) > 1:
-            for k, one in of_task.items():
-                yield from _pair((task, k), (RANDOM, -1), one, noise, "shots")
-    compared: dict[ScoreKey, _Ranked] = {}
+    shots, random = sorted(by_shots(ranked)), (Scoped(RANDOM), -1)
+    for task in dict.fromkeys(task for task, _ in ranked):
+        by_k = {k: ranked[task, k] for k in shots if (task, k) in ranked}
+        for a, b in itertools.combinations(by_k, 2):
+            yield from _pair((of_task(task), a), (of_task(task), b), by_k[a], by_k[b], "shots")
+        if len(by_k) > 1:
+            for k, one in by_k.items():
+                yield from _pair((of_task(task), k), random, one, noise, "shots")
+    compared: dict[_Key, _Ranked] = {}
     for (a, b), (name, how) in itertools.product(itertools.combinations(shots, 2), _AGGREGATES.items()):
-        both = [task for task, k in found if k == a and (task, b) in found]
+        both = [task for task, k in ranked if k == a and (task, b) in ranked]
         if len(both) > 1:
             # An unfinished study may have other tasks at other numbers of shots: those would be compared, not shots.
-            one, other = (how(found[task, k] for task in both) for k in (a, b))
+            one, other = (how(ranked[task, k] for task in both) for k in (a, b))
             compared |= {(name, a): one, (name, b): other}
             yield from _pair((name, a), (name, b), one, other, "shots")
     for key, one in compared.items():
-        yield from _pair(key, (RANDOM, -1), one, noise, "shots")
+        yield from _pair(key, random, one, noise, "shots")
     if len(shots) > 1:
-        yield _reliability((RANDOM, -1), noise)
+        yield _reliability(random, noise)
 
 
-def _pair(a: ScoreKey, b: ScoreKey, x: _Ranked, y: _Ranked, kind: str) -> Iterator[dict[str, Any]]:
+def _row(a: _Key, b: _Key, kind: str, **values: float) -> dict[str, Any]:
+    """One row; what of its numbers is not given is not known."""
+    of_a, of_b = ({f"{before}scope": one.scope, f"{before}task": one.task}
+                  for before, (one, _) in (("", a), ("other_", b)))
+    return {**of_a, "num_fewshot": a[1], **of_b, "other_shots": b[1], **dict.fromkeys(_PAIR, np.nan), **values,
+            "kind": kind}
+
+
+def _pair(a: _Key, b: _Key, x: _Ranked, y: _Ranked, kind: str) -> Iterator[dict[str, Any]]:
     """The rows (a, b) and (b, a) of two scores' correlation."""
     rows, n = min(len(x.ranks), len(y.ranks)), x.ranks.shape[1]
-    rho, random = pearson(x.ranks[:rows], y.ranks[:rows]), RANDOM in (a[0], b[0])
+    rho, random = pearson(x.ranks[:rows], y.ranks[:rows]), RANDOM in (a[0].scope, b[0].scope)
     if random:
         high = ranks.random_band(n)
         low, most, unlimited = -high, np.nan, np.nan
@@ -168,9 +190,9 @@ def _pair(a: ScoreKey, b: ScoreKey, x: _Ranked, y: _Ranked, kind: str) -> Iterat
         unlimited = ranks.disattenuated(x.values[1:3], y.values[1:3])
     lists = ranks.argsort_correlation(x.values[0], y.values[0])
     of_layers = _of_layers(x, y, random=random)
+    numbers = dict(zip(_PAIR, (float(rho[0]), low, high, most, unlimited, lists, *of_layers), strict=True))
     for one, other in ((a, b), (b, a)):
-        yield dict(zip(_CORRELATION, (*one, *other, float(rho[0]), low, high, most, unlimited, lists, *of_layers, kind),
-                       strict=True))
+        yield _row(one, other, kind, **numbers)
 
 
 def _of_layers(x: _Ranked, y: _Ranked, *, random: bool) -> tuple[float, float, float, float]:
@@ -178,23 +200,21 @@ def _of_layers(x: _Ranked, y: _Ranked, *, random: bool) -> tuple[float, float, f
     if np.isnan(x.inside[0]).any():
         return (float("nan"),) * 4
     rows = min(len(x.inside), len(y.inside))
-    found = pearson(x.inside[:rows], y.inside[:rows])
+    rho = pearson(x.inside[:rows], y.inside[:rows])
     # Each layer's mean is taken out: what is left varies as freely as ranks of so many components fewer.
     free = len(x.layers) - len(np.unique(x.layers)) + 1
     high = ranks.random_band(free)
-    bounds = (-high, high) if random else ranks.document_interval(float(found[0]), found[3:], free)
-    return float(found[0]), *bounds, ranks.layers_alone(x.values[0], y.values[0], x.layers)
+    bounds = (-high, high) if random else ranks.document_interval(float(rho[0]), rho[3:], free)
+    return float(rho[0]), *bounds, ranks.layers_alone(x.values[0], y.values[0], x.layers)
 
 
-def _reliability(key: ScoreKey, one: _Ranked) -> dict[str, Any]:
+def _reliability(key: _Key, one: _Ranked) -> dict[str, Any]:
     """The diagonal; a random order is known without noise."""
-    if key[0] == RANDOM:
+    if key[0].scope == RANDOM:
         whole, inside = 1.0, np.nan if np.isnan(one.inside[0]).any() else 1.0
     else:
         whole, inside = _split_half(one.ranks), _split_half(one.inside)
-    found = {"correlation": whole, "argsort_correlation": 1.0, "correlation_in_layers": inside}
-    keys = dict(zip(_CORRELATION[:4], (*key, *key), strict=True))
-    return {**dict.fromkeys(_CORRELATION, np.nan), **keys, **found, "kind": "reliability"}
+    return _row(key, key, "reliability", correlation=whole, argsort_correlation=1.0, correlation_in_layers=inside)
 
 
 def _split_half(places: Float[np.ndarray, "row component"]) -> float:
@@ -202,7 +222,8 @@ def _split_half(places: Float[np.ndarray, "row component"]) -> float:
 
 
 def _ranked_score(
-    key: ScoreKey, scores: Scores, resampled: Rows | None, halves: Rows | None, known: Bool[np.ndarray, " component"],
+    key: tuple[str, int], scores: Scores, resampled: Rows | None, halves: Rows | None,
+    known: Bool[np.ndarray, " component"],
     layers: Int[np.ndarray, " known"],
 ) -> _Ranked:
     unknown = np.full((2, len(known)), np.nan)
@@ -218,24 +239,25 @@ def _random(layers: Int[np.ndarray, " component"], seed: int) -> _Ranked:
 
 
 def _ranked(values: Float[np.ndarray, "row component"], layers: Int[np.ndarray, " component"]) -> _Ranked:
-    found, kinds = ranks.ranks(values), len(np.unique(layers))
-    inside = ranks.within_layers(found, layers) if 1 < kinds < len(layers) - 1 else np.full(found.shape, np.nan)
-    return _Ranked(values, found, inside, layers)
+    of_rows, kinds = ranks.ranks(values), len(np.unique(layers))
+    inside = ranks.within_layers(of_rows, layers) if 1 < kinds < len(layers) - 1 else np.full(of_rows.shape, np.nan)
+    return _Ranked(values, of_rows, inside, layers)
 
 
 def _mean(members: Iterable[_Ranked]) -> _Ranked:
-    found = list(members)
-    rows = min(len(one.values) for one in found)
-    return _ranked(np.mean([one.values[:rows] for one in found], axis=0), found[0].layers)
+    tasks = list(members)
+    rows = min(len(one.values) for one in tasks)
+    return _ranked(np.mean([one.values[:rows] for one in tasks], axis=0), tasks[0].layers)
 
 
 def _mean_of_ranks(members: Iterable[_Ranked]) -> _Ranked:
-    found = list(members)
-    rows = min(len(one.ranks) for one in found)
-    return _ranked(_scaled(np.mean([one.ranks[:rows] for one in found], axis=0)), found[0].layers)
+    tasks = list(members)
+    rows = min(len(one.ranks) for one in tasks)
+    return _ranked(_scaled(np.mean([one.ranks[:rows] for one in tasks], axis=0)), tasks[0].layers)
 
 
-_AGGREGATES: Mapping[str, Callable[[Iterable[_Ranked]], _Ranked]] = {MEAN: _mean, MEAN_OF_RANKS: _mean_of_ranks}
+_AGGREGATES: Mapping[Scoped, Callable[[Iterable[_Ranked]], _Ranked]] = {
+    Scoped(MEAN): _mean, Scoped(MEAN_OF_RANKS): _mean_of_ranks}
 
 
 def _scaled(places: Float[np.ndarray, "*rows component"]) -> Float[np.ndarray, "*rows component"]:
@@ -245,19 +267,24 @@ def _scaled(places: Float[np.ndarray, "*rows component"]) -> Float[np.ndarray, "
 
 def correlation_table(importance: pd.DataFrame, scores: Mapping[str, str], seed: int) -> pd.DataFrame:
     """`Study.correlations()`; `scores` says which score orders each kind of component."""
-    return concatenated([
-        correlations(*measured(importance, component, score), seed=seed,
-                               layers=layers_of(importance, score) if component == "head" else None).assign(
-            component=component, score=score)
-        for component, score in scores.items()])
+    tables = [correlations(*measured(importance, component, score), seed=seed, component=component, score=score,
+                           layers=layers_of(importance, score) if component == "head" else None)
+              for component, score in scores.items()]
+    return CORRELATIONS.frame(pd.concat(tables, ignore_index=True))
 
 
 def between_shots(correlations: pd.DataFrame) -> pd.DataFrame:
-    """One row per task and pair of numbers of shots, the fewer first."""
-    rows = correlations[(correlations["kind"] == "shots") & (correlations["task"] == correlations["other_task"])]
+    """One row per task (and aggregate) and pair of numbers of shots, the fewer first."""
+    rows = correlations[(correlations["kind"] == "shots") & (correlations["scope"] == correlations["other_scope"])]
     both = rows[["num_fewshot", "other_shots"]]
     rows = rows.assign(num_fewshot=both.min(axis=1), other_shots=both.max(axis=1))
-    return rows.drop_duplicates(["component", "score", "task", "num_fewshot", "other_shots"])
+    return rows.drop_duplicates(["component", "score", "scope", "task", "num_fewshot", "other_shots"])
+
+
+def between_single_tasks(correlations: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose both sides are single tasks."""
+    rows: pd.DataFrame = correlations[(correlations["scope"] == TASK) & (correlations["other_scope"] == TASK)]
+    return rows
 
 
 def noise(correlations: pd.DataFrame) -> str:
@@ -272,14 +299,15 @@ def noise(correlations: pd.DataFrame) -> str:
     Returns:
         The reason, in words; empty where there is none.
     """
-    single = correlations[~correlations["task"].isin(SUMMARIES)]
+    single = single_tasks(correlations)
     own = single.loc[single["kind"] == "reliability", "correlation"].dropna()
     weak = int((own < RELIABLE).sum())
     if len(own):
         return (f"scores are mostly noise: reliability is below {RELIABLE} for {weak} of {len(own)} orders"
                 if 2 * weak > len(own) else "")
-    band = single.loc[single["other_task"] == RANDOM, "high"].max()
-    pairs = single[~single["other_task"].isin(SUMMARIES) & single["correlation"].notna()]
+    band = single.loc[single["other_scope"] == RANDOM, "high"].max()
+    pairs = between_single_tasks(single)
+    pairs = pairs[pairs["correlation"].notna()]
     within = int((pairs["correlation"].abs() <= band).sum())
     return ("scores may be noise: most correlations lie within what random orders reach" if 2 * within > len(pairs)
             else "")
@@ -288,8 +316,8 @@ def noise(correlations: pd.DataFrame) -> str:
 def noise_by_shots(correlations: pd.DataFrame) -> dict[int, str]:
     """As `noise`, of correlations between tasks by number of shots, fewest first; those that can be read have none."""
     rows = correlations[correlations["kind"].isin(["tasks", "reliability"]) & (correlations["num_fewshot"] >= 0)]
-    found = {int(k): noise(rows[rows["num_fewshot"] == k]) for k in sorted(set(rows["num_fewshot"]))}
-    return {k: reason for k, reason in found.items() if reason}
+    reasons = {int(k): noise(rows[rows["num_fewshot"] == k]) for k in sorted(set(rows["num_fewshot"]))}
+    return {k: reason for k, reason in reasons.items() if reason}
 
 
 def alike_together(pairs: pd.DataFrame) -> list[str]:
@@ -301,8 +329,9 @@ def alike_together(pairs: pd.DataFrame) -> list[str]:
     Args:
         pairs: Correlations between tasks, each pair at least once.
     """
-    rows = pairs[~pairs["task"].isin(SUMMARIES) & ~pairs["other_task"].isin(SUMMARIES) & pairs["correlation"].notna()]
-    names = tasks_first([*rows["task"], *rows["other_task"]])
+    rows = between_single_tasks(pairs)
+    rows = rows[rows["correlation"].notna()]
+    names = list(dict.fromkeys([*rows["task"], *rows["other_task"]]))
     square = rows.pivot_table(index="task", columns="other_task", values="correlation").reindex(
         index=names, columns=names).to_numpy(copy=True)
     square = np.where(np.isnan(square), square.T, square)

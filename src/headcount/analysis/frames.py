@@ -1,71 +1,170 @@
-"""Entries of the ledger as frames: one row per document and mask."""
+"""Entries of the ledger as frames: one row per document and mask, and which entries are shown."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from headcount.study.jobs import score_of
-from headcount.study.ledger import Entry, job_id
+from headcount.analysis.rows import (
+    ALL_TASKS,
+    COMMON,
+    NONE,
+    OTHER_TASKS,
+    OWN,
+    RANDOM,
+    TASK,
+    Scoped,
+)
+from headcount.analysis.schema import OF_TASK, Column, Table, columns
+from headcount.study.jobs import (
+    Done,
+    Evaluation,
+    GradientImportance,
+    ImportanceJob,
+    Job,
+    name_of,
+    scores_of_masks,
+)
+from headcount.study.masksets import (
+    AGGREGATE,
+    OTHERS,
+    CommonCurve,
+    Grid,
+    GridOrder,
+    MaskSet,
+    OwnCurve,
+    RandomCurve,
+    Transfer,
+)
+from headcount.study.masksets import OWN as OWN_DONOR
 
-# An entry's job and what is known of its result, without the table.
-Described: TypeAlias = Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]
-_LABELS = ("component", "order", "donor", "order_seed", "fraction", "ffn_fraction", "layer", "head", "heads_removed",
-           "ffns_removed", "parameters_removed")
-_EVALUATION = ["task", "num_fewshot", "split", *_LABELS, "score", "job", "members", "order_of", "doc_id",
-               "passage", "correct"]
+EVALUATIONS = Table(
+    "evaluations", "What was measured: one row per document and mask.",
+    columns(
+        OF_TASK,
+        Column("split", "str", "", "`evaluation`, or `examples` for the oracle's training documents"),
+        Column("component", "str", "", "what is removed: `none`, `head`, `ffn` or `both`"),
+        Column("order", "str", "", "`none` for the full model; `gradient`, `oracle`: the task's own; `common`: the "
+               "one order of all tasks; `random`; `single` for one head or FFN alone off; `grid` for heads and FFNs "
+               "together; `transfer` for another task's order"),
+        Column("donor_scope", "str", "", "whose order removes: `none`, `own` (the task's), `task` (another task's), "
+               "`all tasks` (together), `other tasks` (all but this one, together) or `random`"),
+        Column("donor", "str", "", "name of the other task whose order removes; empty where it is no single one's"),
+        Column("order_seed", "int64", "", "seed of a random order, else -1"),
+        Column("fraction", "float64", "0..1", "share of the heads (or FFNs) that is removed; of the grid, of heads"),
+        Column("ffn_fraction", "float64", "0..1", "of the grid, share of the FFNs that is removed"),
+        Column("layer", "int64", "", "of what is off alone, else -1"),
+        Column("head", "int64", "", "of the head that is off alone, else -1"),
+        Column("heads_removed", "int64", "heads", "how many heads are off"),
+        Column("ffns_removed", "int64", "FFNs", "how many FFNs are off"),
+        Column("parameters_removed", "int64", "parameters", "how many parameters that removes"),
+        Column("score", "str", "", "which score ordered what is removed, of the grid that of heads and that of FFNs; "
+               "empty "
+               "where none did"),
+        Column("doc_id", "int64", "", "the document's position in its split"),
+        Column("passage", "int64", "", "equal for documents that belong together"),
+        Column("correct", "float64", "0..1", "the task's metric"),
+        Column("gold_loglikelihood", "float64", "nats", "log-likelihood of the gold answer"),
+        Column("margin", "float64", "nats", "that less the best other option's; missing where there is one option"),
+        Column("prediction", "int64", "", "index of the option that the model takes"),
+        Column("gold", "int64", "", "index of the gold option"),
+        Column("num_options", "int64", "options", "how many options the document has")),
+    "Curves by several scores may lie in one folder: all are here, other tables are of those asked for last.",
+    further="other metrics of the task, such as acc_norm", written=False)
+# What of each row only this room needs: the number of its entry, of how many tasks its order is, and which importance
+# it was read from.
+_INNER = ("job", "members", "order_of")
+# Of a mask's label what an earlier version did not write.
+_LABELS = {"component": "none", "order": "none", "order_seed": -1, "fraction": 0.0, "ffn_fraction": 0.0, "layer": -1,
+           "head": -1, "heads_removed": 0, "ffns_removed": 0, "parameters_removed": 0}
+_DONORS = {AGGREGATE: ALL_TASKS, OTHERS: OTHER_TASKS, OWN_DONOR: OWN}
 
 
-def current(jobs: Iterable[Mapping[str, Any]], model: str) -> Callable[[Mapping[str, Any]], bool]:
+def current(importance: Iterable[ImportanceJob], model: str) -> Callable[[Job], bool]:
     """Which jobs are of a model, and of its gradient scores as they were last defined.
 
     Where a model norms what its branches put out, an earlier version took gradient scores before that norm. A folder
     that was begun with it may hold both: then what rests on the earlier scores is passed over, curves too.
 
     Args:
-        jobs: The folder's jobs of importance.
+        importance: The folder's jobs of importance.
         model: The model's fingerprint; two processes may have begun the folder with different ones.
     """
-    earlier = {job_id({k: v for k, v in job.items() if k != "through_norms"}) for job in jobs if "through_norms" in job}
+    earlier = {name_of(dataclasses.replace(job, through_norms=None)) for job in importance
+               if isinstance(job, GradientImportance) and job.through_norms}
 
-    def chosen(job: Mapping[str, Any]) -> bool:
-        return job["model"] == model and not (earlier and earlier & {job_id(job), *_importance_of(job)})
+    def chosen(job: Job) -> bool:
+        return job.model == model and not (earlier and earlier & {name_of(job), *(need.name for need in job.needs)})
 
     return chosen
 
 
-def _importance_of(job: Mapping[str, Any]) -> list[str]:
-    """The entries of importance that a curve's orders are read from."""
-    curve = job.get("curve", {})
-    found = [order.get("importance", []) for order in (curve, curve.get("heads", {}), curve.get("ffns", {}))
-             if isinstance(order, Mapping)]
-    return [name for names in found for name in ([names] if isinstance(names, str) else names)]
+def donor_of(masks: MaskSet) -> Scoped:
+    """Whose order a set of masks goes by: one task's, all tasks' together, ..."""
+    if isinstance(masks, Transfer):
+        scope = TASK if masks.donor_is == TASK else _DONORS.get(masks.donor, TASK)
+        return Scoped(scope, masks.donor if scope == TASK else "")
+    if isinstance(masks, Grid):
+        return Scoped(ALL_TASKS if masks.donor else OWN)
+    return Scoped(OWN if isinstance(masks, OwnCurve) else ALL_TASKS if isinstance(masks, CommonCurve) else
+                  RANDOM if isinstance(masks, RandomCurve) else NONE)
 
 
-def evaluation_rows(entries: Iterable[Entry], aggregate: str) -> pd.DataFrame:
-    """`Study.evaluations()`, and besides: job (number of the entry), members (tasks that its order is of).
+def _shared_by(masks: MaskSet) -> tuple[int, str | None]:
+    """How many tasks have a part in the order that masks go by, and how their importance becomes one."""
+    order = masks.heads if isinstance(masks, Grid) else masks
+    if not isinstance(order, GridOrder | CommonCurve | Transfer):
+        return 1, None
+    return (1 if isinstance(order.importance, str) else len(order.importance)), order.aggregate
+
+
+def evaluation_rows(
+    entries: Iterable[Done[Evaluation]], aggregate: str, has_step: Callable[[str, float, float], bool]
+) -> pd.DataFrame:
+    """The columns of `Study.evaluations()`, and besides those that only this room needs (`_INNER`).
 
     Args:
         entries: Evaluation entries.
         aggregate: An aggregate may have been taken of scores first and of ranks later; the last one asked for is shown.
+        has_step: Which masks are shown, by order and fractions (`headcount.study.shown.Shown.has_step`).
     """
-    frames = []
+    masks: list[dict[str, Any]] = []
+    tables: list[pd.DataFrame] = []
+    rows: list[np.ndarray] = []
     for number, entry in enumerate(entries):
-        curve = entry.job["curve"]
-        together = curve.get("heads", curve)  # of the grid
-        if together.get("aggregate", aggregate) != aggregate:
+        job = entry.job
+        members, how = _shared_by(job.masks)
+        if (how or aggregate) != aggregate:
             continue
-        labels = pd.DataFrame([{name: mask.get(name, -1) for name in _LABELS} for mask in entry.info["masks"]])
-        labels.insert(0, "mask", range(len(labels)))
-        for name in ("split", "num_fewshot", "task"):
-            labels.insert(1, name, entry.job[name])
-        members = together.get("importance", [])
-        labels = labels.assign(score=score_of(curve), job=number, order_of=" ".join(sorted(_importance_of(entry.job))),
-                               members=len(members) if isinstance(members, list) else 1)
-        frames.append(labels.merge(entry.table, on="mask").drop(columns="mask"))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_EVALUATION)
+        donor = donor_of(job.masks)
+        of_job = {"task": job.task, "num_fewshot": job.num_fewshot, "split": job.split,
+                  "donor_scope": donor.scope, "donor": donor.task, "score": scores_of_masks(job.masks), "job": number,
+                  "members": members, "order_of": " ".join(sorted(job.masks.needs))}
+        labels = [{**of_job, **{name: label.get(name, missing) for name, missing in _LABELS.items()}}
+                  for label in entry.info["masks"]]
+        there = np.array([has_step(label["order"], label["fraction"], label["ffn_fraction"]) for label in labels], bool)
+        mask = entry.table["mask"].to_numpy()
+        order = np.argsort(mask, kind="stable")
+        order = order[mask[order] < len(labels)]
+        order = order[there[mask[order]]]
+        rows.append(len(masks) + mask[order])
+        masks += labels
+        tables.append(entry.table if len(order) == len(mask) and (np.diff(order) == 1).all() else
+                      entry.table.iloc[order])
+    if not tables:
+        return EVALUATIONS.frame().assign(**{name: pd.Series(dtype=object) for name in _INNER})
+    measured = pd.concat(tables, ignore_index=True).drop(columns="mask")
+    labelled = pd.DataFrame(masks).take(np.concatenate(rows)).reset_index(drop=True)
+    return EVALUATIONS.frame(pd.concat([labelled, measured], axis=1))
+
+
+def evaluations_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """`Study.evaluations()`: without what only this room needs."""
+    return rows.drop(columns=list(_INNER))
 
 
 def of_one_order(rows: pd.DataFrame) -> pd.DataFrame:
@@ -75,8 +174,7 @@ def of_one_order(rows: pd.DataFrame) -> pd.DataFrame:
     several of as many: what goes by two of them is no one set. Kept is that of the most tasks, on the most tasks. Of
     transfer earlier ones of fewer tasks stay, which may have been measured on more documents.
     """
-    by_mean = rows["order"].isin(["grid", "transfer"]) & (rows["donor"] == "mean")
-    together = (rows["order"] == "common") | by_mean
+    together = (rows["donor_scope"] == ALL_TASKS) & rows["order"].isin(["grid", "transfer", COMMON])
     dropped: list[int] = []
     for (order, *_), of_kind in rows[together].groupby(["order", "num_fewshot", "component"]):
         known = of_kind.groupby("order_of").agg(members=("members", "first"), tasks=("task", "nunique"),
@@ -89,22 +187,23 @@ def of_one_order(rows: pd.DataFrame) -> pd.DataFrame:
     return kept
 
 
-def evaluated(full_models: pd.DataFrame) -> dict[str, tuple[int, str]]:
-    """By task, how many documents stand for themselves (passages, where some share one), and in words."""
-    found = {}
-    for task, of_task in full_models.groupby("task", sort=False):
-        documents, passages = of_task["doc_id"].nunique(), of_task["passage"].nunique()
-        found[str(task)] = (passages, str(documents) if passages == documents else
-                            f"{documents} of {passages} passages")
-    return found
+def shown(rows: pd.DataFrame, scores: Mapping[str, str], grid_order: str) -> pd.DataFrame:
+    """Of the evaluations those whose orders are by the scores that were asked for last, or by none.
+
+    Args:
+        rows: From `evaluation_rows`.
+        scores: Which score orders heads, and which FFNs.
+        grid_order: The donor's scope by which the grid was asked for last.
+    """
+    of_grid = (rows["order"] == "grid") & (rows["score"] == f"{scores['head']} {scores['ffn']}") & (
+        rows["donor_scope"] == grid_order)
+    by_score = [(rows["component"] == component) & (rows["score"] == score) for component, score in scores.items()]
+    return of_one_order(rows[np.logical_or.reduce([rows["score"] == "", of_grid, *by_score])])
 
 
-def truncated(entries: Described) -> dict[tuple[str, int], int]:
-    """How many requests were cut to fit the window, by (task, number of shots), where any were."""
-    found: dict[tuple[str, int], int] = {}
-    for job, info in entries:
-        if job["kind"] != "induction":
-            # Evaluated and training documents have entries of their own: neither may hide the other's count.
-            key = (job["task"], job["num_fewshot"])
-            found[key] = max(found.get(key, 0), info.get("truncated", 0))
-    return {key: n for key, n in sorted(found.items()) if n}
+def hidden_scores(rows: pd.DataFrame, scores: Mapping[str, str]) -> list[str]:
+    """By which other scores the folder's curves remove heads or FFNs, in words; arguments as in `shown`."""
+    measured = rows[["component", "score"]].drop_duplicates()
+    return sorted(f"{name} by {score}" for component, name in (("head", "heads"), ("ffn", "FFNs"))
+                  for score in measured.loc[measured["component"] == component, "score"]
+                  if score not in ("", scores[component]))

@@ -8,23 +8,42 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from headcount.analysis.curves import OWN, OWN_ORDERS
 from headcount.analysis.points import (
-    MEAN,
     Points,
     compared,
     finished,
-    groups,
     most_measured,
     points_of,
     removed_by,
     with_mean,
 )
+from headcount.analysis.rows import ALL_TASKS, OWN, OWN_ORDERS, Scoped, groups
+from headcount.analysis.schema import OF_SCOPE, Column, Table, changes_of, columns, interval_of
 from headcount.stats import intervals
 
-GRID = ["task", "num_fewshot", "heads_fraction", "ffns_fraction", "heads_removed", "ffns_removed",
-        "parameters_removed_share", "accuracy", "low", "high", "difference", "difference_low", "difference_high", "p",
-        "documents", "changed", "fell", "rose", "verdict", "within_margin", "baseline", "order"]
+GRID = Table(
+    "grid", "Heads and FFNs pruned jointly: one row per task (and their mean), number of shots and pair of fractions.",
+    columns(
+        OF_SCOPE,
+        Column("heads_fraction", "float64", "0..1", "share of all heads that is removed"),
+        Column("ffns_fraction", "float64", "0..1", "share of all FFNs that is removed"),
+        Column("heads_removed", "int64", "heads", "how many heads are removed"),
+        Column("ffns_removed", "int64", "FFNs", "how many FFNs are removed"),
+        Column("parameters_removed_share", "float64", "0..1", "which share of the model's parameters that removes"),
+        Column("accuracy", "float64", "0..1", "mean of the task's metric over documents (and tasks)"),
+        interval_of("the accuracy"),
+        Column("difference", "float64", "-1..1", "accuracy less the full model's, on the same documents"),
+        interval_of("the difference", "-1..1", "difference_low", "difference_high"),
+        Column("p", "float64", "0..1", "exact paired test that as many documents got worse as better, cell by cell"),
+        Column("documents", "int64", "documents", "evaluated documents, of all tasks together"),
+        changes_of(),
+        Column("verdict", "str", "", "what the interval says of a loss of the margin, cell by cell: `within`, `costs "
+               "more` or `unknown`, which it also is where the full model is not above its baseline"),
+        Column("within_margin", "bool", "", "whether the verdict is `within`"),
+        Column("baseline", "float64", "0..1", "what is had without reading: the better of chance and the best constant "
+               "answer"),
+        Column("order", "str", "", "by whose order heads and FFNs go: `own`, each task's, or `all tasks`, that of "
+               "all tasks together")))
 
 
 def grid_table(
@@ -50,35 +69,35 @@ def grid_table(
         points = points_of(of_task, full, constant=constants.get(str(task), 0.0))
         steps = (set(of_task["fraction"]), set(of_task["ffn_fraction"]))
         curves = same[same["order"].isin(OWN_ORDERS) & same["doc_id"].isin(of_task["doc_id"].unique())]
-        own = not (of_task["donor"] == MEAN).any()
+        own = not (of_task["donor_scope"] == ALL_TASKS).any()
         for (component, fraction), of_point in groups(curves, "component", "fraction"):
             if own and fraction in steps[component == "ffn"]:
                 points.add((fraction, 0.0) if component == "head" else (0.0, fraction), of_point)
         for (heads, ffns), of_point in groups(of_task, "fraction", "ffn_fraction"):
             points.add((heads, ffns), of_point)
         by_shots.setdefault(int(k), {})[str(task)] = points
-    found = [row for k, of_tasks in sorted(by_shots.items())
-             for task, members in with_mean(of_tasks, finished(of_tasks))
-             for row in _grid_rows(task, k, list(members.values()), margin, parameters, above.get((task, k)))]
-    together = (rows.loc[rows["order"] == "grid", "donor"] == MEAN).any()
-    return pd.DataFrame(found, columns=[c for c in GRID if c != "order"]).assign(order=MEAN if together else OWN)
+    cells = [row for k, of_tasks in sorted(by_shots.items())
+             for scoped, members in with_mean(of_tasks, finished(of_tasks))
+             for row in _grid_rows(scoped, k, list(members.values()), margin, parameters, above.get((scoped.task, k)))]
+    together = (rows.loc[rows["order"] == "grid", "donor_scope"] == ALL_TASKS).any()
+    return GRID.frame({**row, "order": ALL_TASKS if together else OWN} for row in cells)
 
 
 def _grid_rows(
-    task: str, k: int, tasks: Sequence[Points], margin: float, parameters: int, above: bool | None
+    scoped: Scoped, k: int, tasks: Sequence[Points], margin: float, parameters: int, above: bool | None
 ) -> list[dict[str, Any]]:
     """Rows of one grid; `above` is None for a mean over tasks, whose own interval says whether it is above."""
     keys = sorted(set.intersection(*({*t.values} for t in tasks)))
-    found = compared(tasks, [None, *keys])
+    of_keys = compared(tasks, [None, *keys])
     baseline = float(np.mean([t.baseline for t in tasks]))
     # At chance there is nothing to lose: no cell is shown to be within the margin of anything.
-    able = found[None].low > baseline if above is None else above
+    able = of_keys[None].low > baseline if above is None else above
     rows = []
     for key in [None, *keys]:
-        one, removed = found[key], removed_by(tasks, key)
+        one, removed = of_keys[key], removed_by(tasks, key)
         heads, ffns = key or (0.0, 0.0)
         told = intervals.verdict(one.difference_low, one.difference_high, margin) if key else intervals.WITHIN
-        rows.append({"task": task, "num_fewshot": k, "heads_fraction": heads, "ffns_fraction": ffns,
+        rows.append({**scoped._asdict(), "num_fewshot": k, "heads_fraction": heads, "ffns_fraction": ffns,
                      "heads_removed": int(removed.heads), "ffns_removed": int(removed.ffns),
                      "parameters_removed_share": removed.parameters / parameters, **vars(one),
                      "verdict": told if able else intervals.UNKNOWN,
@@ -101,11 +120,11 @@ def reachable(cells: pd.DataFrame) -> pd.Series:
     at = list(zip(cells["heads_fraction"], cells["ffns_fraction"], strict=True))
     within = dict(zip(at, cells["within_margin"].astype(bool), strict=True))
     heads, ffns = sorted({h for h, _ in at}), sorted({f for _, f in at})
-    found: set[tuple[float, float]] = set()
+    reached: set[tuple[float, float]] = set()
     for i, h in enumerate(heads):
         for j, f in enumerate(ffns):
             before = {(heads[i - 1], f)} if i else set()
             before |= {(h, ffns[j - 1])} if j else set()
-            if within.get((h, f)) and (not before or before & found):
-                found.add((h, f))
-    return pd.Series([cell in found for cell in at], index=cells.index, dtype=bool)
+            if within.get((h, f)) and (not before or before & reached):
+                reached.add((h, f))
+    return pd.Series([cell in reached for cell in at], index=cells.index, dtype=bool)

@@ -10,18 +10,21 @@ heads do induction, and how well, is taken as known.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from headcount.analysis.schema import OF_SCOPE, Column, Table, columns, interval_of
 from headcount.analysis.scores import (
+    OF_CHANCE,
     PRIMITIVES,
     Places,
     Rows,
     Scores,
+    by_chance,
     check_lengths,
     layers_of,
     measured,
@@ -31,17 +34,93 @@ from headcount.analysis.scores import (
     trained_scores,
     with_aggregate,
 )
-from headcount.analysis.top_sets import by_chance
 from headcount.errors import OptionError
 from headcount.masks import count
 from headcount.stats.resampling import around, interval
-from headcount.study.ledger import Entry
+from headcount.study.jobs import Done, InductionScores
+from headcount.study.spec import INDUCTION_TEXTS
 
-_INDUCTION = ["layer", "head", "prefix_matching", "copying", "previous_token", "ov_copying", "induction", "weights",
-              "protocol", "sequences"]
+RETAINED_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+DRAWS = 1000
+INDUCTION = Table(
+    "induction", "Induction scores: one row per head and weights.",
+    columns(
+        Column("layer", "int64", "", "number of the layer, from 0"),
+        Column("head", "int64", "", "number of the head in its layer, from 0"),
+        Column("prefix_matching", "float64", "0..1", "attention to what followed earlier occurrences of the token at "
+               "hand, "
+               "mean over random texts"),
+        Column("copying", "float64", "0..1", "how much what the head writes raises the token it attends to, mean over "
+               "random texts"),
+        Column("previous_token", "float64", "0..1", "attention to the previous token, mean over random texts"),
+        Column("ov_copying", "float64", "-1..1", "eigenvalue score of the head's OV circuit"),
+        Column("induction", "boolean", "", "whether high on both prefix matching and copying; missing before the "
+               "control "
+               "is measured that copying's threshold depends on"),
+        Column("weights", "str", "", "`trained`, or `random` for the same model with random weights"),
+        Column("protocol", "str", "", "`sound` or `paper`"),
+        Column("sequences", "int64", "texts", "how many random texts"),
+        Column("prefix_matching_variance", "float64", "", "variance of prefix_matching over texts"),
+        Column("copying_variance", "float64", "", "variance of copying over texts"),
+        Column("previous_token_variance", "float64", "", "variance of previous_token over texts")))
+RETAINED = Table(
+    "retained", "Which share of prefix matching, and of copying, is left as heads go by importance: one row per task "
+    "(and "
+    "the aggregate), number of shots, primitive and fraction.",
+    columns(
+        OF_SCOPE,
+        Column("primitive", "str", "", "`prefix_matching` or `copying`"),
+        Column("fraction", "float64", "0..1", "share of the heads that is removed, the least important first"),
+        Column("retained", "float64", "0..1", "share of the primitive's total score that the others hold; missing "
+               "where "
+               "the total is 0"),
+        interval_of("it, over documents"),
+        Column("random_mean", "float64", "0..1", "share of heads that is left: the expectation of a random order"),
+        Column("random_low", "float64", "0..1", "95 % of random orders leave at least this"),
+        Column("random_high", "float64", "0..1", "and at most this")))
+INDUCTION_AMONG_IMPORTANT = Table(
+    "induction_among_important", "How many induction heads are among the important ones: one row per task (and the "
+    "aggregate), number of shots and fraction.",
+    columns(
+        OF_SCOPE,
+        Column("fraction", "float64", "0..1", "size of the set of important heads, as a share of all heads"),
+        Column("important", "int64", "heads", "how many that is"),
+        Column("induction_heads", "int64", "heads", "how many induction heads there are"),
+        Column("common", "int64", "heads", "how many are both"),
+        interval_of("it, over documents", "heads"),
+        OF_CHANCE))
 
 
-def induction_rows(entries: Mapping[str, Entry], thresholds: Mapping[str, float]) -> pd.DataFrame:
+def shown_entries(
+    entries: Iterable[Done[InductionScores]], spec: Mapping[str, Any]
+) -> dict[str, Done[InductionScores]]:
+    """The model's own induction scores and those of random weights, by weights, of all that a folder holds.
+
+    Of several lengths and numbers of texts those that were asked for last, else the most texts. Copying depends on the
+    lengths, so a control of other texts than the model's would set a wrong threshold: it is left out.
+
+    Args:
+        entries: Induction entries of one model.
+        spec: What was asked last.
+    """
+    asked = _texts(sorted(spec.get("induction_lengths") or ()), spec.get("induction_seeds"), spec["seed"],
+                   spec["protocol"])
+    by_rank = sorted(entries, key=lambda entry: (_texts_of(entry.job) == asked, entry.info["sequences"]))
+    own = [entry for entry in by_rank if entry.job.weights == "trained"]
+    shown = _texts_of(own[-1].job) if own else asked
+    return {entry.job.weights: entry for entry in by_rank if _texts_of(entry.job) == shown}
+
+
+def _texts_of(job: InductionScores) -> tuple[Any, ...]:
+    return _texts(job.lengths or (), job.seeds, job.seed, job.protocol)
+
+
+def _texts(lengths: Sequence[int], seeds: int | None, seed: int, protocol: str) -> tuple[Any, ...]:
+    """What tells the texts of two induction jobs apart."""
+    return list(lengths), seeds or INDUCTION_TEXTS[protocol][1], seed, protocol
+
+
+def induction_rows(entries: Mapping[str, Done[InductionScores]], thresholds: Mapping[str, float]) -> pd.DataFrame:
     """`Study.induction()`.
 
     Args:
@@ -49,24 +128,14 @@ def induction_rows(entries: Mapping[str, Entry], thresholds: Mapping[str, float]
         thresholds: What an induction head reaches on each primitive; NaN where that is not known.
     """
     if not entries:
-        return pd.DataFrame(columns=_INDUCTION)
-    table = pd.concat([entry.table.assign(weights=weights, protocol=entry.job["protocol"],
+        return INDUCTION.frame()
+    table = pd.concat([entry.table.assign(weights=weights, protocol=entry.job.protocol,
                                           sequences=entry.info["sequences"])
                        for weights, entry in sorted(entries.items(), reverse=True)], ignore_index=True)
     high = np.logical_and.reduce([table[name] >= least for name, least in thresholds.items()])
     # Not known before the control is measured that copying's threshold depends on.
-    table["induction"] = pd.array(high, "boolean") if not np.isnan(thresholds["copying"]) else pd.NA
-    table["induction"] = table["induction"].astype("boolean")
-    ordered: pd.DataFrame = table[[*_INDUCTION, *(c for c in table if c not in _INDUCTION)]]
-    return ordered
-
-
-RETAINED_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-DRAWS = 1000
-_RETAINED = ["task", "num_fewshot", "primitive", "fraction", "retained", "low", "high", "random_mean", "random_low",
-             "random_high"]
-_AMONG = ["task", "num_fewshot", "fraction", "important", "induction_heads", "common", "low", "high", "expected",
-              "p", "p_fewer", "expected_in_layers", "p_in_layers", "p_fewer_in_layers"]
+    known = not np.isnan(thresholds["copying"])
+    return INDUCTION.frame(table.assign(induction=pd.array(high if known else [pd.NA] * len(table), "boolean")))
 
 
 def retained(
@@ -78,7 +147,7 @@ def retained(
 
     Args:
         scores: Importance of all heads by (task, number of shots); their aggregate over tasks, where there are several,
-            is added as task "mean" (or "mean of ranks").
+            is added as scope "mean" (or "mean of ranks").
         primitives: A score per head, never negative, by name ("prefix_matching", "copying").
         fractions: Shares of heads to remove; `floor(fraction * n)` heads go.
         resampled: Bootstrap replicates of the scores, for the interval.
@@ -87,9 +156,7 @@ def retained(
         aggregate: "mean" of the tasks' scores, or of their "ranks".
 
     Returns:
-        Columns: task; num_fewshot; primitive; fraction; retained (0..1; NaN where the total is 0) with its
-        95 % interval low, high; random_mean (the share of heads that is left: the expectation of a
-        random order); random_low, random_high (what 95 % of random orders leave; the same for every task).
+        The table `RETAINED`; the band of random orders is the same for every task.
 
     Raises:
         OptionError: If scores are missing or not of one model's heads, or a primitive is negative somewhere.
@@ -104,14 +171,16 @@ def retained(
         gone = [count(fraction, n) for fraction in fractions]
         shuffled = np.random.default_rng(seed).permuted(np.tile(values, (draws, 1)), axis=1)
         low, high = interval(_left(shuffled, gone).T)
-        for (task, k), at in ordered.items():
+        for (scoped, k), at in ordered.items():
             in_order = np.empty(at.shape)
             np.put_along_axis(in_order, at, values[None], axis=1)
             left = _left(in_order, gone)
             bounds = np.clip(around(left[0], left[1:]), 0, 1)
-            rows += [dict(zip(_RETAINED, (task, k, name, fraction, left[0, i], *bounds[:, i], 1 - gone[i] / n, low[i],
-                                          high[i]), strict=True)) for i, fraction in enumerate(fractions)]
-    return pd.DataFrame(rows, columns=_RETAINED)
+            rows += [{**scoped._asdict(), "num_fewshot": k, "primitive": name, "fraction": fraction,
+                      "retained": left[0, i], "low": bounds[0, i], "high": bounds[1, i],
+                      "random_mean": 1 - gone[i] / n, "random_low": low[i], "random_high": high[i]}
+                     for i, fraction in enumerate(fractions)]
+    return RETAINED.frame(rows)
 
 
 def induction_among_important(
@@ -123,7 +192,7 @@ def induction_among_important(
 
     Args:
         scores: Importance of all heads by (task, number of shots); their aggregate over tasks, where there are several,
-            is added as task "mean" (or "mean of ranks").
+            is added as scope "mean" (or "mean of ranks").
         induction_heads: True for every head that is high on both primitives.
         fractions: Sizes of the important set, as shares of all heads: the last `floor(fraction * n)` of the order.
         layers: Of every head.
@@ -131,11 +200,7 @@ def induction_among_important(
         aggregate: "mean" of the tasks' scores, or of their "ranks".
 
     Returns:
-        Columns: task; num_fewshot; fraction; important (heads in the important set); induction_heads (how many there
-        are); common (in both) with its 95 % interval low, high; expected (by chance); p (the probability that a random
-        set of this size holds at least so many of them, hypergeometric) and p_fewer (at most so many); then
-        expected_in_layers, p_in_layers and p_fewer_in_layers, where chance takes as many of each layer as there are
-        among the important and among the induction heads. No p is corrected for the number of rows: see `stats.holm`.
+        The table `INDUCTION_AMONG_IMPORTANT`. No p is corrected for the number of rows: see `stats.holm`.
 
     Raises:
         OptionError: If scores are missing or not of one model's heads.
@@ -144,14 +209,15 @@ def induction_among_important(
     everything = _places_of_heads(scores, {"induction": induction_heads.astype(np.float64)}, resampled, aggregate)
     of_layers = None if layers is None else np.asarray(layers)
     rows: list[dict[str, Any]] = []
-    for ((task, k), at), fraction in itertools.product(everything.items(), fractions):
+    for ((scoped, k), at), fraction in itertools.product(everything.items(), fractions):
         size = count(fraction, total)
         important = at >= total - size
         common = (important & induction_heads).sum(axis=1)
-        bounds = np.clip(around(float(common[0]), common[1:].astype(np.float64)), 0, min(size, there))
-        rows.append(dict(zip(_AMONG, (task, k, fraction, size, there, int(common[0]), *bounds,
-                                          *by_chance(important[0], induction_heads, of_layers)), strict=True)))
-    return pd.DataFrame(rows, columns=_AMONG)
+        low, high = np.clip(around(float(common[0]), common[1:].astype(np.float64)), 0, min(size, there))
+        rows.append({**scoped._asdict(), "num_fewshot": k, "fraction": fraction, "important": size,
+                     "induction_heads": there, "common": int(common[0]), "low": low, "high": high,
+                     **by_chance(important[0], induction_heads, of_layers)})
+    return INDUCTION_AMONG_IMPORTANT.frame(rows)
 
 
 def _left(ordered: Float[np.ndarray, "row head"], gone: Sequence[int]) -> Float[np.ndarray, "row step"]:
@@ -176,12 +242,12 @@ def retained_table(
     importance: pd.DataFrame, score: str, induction: pd.DataFrame, seed: int, aggregate: str
 ) -> pd.DataFrame:
     """`Study.retained()`."""
-    found = measured(importance, "head", score)
-    trained = trained_scores(induction, found.scores)
+    known = measured(importance, "head", score)
+    trained = trained_scores(induction, known.scores)
     if trained is None:
         return retained({}, {}, seed=seed)
     return retained(
-        found.scores, primitive_scores(trained), resampled=found.resampled, seed=seed, aggregate=aggregate
+        known.scores, primitive_scores(trained), resampled=known.resampled, seed=seed, aggregate=aggregate
     )
 
 
@@ -189,21 +255,21 @@ def among_important_table(
     importance: pd.DataFrame, score: str, induction: pd.DataFrame, aggregate: str
 ) -> pd.DataFrame:
     """`Study.induction_among_important()`; empty where it is not known which heads are induction heads."""
-    found = measured(importance, "head", score)
-    trained = trained_scores(induction, found.scores)
+    known = measured(importance, "head", score)
+    trained = trained_scores(induction, known.scores)
     if trained is None or trained["induction"].isna().any():
         return induction_among_important({}, np.zeros(0, bool))
     chosen: Bool[np.ndarray, " head"] = trained["induction"].to_numpy(bool)
-    return induction_among_important(found.scores, chosen, layers=layers_of(importance, score),
-                                             resampled=found.resampled, aggregate=aggregate)
+    return induction_among_important(known.scores, chosen, layers=layers_of(importance, score),
+                                     resampled=known.resampled, aggregate=aggregate)
 
 
 def induction_heads(induction: pd.DataFrame) -> pd.DataFrame:
     """The induction heads with their names, those highest on the lower of their two scores first."""
-    found = induction[induction["induction"].fillna(False)]
-    names = [name_of("head", layer, head) for layer, head in zip(found["layer"], found["head"], strict=True)]
-    lower = found[list(PRIMITIVES)].min(axis=1)
-    return found.assign(name=names).loc[lower.sort_values(ascending=False, kind="stable").index]
+    heads = induction[induction["induction"].fillna(False)]
+    names = [name_of("head", layer, head) for layer, head in zip(heads["layer"], heads["head"], strict=True)]
+    lower = heads[list(PRIMITIVES)].min(axis=1)
+    return heads.assign(name=names).loc[lower.sort_values(ascending=False, kind="stable").index]
 
 
 def borderline(induction: pd.DataFrame, thresholds: Mapping[str, float]) -> int:

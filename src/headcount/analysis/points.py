@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from headcount.analysis.rows import MEAN, Scoped, of_task
 from headcount.stats import baselines, intervals
 from headcount.stats.intervals import Sample
 from headcount.stats.paired import mcnemar
 
-MEAN = "mean"
 # What tells masks of one kind apart: (component, order, fraction) for curves; None is the full model.
 Key: TypeAlias = Any
 # Averages such as 2/3 differ from themselves in the last bits, depending on how they were summed.
@@ -59,15 +59,18 @@ class Points:
         Two jobs may have measured the same: a task that was unseen has a random order on the documents of transfer,
         which may be fewer, beside that of its curve.
         """
-        wide = rows.drop_duplicates(["order_seed", "doc_id"]).pivot(
-            index="order_seed", columns="doc_id", values="correct")
-        whole = wide.dropna()
-        if wide.shape[1] < len(self.full) or whole.empty:
+        seeds, draw = np.unique(rows["order_seed"].to_numpy(), return_inverse=True)
+        documents, place = np.unique(rows["doc_id"].to_numpy(), return_inverse=True)
+        wide = np.full((len(seeds), len(documents)), np.nan)
+        # From the last to the first: of what two jobs measured the first counts.
+        wide[draw[::-1], place[::-1]] = rows["correct"].to_numpy(np.float64)[::-1]
+        whole = ~np.isnan(wide).any(axis=1)
+        if len(documents) < len(self.full) or not whole.any():
             return
-        self.draws[key] = whole.to_numpy(np.float64)
+        self.draws[key] = wide[whole]
         self.values[key] = self.draws[key].mean(axis=0)
-        kept = rows[rows["order_seed"].isin(whole.index)]
-        self.removed[key] = Removed(*(float(kept[f"{what}_removed"].mean())
+        kept = whole[draw]
+        self.removed[key] = Removed(*(float(rows[f"{what}_removed"].to_numpy()[kept].mean())
                                       for what in ("heads", "ffns", "parameters")))
 
     def metric(self, key: Key) -> Float[np.ndarray, " doc"]:
@@ -170,11 +173,11 @@ def finished(of_tasks: Mapping[str, Points]) -> dict[str, Points]:
 
 def with_mean(
     of_tasks: Mapping[str, Points], together: Mapping[str, Points]
-) -> Iterator[tuple[str, Mapping[str, Points]]]:
-    """Every task alone, and where there are several those `together` as "mean"."""
-    yield from ((task, {task: points}) for task, points in of_tasks.items())
+) -> Iterator[tuple[Scoped, Mapping[str, Points]]]:
+    """Every task alone, and where there are several those `together` as their mean."""
+    yield from ((of_task(task), {task: points}) for task, points in of_tasks.items())
     if len(together) > 1:
-        yield MEAN, together
+        yield Scoped(MEAN), together
 
 
 def most_measured(documents: Collection[int]) -> int:
@@ -188,7 +191,3 @@ def most_measured(documents: Collection[int]) -> int:
     """
     return max(documents, key=lambda n: n * sum(other >= n for other in documents), default=0)
 
-
-def groups(table: pd.DataFrame, *columns: str) -> Iterator[tuple[Any, pd.DataFrame]]:
-    """The rows of every combination of values of these columns, in the order in which they first stand there."""
-    yield from table.groupby(columns[0] if len(columns) == 1 else list(columns), sort=False)

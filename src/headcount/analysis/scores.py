@@ -5,35 +5,41 @@ A top set holds the last `floor(fraction * n)` components of the order of remova
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from headcount.analysis.points import MEAN, groups
+from headcount.analysis.rows import MEAN, MEAN_OF_RANKS, Scoped, groups, of_task
+from headcount.analysis.schema import Column
 from headcount.errors import OptionError
 from headcount.masks import removal_order
 from headcount.stats.resampling import around
+from headcount.stats.sets import hypergeometric_overlap, overlap_within
 from headcount.study.codec import resampled_from
 
-MEAN_OF_RANKS, RANDOM = "mean of ranks", "random"
 # One array per (task, number of shots).
 ScoreKey = tuple[str, int]
 Scores = Mapping[ScoreKey, Float[np.ndarray, " _"]]
 Rows = Mapping[ScoreKey, Float[np.ndarray, "_ _"]]
+# The same of tasks and of their aggregate.
+ScopedKey = tuple[Scoped, int]
+AnyKey = TypeVar("AnyKey", ScoreKey, ScopedKey)
+Name = TypeVar("Name")
 
 
-def by_shots(keys: Iterable[ScoreKey]) -> dict[int, list[str]]:
+def by_shots(keys: Iterable[tuple[Name, int]]) -> dict[int, list[Name]]:
     """The tasks of each number of shots, fewest shots first."""
-    found: dict[int, list[str]] = {}
+    tasks: dict[int, list[Name]] = {}
     for task, k in sorted(keys, key=lambda key: key[1]):
-        found.setdefault(k, []).append(task)
-    return found
+        tasks.setdefault(k, []).append(task)
+    return tasks
 
 
-def scored(scores: Scores) -> Bool[np.ndarray, " component"]:
+def scored(scores: Mapping[Any, Float[np.ndarray, " _"]]) -> Bool[np.ndarray, " component"]:
     """Which components all of these have scored."""
     return np.isfinite(np.stack(list(scores.values()))).all(axis=0) if scores else np.zeros(0, bool)
 
@@ -52,18 +58,20 @@ def check_lengths(*of_components: Mapping[Any, Float[np.ndarray, ...]] | None) -
 PRIMITIVES = {"prefix_matching": "prefix matching", "copying": "copying"}  # and how people say them
 TOP = 0.2  # the share that is called the most important
 # The place of every component in orders of removal, 0 the first to go: row 0 as measured, then of every draw.
-Places = Mapping[ScoreKey, Int[np.ndarray, "row component"]]
+Places = Mapping[ScopedKey, Int[np.ndarray, "row component"]]
 
 
-def places(scores: Scores, resampled: Rows | None = None) -> dict[ScoreKey, Int[np.ndarray, "row component"]]:
+def places(
+    scores: Mapping[AnyKey, Float[np.ndarray, " _"]], resampled: Mapping[AnyKey, Float[np.ndarray, "_ _"]] | None = None
+) -> dict[AnyKey, Int[np.ndarray, "row component"]]:
     """Where each component stands in the order of removal, as measured and of every draw of documents.
 
     Args:
-        scores: Importance by (task, number of shots); no component may lack one.
+        scores: Importance by (task, or what else, number of shots); no component may lack one.
         resampled: Bootstrap replicates of each.
 
     Returns:
-        By (task, number of shots): 0 for the first to go, in a row for what was measured and one per replicate.
+        By the same keys: 0 for the first to go, in a row for what was measured and one per replicate.
 
     Raises:
         OptionError: If the arrays are not of one model's components.
@@ -86,36 +94,38 @@ def placed(
     measured = np.array([removal_order(*(values[0] for values in (scores, *further)))], np.int64)
     # The last key decides.
     drawn = np.lexsort([values[1:] for values in (*further, scores)], axis=-1)
-    found = np.empty(scores.shape, np.int64)
-    np.put_along_axis(found, np.concatenate([measured.reshape(1, -1), drawn]), np.arange(scores.shape[1])[None], axis=1)
-    return found
+    at = np.empty(scores.shape, np.int64)
+    np.put_along_axis(at, np.concatenate([measured.reshape(1, -1), drawn]), np.arange(scores.shape[1])[None], axis=1)
+    return at
 
 
 def with_aggregate(
     scores: Scores, resampled: Rows | None = None, aggregate: str = "mean"
-) -> tuple[dict[ScoreKey, Float[np.ndarray, " component"]], dict[ScoreKey, Float[np.ndarray, "resample component"]]]:
-    """Scores and replicates of the tasks, and of their aggregate where there are several: "mean" or "mean of ranks".
+) -> tuple[dict[ScopedKey, Float[np.ndarray, " component"]], dict[ScopedKey, Float[np.ndarray, "resample component"]]]:
+    """Scores and replicates of the tasks, and of their aggregate where there are several: its scope says which it is.
 
     Args:
         scores: Importance by (task, number of shots). An aggregate has no number for components that one of them lacks.
         resampled: Bootstrap replicates of each; an aggregate has them where all its tasks have.
         aggregate: "mean" of the tasks' scores, or of their "ranks".
     """
-    found, draws = dict(scores), dict(resampled or {})
+    everything = {(of_task(task), k): values for (task, k), values in scores.items()}
+    draws = {(of_task(task), k): values for (task, k), values in (resampled or {}).items()}
     there = scored(scores)
-    for k, tasks in by_shots(scores).items():
+    for k, tasks in by_shots(everything).items():
         if len(tasks) > 1:
             fit = min(len(draws.get((task, k), ())) for task in tasks)
-            rows = np.stack([np.concatenate([scores[task, k][None], draws.get((task, k), scores[task, k][None])[:fit]])
+            rows = np.stack([np.concatenate([everything[task, k][None],
+                                             draws.get((task, k), everything[task, k][None])[:fit]])
                              for task in tasks])
             whole = np.full(rows.shape[1:], np.nan)
             known = rows[..., there]
             whole[:, there] = mean_of_places(known) if aggregate == "ranks" else known.mean(axis=0)
-            key = (MEAN_OF_RANKS if aggregate == "ranks" else MEAN, k)
-            found[key] = whole[0]
+            key = (Scoped(MEAN_OF_RANKS if aggregate == "ranks" else MEAN), k)
+            everything[key] = whole[0]
             if fit:
                 draws[key] = whole[1:]
-    return found, draws
+    return everything, draws
 
 
 def mean_of_places(
@@ -130,7 +140,9 @@ def mean_of_places(
     return np.asarray(np.mean([placed(own, None if ties is None else ties[i]) for i, own in enumerate(scores)], axis=0))
 
 
-def known_places(scores: Scores, resampled: Rows | None) -> tuple[Places, int]:
+def known_places(
+    scores: Mapping[AnyKey, Float[np.ndarray, " _"]], resampled: Mapping[AnyKey, Float[np.ndarray, "_ _"]] | None
+) -> tuple[dict[AnyKey, Int[np.ndarray, "row component"]], int]:
     """Places among the components that all of these have scored, and how many these are."""
     check_lengths(scores, resampled)
     there = scored(scores)
@@ -138,9 +150,9 @@ def known_places(scores: Scores, resampled: Rows | None) -> tuple[Places, int]:
                   {key: values[:, there] for key, values in (resampled or {}).items()}), int(there.sum())
 
 
-def bounds_around(found: Float[np.ndarray, " row"] | Int[np.ndarray, " row"], most: float | int) -> Iterator[float]:
+def bounds_around(values: Float[np.ndarray, " row"] | Int[np.ndarray, " row"], most: float | int) -> Iterator[float]:
     """The interval of row 0 by the spread of the others, between 0 and `most`."""
-    for bound in around(float(found[0]), found[1:].astype(np.float64)):
+    for bound in around(float(values[0]), values[1:].astype(np.float64)):
         yield float(np.clip(bound, 0, most))
 
 
@@ -161,22 +173,28 @@ def measured(importance: pd.DataFrame, component: str, score: str) -> Measured:
         score: Which score.
     """
     rows = importance[(importance["component"] == component) & (importance["score"] == score)]
-    found = Measured({}, {}, {})
+    known = Measured({}, {}, {})
     places = {place: i for i, place in enumerate(components(rows))}
     for (task, k), of_key in groups(rows, "task", "num_fewshot"):
         key = (str(task), int(k))
-        at = [places[place] for place in zip(of_key["layer"], of_key["head"].fillna(-1), strict=True)]
-        found.scores[key] = _placed(of_key["importance"].to_numpy(np.float64)[None], at, len(places))[0]
+        at = [places[place] for place in places_in(of_key)]
+        known.scores[key] = _placed(of_key["importance"].to_numpy(np.float64)[None], at, len(places))[0]
         if "resampled" in of_key and of_key["resampled"].notna().all():
             halves = of_key[["first_half", "second_half"]].to_numpy(np.float64).T
-            found.halves[key] = _placed(halves, at, len(places))
-            found.resampled[key] = _placed(resampled_from(of_key), at, len(places))
-    return found
+            known.halves[key] = _placed(halves, at, len(places))
+            known.resampled[key] = _placed(resampled_from(of_key), at, len(places))
+    return known
 
 
 def components(rows: pd.DataFrame) -> list[tuple[int, int]]:
     """Layer and head (-1 for FFNs) of every component there is, in the order of `measured`'s arrays."""
-    return sorted(set(zip(rows["layer"].tolist(), rows["head"].fillna(-1).tolist(), strict=True)))
+    return sorted(set(places_in(rows)))
+
+
+def places_in(rows: pd.DataFrame) -> list[tuple[int, int]]:
+    """Layer and head (-1 for FFNs) of every row."""
+    heads = rows["head"].fillna(-1).to_numpy(np.int64)
+    return list(zip(rows["layer"].tolist(), heads.tolist(), strict=True))
 
 
 def name_of(component: str, layer: int, head: object) -> str:
@@ -184,17 +202,17 @@ def name_of(component: str, layer: int, head: object) -> str:
     return f"L{layer}H{head}" if component == "head" else f"L{layer}F"
 
 
-def rows_of(found: Measured, keys: Sequence[ScoreKey]) -> Float[np.ndarray, "task row component"]:
+def rows_of(known: Measured, keys: Sequence[ScoreKey]) -> Float[np.ndarray, "task row component"]:
     """What was measured, then as many draws as all of these have."""
-    draws = min(len(found.resampled.get(key, ())) for key in keys)
-    return np.stack([np.concatenate([found.scores[key][None], found.resampled[key][:draws]]) if draws else
-                     found.scores[key][None] for key in keys])
+    draws = min(len(known.resampled.get(key, ())) for key in keys)
+    return np.stack([np.concatenate([known.scores[key][None], known.resampled[key][:draws]]) if draws else
+                     known.scores[key][None] for key in keys])
 
 
-def alike_rows(*found: Float[np.ndarray, "*_ row component"]) -> list[Float[np.ndarray, "*_ row component"]]:
+def alike_rows(*arrays: Float[np.ndarray, "*_ row component"]) -> list[Float[np.ndarray, "*_ row component"]]:
     """As many rows of each as all of them have."""
-    rows = min(values.shape[-2] for values in found)
-    return [values[..., :rows, :] for values in found]
+    rows = min(values.shape[-2] for values in arrays)
+    return [values[..., :rows, :] for values in arrays]
 
 
 def ordered(importance: pd.DataFrame, component: str, score: str, tie: str | None) -> Measured:
@@ -203,20 +221,20 @@ def ordered(importance: pd.DataFrame, component: str, score: str, tie: str | Non
     if tie is None:
         return known
     second = measured(importance, component, tie)
-    found = Measured({}, {}, {})
+    by_place = Measured({}, {}, {})
     for key in known.scores:
         rows, ties = alike_rows(*(rows_of(m, [key])[0] for m in (known, second)))
         there = np.isfinite(rows[0])
         places = np.full(rows.shape, np.nan)
         places[:, there] = placed(rows[:, there], ties[:, there])
-        found.scores[key], found.resampled[key] = places[0], places[1:]
-    return found
+        by_place.scores[key], by_place.resampled[key] = places[0], places[1:]
+    return by_place
 
 
 def trained_scores(induction: pd.DataFrame, scores: Mapping[ScoreKey, Float[np.ndarray, " _"]]) -> pd.DataFrame | None:
     """The model's own induction scores by layer, then head, where importance is there to be held against them."""
-    found = induction[induction["weights"] == "trained"].sort_values(["layer", "head"])
-    return found if len(found) and scores else None
+    trained = induction[induction["weights"] == "trained"].sort_values(["layer", "head"])
+    return trained if len(trained) and scores else None
 
 
 def layers_of(importance: pd.DataFrame, score: str) -> list[int]:
@@ -230,14 +248,32 @@ def primitive_scores(trained: pd.DataFrame) -> dict[str, Float[np.ndarray, " hea
     return {name: trained[name].to_numpy(np.float64) for name in PRIMITIVES}
 
 
-def concatenated(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """Frames below one another; the first, with its columns, where all are empty."""
-    return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+def by_chance(
+    one: Bool[np.ndarray, " component"], other: Bool[np.ndarray, " component"],
+    layers: Int[np.ndarray, " component"] | None,
+) -> dict[str, float]:
+    """What two sets have in common by chance: the columns `OF_CHANCE`; NaN within layers where these are not known."""
+    more, fewer, expected = hypergeometric_overlap(len(one), int(one.sum()), int(other.sum()),
+                                                         int((one & other).sum()))
+    inside = (math.nan,) * 3 if layers is None else overlap_within(layers, one, other)
+    return {"expected": expected, "p": more, "p_fewer": fewer, "expected_in_layers": inside[2],
+            "p_in_layers": inside[0], "p_fewer_in_layers": inside[1]}
+
+
+OF_CHANCE = (
+    Column("expected", "float64", "components", "how many random sets of these sizes have in common, on average"),
+    Column("p", "float64", "0..1", "probability that random sets have at least as many in common (hypergeometric), not "
+           "corrected for the number of rows"),
+    Column("p_fewer", "float64", "0..1", "probability that they have at most as many in common"),
+    Column("expected_in_layers", "float64", "components", "as `expected`, of random sets with as many components of "
+           "each layer as the measured ones; missing for FFNs"),
+    Column("p_in_layers", "float64", "0..1", "as `p`, of such sets"),
+    Column("p_fewer_in_layers", "float64", "0..1", "as `p_fewer`, of such sets"))
 
 
 def _placed(
     values: Float[np.ndarray, "row some"], at: list[int], n: int
 ) -> Float[np.ndarray, "row component"]:
-    found = np.full((len(values), n), np.nan)
-    found[:, at] = values
-    return found
+    rows = np.full((len(values), n), np.nan)
+    rows[:, at] = values
+    return rows

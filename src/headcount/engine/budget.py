@@ -1,12 +1,12 @@
-"""How much a model is given at once: measured on the device for row lengths, from free memory for batches.
+"""How much a model is given at once: row lengths from timings on the device, batches from free memory.
 
-Three timings of a few blocks tell what packing must know (`measure.packing.Cost`): a batch of few tokens and one of
-eight times as many, both in short rows, give the cost of a batch beside its tokens; the same number of tokens in long
-rows tells how much attention adds with the length of rows. What is found is kept per device and shape of model, in
+Three timings of a few blocks tell what packing must know (`headcount.engine.pack.Cost`): a batch of few tokens and one
+of eight times as many, both in short rows, give the cost of a batch beside its tokens; the same number of tokens in
+long rows tells how much attention adds with the length of rows. The result is kept per device and shape of model, in
 `headcount/devices.json` in the user's cache, so that equal runs are laid out alike; what was timed while other
 processes kept the cores busy is not kept there, since it says little about the device.
 
-Memory is estimated, not measured: what does not fit after all is halved (`measure.forward.in_memory`).
+Memory is estimated, not measured: what does not fit after all is halved (`headcount.engine.forward.in_memory`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import math
 import os
 import platform
 import time
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -31,7 +31,7 @@ from torch import nn
 
 from headcount.engine import neighbours
 from headcount.engine.encode import Request
-from headcount.engine.layout import layout
+from headcount.engine.layout import Layout
 from headcount.engine.pack import Batch, Budget, Cost, batches, pack
 from headcount.engine.treemask import model_inputs
 from headcount.model.load import LoadedModel
@@ -45,32 +45,10 @@ _LONGEST_ROW = 8192
 _WORTH = 32
 # Of free memory; on a CPU there is no error to be caught when it is exceeded.
 _SHARE = {"cpu": 0.25}
-_found: weakref.WeakKeyDictionary[LoadedModel, Budget] = weakref.WeakKeyDictionary()
 
 
-def budget_of(loaded: LoadedModel, row_tokens: int | None = None, batch_tokens: int | None = None) -> Budget:
-    """What this model is given at once on its device, found once; what is passed is taken as it is."""
-    if loaded not in _found:
-        _found[loaded] = _measured(loaded)
-    found = dataclasses.replace(_found[loaded], row_tokens=row_tokens)
-    if batch_tokens is not None:
-        found = dataclasses.replace(found, batch_tokens=batch_tokens, gradient_tokens=batch_tokens)
-    return found
-
-
-def _measured(loaded: LoadedModel) -> Budget:
-    cost = _kept(loaded)
-    if cost is None:
-        try:
-            with neighbours.watch(threads_of(loaded)) as load:
-                cost = measure_cost(loaded)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            cost = Cost()  # hardly any memory: batches will be halved
-        else:
-            if not load.crowded:
-                _keep(loaded, cost)
+def budget_for(loaded: LoadedModel, cost: Cost) -> Budget:
+    """What a model is given at once on its device: batches worth their cost, as far as free memory goes."""
     wanted = int(np.clip(_WORTH * cost.batch, _FIRST_BATCH, _LARGEST_BATCH))
     forward, gradient = _bytes_per_token(loaded)
     free = _free_memory(loaded) * _SHARE.get(loaded.device.type, 0.5)
@@ -81,29 +59,51 @@ def _measured(loaded: LoadedModel) -> Budget:
         cost=cost)
 
 
+def timed_cost(loaded: LoadedModel, layout: Layout) -> Cost:
+    """What rows and batches cost on this device, timed now, and kept unless others kept the cores busy meanwhile."""
+    try:
+        with neighbours.watch(threads_of(loaded)) as load:
+            cost = measure_cost(loaded, layout)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        return Cost()  # hardly any memory: batches will be halved
+    if not load.crowded:
+        _keep(loaded, cost)
+    return cost
+
+
+def kept_cost(loaded: LoadedModel) -> Cost | None:
+    """What was timed earlier on such a device with a model of that shape; None if nothing was."""
+    try:
+        return Cost(**_read()[device_key(loaded)])
+    except (KeyError, TypeError):
+        return None
+
+
 @torch.no_grad()
-def measure_cost(loaded: LoadedModel) -> Cost:
-    """Time a few blocks on batches of short rows and of long ones."""
-    tokens, found = _FIRST_BATCH, layout(loaded)
-    with _first_blocks(loaded) as timed:
-        few, many = _times(loaded, timed, (tokens // 8, _SHORT), (tokens, _SHORT))
+def measure_cost(loaded: LoadedModel, layout: Layout) -> Cost:
+    """What a few blocks cost on batches of short rows and of long ones, laid out as the model takes them."""
+    tokens = _FIRST_BATCH
+    with _first_blocks(loaded, layout) as timed:
+        few, many = _times(timed, (tokens // 8, _SHORT), (tokens, _SHORT))
         # A GPU is not busy with so few tokens: they tell nothing about the cost of one.
         while loaded.device.type != "cpu" and many < 2 * few and tokens < _LARGEST_BATCH:
             tokens *= 4
-            few, many = _times(loaded, timed, (tokens // 8, _SHORT), (tokens, _SHORT))
-        length = min(_LONG, found.tree_tokens or _LONG)
+            few, many = _times(timed, (tokens // 8, _SHORT), (tokens, _SHORT))
+        length = min(_LONG, layout.tree_tokens or _LONG)
         each = max((many - few) / (tokens - tokens // 8), 1e-12)
         overhead = float(np.clip(many / each - tokens, 0, _LARGEST_BATCH))
-        if not found.trees or length <= _SHORT:
+        if not layout.trees or length <= _SHORT:
             return Cost(overhead)
-        short, long = _times(loaded, timed, (tokens, _SHORT), (tokens, length))
+        short, long = _times(timed, (tokens, _SHORT), (tokens, length))
     ratio = max((long / each - overhead) / (short / each - overhead), 1.01)
     return Cost(round(overhead, 1), round(max(_SHORT, (length - _SHORT * ratio) / (ratio - 1)), 1))
 
 
-def _times(loaded: LoadedModel, timed: _Timed, *sizes: tuple[int, int]) -> list[float]:
+def _times(timed: _Timed, *sizes: tuple[int, int]) -> list[float]:
     """Seconds of batches of so many tokens in rows of such a length: the fastest of a few, taken in turns."""
-    made = [_random_batch(loaded, *size) for size in sizes]
+    made = [_random_batch(timed.loaded, timed.layout, *size) for size in sizes]
     fastest = [float("inf")] * len(sizes)
     for turn in range(1 + _REPETITIONS):
         for i, batch in enumerate(made):
@@ -113,27 +113,27 @@ def _times(loaded: LoadedModel, timed: _Timed, *sizes: tuple[int, int]) -> list[
     return fastest
 
 
-def _random_batch(loaded: LoadedModel, tokens: int, width: int) -> Batch:
+def _random_batch(loaded: LoadedModel, layout: Layout, tokens: int, width: int) -> Batch:
     """Rows of that length: trees of short documents, or single requests where the model takes no trees."""
-    found = layout(loaded)
     vocabulary = int(loaded.model.config.get_text_config().vocab_size)
-    each = min(_SHORT if not found.trees else _SHORT // 2, loaded.max_length)
+    each = min(_SHORT if not layout.trees else _SHORT // 2, loaded.max_length)
     rng = np.random.default_rng(0)
     documents = [[Request(ids, np.zeros(1, np.int64))] for ids in rng.integers(0, vocabulary, (tokens // each, each))]
     made = Budget(width, 10**9, 10**9, cost=Cost(10**9))
-    (batch,) = batches(pack(documents, made, trees=found.trees), made)
+    (batch,) = batches(pack(documents, made, trees=layout.trees), made)
     return batch
 
 
 class _Timed:
     """Runs a batch through the first blocks of a model and takes the time they need."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, layout: Layout) -> None:
         self.loaded = loaded
+        self.layout = layout
         self.started = 0.0
 
     def __call__(self, batch: Batch) -> float:
-        inputs = model_inputs(self.loaded, batch, layout(self.loaded).tree_mask)
+        inputs = model_inputs(self.loaded, batch, self.layout.tree_mask)
         with contextlib.suppress(_Enough):
             self.loaded.model(**inputs, use_cache=False)
         _synchronize(self.loaded.device)
@@ -146,8 +146,8 @@ class _Timed:
 
 
 @contextlib.contextmanager
-def _first_blocks(loaded: LoadedModel) -> Iterator[_Timed]:
-    timed = _Timed(loaded)
+def _first_blocks(loaded: LoadedModel, layout: Layout) -> Iterator[_Timed]:
+    timed = _Timed(loaded, layout)
     blocks: list[nn.Module] = [part.block for part in loaded.anatomy.layers][:_BLOCKS]
 
     def stop(*_: Any) -> None:
@@ -208,7 +208,7 @@ def device_key(loaded: LoadedModel) -> str:
 
 
 def _file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headcount" / "devices.json"
+    return platformdirs.user_cache_path("headcount", appauthor=False) / "devices.json"
 
 
 def _read() -> dict[str, Any]:
@@ -217,13 +217,6 @@ def _read() -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # measured again
     return known if isinstance(known, dict) else {}
-
-
-def _kept(loaded: LoadedModel) -> Cost | None:
-    try:
-        return Cost(**_read()[device_key(loaded)])
-    except (KeyError, TypeError):
-        return None
 
 
 def _keep(loaded: LoadedModel, cost: Cost) -> None:

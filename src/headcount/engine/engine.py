@@ -1,41 +1,68 @@
-"""Batches through the unmodified model: log-likelihoods of targets, and nothing computed that is not needed.
+"""One engine per loaded model: requests and masks go in, log-likelihoods and gradient scores come out.
 
-The model's output layer is given the hidden states of scored positions only: a hook gathers them before it, and
-whatever the model does to logits afterwards (caps, scales) applies to them as they come out. So a log-likelihood is
-`log softmax(logits at the position before)[target]`, summed over a continuation's tokens.
+The engine owns what must be found out about a model before it can be run well, and finds each out when it is first
+needed: how prompts are laid out (`probe`, when they are first packed), what rows and batches cost on the device (timed
+when a budget is wanted and none is given), whether the model can be run layer by layer (contract 3, proved when more
+than one mask is first swept), and whether heads and FFNs are where the anatomy says (contracts 1 and 2, when asked).
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Int
-from torch import Tensor
 
-from headcount.engine.pack import Batch, halves
+from headcount.engine import budget as budgets
+from headcount.engine import neighbours
+from headcount.engine.encode import Request
+from headcount.engine.forward import (
+    Progress,
+    Sums,
+    Targets,
+    Told,
+    in_memory,
+    logprobs_of,
+    places_of,
+    plain_loglikelihoods,
+)
+from headcount.engine.gradients import ExampleScores, example_scores
+from headcount.engine.layout import Layout, probe
+from headcount.engine.pack import Batch, Budget, Cost, batches, pack
 from headcount.engine.proof import verify_sweep
 from headcount.engine.sweep import Sweep
-from headcount.engine.treemask import TreeMask, model_inputs
-from headcount.errors import ModelError
+from headcount.engine.treemask import model_inputs
+from headcount.errors import OptionError
 from headcount.masks import Mask
-from headcount.model.contracts import ContractResult
-from headcount.model.devices import on_device
+from headcount.model.contracts import ContractResult, verify
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel
 
-T = TypeVar("T")
-Progress = Callable[[int], None]
-# Log-probability of every target of a batch, and 1 where it is the most probable token.
-Targets: TypeAlias = tuple[Float[Tensor, " target"], Int[Tensor, " target"]]
-# Logits that are exponentiated at once; on a CPU, what its caches hold.
-_EXPONENTIATED = {"cpu": 2**20}
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Requests laid out for a model, ready for any number of masks.
+
+    Attributes:
+        batches: What the model reads.
+        layout: How the requests are laid out.
+        num_requests: How many they are.
+    """
+
+    batches: tuple[Batch, ...]
+    layout: Layout
+    num_requests: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions that one forward pass over all requests computes, padding included."""
+        return sum(batch.tokens for batch in self.batches)
 
 
 class Likelihoods(NamedTuple):
@@ -46,184 +73,183 @@ class Likelihoods(NamedTuple):
     layer_tokens: int
 
 
-_proved: weakref.WeakKeyDictionary[LoadedModel, ContractResult] = weakref.WeakKeyDictionary()
-_sweeps: weakref.WeakKeyDictionary[LoadedModel, Sweep] = weakref.WeakKeyDictionary()
+class Engine:
+    """Runs a loaded model on requests, under masks or for gradients.
 
-
-def sweep_contract(loaded: LoadedModel) -> ContractResult:
-    """Contract 3, tested once per loaded model: whether it can be run layer by layer."""
-    if loaded not in _proved:
-        _proved[loaded] = verify_sweep(loaded.model, loaded.anatomy)
-    return _proved[loaded]
-
-
-@torch.no_grad()
-def loglikelihood(
-    loaded: LoadedModel, packed: Sequence[Batch], num_requests: int, progress: Progress | None = None,
-    tree_mask: TreeMask = "plain", columns: int | None = None,
-) -> tuple[Float[np.ndarray, " request"], Int[np.ndarray, " request"]]:
-    """Log-likelihood (nats) of every request, and 1 where greedy decoding would give its continuation.
+    `Engine.of(loaded)` is the one engine of a loaded model; making another finds everything out again.
 
     Args:
         loaded: The model.
-        packed: The batches.
-        num_requests: How many requests they hold.
-        progress: Called with the number of tokens after each batch.
-        tree_mask: How the model takes the mask of a tree.
-        columns: The first so many logits are normalised over, and searched for the most probable; None takes all.
     """
-    sums = _Sums(1, num_requests)
-    for batch, targets in in_memory(packed, lambda batch: target_logprobs(loaded, batch, tree_mask, columns)):
-        sums.add([0], batch, targets)
-        if progress is not None:
-            progress(batch.tokens)
-    found, greedy = sums.found()
-    return found[0], greedy[0]
 
+    def __init__(self, loaded: LoadedModel) -> None:
+        # A copy of the record, not of the model: the record keeps the engine, and a circle of the two would keep a
+        # model in memory that nobody uses any more, until Python looks for circles.
+        self._loaded = dataclasses.replace(loaded)
 
-@torch.no_grad()
-def masked_loglikelihoods(
-    loaded: LoadedModel, packed: Sequence[Batch], num_requests: int, masks: Sequence[Mask],
-    progress: Progress | None = None, tree_mask: TreeMask = "plain", columns: int | None = None,
-) -> Likelihoods:
-    """Log-likelihoods of every request under every mask: by layer sweep where the model allows it.
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> Engine:
+        """The engine of a loaded model, made when it is first asked for, and gone with the model."""
+        engine = loaded.kept.get(cls)
+        if not isinstance(engine, Engine):
+            engine = loaded.kept[cls] = cls(loaded)
+        return engine
 
-    The arguments are those of `loglikelihood`.
-    """
-    if len(masks) == 1 or not sweep_contract(loaded).holds:
-        found = []
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """How this model's requests are laid out, found out by `probe`."""
+        return probe(self._loaded)
+
+    @functools.cached_property
+    def contracts(self) -> list[ContractResult]:
+        """Contracts 1 and 2, proved when first asked for: whether heads and FFNs are where the anatomy says."""
+        return verify(self._loaded)
+
+    @functools.cached_property
+    def sweep_contract(self) -> ContractResult:
+        """Contract 3, proved when first asked for: whether the model can be run layer by layer."""
+        return verify_sweep(self._loaded.model, self._loaded.anatomy)
+
+    @property
+    def masks_reason(self) -> str | None:
+        """How several masks are run, and why; None while no sweep was needed and contract 3 is not proved."""
+        return self.prove_sweep() if "sweep_contract" in vars(self) else None
+
+    def prove_sweep(self) -> str:
+        """How several masks are run, and why; proves contract 3 where that is not done yet."""
+        if self.sweep_contract.holds:
+            return "layers before the first difference are shared"
+        return f"one forward pass each: {self.sweep_contract.detail}"
+
+    @property
+    def device_key(self) -> str:
+        """What timings depend on: device, threads, version, shape, type and attention kernel."""
+        return budgets.device_key(self._loaded)
+
+    def budget(self, row_tokens: int | None = None, batch_tokens: int | None = None) -> Budget:
+        """What this model is given at once on its device.
+
+        Args:
+            row_tokens: Rows take documents up to this many tokens; None: as long as it costs least.
+            batch_tokens: Batches take rows up to this many tokens, for gradients too; None: what was found.
+        """
+        budget = dataclasses.replace(self._budget, row_tokens=row_tokens)
+        if batch_tokens is None:
+            return budget
+        return dataclasses.replace(budget, batch_tokens=batch_tokens, gradient_tokens=batch_tokens)
+
+    def pack(
+        self, requests_by_document: Sequence[Sequence[Request]], budget: Budget | None = None,
+        trees: bool | None = None,
+    ) -> Packed:
+        """Requests laid out in rows and batches; they are numbered through, document by document.
+
+        Args:
+            requests_by_document: The requests of each document.
+            budget: How long rows and how large batches may be; None takes `Engine.budget`.
+            trees: Whether requests share their prefixes in token trees; None takes `Engine.layout`.
+
+        Raises:
+            OptionError: If trees are asked for that this model does not take.
+        """
+        layout = self.layout
+        if trees and not layout.trees:
+            raise OptionError(f"this model's prompts cannot be laid out as trees: {layout.reason}")
+        if trees is not None:
+            layout = dataclasses.replace(layout, trees=trees, reason="asked for")
+        budget = budget or self.budget()
+        rows = pack(requests_by_document, budget, trees=layout.trees, tree_tokens=layout.tree_tokens)
+        return Packed(tuple(batches(rows, budget)), layout, sum(map(len, requests_by_document)))
+
+    @torch.no_grad()
+    def loglikelihoods(
+        self, requests: Packed | Sequence[Sequence[Request]], masks: Sequence[Mask] | None = None, *,
+        columns: int | None = None, progress: Progress | None = None,
+    ) -> Likelihoods:
+        """Log-likelihoods of every request under every mask: by layer sweep where the model allows it.
+
+        Args:
+            requests: The requests of each document, or what `pack` made of them.
+            masks: What is kept, one row of results each; None runs the full model.
+            columns: The first so many logits are normalised over, and searched for the most probable; None takes all.
+            progress: Called with so many more tokens, of all masks together; the sum is that of the packed tokens,
+                times the number of masks, also where batches are halved for want of memory.
+
+        Raises:
+            ModelError: If memory is too small for one request.
+        """
+        packed = requests if isinstance(requests, Packed) else self.pack(requests)
+        masks = masks or [Mask.full(self._loaded.anatomy.heads_per_layer)]
+        if len(masks) > 1 and self.sweep_contract.holds:
+            return self._swept(packed, masks, columns, progress)
+        return self._one_by_one(packed, masks, columns, progress)
+
+    def gradients(
+        self, requests: Sequence[Request], *, budget: Budget | None = None, progress: Progress | None = None
+    ) -> ExampleScores:
+        """Gradient scores of every head and FFN for every request, which is scored in a row of its own.
+
+        Args:
+            requests: The examples.
+            budget: How large batches may be; None takes `Engine.budget`.
+            progress: Called with the number of tokens after each batch.
+
+        Raises:
+            ModelError: If gradients overflow, or memory is too small for one request.
+        """
+        budget = budget or self.budget()
+        packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
+        return example_scores(self._loaded, packed, len(requests), progress)
+
+    def speed(self, packed: Packed) -> neighbours.Speed:
+        """How fast packed requests go through the full model, and how busy others kept the cores meanwhile."""
+        with neighbours.watch(budgets.threads_of(self._loaded)) as load:
+            started = time.perf_counter()
+            self.loglikelihoods(packed)
+            seconds = time.perf_counter() - started
+        return neighbours.Speed(packed.tokens / seconds, load)
+
+    @functools.cached_property
+    def _budget(self) -> Budget:
+        cost: Cost | None = budgets.kept_cost(self._loaded)
+        return budgets.budget_for(self._loaded, budgets.timed_cost(self._loaded, self.layout) if cost is None else cost)
+
+    @functools.cached_property
+    def _sweep(self) -> Sweep:
+        """Kept with what it learns of the model's outputs in a pass of its own."""
+        return Sweep(self._loaded.model, self._loaded.anatomy)
+
+    def _one_by_one(
+        self, packed: Packed, masks: Sequence[Mask], columns: int | None, progress: Progress | None
+    ) -> Likelihoods:
+        results = []
         for mask in masks:
-            with ablated(loaded.anatomy, mask):
-                found.append(loglikelihood(loaded, packed, num_requests, progress, tree_mask, columns))
-        layer_tokens = loaded.anatomy.num_layers * len(masks) * sum(b.tokens for b in packed)
-        return Likelihoods(np.stack([x for x, _ in found]), np.stack([g for _, g in found]), layer_tokens)
-    # Kept with what it learns of the model's outputs in a pass of its own.
-    sweep = _sweeps.setdefault(loaded, Sweep(loaded.model, loaded.anatomy))
-    counted = sweep.layer_tokens
-    sums = _Sums(len(masks), num_requests)
+            with ablated(self._loaded.anatomy, mask):
+                results.append(plain_loglikelihoods(
+                    self._loaded, packed.batches, packed.num_requests, tree_mask=packed.layout.tree_mask,
+                    columns=columns, progress=progress))
+        layer_tokens = self._loaded.anatomy.num_layers * len(masks) * packed.tokens
+        return Likelihoods(np.stack([x for x, _ in results]), np.stack([g for _, g in results]), layer_tokens)
 
-    def swept(batch: Batch) -> list[tuple[list[int], Targets]]:
-        before, found = sweep.layer_tokens, []
-        tell = progress or (lambda tokens: None)
-        rows, positions, which = _places(batch, loaded.device)
-        try:
-            for members, logits in sweep.logits(model_inputs(loaded, batch, tree_mask), masks, rows, positions):
-                found.append((members, _of_targets(logits, batch, which, columns)))
-                tell(batch.tokens * len(members))
-        except RuntimeError:  # it will be done again, in halves
-            sweep.layer_tokens = before
-            tell(-batch.tokens * sum(len(members) for members, _ in found))
-            raise
-        return found
+    def _swept(
+        self, packed: Packed, masks: Sequence[Mask], columns: int | None, progress: Progress | None
+    ) -> Likelihoods:
+        sweep, layer_tokens = self._sweep, 0
+        sums, told = Sums(len(masks), packed.num_requests), Told(progress, len(masks))
 
-    for batch, parts in in_memory(packed, swept):
-        for members, targets in parts:
-            sums.add(members, batch, targets)
-    return Likelihoods(*sums.found(), sweep.layer_tokens - counted)
+        def swept(batch: Batch) -> tuple[list[tuple[list[int], Targets]], int]:
+            """Targets and the masks that they belong to, and the positions that layers computed for them."""
+            before, parts, done = sweep.layer_tokens, [], 0
+            rows, positions, which = places_of(batch, self._loaded.device)
+            inputs = model_inputs(self._loaded, batch, packed.layout.tree_mask)
+            for members, logits in sweep.logits(inputs, masks, rows, positions):
+                parts.append((members, logprobs_of(logits, batch, which, columns)))
+                done += len(members)
+                told.done_for(done)
+            return parts, sweep.layer_tokens - before
 
-
-def in_memory(packed: Sequence[Batch], work: Callable[[Batch], T]) -> Iterator[tuple[Batch, T]]:
-    """Every batch with what work makes of it; those that memory is too small for are halved, and later ones too.
-
-    A single row, whose requests share a beginning, is halved only when it did not go.
-
-    Raises:
-        ModelError: If a single request is too large.
-    """
-    waiting, limit = list(packed)[::-1], math.inf
-    while waiting:
-        batch = waiting.pop()
-        if batch.tokens > limit and len(batch.lengths) > 1:
-            waiting += halves(batch)[::-1]
-            continue
-        try:
-            done = work(batch)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            parts = halves(batch)
-            if len(parts) == 1:
-                raise ModelError(f"memory is too small for one prompt of {batch.tokens} tokens; take fewer shots, "
-                                 f"or another device ({error})") from error
-            limit = batch.tokens // 2
-            waiting += parts[::-1]
-            continue
-        yield batch, done
-
-
-class _Sums:
-    """Log-likelihoods of requests under masks, added up from targets'; kept where they are computed until the end."""
-
-    def __init__(self, num_masks: int, num_requests: int) -> None:
-        self.shape = (num_masks, num_requests)
-        self.parts: list[tuple[list[int], Batch, Targets]] = []
-
-    def add(self, masks: list[int], batch: Batch, targets: Targets) -> None:
-        self.parts.append((masks, batch, targets))
-
-    def found(self) -> tuple[Float[np.ndarray, "mask request"], Int[np.ndarray, "mask request"]]:
-        total, greedy = np.zeros(self.shape), np.ones(self.shape, np.int64)
-        for masks, batch, (logprobs, best) in self.parts:
-            values, hits = logprobs.cpu().double().numpy(), best.cpu().numpy()
-            for i in masks:
-                np.add.at(total[i], batch.requests, values)
-                np.minimum.at(greedy[i], batch.requests, hits)
-        return total, greedy
-
-
-def columns_of(loaded: LoadedModel) -> int:
-    """How many of the logits belong to a token of the tokenizer, those of the first ids (OPT: 50,265 of 50,272).
-
-    The paper's code evaluates by these alone. `len(tokenizer)` is less where a tokenizer skips ids.
-    """
-    return max(len(loaded.tokenizer), 1 + max(loaded.tokenizer.get_vocab().values(), default=0))
-
-
-def target_logprobs(
-    loaded: LoadedModel, batch: Batch, tree_mask: TreeMask = "plain", columns: int | None = None
-) -> Targets:
-    """Log-probability of every target of a batch, and 1 where it is the most probable token."""
-    rows, positions, which = _places(batch, loaded.device)
-    with scored_only(loaded, rows, positions):
-        logits = loaded.model(**model_inputs(loaded, batch, tree_mask), use_cache=False).logits[0]
-    return _of_targets(logits, batch, which, columns)
-
-
-def _places(
-    batch: Batch, device: torch.device
-) -> tuple[Int[Tensor, " place"], Int[Tensor, " place"], Int[np.ndarray, " target"]]:
-    """Rows and positions whose logits are wanted, and each target's among them: one-token options share one."""
-    places, which = np.unique(np.stack([batch.rows, batch.positions]), axis=1, return_inverse=True)
-    rows, positions = (on_device(p, device) for p in places)
-    return rows, positions, which.reshape(-1)
-
-
-def _of_targets(
-    logits: Float[Tensor, "place vocabulary"], batch: Batch, which: Int[np.ndarray, " target"],
-    columns: int | None = None,
-) -> Targets:
-    logits = logits[:, :columns]
-    targets, index = on_device(batch.targets, logits.device), on_device(which, logits.device)
-    # A few places at a time: all of them in float32, and exponentiated, would take twice the logits' memory.
-    parts = torch.split(logits, max(1, _EXPONENTIATED.get(logits.device.type, 2**26) // logits.shape[1]))
-    normaliser = torch.cat([part.float().logsumexp(-1) for part in parts])
-    best = torch.cat([part.argmax(-1) for part in parts])
-    return logits[index, targets].float() - normaliser[index], (best[index] == targets).long()
-
-
-@contextlib.contextmanager
-def scored_only(
-    loaded: LoadedModel, rows: Int[Tensor, " scored"], positions: Int[Tensor, " scored"]
-) -> Iterator[None]:
-    """Give the output layer the scored positions' hidden states only, as one row."""
-
-    def gather(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (hidden[rows.to(hidden.device), positions.to(hidden.device)][None], *args[1:])
-
-    output_layer: torch.nn.Module = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    handle = output_layer.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
+        for batch, (parts, computed) in in_memory(packed.batches, swept, told):
+            layer_tokens += computed  # of a batch that memory was too small for, its halves' alone
+            for members, targets in parts:
+                sums.add(members, batch, targets)
+        return Likelihoods(*sums.totals(), layer_tokens)

@@ -1,4 +1,4 @@
-"""Whether a model's prompts may be laid out as token trees: found out by a probe, never by the model's name.
+"""Whether a model's prompts may be laid out as token trees: a probe tells, never the model's name.
 
 One random tree is scored as a tree and request by request; the two must agree. Attention windows are too long to be
 exceeded by a short probe (4,096 tokens and more), so during the probe the window in the model's config, from which
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from jaxtyping import Int
 from transformers import PreTrainedConfig
 
 from headcount.engine.encode import Request
-from headcount.engine.engine import loglikelihood
+from headcount.engine.forward import plain_loglikelihoods
 from headcount.engine.pack import Budget, batches, pack
 from headcount.engine.treemask import TreeMask
 from headcount.model.load import LoadedModel
@@ -57,18 +56,8 @@ class Layout:
         return f"{'token trees' if self.trees else 'one request a row'}: {self.reason}"
 
 
-_layouts: weakref.WeakKeyDictionary[LoadedModel, Layout] = weakref.WeakKeyDictionary()
-
-
-def layout(loaded: LoadedModel) -> Layout:
-    """How this model's requests are laid out, found out once per loaded model by `probe`."""
-    if loaded not in _layouts:
-        _layouts[loaded] = probe(loaded)
-    return _layouts[loaded]
-
-
 def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
-    """Score one random tree of requests as a tree and request by request, and see whether the two agree.
+    """How a model's requests are laid out: one random tree is scored as a tree and request by request, and compared.
 
     The tree has two documents, a context and options of several lengths in each; its longest branch exceeds the
     window, which is cut short meanwhile.
@@ -85,15 +74,15 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     with _short_windows(loaded):
         budget = Budget(row_tokens=10_000, batch_tokens=10_000)
         rows = batches(pack(documents, budget, trees=False), budget)
-        expected, _ = loglikelihood(loaded, rows, 6)
+        expected, _ = plain_loglikelihoods(loaded, rows, 6)
         tree = batches(pack(documents, budget), budget)
         for kind in kinds:
             try:
-                found, _ = loglikelihood(loaded, tree, 6, tree_mask=kind)
+                in_a_tree, _ = plain_loglikelihoods(loaded, tree, 6, tree_mask=kind)
             except _REFUSALS as error:
                 refusal = type(error).__name__
             else:
-                differences[kind] = float(np.nan_to_num(np.abs(found - expected).max(), nan=np.inf))
+                differences[kind] = float(np.nan_to_num(np.abs(in_a_tree - expected).max(), nan=np.inf))
     if not differences:
         return Layout(False, f"the model does not take a tree's mask ({refusal})")
     best = min(differences, key=differences.__getitem__)

@@ -1,7 +1,7 @@
 """What other processes take of the cores while something is timed here.
 
 Seconds that were measured beside busy neighbours say little about the machine: plans are told with a caution, and what
-is kept for later runs is not kept (`measure.budget`).
+would be kept for later runs is not kept (`headcount.engine.budget`).
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def watch(threads: int = 1) -> Iterator[Load]:
     process = psutil.Process()
     # Not on every system can a process be tied to some of the cores, or be asked which.
     mine = list(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else None
-    found = Load(threads, len(mine) if mine else psutil.cpu_count() or 1)
+    load = Load(threads, len(mine) if mine else psutil.cpu_count() or 1)
     before = _seconds(process, mine)
     try:
-        yield found
+        yield load
     finally:
         total, busy, own = (now - then for now, then in zip(_seconds(process, mine), before, strict=True))
         if total > 0:
-            found.others = min(max(0.0, busy - own), total) / total * found.cores
+            load.others = min(max(0.0, busy - own), total) / total * load.cores
 
 
 def _seconds(process: psutil.Process, mine: Sequence[int] | None) -> tuple[float, float, float]:

@@ -48,12 +48,12 @@ def _allowed(
     index = torch.arange(depths.shape[1], device=depths.device)
     tree = (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < ends[:, None, :])
     config = loaded.model.config.get_text_config()
-    found = {"full_attention": tree}
+    allowed = {"full_attention": tree}
     if window := getattr(config, "sliding_window", None):
-        found["sliding_attention"] = tree & (depths[:, :, None] - depths[:, None, :] < window)
+        allowed["sliding_attention"] = tree & (depths[:, :, None] - depths[:, None, :] < window)
     if chunk := getattr(config, "attention_chunk_size", None):
-        found["chunked_attention"] = tree & (depths[:, :, None] // chunk == depths[:, None, :] // chunk)
-    return found
+        allowed["chunked_attention"] = tree & (depths[:, :, None] // chunk == depths[:, None, :] // chunk)
+    return allowed
 
 
 def _additive(allowed: Bool[Tensor, "batch pos pos"], dtype: torch.dtype) -> Float[Tensor, "batch one pos pos"]:

@@ -74,7 +74,7 @@ class Reading:
 def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
     """The score of every head of the model, by layer, then index."""
     directions = unembedding(reading.loaded.model, ids[:, 1:]) @ reading.ends.exit.T
-    found: dict[int, Tensor] = {}
+    scores: dict[int, Tensor] = {}
 
     def visit(layer: int, z: Tensor, attention: Tensor) -> None:
         read = keys(reading.loaded.anatomy.layers[layer], directions, z, reading.norms.get(layer))
@@ -84,18 +84,18 @@ def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tens
             logits = torch.einsum("thd,shd->hts", z[i, 1:].float(), read[i])
             attended = attention[i, :, 1:, 1:].argmax(-1)
             rows.append(_ratio(logits, attended, _FLOOR)[:, 1:].mean(-1))
-        found[layer] = torch.stack(rows)
+        scores[layer] = torch.stack(rows)
 
     with attention_seen(reading.loaded.anatomy, visit):
         reading.run(ids)
-    return torch.cat([found[layer].cpu().double() for layer in sorted(found)], -1)
+    return torch.cat([scores[layer].cpu().double() for layer in sorted(scores)], -1)
 
 
 def paper_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
     """The paper's score of every head of the model, by layer, then index."""
     anatomy, model = reading.loaded.anatomy, reading.loaded.model
     attended: dict[int, Tensor] = {}
-    found: dict[int, Tensor] = {}
+    scores: dict[int, Tensor] = {}
 
     def attend(layer: int, z: Tensor, attention: Tensor) -> None:
         attended[layer] = attention.argmax(-1)
@@ -119,11 +119,11 @@ def paper_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tens
             logits = torch.einsum("thd,shd->hts", values[i], read[i]) + always[i]
             highest = logits.masked_fill(~_view(logits), -torch.inf).amax(-1, keepdim=True)
             rows.append(_ratio((logits - highest).exp(), attended[layer][i])[:, 1:].mean(-1))
-        found[layer] = torch.stack(rows)
+        scores[layer] = torch.stack(rows)
 
     with fed(anatomy, first[0].reshape(ids.numel(), 1, -1)), attention_seen(anatomy, visit):
         reading.run(ids.reshape(-1, 1))
-    return torch.cat([found[layer].cpu().double() for layer in sorted(found)], -1)
+    return torch.cat([scores[layer].cpu().double() for layer in sorted(scores)], -1)
 
 
 def _ratio(

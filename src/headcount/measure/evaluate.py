@@ -1,7 +1,7 @@
 """Scoring: a task's metric, gold log-likelihoods and margins, for many masks.
 
-Prompts are built, encoded and laid out once (`prepare`); the batches run through the unmodified model under all masks
-(`measure.forward`), and log-likelihoods become lm-eval's metrics (`score`).
+Prompts are built, encoded and laid out once (`prepare`); the engine runs them through the unmodified model under all
+masks, and log-likelihoods become lm-eval's metrics (`score`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from headcount.engine.budget import budget_of
 from headcount.engine.encode import encode
-from headcount.engine.engine import Progress, columns_of, masked_loglikelihoods
-from headcount.engine.layout import Layout, layout
-from headcount.engine.pack import Batch, Budget, batches, pack
+from headcount.engine.engine import Engine, Packed
+from headcount.engine.forward import Progress, columns_of
+from headcount.engine.pack import Batch, Budget
 from headcount.errors import ModelError, OptionError, TaskError
 from headcount.masks import Mask
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations
-from headcount.tasks.fewshot import LM_EVAL_SEED
+from headcount.tasks.fewshot import LM_EVAL_SEED, FewShot
 from headcount.tasks.task import Prompt, Split, Task
 
 
@@ -36,8 +35,7 @@ class Prepared:
         num_fewshot: How many shots stand before each document.
         prompts: The documents.
         counts: How many requests each document has; requests follow one another in this order.
-        layout: How they are laid out for the model.
-        batches: What the model reads.
+        packed: The requests, laid out for the model.
         passages: Which documents share a passage: equal numbers.
         truncated: How many requests lost their beginning.
         columns: The first so many logits decide (protocol "paper"); None: all.
@@ -47,8 +45,7 @@ class Prepared:
     num_fewshot: int
     prompts: tuple[Prompt, ...]
     counts: tuple[int, ...]
-    layout: Layout
-    batches: tuple[Batch, ...]
+    packed: Packed
     passages: Int[np.ndarray, " doc"]
     truncated: int
     columns: int | None = None
@@ -56,7 +53,12 @@ class Prepared:
     @property
     def tokens(self) -> int:
         """Positions that one forward pass over all documents computes."""
-        return sum(b.tokens for b in self.batches)
+        return self.packed.tokens
+
+    @property
+    def batches(self) -> tuple[Batch, ...]:
+        """What the model reads."""
+        return self.packed.batches
 
 
 def evaluate(
@@ -84,35 +86,31 @@ def evaluate(
         split: "evaluation", or "examples" for the documents importance is measured on.
         seed: Of the sampler of shots.
         shared_shots: Whether one draw of shots serves all documents.
-        trees: Whether prompts share their prefixes in token trees; None asks `layout`.
-        budget: How long rows and how large batches may be; None asks `budget_of`, which measures the device.
+        trees: Whether prompts share their prefixes in token trees; None asks the engine's probe.
+        budget: How long rows and how large batches may be; None measures the device.
         progress: Called with the number of tokens after each batch.
 
     Returns:
         Metric, gold log-likelihood, margin and prediction per mask and document.
     """
     if isinstance(masks, Mask) or not isinstance(task, Task):
-        raise OptionError("masks is a sequence of masks, and task what get_tasks made of one name")
-    prepared = prepare(loaded, task, num_fewshot=num_fewshot, limit=limit, split=split, seed=seed,
-                       shared_shots=shared_shots, trees=trees, budget=budget)
+        raise OptionError("masks must be a list of masks, and task one of the tasks that get_tasks returned")
+    few_shot = FewShot(num_fewshot, limit, seed, shared_shots)
+    prepared = prepare(loaded, task, few_shot, split=split, trees=trees, budget=budget)
     return score(loaded, prepared, masks or [Mask.full(loaded.anatomy.heads_per_layer)], progress=progress)
 
 
 def prepare(
     loaded: LoadedModel,
     task: Task,
+    few_shot: FewShot,
     *,
-    num_fewshot: int = 0,
-    limit: int | None = None,
     split: Split = "evaluation",
-    seed: int = LM_EVAL_SEED,
-    shared_shots: bool = False,
     trees: bool | None = None,
     budget: Budget | None = None,
 ) -> Prepared:
     """Build, encode and pack a task's prompts; the options are those of `evaluate`."""
-    prompts = task.prompts(split, num_fewshot=num_fewshot, limit=limit, seed=seed, shared_shots=shared_shots,
-                           chat=loaded.chat)
+    prompts = task.prompts(split, few_shot, chat=loaded.chat)
     try:
         requests = encode(loaded.tokenizer, [pair for p in prompts for pair in p.pairs], loaded.max_length,
                           apart=task.protocol == "paper")
@@ -120,33 +118,26 @@ def prepare(
         raise TaskError(f"task {task.name!r}: {error}") from error
     counts = [len(p.pairs) for p in prompts]
     by_document = [requests[end - n : end] for n, end in zip(counts, np.cumsum(counts), strict=True)]
-    found = layout(loaded)
-    if trees and not found.trees:
-        raise OptionError(f"this model's prompts cannot be laid out as trees: {found.reason}")
-    chosen = found if trees is None else dataclasses.replace(found, trees=trees, reason="asked for")
-    budget = budget or budget_of(loaded)
-    rows = pack(by_document, budget, trees=chosen.trees, tree_tokens=chosen.tree_tokens)
-    return Prepared(task, num_fewshot, tuple(prompts), tuple(counts), chosen,
-                    tuple(batches(rows, budget)), task.passages(split, prompts), sum(r.truncated for r in requests),
-                    columns_of(loaded) if task.protocol == "paper" else None)
+    packed = Engine.of(loaded).pack(by_document, budget, trees)
+    return Prepared(task, few_shot.num_fewshot, tuple(prompts), tuple(counts), packed, task.passages(split, prompts),
+                    sum(r.truncated for r in requests), columns_of(loaded) if task.protocol == "paper" else None)
 
 
 def score(
     loaded: LoadedModel, prepared: Prepared, masks: Sequence[Mask], *, progress: Progress | None = None
 ) -> Evaluations:
     """Run prepared prompts under each mask and turn log-likelihoods into the task's metric."""
-    found = masked_loglikelihoods(loaded, prepared.batches, sum(prepared.counts), masks, progress,
-                                  prepared.layout.tree_mask, prepared.columns)
-    for mask, values in zip(masks, found.loglikelihoods, strict=True):
+    likelihoods = Engine.of(loaded).loglikelihoods(prepared.packed, masks, columns=prepared.columns, progress=progress)
+    for mask, values in zip(masks, likelihoods.loglikelihoods, strict=True):
         if bad := int((~np.isfinite(values)).sum()):
             raise ModelError(f"{bad} of {len(values)} log-likelihoods of task {prepared.task.name!r} are no numbers "
-                             f"under {mask}: they overflow in {str(loaded.model.dtype).removeprefix('torch.')}; use "
-                             "--dtype bfloat16 or float32")
+                             f"under {mask}: they overflow in {str(loaded.model.dtype).removeprefix('torch.')}: use "
+                             "the type bfloat16 or float32 (dtype, --dtype)")
     splits = np.cumsum(prepared.counts)[:-1]
     rows = [
         [_score_document(prepared.task, *one) for one in zip(
-            prepared.prompts, np.split(loglikelihoods, splits), np.split(greedy, splits), strict=True)]
-        for loglikelihoods, greedy in zip(found.loglikelihoods, found.greedy, strict=True)
+            prepared.prompts, np.split(values, splits), np.split(greedy, splits), strict=True)]
+        for values, greedy in zip(likelihoods.loglikelihoods, likelihoods.greedy, strict=True)
     ]
     metric, task = prepared.task.metric, prepared.task
     extra = {name for row in rows for one in row for name in one.metrics} - {metric}
@@ -167,7 +158,7 @@ def score(
         passages=prepared.passages,
         truncated=prepared.truncated,
         tokens=prepared.tokens * len(masks),
-        layer_tokens=found.layer_tokens,
+        layer_tokens=likelihoods.layer_tokens,
     )
     if task.question is not None:
         return by_question(measured, [task.question(p.doc) for p in prepared.prompts])

@@ -35,7 +35,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headcount.engine.engine import Progress
+from headcount.engine.forward import Progress
 from headcount.errors import ModelError, OptionError
 from headcount.measure.copying import Reading, paper_copying, sound_copying
 from headcount.model.attention import attention_keywords, attention_seen, eager
@@ -89,13 +89,13 @@ def induction_scores(
     texts, notes = _drawn(loaded, lengths, repeats, seeds, seed, protocol)
     with eager(loaded.model):
         reading = Reading.of(loaded, attention_keywords(loaded.name, loaded.model, loaded.anatomy))
-        found = _measured(reading, texts, protocol, progress)
+        measured = _measured(reading, texts, protocol, progress)
         scores, straight = ov_copying(loaded.model, loaded.anatomy, reading.ends, reading.norms, reading.told)
     lacking = [layer for layer, ok in enumerate(straight) if not ok.all()]
     if lacking:
         notes.append(f"the OV score is not defined in {len(lacking)} of {loaded.anatomy.num_layers} layers (the first "
                      f"is {lacking[0]}): values there are no linear map of the residual stream")
-    return _summary(loaded, found, texts, protocol, torch.cat(scores).double().numpy(), notes)
+    return _summary(loaded, measured, texts, protocol, torch.cat(scores).double().numpy(), notes)
 
 
 def check(
@@ -134,15 +134,15 @@ def _windows(loaded: LoadedModel, longest: int, repeats: int) -> list[str]:
     config = loaded.model.config.get_text_config()
     kinds = (getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
              or ["sliding_attention"] * loaded.anatomy.num_layers)
-    found = []
+    notes = []
     for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size"),
                        ("local", "window_size")):
         window, layers = getattr(config, name, None), list(kinds).count(kind)
         if window and layers and window <= longest * repeats:
             none = "no" if window <= longest else "not every"
-            found.append(f"attention in {layers} of {loaded.anatomy.num_layers} layers sees {window} tokens at most: "
+            notes.append(f"attention in {layers} of {loaded.anatomy.num_layers} layers sees {window} tokens at most: "
                          f"in the longest texts heads there reach {none} earlier occurrence of a token")
-    return found
+    return notes
 
 
 def _options(
@@ -167,7 +167,8 @@ def _fitting(
     limits = f"window of {loaded.max_length} tokens, {tokens} tokens to draw from"
     if not kept:
         raise OptionError(f"no random sequence fits, standing {repeats} times ({limits}): the shortest has "
-                          f"{min(lengths)} tokens, and {longest} would do: --induction-lengths (--lengths)")
+                          f"{min(lengths)} tokens, and {longest} would do: give shorter lengths (lengths; "
+                          "--induction-lengths, --lengths)")
     if len(kept) < len(lengths):
         notes.append(f"random sequences of more than {longest} tokens are left out ({limits})")
     return kept
@@ -255,20 +256,20 @@ def _measured(
 ) -> Float[np.ndarray, "kind text head"]:
     """The scores of every text and head, in the order of `_KINDS`."""
     loaded, bos = reading.loaded, len(texts.start)
-    found = np.zeros((len(_KINDS), len(texts.members), loaded.anatomy.num_heads))
+    scores = np.zeros((len(_KINDS), len(texts.members), loaded.anatomy.num_heads))
     entries = _ENTRIES.get(loaded.device.type, 2**28)
     for batch in texts.batches(max(loaded.anatomy.heads_per_layer), entries):
         prefix = _prefix_work(reading, texts.members[batch[0]][0], texts.repeats, bos, protocol)
         for kinds, repeated, work in ((slice(0, 2), True, prefix),
                                       (slice(2, 3), False, _copying_work(reading, protocol))):
             ids = texts.drawn(batch, repeated=repeated).to(loaded.device)
-            found[kinds, batch] = _halved(work, ids).numpy()
+            scores[kinds, batch] = _halved(work, ids).numpy()
             if progress is not None:
                 progress(ids.numel())
-    if not np.isfinite(found).all():
-        raise ModelError(f"attention overflows in {str(loaded.model.dtype).removeprefix('torch.')}; use --dtype "
-                         "bfloat16 or float32")
-    return found
+    if not np.isfinite(scores).all():
+        raise ModelError(f"attention overflows in {str(loaded.model.dtype).removeprefix('torch.')}: use the type "
+                         "bfloat16 or float32 (dtype, --dtype)")
+    return scores
 
 
 def _halved(work: _Work, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind batch head"]:
@@ -280,21 +281,21 @@ def _halved(work: _Work, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind b
             raise
         if len(ids) == 1:
             raise ModelError(f"memory is too small for one text of {ids.shape[1]} tokens with eager attention: give "
-                             "shorter --induction-lengths (--lengths)") from error
+                             "shorter lengths (lengths; --induction-lengths, --lengths)") from error
     return torch.cat([_halved(work, half) for half in ids.chunk(2)], 1)
 
 
 def _prefix_work(reading: Reading, length: int, repeats: int, bos: int, protocol: Protocol) -> _Work:
     def work(ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind batch head"]:
-        found: dict[int, Tensor] = {}
+        scores: dict[int, Tensor] = {}
 
         def visit(layer: int, z: Tensor, attention: Tensor) -> None:
-            found[layer] = torch.stack([prefix_matching(attention, length, repeats, bos, protocol),
+            scores[layer] = torch.stack([prefix_matching(attention, length, repeats, bos, protocol),
                                         doubled(attention.diagonal(-1, -2, -1)[..., bos:]).mean(-1)])
 
         with attention_seen(reading.loaded.anatomy, visit):
             reading.run(ids)
-        return torch.cat([found[layer].cpu() for layer in sorted(found)], -1)
+        return torch.cat([scores[layer].cpu() for layer in sorted(scores)], -1)
 
     return work
 
@@ -329,15 +330,15 @@ def prefix_matching(
 
 
 def _summary(
-    loaded: LoadedModel, found: Float[np.ndarray, "kind text head"], texts: _Texts, protocol: Protocol,
+    loaded: LoadedModel, measured: Float[np.ndarray, "kind text head"], texts: _Texts, protocol: Protocol,
     ov: Float[np.ndarray, " head"], notes: Sequence[str],
 ) -> InductionScores:
     lengths = texts.lengths
     # Halves alternate in each length and from one length to the next, so that both have all.
     first = np.array([(lengths.index(length) + number) % 2 == 0 for length, number in texts.members])
-    scores = dict(zip(_KINDS, found, strict=True))
+    scores = dict(zip(_KINDS, measured, strict=True))
     n = len(texts.members)
-    nothing = np.full(found.shape[2], np.nan)
+    nothing = np.full(measured.shape[2], np.nan)
     halves = {kind: np.stack([x[half].mean(0) if half.any() else nothing for half in (first, ~first)])
               for kind, x in scores.items()}
     return InductionScores(
@@ -385,7 +386,7 @@ def randomised(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
             made = dispatch_model(made, devices)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"memory is too small for {loaded.name} and the same model with random weights beside it, the "
-                         "control of copying: --skip-control leaves it out") from error
+                         "control of copying: leave it out (skip_control, --skip-control)") from error
     note = f"all weights are random, by the model's own initialisation (seed {seed})"
     control = wrap(made, loaded.tokenizer, f"{loaded.name} (random weights)", loaded.names)
     return dataclasses.replace(control, notes=(*control.notes, note), apply_chat_template=loaded.apply_chat_template)
@@ -395,4 +396,4 @@ def _check_place(loaded: LoadedModel) -> None:
     """Refuse the control of a model that is larger than memory."""
     if "disk" in getattr(loaded.model, "hf_device_map", {}).values():
         raise ModelError(f"{loaded.name} lies partly on disk, and the same model with random weights, the control of "
-                         "copying, needs memory for all of it: --skip-control leaves it out")
+                         "copying, needs memory for all of it: leave it out (skip_control, --skip-control)")

@@ -248,11 +248,11 @@ def _ffn(block: nn.Module, where: str, names: Names) -> tuple[nn.Module | None, 
 
 def _child(parent: nn.Module, names: Iterable[str]) -> tuple[str, nn.Module | None]:
     for name in names:
-        found: object = parent
+        child: object = parent
         for step in name.split("."):
-            found = getattr(found, step, None)
-        if isinstance(found, nn.Module):
-            return name, found
+            child = getattr(child, step, None)
+        if isinstance(child, nn.Module):
+            return name, child
     return "", None
 
 

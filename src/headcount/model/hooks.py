@@ -77,8 +77,8 @@ def captured(
     """Catch every head's and FFN's output during one forward pass; a further pass replaces what was caught.
 
     Gates that were opened before are seen, later ones are not. With `gradients`, what is passed on is made of the
-    tensors that are caught, so `torch.autograd.grad(loss, [*found.heads, *found.ffns])` works, also where all
-    parameters are frozen. Without, they are detached.
+    tensors that are caught, so `torch.autograd.grad(loss, [*activations.heads, *activations.ffns])` works, also where
+    all parameters are frozen. Without, they are detached.
 
     Args:
         anatomy: Where heads and FFNs are.
@@ -87,22 +87,22 @@ def captured(
             residual stream is given, and attention's is caught too.
     """
     norms = norms or {}
-    found = Activations()
+    activations = Activations()
     # Layers in which blocks run their FFN beside or before attention still fill their own place.
     shapes: list[tuple[int, int]] = [(0, 0)] * anatomy.num_layers
 
     def restart(module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.heads = [torch.empty(0)] * anatomy.num_layers
-        found.ffns = [torch.empty(0)] * anatomy.num_layers
-        found.attention = {}
+        activations.heads = [torch.empty(0)] * anatomy.num_layers
+        activations.ffns = [torch.empty(0)] * anatomy.num_layers
+        activations.attention = {}
 
     with contextlib.ExitStack() as hooks:
         first = anatomy.layers[0].block
         hooks.callback(first.register_forward_pre_hook(restart, with_kwargs=True).remove)
         for i, part in enumerate(anatomy.layers):
-            for handle in _capture_layer(part, norms.get(i, LayerNorms()), i, found, shapes, gradients):
+            for handle in _capture_layer(part, norms.get(i, LayerNorms()), i, activations, shapes, gradients):
                 hooks.callback(handle.remove)
-        yield found
+        yield activations
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ def _ffn_gate(part: LayerAnatomy) -> Iterator[torch.utils.hooks.RemovableHandle]
 
 
 def _capture_layer(
-    part: LayerAnatomy, norms: LayerNorms, index: int, found: Activations, shapes: list[tuple[int, int]],
+    part: LayerAnatomy, norms: LayerNorms, index: int, activations: Activations, shapes: list[tuple[int, int]],
     gradients: bool,
 ) -> Iterator[torch.utils.hooks.RemovableHandle]:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -156,8 +156,8 @@ def _capture_layer(
         shapes[index] = (hidden.shape[-3], hidden.shape[-2])
 
     def head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        found.heads[index] = _caught(args[0], (*shapes[index], part.num_heads, part.d_head), gradients)
-        return (found.heads[index].reshape(args[0].shape), *args[1:]) if gradients else args
+        activations.heads[index] = _caught(args[0], (*shapes[index], part.num_heads, part.d_head), gradients)
+        return (activations.heads[index].reshape(args[0].shape), *args[1:]) if gradients else args
 
     def branch(caught: list[Tensor] | dict[int, Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
@@ -169,9 +169,9 @@ def _capture_layer(
     yield part.block.register_forward_pre_hook(enter, with_kwargs=True)
     yield part.out_proj.register_forward_pre_hook(head)
     if norms.attention is not None:
-        yield norms.attention.register_forward_hook(lambda *call: branch(found.attention, *call))
+        yield norms.attention.register_forward_hook(lambda *call: branch(activations.attention, *call))
     last = part.ffn_output if norms.ffn is None else norms.ffn
-    yield last.register_forward_hook(lambda *call: branch(found.ffns, *call))
+    yield last.register_forward_hook(lambda *call: branch(activations.ffns, *call))
 
 
 def _caught(x: Float[Tensor, "*_"], shape: tuple[int, ...], gradients: bool) -> Float[Tensor, "*_"]:

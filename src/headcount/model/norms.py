@@ -32,21 +32,21 @@ class LayerNorms:
 
 
 def find_norms(model: PreTrainedModel, anatomy: Anatomy) -> dict[int, LayerNorms]:
-    """Norms on branches' output, of those layers that have any, found in one pass of three tokens."""
-    found: list[tuple[list[nn.Module], list[nn.Module]]] = [([], []) for _ in anatomy.layers]
+    """Norms on branches' output, by layer, for layers that have any; one pass of three tokens tells."""
+    by_layer: list[tuple[list[nn.Module], list[nn.Module]]] = [([], []) for _ in anatomy.layers]
     with contextlib.ExitStack() as hooks:
-        for part, (attention, ffn) in zip(anatomy.layers, found, strict=True):
+        for part, (attention, ffn) in zip(anatomy.layers, by_layer, strict=True):
             for handle in (*_watch(part, part.out_proj, attention), *_watch(part, part.ffn_output, ffn)):
                 hooks.callback(handle.remove)
         ids = torch.arange(3, device=device_of(model))[None]
         with torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    layers = [LayerNorms(*(next(iter(norm), None) for norm in layer)) for layer in found]
+    layers = [LayerNorms(*(next(iter(norm), None) for norm in layer)) for layer in by_layer]
     return {i: layer for i, layer in enumerate(layers) if layer != LayerNorms()}
 
 
 def _watch(
-    part: LayerAnatomy, writer: nn.Module, found: list[nn.Module]
+    part: LayerAnatomy, writer: nn.Module, norms: list[nn.Module]
 ) -> Iterator[torch.utils.hooks.RemovableHandle]:
     """Put that one of the block's norms into the list that reads exactly what a module of the block has written."""
     written: list[Tensor] = []
@@ -58,7 +58,7 @@ def _watch(
     def normed(module: nn.Module, args: Any) -> None:
         same = written and args and written[0].numel() == args[0].numel()
         if same and torch.equal(written[0], args[0].reshape(written[0].shape)):
-            found[:] = [module]
+            norms[:] = [module]
 
     yield writer.register_forward_hook(wrote)
     for child in part.block.children():

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import pandas as pd
-
-from headcount.analysis.curves import COMMON, RANDOM
-from headcount.analysis.points import MEAN, groups
-from headcount.analysis.rows import RELIABLE
+from headcount.analysis.rows import COMMON, MEAN, RANDOM, RELIABLE, TASK, groups, labelled
 from headcount.analysis.study import Study
 from headcount.report import words
 from headcount.report.words import COMPONENT_NAMES, score_name, shots
@@ -46,7 +42,7 @@ def cautions(study: Study) -> Iterator[str]:
         elif 1 in study.paper_versions:
             yield "What an earlier version of protocol paper measured in this folder is left out."
     if spec.get("apply_chat_template"):
-        yield "Prompts stand in the model's chat template."
+        yield "Prompts are wrapped in the model's chat template."
     if spec["shared_shots"] and any(spec["shots"]):
         yield ("Shots are shared: one draw per task stands before all its documents, so results depend on that draw; "
                "intervals cover the choice of documents, not of shots.")
@@ -75,11 +71,11 @@ def _of_orders(study: Study) -> Iterator[str]:
     if (random["order"] == RANDOM).any() and study.against_random()["draws"].max() < 2:
         yield "There is one random order: what another would leave is not known."
     common = random[(random["order"] == COMMON) & (random["fraction"] > 0)]
-    if len(common) and len(study.tasks) > 1 and not (common["task"] == MEAN).any():
+    if len(common) and len(study.tasks) > 1 and not (common["scope"] == MEAN).any():
         yield (f"One order for all tasks is measured on {common['task'].nunique()} of {len(study.tasks)} tasks, so "
                "that there is no mean of it: run the study with all its tasks together.")
     by = study.ordering_scores
-    orders = study.orders() if len(study.importance()) else pd.DataFrame()
+    orders = labelled(study.orders())
     if len(orders):
         weak = orders[(orders["score"] == orders["component"].map(by)) & (orders["reliability"] < RELIABLE)]
         for component, of_component in groups(weak, "component"):
@@ -110,12 +106,12 @@ def _of_documents(study: Study) -> Iterator[str]:
                f"more, even if none of them changes; fewer (or fewer passages that they share) are evaluated on "
                f"{named}.")
     curves = study.curves()
-    without = list(dict.fromkeys(curves.loc[curves["low"].isna() & (curves["task"] != MEAN), "task"]))
+    without = list(dict.fromkeys(curves.loc[curves["low"].isna() & (curves["scope"] == TASK), "task"]))
     if without:
         yield (f"The metric of {_listed(without, len(study.tasks), 'tasks')} goes beyond 0 and 1, so that it has no "
                "interval: nothing can be ruled out there, nor on a mean over tasks.")
     free = study.free_fractions()
-    weak = free[free["free_fraction"].isna() & (free["task"] != MEAN) & (free["reason"] != NO_INTERVAL)]
+    weak = free[free["free_fraction"].isna() & (free["scope"] == TASK) & (free["reason"] != NO_INTERVAL)]
     for k, of_k in groups(weak, "num_fewshot"):
         names = _listed(list(dict.fromkeys(of_k["task"])), len(study.tasks), "tasks")
         yield (f"With {shots(int(k))} the full model is not shown to be above chance, or above a constant answer, on "

@@ -9,16 +9,32 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from headcount.analysis.correlations import alike_together, between_shots, noise, noise_by_shots
-from headcount.analysis.points import MEAN
-from headcount.analysis.rows import SUMMARIES, most_shots, of_score, tasks_first
-from headcount.analysis.scores import RANDOM
+from headcount.analysis.correlations import (
+    alike_together,
+    between_shots,
+    between_single_tasks,
+    noise,
+    noise_by_shots,
+)
+from headcount.analysis.rows import (
+    MEAN,
+    MEAN_OF_RANKS,
+    RANDOM,
+    TASK,
+    Labels,
+    labelled,
+    labels_of,
+    mean_or_first,
+    most_shots,
+    of_score,
+    single_tasks,
+)
 from headcount.analysis.study import Study
 from headcount.report import words
 from headcount.report.matrix import hundredths, matrix
 from headcount.report.section import Section, Table, section
+from headcount.report.sets import top_sets_sentence
 from headcount.report.style import COMPONENTS, LEGEND, PALETTE, SHAPES, Chart, dressed
-from headcount.report.top_sets import top_sets_sentence
 from headcount.report.words import NAMES, known, shots
 
 
@@ -36,15 +52,17 @@ def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None
     rows = rows[rows["kind"].isin(["tasks", "reliability"]) & (rows["num_fewshot"] >= 0)]
     if rows.empty:
         return None
-    turned = rows.rename(columns={"task": "other_task", "other_task": "task"})
-    rows = pd.concat([rows, turned]).drop_duplicates(["task", "other_task", "num_fewshot"])
-    names = tasks_first([*alike_together(rows), *rows["task"], *rows["other_task"]])
+    turned = rows.rename(columns={"task": "other_task", "other_task": "task", "scope": "other_scope",
+                                  "other_scope": "scope"})
+    rows = pd.concat([rows, turned]).drop_duplicates(["scope", "task", "other_scope", "other_task", "num_fewshot"])
+    labels, neighbours, noisy = labels_of(rows), alike_together(rows), noise_by_shots(rows)
+    rows = labelled(rows, labels)
+    names = labels.tasks_first([*neighbours, *rows["task"], *rows["other_task"]])
     tooltip = [alt.Tooltip("row:N", title="task"), alt.Tooltip("column:N", title="and"), alt.Tooltip("shots:N"),
                alt.Tooltip("kind:N", title="what"), alt.Tooltip("value:Q", title="Spearman", format=".3f"),
                alt.Tooltip("interval:N", title="95 % interval"), alt.Tooltip("alone:N", title="layers alone give"),
                alt.Tooltip("inside:N", title="within layers"),
                alt.Tooltip("argsort:N", title="the paper's argsort variant")]
-    noisy = noise_by_shots(rows)
     cells = pd.DataFrame({
         "row": rows["task"], "column": rows["other_task"], "shots": rows["num_fewshot"].map(shots),
         "kind": rows["kind"].map({"tasks": "two orders", "reliability": "itself, on other examples"}),
@@ -57,7 +75,7 @@ def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None
         "argsort": rows["argsort_correlation"].map(words.known), "framed": rows["kind"] == "reliability",
         "pale": rows["num_fewshot"].isin(list(noisy))})
     title = f"rank correlation of the importance of {COMPONENTS[component]}; framed: reliability"
-    chart = matrix(cells, names, names, hundredths, title, 1.0, tooltip, ("", ""))
+    chart = matrix(cells, names, names, hundredths, title, 1.0, tooltip, ("", ""), bold=labels.summaries)
     lines = words.noisy(noisy, rows["num_fewshot"].nunique()).split("; ")
     return chart.properties(title=[f"{line[0].upper()}{line[1:]}" for line in lines]) if noisy else chart
 
@@ -71,40 +89,44 @@ def shots_dots(correlations: pd.DataFrame, *, scores: Mapping[str, str] | None =
         correlations: One row per pair.
         scores: Which score of importance by kind of component; the first found unless told.
     """
-    panels = []
+    panels, labels = [], labels_of(correlations)
     for component, title in COMPONENTS.items():
         of_component = of_score(correlations, component, (scores or {}).get(component))
         rows = between_shots(of_component)
         if rows["correlation"].notna().any():
             reason = noise(of_component[of_component["kind"].isin(["shots", "reliability"])])
             words = alt.TitleParams(f"{title[0].upper()}{title[1:]}", subtitle=reason)
-            panels.append(_shots_panel(rows, _beside_random(of_component, rows["task"]), pale=bool(reason)).properties(
+            random = _beside_random(of_component, rows, labels)
+            panels.append(_shots_panel(rows, random, labels, pale=bool(reason)).properties(
                 title=words if reason else words.text, width=330))
     if not panels:
         return None
     return dressed(alt.hconcat(*panels)).configure_legend(orient="top", **LEGEND)
 
 
-def _beside_random(rows: pd.DataFrame, tasks: pd.Series) -> pd.DataFrame:
-    """A random order held against the mean over tasks (or the only one), a row per number of shots."""
-    whole = MEAN if (tasks == MEAN).any() else tasks.iloc[0]
-    rows = rows[(rows["kind"] == "shots") & (rows["task"] == whole) & (rows["other_task"] == RANDOM)]
-    pairs = [f"{whole}, {shots(k)}, and a random order" for k in rows["num_fewshot"]]
-    return rows.assign(task=f"{RANDOM} order", pair=pairs)[["task", "pair", "correlation", "low", "high"]].round(4)
+def _beside_random(rows: pd.DataFrame, shown: pd.DataFrame, labels: Labels) -> pd.DataFrame:
+    """A random order held against the mean over tasks (or the first shown), a row per number of shots."""
+    scope, task = mean_or_first(shown)[["scope", "task"]].iloc[0]
+    rows = rows[(rows["kind"] == "shots") & (rows["scope"] == scope) & (rows["task"] == task)
+                & (rows["other_scope"] == RANDOM)]
+    pairs = [f"{label}, {shots(k)}, and a random order" for label, k in zip(
+        labels.column(rows["scope"], rows["task"]), rows["num_fewshot"], strict=True)]
+    named = rows.assign(task=f"{labels.word(RANDOM)} order", pair=pairs)
+    return named[["task", "pair", "correlation", "low", "high"]].round(4)
 
 
-def _shots_panel(rows: pd.DataFrame, random: pd.DataFrame, *, pale: bool) -> Chart:
-    rows = rows.sort_values(["num_fewshot", "other_shots"], kind="stable")
+def _shots_panel(rows: pd.DataFrame, random: pd.DataFrame, labels: Labels, *, pale: bool) -> Chart:
+    rows = labelled(rows, labels).sort_values(["num_fewshot", "other_shots"], kind="stable")
     data = pd.DataFrame({"task": rows["task"], "correlation": rows["correlation"], "low": rows["low"],
                          "high": rows["high"], "pair": [f"{shots(a)} and {shots(b)}" for a, b in zip(
                              rows["num_fewshot"], rows["other_shots"], strict=True)],
                          "inside": rows["correlation_in_layers"].map(known),
                          "alone": rows["correlation_layers_alone"].map(known)}).round(4)
-    pairs, tasks = list(dict.fromkeys(data["pair"])), tasks_first(rows["task"])
-    summaries = [name for name in tasks if name.startswith(MEAN)]
+    pairs, tasks = list(dict.fromkeys(data["pair"])), labels.tasks_first(rows["task"])
+    summaries = [name for name in tasks if name in (labels.word(MEAN), labels.word(MEAN_OF_RANKS))]
     low = np.floor(5 * min(0.0, float(data[["low", "correlation"]].min().min()), float(random["low"].min()))) / 5
     y = alt.Y("task:N", title=None, scale=alt.Scale(paddingInner=0.25),
-              sort=[*summaries, *(t for t in tasks if t not in summaries), f"{RANDOM} order"],
+              sort=[*summaries, *(t for t in tasks if t not in summaries), f"{labels.word(RANDOM)} order"],
               axis=alt.Axis(domain=False, ticks=False, grid=True, labelFontWeight=alt.ExprRef(
                   expr=f"indexof({summaries}, datum.label) >= 0 ? 'bold' : 'normal'")))
     base = alt.Chart(data).encode(y=y, yOffset=alt.YOffset("pair:N", scale=alt.Scale(domain=pairs)))
@@ -145,7 +167,7 @@ def tasks_sentence(correlations: pd.DataFrame, component: str, *, score: str | N
     noisy = words.noisy(noise_by_shots(rows), rows.loc[rows["num_fewshot"] >= 0, "num_fewshot"].nunique())
     rows = most_shots(rows)
     between = rows[rows["kind"] == "tasks"]
-    pairs = between[~between["task"].isin(SUMMARIES) & ~between["other_task"].isin(SUMMARIES)]
+    pairs = between_single_tasks(between)
     # Each pair once: tables may hold both ways round.
     once = [a < b if ((pairs["task"] == b) & (pairs["other_task"] == a)).any() else a != b
             for a, b in zip(pairs["task"], pairs["other_task"], strict=True)]
@@ -162,8 +184,8 @@ def tasks_sentence(correlations: pd.DataFrame, component: str, *, score: str | N
         said = [f"{beginning}{words.number(pairs['correlation'].median())} (median of {len(pairs)} pairs), from "
                 f"{words.estimate(least)} for {least['task']} and {least['other_task']} to {words.estimate(most)} for "
                 f"{most['task']} and {most['other_task']}{above}"]
-    own = rows.loc[(rows["kind"] == "reliability") & ~rows["task"].isin(SUMMARIES), "correlation"]
-    random = between.loc[~between["task"].isin(SUMMARIES) & (between["other_task"] == RANDOM), "correlation"]
+    own = single_tasks(rows).query("kind == 'reliability'")["correlation"]
+    random = between.loc[(between["scope"] == TASK) & (between["other_scope"] == RANDOM), "correlation"]
     said += [f"one task's with itself, on other examples, at {words.number(own.median())}"] if len(own) else []
     said += [f"a random order with a task's at {words.number(random.median())}"] if len(random) else []
     return (f"{_first_of_all(noisy)}{'; '.join(said)}.{_only_depth(pairs, component, 'two tasks agree')}"
@@ -206,7 +228,7 @@ def shots_sentence(correlations: pd.DataFrame, component: str, *, score: str | N
         return ""
     few, many = int(pairs["num_fewshot"].min()), int(pairs["other_shots"].max())
     pairs = pairs[(pairs["num_fewshot"] == few) & (pairs["other_shots"] == many)]
-    mean, single = pairs[pairs["task"] == MEAN], pairs[~pairs["task"].isin(SUMMARIES)].sort_values("correlation")
+    mean, single = pairs[pairs["scope"] == MEAN], single_tasks(pairs).sort_values("correlation")
     said = [f"{words.estimate(mean.iloc[0])} for the mean over tasks"] if len(mean) else []
     if len(single):
         least, most = single.iloc[0], single.iloc[-1]
@@ -247,7 +269,7 @@ def sections(study: Study) -> Iterator[Section]:
     words = {"head": "heads", "ffn": "FFNs"}
     for component, score in study.ordering_scores.items():
         rows = found[(found["component"] == component) & (found["kind"] == "tasks")] if len(found) else found
-        if len(rows[~rows["task"].isin(["random"]) & ~rows["other_task"].isin(["random"])]):
+        if len(rows[(rows["scope"] != RANDOM) & (rows["other_scope"] != RANDOM)]):
             yield section(
                 f"cross_task_{component}", f"Do tasks need the same {words[component]}?",
                 functools.partial(task_matrix, found, component, score=score),
@@ -261,7 +283,7 @@ def sections(study: Study) -> Iterator[Section]:
         yield section("cross_shot", "Does the order depend on the number of shots?",
                        lambda: shots_dots(found, scores=study.ordering_scores),
                        *(shots_sentence(found, c, score=s) for c, s in study.ordering_scores.items()),
-                       "In grey a random order beside the scores of each number of shots, and what 95 % of random "
+                       "Grey: a random order compared with the scores of each number of shots, and what 95 % of random "
                        "orders reach. Pale: scores that are mostly noise.")
 
 

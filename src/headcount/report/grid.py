@@ -8,8 +8,7 @@ import altair as alt
 import pandas as pd
 
 from headcount.analysis.grid import reachable
-from headcount.analysis.points import MEAN, groups
-from headcount.analysis.rows import most_shots, summary
+from headcount.analysis.rows import ALL_TASKS, MEAN, groups, labelled, most_shots, summary
 from headcount.analysis.study import Study
 from headcount.report import words
 from headcount.report.matrix import cell_size, hundredths
@@ -31,8 +30,7 @@ def grid_map(grid: pd.DataFrame, *, choose: bool) -> Chart:
     """
     if grid.empty:
         return None
-    mean = grid[grid["task"] == MEAN]
-    rows = pd.concat([mean, grid[grid["task"] != MEAN]], ignore_index=True)
+    rows = labelled(pd.concat([grid[grid["scope"] == MEAN], grid[grid["scope"] != MEAN]], ignore_index=True))
     rows = rows if choose else rows[rows["task"] == rows["task"].iloc[0]]
     steps = {name: sorted(rows[f"{name}_fraction"].unique()) for name in ("heads", "ffns")}
     rows = rows.assign(shots=rows["num_fewshot"].map(shots),
@@ -164,7 +162,7 @@ def sections(study: Study) -> Iterator[Section]:
         "grid", "Heads and FFNs together", lambda: grid_map(grid, choose=True),
         grid_sentence(grid, study.spec["margin"]),
         f"Accuracy on the first documents of every task ({grid['documents'].max()} of all tasks), removed by "
-        + ("the orders of all tasks together" if (grid["order"] == MEAN).any() else "each task's own orders")
+        + ("the orders of all tasks together" if (grid["order"] == ALL_TASKS).any() else "each task's own orders")
         + f"; the line encloses cells where {words.told(WITHIN, study.spec['margin'])}, tested one by one: of "
         "many cells that lose about as much a few are framed by chance. Where the full model is not above its baseline "
         "no cell is framed.", static=lambda: grid_map(grid, choose=False))

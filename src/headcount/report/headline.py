@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import altair as alt
 import pandas as pd
 
-from headcount.analysis.curves import COMMON
-from headcount.analysis.points import MEAN, groups
+from headcount.analysis.curves import first_differences
+from headcount.analysis.rows import COMMON, MEAN, TASK, groups, labelled, labels_of, mean_or_first, of_scope
 from headcount.analysis.study import Study
 from headcount.report import words
-from headcount.report.curves import (
+from headcount.report.curve_parts import (
     BANDS,
+    BY,
+    OF_OWN_ORDER,
     costs_more,
+    curve_data,
     curve_sentence,
-    free_fractions_table,
-    headline_figure,
-    summary_task,
+    curve_tooltip,
+    order_dashes,
 )
-from headcount.report.induction import induction_sentence
+from headcount.report.induction_heads import induction_sentence
 from headcount.report.section import Section, Table, mean_first, plain_columns, section, thousandths
+from headcount.report.style import COMPONENTS, Chart, dressed, shots_colour
 from headcount.report.words import COMPONENT_NAMES, millions, share, shots, signed, told
-from headcount.stats.intervals import WITHIN
+from headcount.stats.intervals import UNKNOWN, WITHIN
 
 # Of the figure that stands before all sections.
 NAME = "headline"
@@ -37,7 +41,8 @@ def constants(description: Mapping[str, Any]) -> tuple[int, int, int]:
 def headline(study: Study) -> list[str]:
     """How many heads and FFNs can go, most shots first: each task by its own order, then one set for all tasks."""
     table = study.free_fractions()
-    summary = table[table["task"] == MEAN] if (table["task"] == MEAN).any() else table
+    means = of_scope(table, MEAN)
+    summary = means if len(means) else table
     ordered = summary.assign(common=summary["order"] == COMMON).sort_values(
         ["num_fewshot", "component", "common"], ascending=[False, False, True], kind="stable")
     sentences: list[str] = []
@@ -59,8 +64,8 @@ def _unfinished(study: Study) -> Iterator[str]:
     done = {k: len(study.finished_tasks(k)) for k in numbers}
     if min(done.values(), default=planned) < planned:
         counts = ", ".join(f"{n} with {shots(k)}" for k, n in done.items())
-        yield (f"Not every task is measured at every number of shots: of {planned} tasks, {counts}. Means are over "
-               "those alone.")
+        yield (f"Not every task is measured at every number of shots: of {words.number_of(planned, 'task')}, "
+               f"{counts}. Means are over those alone.")
 
 
 def _can_go(study: Study, row: pd.Series) -> str:
@@ -68,9 +73,9 @@ def _can_go(study: Study, row: pd.Series) -> str:
     heads, ffns, _ = constants(study.description)
     total = heads if row["component"] == "head" else ffns
     names, margin = COMPONENT_NAMES[row["component"]][1], study.spec["margin"]
-    what = "mean accuracy" if row["task"] == MEAN else f"accuracy on {row['task']}"
+    what = "mean accuracy" if row["scope"] == MEAN else f"accuracy on {row['task']}"
     by = f"one set of {names} for all tasks" if row["order"] == COMMON else (
-        "each task by its own order" if row["task"] == MEAN else "by its own order")
+        "each task by its own order" if row["scope"] == MEAN else "by its own order")
     beginning = f"With {shots(int(row['num_fewshot']))}, {by}: "
     if row["free_fraction"] > 0:
         said = (f"{share(row['free_fraction'])} of the {names} ({row['removed']:.0f} of {total}, "
@@ -113,9 +118,9 @@ def sections(study: Study) -> Iterator[Section]:
     pruned = curves[curves["component"] != "none"]
     if pruned.empty:
         return
-    task = summary_task(pruned)
-    measured = pruned.loc[pruned["task"] == task, "num_fewshot"].unique()
-    baselines = {int(k): study.baseline(task, int(k)) for k in measured}
+    rows = mean_or_first(pruned)
+    task = rows["task"].iloc[0] if rows["scope"].iloc[0] == TASK else None
+    baselines = {int(k): study.baseline(task, int(k)) for k in rows["num_fewshot"].unique()}
     yield section(
         NAME, "How much can go", lambda: headline_figure(pruned, study.free_fractions(), baselines),
         "Accuracy as the least important components go: each task by its own order (solid), all tasks by one order "
@@ -126,12 +131,101 @@ def sections(study: Study) -> Iterator[Section]:
 
 def tables(study: Study) -> Iterator[Table]:
     """How much can go, and the full model's accuracy."""
-    free = mean_first(study.free_fractions())
+    free = study.free_fractions()
     if len(free):
         yield free_fractions_table(study, free)
     curves = study.curves()
-    full = mean_first(curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"]))
+    full = mean_first(curves[curves["fraction"] == 0].drop_duplicates(["scope", "task", "num_fewshot"]))
     full = thousandths(full, "accuracy", "low", "high")
     if len(full):
         yield Table("Accuracy of the full model", "With 95 % interval over documents.",
                     plain_columns(full[["task", "num_fewshot", "accuracy", "low", "high", "documents"]]))
+
+
+def headline_figure(curves: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, float]) -> Chart:
+    """Mean accuracy as heads, and as FFNs, go: by importance and at random, with intervals and free fractions.
+
+    Args:
+        curves: `Study.curves()`.
+        free: `Study.free_fractions()`.
+        baselines: Chance (or the best constant answer) by number of shots.
+    """
+    rows = labelled(mean_or_first(curves), labels_of(curves))
+    marks = mean_or_first(free)
+    panels = [
+        _curve_panel(rows[rows["component"] == c], marks[marks["component"] == c], baselines)
+        .properties(width=285, height=240, title=f"{COMPONENTS[c][0].upper()}{COMPONENTS[c][1:]} removed")
+        for c in ("head", "ffn") if (rows["component"] == c).any()
+    ]
+    return dressed(alt.hconcat(*panels))
+
+
+def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, float]) -> Chart:
+    described = curve_data(rows)
+    base = alt.Chart(described).encode(x=alt.X("percent:Q", title="removed (%)", scale=alt.Scale(domain=[0, 100]),
+                                                    axis=alt.Axis(values=list(range(0, 101, 20)))))
+    y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
+    band = base.transform_filter(OF_OWN_ORDER).mark_area(opacity=0.18).encode(
+        y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=shots_colour(described))
+    line = base.mark_line(strokeWidth=2).encode(y=y, color=shots_colour(described), strokeDash=order_dashes(described))
+    dots = base.mark_circle(size=30, opacity=1).encode(y=y, color=shots_colour(described), tooltip=curve_tooltip())
+    guess = pd.DataFrame({"accuracy": sorted(set(baselines.values()))[:1]})
+    chance = alt.Chart(guess).mark_rule(color="#888", strokeDash=[2, 3]).encode(y="accuracy:Q")
+    word = alt.Chart(guess).mark_text(align="left", dx=4, color="#666", fontSize=10).encode(
+        y="accuracy:Q", x=alt.datum(100), text=alt.value("guessing"))
+    marks = free[free["free_fraction"] > 0].assign(percent=lambda t: 100 * t["free_fraction"], by=lambda t: t[
+        "order"].map(BY), shots=lambda t: t["num_fewshot"].map(shots))
+    layers = [band, chance, word, line, dots]
+    if len(marks):
+        # Filled where each task goes by its own order, hollow where all go by one.
+        layers.append(alt.Chart(marks).mark_point(shape="diamond", size=190, filled=True, strokeWidth=2,
+                                                  opacity=1).encode(
+            fill=alt.condition(OF_OWN_ORDER, shots_colour(described), alt.value("white")),
+            stroke=alt.condition(OF_OWN_ORDER, alt.value("black"), shots_colour(described)),
+            x="percent:Q", y="accuracy:Q", color=shots_colour(described),
+            tooltip=[alt.Tooltip("percent:Q", title="free (%)"), alt.Tooltip("by:N", title="removed"), "shots:N",
+                     alt.Tooltip("accuracy:Q", format=".3f")]))
+    return alt.layer(*layers)
+
+
+def free_fractions_table(study: Study, free: pd.DataFrame) -> Table:
+    """How much can go, each task by its own order and all by one, and what is known of the next step."""
+    margin = study.spec["margin"]
+    keys = ["scope", "task", "num_fewshot", "component", "order"]
+    first = mean_first(free[keys].merge(first_differences(study.curves()), on=keys, how="left"))
+    free = mean_first(free)
+    frame = thousandths(free, "accuracy").assign(
+        component=free["component"].replace({"head": "heads", "ffn": "FFNs"}),
+        removed_by=["one order" if order == COMMON else "own order" for order in free["order"]],
+        free=[words.share(f) if f == f else "not defined" for f in free["free_fraction"]],
+        at_most=[words.share(f) if f == f else "" for f in free["free_high"]],
+        interval=[words.bounds(low, high, margin) if fraction > 0 else "" for fraction, low, high in zip(
+            free["free_fraction"], free["difference_low"], free["difference_high"], strict=True)],
+        next_step=[f"{words.share(f)}: {words.bounds(low, high, margin)}" if f == f else "" for f, low, high
+                   in zip(free["next_fraction"], free["next_low"], free["next_high"], strict=True)],
+        there=[_next(row) for _, row in free.iterrows()],
+        differs_at=[f"{words.share(f)} ({words.better_or_worse(d)})" if f == f else "no step" for f, d in zip(
+            first["fraction"], first["difference"], strict=True)])
+    columns = ["task", "num_fewshot", "component", "removed_by", "free", "at_most", "accuracy", "interval", "next_step",
+               "there", "differs_at"]
+    return Table(
+        "Free fractions", f"Free: the largest share at which {words.told(WITHIN, margin)}, as at every step up to it; "
+        "unlimited documents might show more, up to 'at most' (both are the ends of a 95 % interval); not defined "
+        "where the full model is not shown to be above guessing or a constant answer. Removed by each task's own "
+        "order, or by one order for all tasks. Accuracy at the free share, and the 95 % interval of its difference to "
+        "the full model in points. Next step: the same for the first step that is not free. 'There': whether that "
+        "step is shown to cost more than the margin, or these documents cannot tell, and how many in all would, "
+        "if as large a share "
+        "of them changed. 'Differs at': the first step at which accuracy is shown to be better or worse than the full "
+        "model's (McNemar's exact test, p < 0.05, corrected for the curve's steps by Holm's method).",
+        plain_columns(frame[columns]))
+
+
+def _next(row: pd.Series) -> str:
+    """`costs more`; `cannot tell (about 1,900 documents would)`."""
+    if row["next_verdict"] != row["next_verdict"]:
+        return ""
+    if row["next_verdict"] != UNKNOWN:
+        return str(row["next_verdict"])
+    needed = words.about(row["next_documents"])
+    return f"cannot tell ({needed} would)" if needed else "cannot tell"

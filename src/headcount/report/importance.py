@@ -8,14 +8,23 @@ import altair as alt
 import pandas as pd
 
 from headcount.analysis.importance import THIRDS, mean_importance
-from headcount.analysis.points import MEAN, groups
-from headcount.analysis.rows import AGGREGATES, SUMMARIES, most_shots, summary
-from headcount.analysis.scores import MEAN_OF_RANKS, name_of
+from headcount.analysis.rows import (
+    AGGREGATES,
+    MEAN,
+    MEAN_OF_RANKS,
+    TASK,
+    groups,
+    labelled,
+    most_shots,
+    single_tasks,
+    summary,
+)
+from headcount.analysis.scores import name_of
 from headcount.analysis.study import Study
 from headcount.report import words
 from headcount.report.section import Section, Table, mean_first, plain_columns, section
 from headcount.report.style import PALETTE, Chart, dressed, of_one_task, shots_column, with_menu
-from headcount.report.words import COMPONENT_NAMES, over, score_name, shots
+from headcount.report.words import COMPONENT_NAMES, on, score_name, shots
 
 _LISTED = 10  # components at either end of a ranking
 
@@ -95,7 +104,7 @@ def ffn_bars(importance: pd.DataFrame, scores: Sequence[str], *, choose: bool) -
 def _with_mean(rows: pd.DataFrame) -> pd.DataFrame:
     if rows["task"].nunique() < 2:
         return rows.copy()
-    return pd.concat([mean_importance(rows), rows], ignore_index=True)
+    return labelled(pd.concat([mean_importance(rows), rows.assign(scope=TASK)], ignore_index=True))
 
 
 def depth_bars(depth: pd.DataFrame) -> Chart:
@@ -107,25 +116,25 @@ def depth_bars(depth: pd.DataFrame) -> Chart:
     if depth.empty:
         return None
     shares = {name: (100 * depth[name]).round(1) for name in ("share", "low", "high", "expected")}
-    data = depth.assign(shots=depth["num_fewshot"].map(shots), **shares)
-    data["whole"] = data["task"] == summary(data)["task"].iloc[0]
+    whole = summary(depth)
+    data = labelled(depth).assign(shots=depth["num_fewshot"].map(shots), **shares, whole=depth.index.isin(whole.index))
     base = alt.Chart().encode(x=alt.X("third:N", title="third of the layers", sort=list(THIRDS),
                                       axis=alt.Axis(labelAngle=0, ticks=False)))
     title = f"of the top {100 * depth['fraction'].iloc[0]:.0f} % of heads (%)"
     y = alt.Y("share:Q", title=title, scale=alt.Scale(domain=[0, 100]))
     tooltip = ["task:N", "shots:N", "third:N", alt.Tooltip("share:Q", title="share (%)"), alt.Tooltip("low:Q"),
                alt.Tooltip("high:Q"), alt.Tooltip("expected:Q", title="of all heads (%)")]
-    whole = base.transform_filter("datum.whole")
-    bars = whole.mark_bar(color=PALETTE[5]).encode(y=y, tooltip=tooltip)
-    tick = whole.mark_tick(thickness=2, color="black", bandSize=52).encode(y=alt.Y("expected:Q", title=title))
-    errors = whole.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6).encode(
+    of_whole = base.transform_filter("datum.whole")
+    bars = of_whole.mark_bar(color=PALETTE[5]).encode(y=y, tooltip=tooltip)
+    tick = of_whole.mark_tick(thickness=2, color="black", bandSize=52).encode(y=alt.Y("expected:Q", title=title))
+    errors = of_whole.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6).encode(
         y=alt.Y("low:Q", title=title), y2="high:Q")
     dots = base.transform_filter("!datum.whole").mark_circle(size=20, color=PALETTE[1], opacity=0.8).encode(
         y=y, tooltip=tooltip)
     name = data.loc[data["whole"], "task"].iloc[0]
-    bar = f"{name} over tasks; dots: single tasks" if name in AGGREGATES else name
+    bar = f"{name} over tasks; dots: single tasks" if whole["scope"].iloc[0] in AGGREGATES else name
     words = f"bars: {bar}; lines: share of all heads"
-    chart = alt.layer(bars, dots, errors, tick, data=data.drop(columns="num_fewshot")).properties(
+    chart = alt.layer(bars, dots, errors, tick, data=data.drop(columns=["scope", "num_fewshot"])).properties(
         width=alt.Step(64), height=200).facet(column=shots_column(data))
     return dressed(chart.properties(title=alt.TitleParams(words, fontSize=12, fontWeight="normal")))
 
@@ -141,8 +150,8 @@ def depth_sentence(depth: pd.DataFrame) -> str:
         return ""
     rows, said = summary(table), []
     for _, row in rows.iterrows():
-        single = table.loc[~table["task"].isin(SUMMARIES) & (table["third"] == row["third"]), "share"]
-        apart = row["task"] in AGGREGATES and len(single)
+        single = table.loc[(table["scope"] == TASK) & (table["third"] == row["third"]), "share"]
+        apart = row["scope"] in AGGREGATES and len(single)
         about = [words.counts(row, 100), f"single tasks {words.span((100 * single).round())}" if apart else ""]
         hedged = words.bracketed(*(f"{words} %" for words in about if words))
         said.append(f"{words.percent(row['share'])} lie in the {row['third']} third of the layers{hedged}")
@@ -159,8 +168,8 @@ def _between_layers(table: pd.DataFrame, rows: pd.DataFrame) -> str:
     share, chance = rows["between_layers"].iloc[0], rows["between_layers_by_chance"].iloc[0]
     if share != share:
         return ""
-    single = table.loc[~table["task"].isin(SUMMARIES), "between_layers"].dropna()
-    apart = rows["task"].iloc[0] in AGGREGATES and len(single)
+    single = single_tasks(table)["between_layers"].dropna()
+    apart = rows["scope"].iloc[0] in AGGREGATES and len(single)
     hedged = words.bracketed(f"single tasks {words.span((100 * single).round())} %" if apart else "",
                            f"without any trend over depth {words.percent(chance)}")
     return f" {words.percent(share)} of the variance of log importance lies between layers{hedged}."
@@ -192,7 +201,7 @@ def importance_sentence(study: Study, component: str) -> str:
 
 def ranked_on(ranked: pd.DataFrame) -> str:
     """What rows of a ranking, at one number of shots, are of: the mean over tasks, or the only one."""
-    return over(str(ranked["task"].iloc[0]))
+    return on(ranked)
 
 
 def ranking(study: Study, component: str) -> pd.DataFrame:
@@ -201,9 +210,9 @@ def ranking(study: Study, component: str) -> pd.DataFrame:
     rows = table[(table["component"] == component) & (table["score"] == study.ordering_scores[component])]
     # Ranks are never negative: whether a component is of use is told by its mean score.
     places = ["num_fewshot", "layer", "head"]
-    useful = rows[rows["task"] != MEAN_OF_RANKS].assign(useful=rows["importance"] > 0)[[*places, "useful"]]
+    useful = rows[rows["scope"] != MEAN_OF_RANKS].assign(useful=rows["importance"] > 0)[[*places, "useful"]]
     left_out = MEAN if study.spec.get("aggregate") == "ranks" else MEAN_OF_RANKS
-    rows = rows[rows["task"] != left_out].merge(useful, on=places)
+    rows = rows[rows["scope"] != left_out].merge(useful, on=places)
     names = [name_of(component, layer, head) for layer, head in zip(rows["layer"], rows["head"], strict=True)]
     return rows.assign(name=names).sort_values(["num_fewshot", "rank"])
 
@@ -215,8 +224,8 @@ def sections(study: Study) -> Iterator[Section]:
         yield section(
             "head_map", "Which heads matter", lambda: head_map(importance, score, choose=True),
             importance_sentence(study, "head"), f"The colour is a head's importance by "
-            f"{words.score_name(score)} as a share of the largest in its panel ('mean' is that of scores); point at a "
-            "head for its value, and for its rank by either gradient score.",
+            f"{words.score_name(score)} as a share of the largest in its panel ('mean' is the mean of the tasks' "
+            "scores); point at a head for its value, and for its rank by either gradient score.",
             static=lambda: head_map(importance, score, choose=False))
         yield section(
             "depth", "Where important heads lie", lambda: depth_bars(study.depth()),
@@ -238,8 +247,8 @@ def _bars(study: Study) -> str:
         return "Bars: the gradient score."
     documents = "evaluated" if study.spec["protocol"] == "paper" else "training"
     by = words.score_name(study.ordering_scores["ffn"])
-    return (f"From above: {by}, which orders FFNs here, then the other scores. What is lost is measured on {documents} "
-            "documents with one FFN off.")
+    return (f"From top to bottom: {by}, which orders FFNs here, then the other scores. What is lost is measured on "
+            f"{documents} documents with one FFN off.")
 
 
 def orders_tables(study: Study) -> Iterator[Table]:
@@ -247,13 +256,13 @@ def orders_tables(study: Study) -> Iterator[Table]:
     found = study.orders()
     if found.empty:
         return
-    keys = ["task", "num_fewshot", "component"]
+    keys = ["scope", "task", "num_fewshot", "component"]
     known = found.assign(
         score=found["score"].replace("gold_loglikelihood", "gold log-likelihood") + " (" + found["method"] + ")",
         reliability=[f"{x:.2f}" if x == x else "not known" for x in found["reliability"]])
     others = known[~known["orders"]].assign(others=lambda t: t["score"] + " " + t["reliability"]).groupby(
         keys, as_index=False)["others"].agg("; ".join)
-    frame = mean_first(known[known["orders"]]).merge(others, on=keys, how="left").fillna({"others": ""})
+    frame = mean_first(known[known["orders"]].merge(others, on=keys, how="left").fillna({"others": ""}))
     yield Table("How reliable the orders are", "Reliability: which share of a score's variance over heads, or FFNs, is "
                 "not noise of its documents (1 less the mean squared standard error over the variance); where it is "
                 "below 0.5, most of what tells them apart is noise, and so is their order.", plain_columns(

@@ -9,14 +9,25 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from headcount.analysis.induction import borderline, induction_heads
-from headcount.analysis.rows import AGGREGATES, most_shots, of_fraction, summary
-from headcount.analysis.scores import PRIMITIVES, RANDOM, TOP, name_of
+from headcount.analysis.induction import induction_heads
+from headcount.analysis.rows import (
+    AGGREGATES,
+    RANDOM,
+    labelled,
+    labels_of,
+    most_shots,
+    of_fraction,
+    of_scope,
+    single_tasks,
+    summary,
+)
+from headcount.analysis.scores import PRIMITIVES, TOP, name_of
 from headcount.analysis.study import Study
 from headcount.report import words as say
+from headcount.report.induction_heads import NAMED, induction_sentence
 from headcount.report.section import Section, Table, plain_columns, section
+from headcount.report.sets import chance_words, overlap_sentence, sets_table
 from headcount.report.style import LEGEND, LEGEND_LENGTH, PALETTE, SHAPES, WIDTH, Chart, dressed, fewest_first
-from headcount.report.top_sets import chance_words, overlap_sentence, sets_table
 from headcount.report.words import shots
 
 
@@ -121,7 +132,9 @@ def retained_curves(retained: pd.DataFrame) -> Chart:
     rows = retained[retained["retained"].notna()]
     if rows.empty:
         return None
-    bold = summary(rows)["task"].iloc[0]
+    labels = labels_of(rows)
+    bold = labelled(summary(rows), labels)["task"].iloc[0]
+    rows = labelled(rows, labels)
     panels = []
     for primitive, title in PRIMITIVES.items():
         of_primitive = rows[rows["primitive"] == primitive]
@@ -168,41 +181,6 @@ def _retained_panel(rows: pd.DataFrame, bold: str) -> Chart:
 
 
 RELIABLE = 0.8  # halves that agree less than this make a score noisy
-_NAMED = 8
-
-
-def induction_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float]) -> str:
-    """How many induction heads there are, which, how sure that is, and what random weights reach.
-
-    Args:
-        induction: One row per head and kind of weights.
-        thresholds: What an induction head reaches on each primitive.
-    """
-    trained = induction[induction["weights"] == "trained"]
-    random = induction[induction["weights"] == RANDOM]
-    if trained.empty:
-        return ""
-    if trained["induction"].isna().any():
-        return ("Which heads are high on copying depends on the same model with random weights, which was not "
-                "measured; --copying-threshold sets a limit.")
-    found = induction_heads(trained)["name"].tolist()
-    limits = " and ".join(f"{name} of at least {thresholds[primitive]:.2g}" for primitive, name in PRIMITIVES.items())
-    rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    which = f": {', '.join(found[:_NAMED])}{rest}" if found else ""
-    reached = (f"{random[name].max():.2g}" for name in PRIMITIVES)
-    beside = (f" With random weights{_counted(random, thresholds)} prefix matching is at most "
-              f"{' and copying '.join(reached)}." if len(random) else "")
-    near = borderline(trained, thresholds)
-    unsure = f" {near} lie{'s' * (near == 1)} within one standard error of the line." if near else ""
-    return f"{_are(len(found), len(trained)).capitalize()} ({limits}){which}.{unsure}{beside}"
-
-
-def _counted(random: pd.DataFrame, thresholds: Mapping[str, float]) -> str:
-    """How many heads of random weights are induction heads, unless they set the limit, which they then hardly reach."""
-    if random["copying"].max() <= thresholds["copying"]:
-        return ""
-    found = int(random["induction"].sum())
-    return f" {found} of {len(random)} {'is' if found == 1 else 'are'}:"
 
 
 def scatter_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float]) -> str:
@@ -225,7 +203,7 @@ def texts_sentence(notes: Mapping[str, Any]) -> str:
     if "sequences" not in notes:
         return ""
     lengths = [int(n) for n in notes["lengths"]]
-    listed = ", ".join(map(str, lengths)) if len(lengths) < _NAMED else f"{lengths[0]} to {lengths[-1]}"
+    listed = ", ".join(map(str, lengths)) if len(lengths) < NAMED else f"{lengths[0]} to {lengths[-1]}"
     known = {PRIMITIVES[name]: value for name, value in notes["reliability"].items()
              if name in PRIMITIVES and value == value}
     agreed = " and ".join(f"{value:.2f} for {name}" for name, value in known.items())
@@ -271,19 +249,15 @@ def among_important_sentence(among: pd.DataFrame, *, fraction: float | None = No
     rows = most_shots(of_fraction(among[among["induction_heads"] > 0], fraction, TOP))
     if rows.empty:
         return ""
-    row, single = summary(rows).iloc[0], rows.loc[~rows["task"].isin(AGGREGATES), "common"]
-    spread = f"; on single tasks {say.span(single)}" if row["task"] in AGGREGATES and len(single) else ""
+    whole, single = summary(rows), single_tasks(rows)["common"]
+    row = whole.iloc[0]
+    spread = f"; on single tasks {say.span(single)}" if row["scope"] in AGGREGATES and len(single) else ""
     hedged = say.bracketed(say.interval(row))
     heads = "head" if row["induction_heads"] == 1 else "heads"
     verb = "is" if row["common"] == 1 else "are"
     return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of the {row['induction_heads']:.0f} induction "
             f"{heads} {verb} among the {row['important']:.0f} heads ({say.share(row['fraction'])}) most important "
-            f"{say.over(row['task'])}; {chance_words(row)}; p: two-sided, hypergeometric{spread}.")
-
-
-def _are(found: int, of: int) -> str:
-    number = "none" if not found else str(found)
-    return f"{number} of {of} heads {'is an induction head' if found < 2 else 'are induction heads'}"
+            f"{say.on(whole)}; {chance_words(row)}; p: two-sided, hypergeometric{spread}.")
 
 
 def induction_heads_table(induction: pd.DataFrame) -> pd.DataFrame:
@@ -301,8 +275,7 @@ def induction_heads_table(induction: pd.DataFrame) -> pd.DataFrame:
 
 def among_important_rows(among: pd.DataFrame) -> pd.DataFrame:
     """The induction heads among the important ones, ready to be shown: over tasks every share, of each task a fifth."""
-    whole = among["task"].isin(AGGREGATES)
-    rows = pd.concat([among[whole], of_fraction(among[~whole], None, TOP)])
+    rows = pd.concat([of_scope(among, *AGGREGATES), of_fraction(single_tasks(among), None, TOP)])
     return sets_table(rows, {"most important": rows["fraction"].map(say.percent), "heads": rows["important"],
                         "induction heads": rows["induction_heads"]})
 

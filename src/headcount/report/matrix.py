@@ -6,25 +6,24 @@ an outline or a dot, so that no map depends on colour alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import altair as alt
 import pandas as pd
 
-from headcount.analysis.rows import SUMMARIES
 from headcount.report.style import LEGEND, LEGEND_LENGTH, PALETTE, WIDTH, Chart, dressed, fewest_first
 
 
 def matrix(cells: pd.DataFrame, rows: list[str], columns: list[str], said: Callable[[float], str], title: str,
-            largest: float, tooltip: list[alt.Tooltip], axes: tuple[str, str]) -> Chart:
-    """Numbers from -largest to largest between two lists of names, a panel per number of shots."""
+            largest: float, tooltip: list[alt.Tooltip], axes: tuple[str, str], *, bold: Sequence[str]) -> Chart:
+    """Numbers from -largest to largest between two lists of names, a panel per number of shots; some names `bold`."""
     # White text is easier to read than black on the darkest blue, never on the orange.
     pale = cells.get("pale", pd.Series(False, cells.index))
     cells = cells.assign(text=cells["value"].map(said), dark=(cells["value"] > 0.88 * largest) & ~pale, pale=pale)
     panels, names = int(cells["shots"].nunique()), 30 + 7 * max(map(len, rows))
     beside = next(n for n in range(panels, 0, -1) if n == 1 or cell_size(len(columns), n, names, most=34) >= 21)
     size = cell_size(len(columns), beside, names, most=34)
-    weight = alt.ExprRef(expr=f"indexof({list(SUMMARIES)}, datum.label) >= 0 ? 'bold' : 'normal'")
+    weight = alt.ExprRef(expr=f"indexof({list(bold)}, datum.label) >= 0 ? 'bold' : 'normal'")
     base = alt.Chart().encode(
         x=alt.X("column:N", title=axes[1] or None, sort=columns,
                 axis=alt.Axis(labelAngle=-45, labelFontWeight=weight, domain=False, ticks=False)),
@@ -36,10 +35,10 @@ def matrix(cells: pd.DataFrame, rows: list[str], columns: list[str], said: Calla
     rects = base.mark_rect(stroke="white").encode(
         color=colour, tooltip=tooltip, opacity=alt.condition("datum.pale", alt.value(0.2), alt.value(1)))
     framed = base.transform_filter("datum.framed").mark_rect(fill=None, stroke="black", strokeWidth=1.3)
-    text = [base.transform_filter(f"{'' if bold else '!'}datum.sure").mark_text(
-        fontSize=8 if size < 24 else 9 if size < 30 else 10, fontWeight="bold" if bold else "normal").encode(
+    text = [base.transform_filter(f"{'' if sure else '!'}datum.sure").mark_text(
+        fontSize=8 if size < 24 else 9 if size < 30 else 10, fontWeight="bold" if sure else "normal").encode(
         text="text:N", color=alt.condition("datum.dark", alt.value("white"), alt.value("black")))
-        for bold in (False, True)]
+        for sure in (False, True)]
     chart = alt.layer(ground, rects, framed, *text, data=cells).properties(
         width=size * len(columns), height=size * len(rows))
     facet = alt.Facet("shots:N", title=None, sort=fewest_first(cells["shots"]),

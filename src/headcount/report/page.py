@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from headcount.analysis.study import Study, open_study
+from headcount.analysis.study import TABLES, Study, open_study
 from headcount.report import (
     correlations,
     curves,
@@ -31,53 +33,84 @@ from headcount.report import (
 )
 from headcount.report.cautions import cautions
 from headcount.report.section import Section, Table, plain_columns
-from headcount.report.style import save
+from headcount.report.style import description, save
 from headcount.stats.intervals import WITHIN
 
 # The questions, in the order of the page: each has sections and tables. A new one is one more name here.
 QUESTIONS = (headline, importance, curves, grid, correlations, top_sets, transfer, induction)
 # Tables that are written as CSV: names of files, and of the study's methods.
-_CSV = ("curves", "free_fractions", "against_random", "importance", "aggregate_importance", "orders", "depth",
-        "agreement", "grid", "correlations", "top_sets", "top_overlaps", "transfer", "induction", "retained",
-        "induction_among_important", "degenerate")
+_CSV = tuple(table.name for table in TABLES if table.written)
 
 
-def write_report(study: str | Path | Study, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Write `report.html`, `figures/` and `tables/` into a study folder; returns the page's path.
+@dataclass(frozen=True)
+class Figure:
+    """A section whose figure is drawn.
 
-    An unfinished study gives the report of what is there.
+    Attributes:
+        section: What it belongs to.
+        vegalite: What the browser draws.
+    """
+
+    section: Section
+    vegalite: dict[str, Any]
+
+
+def write_report(
+    study: str | Path | Study, progress: Callable[[int, int], None] | None = None, *, pictures: bool = True
+) -> Path:
+    """Write `tables/`, `report.html` and then `figures/` into a study folder; returns the page's path.
+
+    An unfinished study gives the report of what is there. The page is complete before the first picture is drawn.
 
     Args:
         study: The study folder, or what `open_study` made of it.
-        progress: Called with how many of how many figures are drawn.
+        progress: Called with how many of how many pictures are drawn.
+        pictures: Draw the figures as PNG and PDF, too.
 
     Raises:
         StudyError: If there is no study in the folder.
     """
     study = study if isinstance(study, Study) else open_study(study)
-    drawn: list[tuple[Section, dict[str, Any]]] = []
-    found = sections(study)
-    for done, section in enumerate(found):
-        if progress is not None:
-            progress(done, len(found))
-        page, static = section.page(), section.static()
-        if page is not None and static is not None:
-            drawn.append((section, page.to_dict()))
-            save(static, study.folder / "figures" / section.name)
-    (study.folder / "tables").mkdir(exist_ok=True)
-    for name in _CSV:
-        frame: pd.DataFrame = getattr(study, name)()
-        frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
-    path = study.folder / "report.html"
-    path.write_text(_page(study, drawn), encoding="utf-8")
+    path, figures = write_page(study)
+    if pictures:
+        write_pictures(study, figures, progress)
     return path
 
 
-def _page(study: Study, drawn: list[tuple[Section, dict[str, Any]]]) -> str:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    captions = {section.name: section.caption for section, _ in drawn}
+def write_page(study: Study) -> tuple[Path, list[Figure]]:
+    """Write `report.html` and `tables/` into a study's folder; returns the page's path, and the figures on it."""
+    with ThreadPoolExecutor(1) as beside:
+        # A second of another runtime's work, which runs while tables are computed.
+        bundle = beside.submit(_bundle)
+        figures = [Figure(section, described) for section in sections(study)
+                   if (described := description(section.page)) is not None]
+        (study.folder / "tables").mkdir(exist_ok=True)
+        for name in _CSV:
+            frame: pd.DataFrame = getattr(study, name)()
+            frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
+        path = study.folder / "report.html"
+        path.write_text(_page(study, figures, bundle.result()), encoding="utf-8")
+    return path, figures
 
-    def figure(name: str) -> Markup:
+
+def write_pictures(
+    study: Study, figures: Sequence[Figure], progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write the figures of a page as PNG and PDF into the folder `figures`; `progress` as in `write_report`."""
+    for done, figure in enumerate(figures):
+        if progress is not None:
+            progress(done, len(figures))
+        section = figure.section
+        static = figure.vegalite if section.static is section.page else description(section.static)
+        if static is not None:
+            save(static, study.folder / "figures" / section.name)
+
+
+def _page(study: Study, figures: Sequence[Figure], bundle: str) -> str:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    captions = {figure.section.name: figure.section.caption for figure in figures}
+
+    def place(name: str) -> Markup:
         if name not in captions:
             return Markup("<p class='what'>Not measured in this study.</p>")
         return Markup("<figure><div id='{0}' role='group' aria-label='{1}'></div><figcaption>{1}</figcaption></figure>"
@@ -94,12 +127,14 @@ def _page(study: Study, drawn: list[tuple[Section, dict[str, Any]]]) -> str:
             if study.tasks else "no tasks."),
         headline=headline.headline(study),
         cautions=list(cautions(study)),
-        sections=[(section.name, section.heading) for section, _ in drawn if section.name != headline.NAME],
+        sections=[(figure.section.name, figure.section.heading) for figure in figures
+                  if figure.section.name != headline.NAME],
         tables=tables(study),
         provenance=list(_provenance(study)),
-        figure=figure,
-        bundle=Markup(_in_script(vl_convert.javascript_bundle())),  # type: ignore[call-arg]  # noqa: S704
-        charts=Markup(_in_script(json.dumps({section.name: spec for section, spec in drawn}))),  # noqa: S704
+        figure=place,
+        bundle=Markup(_in_script(bundle)),  # noqa: S704
+        charts=Markup(_in_script(json.dumps(  # noqa: S704
+            {figure.section.name: figure.vegalite for figure in figures}))),
     )
 
 
@@ -110,9 +145,12 @@ def sections(study: Study) -> list[Section]:
 
 def tables(study: Study) -> list[Table]:
     """The tables of every question, and what says little."""
-    found = [table for question in QUESTIONS for table in question.tables(study)]
+    of_questions = [table for question in QUESTIONS for table in question.tables(study)]
     weak = study.degenerate()
-    return [*found, Table("Results that say little", "And why.", plain_columns(weak))] if len(weak) else found
+    if len(weak):
+        of_questions.append(Table("Results that say little", "Which results, and why they say little.",
+                                  plain_columns(weak)))
+    return of_questions
 
 
 def _provenance(study: Study) -> Iterator[tuple[str, str]]:
@@ -136,6 +174,11 @@ def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _bundle() -> str:
+    """The code that draws charts in a browser."""
+    return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]
 
 
 def _in_script(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from headcount.analysis.points import MEAN
+from headcount.analysis.rows import MEAN, labelled
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Table:
 
 
 def mean_first(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the mean over tasks, then those of single tasks."""
-    return pd.concat([table[table["task"] == MEAN], table[table["task"] != MEAN]])
+    """The rows of the mean over tasks, then those of single tasks, called as people call them."""
+    return labelled(pd.concat([table[table["scope"] == MEAN], table[table["scope"] != MEAN]]))
 
 
 def thousandths(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -73,8 +73,9 @@ def thousandths(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 
 def plain_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns by the names that people read."""
+    """Columns by the names that people read; labels of tasks say what scopes say."""
     names = {"num_fewshot": "shots", "parameters_removed": "parameters", "full_accuracy": "full model"}
+    frame = frame[[column for column in frame if column not in ("scope", "other_scope", "donor_scope")]]
     return frame.rename(columns=lambda c: names.get(str(c), str(c).replace("_", " ")))
 
 

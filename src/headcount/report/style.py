@@ -6,18 +6,22 @@ depends on colour alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pandas as pd
+import vl_convert
+from altair.utils.schemapi import debug_mode
 
 Chart = Any  # Altair's charts have many types, alike for us
 alt.data_transformers.disable_max_rows()
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 COMPONENTS = {"head": "attention heads", "ffn": "FFNs"}
 LEGEND = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 260}
+# Of Vega-Lite, as Altair writes it: 6.1.
+_VEGALITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 _CONFIG = {
     "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
     "axis": {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "#e8e8e8"},
@@ -27,13 +31,24 @@ _CONFIG = {
 }
 
 
-def save(chart: Chart, path: Path) -> list[Path]:
+def description(draw: Callable[[], Chart]) -> dict[str, Any] | None:
+    """A figure as Vega-Lite, which the page, PNG and PDF are made from; nothing where there is nothing to draw.
+
+    Altair would check each part against its schema each time it is copied; tests do so once for every figure.
+    """
+    with debug_mode(False):
+        chart = draw()
+        return None if chart is None else dict(chart.to_dict(validate=False))
+
+
+def save(figure: dict[str, Any], path: Path) -> list[Path]:
     """Write a figure as PNG (twice the size) and PDF; returns both paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = [path.with_suffix(".png"), path.with_suffix(".pdf")]
-    chart.save(str(found[0]), scale_factor=2)
-    chart.save(str(found[1]))
-    return found
+    pictures = {path.with_suffix(".png"): vl_convert.vegalite_to_png(figure, vl_version=_VEGALITE, scale=2),
+                path.with_suffix(".pdf"): vl_convert.vegalite_to_pdf(figure, vl_version=_VEGALITE)}
+    for file, picture in pictures.items():
+        file.write_bytes(picture)
+    return list(pictures)
 
 
 def fewest_first(names: Iterable[str]) -> list[str]:

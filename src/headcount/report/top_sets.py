@@ -2,92 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pandas as pd
 
-from headcount.analysis.points import groups
-from headcount.analysis.rows import AGGREGATES, most_shots, of_fraction, summary
+from headcount.analysis.rows import (
+    AGGREGATES,
+    TASK,
+    groups,
+    most_shots,
+    of_fraction,
+    of_scope,
+    single_tasks,
+)
 from headcount.analysis.scores import PRIMITIVES, TOP
 from headcount.analysis.study import Study
-from headcount.report import words as say
 from headcount.report.section import Section, Table, plain_columns
-
-
-def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -> str:
-    """How many of the most important heads are among those highest on a primitive; `overlaps`: `Study.top_overlaps()`.
-
-    Args:
-        overlaps: One row per pair of sets.
-        fraction: Size of the sets; that nearest one fifth unless told.
-    """
-    rows = summary(most_shots(of_fraction(overlaps[overlaps["other"].isin(list(PRIMITIVES))], fraction, TOP)))
-    if rows.empty:
-        return ""
-    said = []
-    for _, row in rows.iterrows():
-        said.append(f"{row['common']:.0f}{say.bracketed(say.interval(row))} {'is' if row['common'] == 1 else 'are'} "
-                    f"among the {row['size']:.0f} highest on {PRIMITIVES[row['other']]}, where {chance_words(row)}")
-    row = rows.iloc[0]
-    return (f"With {say.shots_of(rows)}, of the {row['size']:.0f} heads ({say.share(row['fraction'])}) most important "
-            f"{say.on(rows)} {'; '.join(said)}; p: two-sided, hypergeometric.")
-
-
-def chance_words(row: pd.Series) -> str:
-    """`chance gives 1.6 (p = 0.19), layers alone (sets with as many heads in each layer) 0.4 (p = 0.72)`."""
-    said = f"chance gives {row['expected']:.1f} ({say.p_value(two_sided(row))})"
-    if row["expected_in_layers"] == row["expected_in_layers"]:
-        said += (f", layers alone (sets with as many heads in each layer) {row['expected_in_layers']:.1f} "
-                 f"({say.p_value(two_sided(row, '_in_layers'))})")
-    return said
-
-
-def two_sided(row: pd.Series, suffix: str = "") -> float:
-    """Twice the smaller tail: which side it is on was not known before."""
-    tail = float(min(row[f"p{suffix}"], row[f"p_fewer{suffix}"]))
-    return tail if tail != tail else min(1.0, 2 * tail)
+from headcount.report.sets import sets_table
 
 
 def overlap_rows(overlaps: pd.DataFrame) -> pd.DataFrame:
     """Top sets in pairs, ready to be shown: of the size nearest one fifth, at the most shots of either component."""
     rows = pd.concat([most_shots(of_fraction(of_one, None, TOP)) for _, of_one in groups(overlaps, "component")])
-    whole = rows["task"].isin(AGGREGATES)
-    rows = pd.concat([rows[whole], rows[~whole]])
+    rows = pd.concat([of_scope(rows, *AGGREGATES), single_tasks(rows)])
     names = {"head": "heads", "ffn": "FFNs"}
-    return sets_table(rows, {"and": rows["other"].replace(PRIMITIVES), "of": rows["component"].map(names),
+    others = rows["other_task"].where(rows["other_scope"] == TASK, rows["other_scope"].map(PRIMITIVES))
+    return sets_table(rows, {"and": others, "of": rows["component"].map(names),
                         "size": rows["size"]})
-
-
-def sets_table(rows: pd.DataFrame, between: Mapping[str, pd.Series]) -> pd.DataFrame:
-    """What pairs of sets have in common, ready to be shown; `between` holds what tells the pairs apart."""
-    return pd.DataFrame({
-        "task": rows["task"], "shots": rows["num_fewshot"], **between, "in both": rows["common"],
-        "95 % interval": [say.counts(row) for _, row in rows.iterrows()],
-        "by chance": rows["expected"].map("{:.1f}".format), "p": _p_column(rows),
-        "in the same layers": rows["expected_in_layers"].map(lambda e: f"{e:.1f}" if e == e else ""),
-        "p there": _p_column(rows, "_in_layers")})
-
-
-def _p_column(rows: pd.DataFrame, suffix: str = "") -> list[str]:
-    found = [two_sided(row, suffix) for _, row in rows.iterrows()]
-    return ["" if p != p else say.p_value(p).removeprefix("p ").removeprefix("= ") for p in found]
-
-
-def top_sets_sentence(top_sets: pd.DataFrame, *, fraction: float | None = None) -> str:
-    """How many of the most important heads all tasks have in common, and two tasks."""
-    rows = most_shots(of_fraction(top_sets[top_sets["tasks"] > 1], fraction, TOP))
-    if rows.empty:
-        return ""
-    row = rows.iloc[0]
-    tasks = "both tasks" if row["tasks"] == 2 else f"all {row['tasks']:.0f} tasks"
-    known = row["expected_in_layers"] == row["expected_in_layers"]
-    layers = f", sets with as many heads in each layer {row['expected_in_layers']:.1f}" if known else ""
-    pairs = f"; two tasks share {say.percent(row['pair_mean_share'])} of theirs on average" if row["tasks"] > 2 else ""
-    pairs += f" (layers alone give {say.percent(row['pair_share_in_layers'])})" if pairs and known else ""
-    hedged = say.bracketed(say.interval(row, float(row["size"])))
-    return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of each task's {row['size']:.0f} most important "
-            f"heads ({say.share(row['fraction'])} of all) {'is' if row['common'] == 1 else 'are'} common to {tasks}, "
-            f"chance gives {row['expected']:.1f}{layers}{pairs}.")
 
 
 def sections(study: Study) -> Iterator[Section]:

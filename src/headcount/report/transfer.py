@@ -8,9 +8,19 @@ from collections.abc import Iterator
 import altair as alt
 import pandas as pd
 
-from headcount.analysis.points import MEAN, groups
-from headcount.analysis.rows import SUMMARIES, WITHOUT_OWN, most_shots, of_fraction, tasks_first
-from headcount.analysis.scores import RANDOM
+from headcount.analysis.rows import (
+    ALL_TASKS,
+    MEAN,
+    OTHER_TASKS,
+    OWN,
+    RANDOM,
+    TASK,
+    groups,
+    labelled,
+    labels_of,
+    most_shots,
+    of_fraction,
+)
 from headcount.analysis.study import Study
 from headcount.analysis.transfer import over_recipients, transferred
 from headcount.report import words as say
@@ -31,15 +41,17 @@ def transfer_map(transfer: pd.DataFrame, component: str, *, fraction: float | No
     rows = transferred(transfer, component, unseen=False)
     rows = of_fraction(rows[rows["fraction"] > 0], fraction)
     # A task's own order stands on the diagonal; there is none of the mean over tasks.
-    own = rows["donor"] == "own"
-    rows = rows.assign(donor=rows["donor"].where(~own, rows["task"]))[~own | (rows["task"] != MEAN)]
+    rows = rows[(rows["donor_scope"] != OWN) | (rows["scope"] == TASK)]
     if rows.empty:
         return None
+    labels, own = labels_of(rows), rows["donor_scope"] == OWN
+    rows = labelled(rows, labels)
+    rows = rows.assign(donor=rows["donor"].where(~own, rows["task"]))
     cells = pd.DataFrame({
         "row": rows["donor"], "column": rows["task"], "shots": rows["num_fewshot"].map(shots),
         "value": 100 * rows["difference"], "low": 100 * rows["difference_low"], "high": 100 * rows["difference_high"],
         "accuracy": rows["accuracy"], "documents": rows["documents"],
-        "framed": (rows["donor"] == rows["task"]) & (rows["task"] != MEAN),
+        "framed": own,
         "sure": (rows["difference_low"] > 0) | (rows["difference_high"] < 0)}).round(4)
     tooltip = [alt.Tooltip("column:N", title="task"), alt.Tooltip("row:N", title="pruned by the order of"),
                alt.Tooltip("shots:N"), alt.Tooltip("value:Q", title="points to its own order", format="+.1f"),
@@ -49,9 +61,10 @@ def transfer_map(transfer: pd.DataFrame, component: str, *, fraction: float | No
     largest = max(1.0, float(cells["value"].abs().max())) if cells["value"].notna().any() else 1.0
     title = (f"points of accuracy against the own order, {100 * rows['fraction'].iloc[0]:.3g} % of "
              f"{COMPONENTS[component]} removed; bold: the interval leaves out 0")
-    columns, donors = tasks_first(cells["column"]), set(cells["row"])
-    return matrix(cells, tasks_first([name for name in [*columns, *cells["row"]] if name in donors]), columns, _whole,
-                   title, largest, tooltip, ("pruned by the order of", "task"))
+    columns, donors = labels.tasks_first(cells["column"]), set(cells["row"])
+    donors_first = labels.tasks_first([name for name in [*columns, *cells["row"]] if name in donors])
+    return matrix(cells, donors_first, columns, _whole, title, largest, tooltip, ("pruned by the order of", "task"),
+                  bold=labels.summaries)
 
 
 def _whole(value: float) -> str:
@@ -69,17 +82,18 @@ def unseen_curves(transfer: pd.DataFrame, component: str) -> Chart:
         component: "head" or "ffn".
     """
     rows = transferred(transfer, component, unseen=True)
-    orders = {MEAN: "the mean order", RANDOM: "a random order"}
-    pruned = rows[(rows["fraction"] > 0) & rows["donor"].isin(list(orders))]
+    orders = {ALL_TASKS: "the mean order", RANDOM: "a random order"}
+    pruned = rows[(rows["fraction"] > 0) & rows["donor_scope"].isin(list(orders))]
     if pruned.empty:
         return None
     full = rows[rows["fraction"] == 0].drop_duplicates(["task", "num_fewshot"])
     # The full model begins every line.
-    started = [full.assign(donor=donor) for donor in dict.fromkeys(pruned["donor"])]
+    started = [full.assign(donor_scope=donor) for donor in dict.fromkeys(pruned["donor_scope"])]
     rows = pd.concat([*started, pruned], ignore_index=True)
     data = rows[["task", "accuracy", "low", "high", "documents"]].round(4).assign(
-        percent=(100 * rows["fraction"]).round(2), by=rows["donor"].map(orders), shots=rows["num_fewshot"].map(shots))
-    used = [name for donor, name in orders.items() if (rows["donor"] == donor).any()]
+        percent=(100 * rows["fraction"]).round(2), by=rows["donor_scope"].map(orders),
+        shots=rows["num_fewshot"].map(shots))
+    used = [name for donor, name in orders.items() if (rows["donor_scope"] == donor).any()]
     base = alt.Chart().encode(x=alt.X("percent:Q", title=f"{COMPONENTS[component]} removed (%)",
                                       scale=alt.Scale(domain=[-3, 100], nice=False),
                                       axis=alt.Axis(values=list(range(0, 101, 20)))))
@@ -110,21 +124,21 @@ def transfer_sentence(transfer: pd.DataFrame, component: str, *, fraction: float
         fraction: Share removed; the one nearest one half unless told.
     """
     rows = transferred(transfer, component, unseen=False)
-    rows = rows[(rows["fraction"] > 0) & (rows["donor"] != "own") & rows["difference"].notna()]
+    rows = rows[(rows["fraction"] > 0) & (rows["donor_scope"] != OWN) & rows["difference"].notna()]
     if rows.empty:
         return ""
     rows = over_recipients(most_shots(of_fraction(rows, fraction)))
-    donors = rows[~rows["donor"].isin(SUMMARIES)].sort_values("difference", kind="stable")
+    donors = rows[rows["donor_scope"] == TASK].sort_values("difference", kind="stable")
     said = []
     if len(donors) > 1:
         best, worst = donors.iloc[-1], donors.iloc[0]
-        each = " (each on the other tasks)" if best["task"] == MEAN else ""
+        each = " (each on the other tasks)" if best["scope"] == MEAN else ""
         said += [f"by {say.points(best)} with the order of {best['donor']}, the best donor of {len(donors)}{each}",
                  f"by {say.points(worst)} with that of {worst['donor']}, the worst"]
     elif len(donors):
         said.append(f"by {say.points(donors.iloc[0])} with the order of {donors['donor'].iloc[0]}")
-    for name, words in ((WITHOUT_OWN, "the mean order of the other tasks"), (RANDOM, "a random one")):
-        row = rows[rows["donor"] == name]
+    for name, words in ((OTHER_TASKS, "the mean order of the other tasks"), (RANDOM, "a random one")):
+        row = rows[rows["donor_scope"] == name]
         said += [f"by {say.points(row.iloc[0])} with {words}"] if len(row) else []
     if not said:
         return ""
@@ -136,7 +150,7 @@ def transfer_sentence(transfer: pd.DataFrame, component: str, *, fraction: float
 def _own_needed(rows: pd.DataFrame) -> str:
     """How many single donors are shown to be worse than the own order, or better, and the other tasks' mean order."""
     known = rows.dropna(subset=["difference_low", "difference_high"])
-    donors, mean = known[~known["donor"].isin(SUMMARIES)], known[known["donor"] == WITHOUT_OWN]
+    donors, mean = known[known["donor_scope"] == TASK], known[known["donor_scope"] == OTHER_TASKS]
     said = []
     if len(donors):
         worse, better = int((donors["difference_high"] < 0).sum()), int((donors["difference_low"] > 0).sum())
@@ -154,11 +168,12 @@ def _own_needed(rows: pd.DataFrame) -> str:
 def unseen_sentence(transfer: pd.DataFrame, component: str, *, fraction: float | None = None) -> str:
     """What tasks that no order was made from keep under the mean order; arguments as in `transfer_sentence`."""
     rows = transferred(transfer, component, unseen=True)
-    pruned = most_shots(of_fraction(rows[(rows["fraction"] > 0) & rows["donor"].isin([MEAN, RANDOM])], fraction))
+    pruned = rows[(rows["fraction"] > 0) & rows["donor_scope"].isin([ALL_TASKS, RANDOM])]
+    pruned = most_shots(of_fraction(pruned, fraction))
     full = rows[(rows["fraction"] == 0) & (rows["num_fewshot"] == pruned["num_fewshot"].max())]
     said = []
     for task, of_task in groups(pruned, "task"):
-        mean, random = of_task[of_task["donor"] == MEAN], of_task[of_task["donor"] == RANDOM]
+        mean, random = (of_task[of_task["donor_scope"] == scope] for scope in (ALL_TASKS, RANDOM))
         if len(mean):
             beside = [f"{words} {say.accuracy(found.iloc[0])}" for words, found in (
                 ("full model", full[full["task"] == task]), ("random order", random)) if len(found)]

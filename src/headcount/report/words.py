@@ -1,13 +1,8 @@
-"""Numbers, intervals and counts as people read them: the words that captions, findings and tables are made of.
+"""Numbers, intervals and counts as people read them: the words that captions, sentences and tables are made of.
 
-What the tables of a whole analysis say: a sentence for each figure, hedged by its intervals, computed from the data.
-
-Every sentence is of the most shots and of the mean over tasks (of importance, where that was asked for, the mean of
-ranks; with one task, of that one), and of the fraction nearest one half (a fifth for sets of the most important heads),
-unless it says otherwise or is told. It is empty where there is nothing to say.
-
-
-A study in words: what can go, how sure that is, and what a reader must know; computed, never written by hand.
+Sentences are hedged by their intervals and computed from the tables. Unless one says otherwise it is about the most
+shots, the mean over tasks (the mean of ranks where that was asked for; the task itself where there is one), and the
+fraction nearest one half (one fifth for sets of the most important heads); it is empty where there is nothing to say.
 """
 
 from __future__ import annotations
@@ -17,12 +12,13 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from headcount.analysis.points import MEAN
-from headcount.analysis.scores import MEAN_OF_RANKS
+from headcount.analysis.rows import MEAN, MEAN_OF_RANKS
 from headcount.stats import intervals
 
 # More than this is no number of documents that could be had.
 _MOST_DOCUMENTS = 1_000_000
+# Smaller ones are not told in digits.
+_LEAST_P = 0.001
 
 
 def shots(k: int) -> str:
@@ -51,13 +47,9 @@ def shots_of(rows: pd.DataFrame) -> str:
 
 
 def on(rows: pd.DataFrame) -> str:
-    """`on copa`: of rows that have one task."""
-    return over(str(rows["task"].iloc[0]))
-
-
-def over(task: str) -> str:
-    """`on copa`, `on the mean over tasks`."""
-    return {MEAN: "on the mean over tasks", MEAN_OF_RANKS: "on the mean of ranks over tasks"}.get(task, f"on {task}")
+    """`on copa`, `on the mean over tasks`: of rows that are of one task, or of one aggregate."""
+    return {MEAN: "on the mean over tasks", MEAN_OF_RANKS: "on the mean of ranks over tasks"}.get(
+        rows["scope"].iloc[0], f"on {rows['task'].iloc[0]}")
 
 
 def share(fraction: float) -> str:
@@ -119,8 +111,9 @@ def score_name(score: str) -> str:
 
 
 def points_of(margin: float | int) -> str:
-    """`2 points`: a margin as it was asked for."""
-    return f"{100 * margin:.3g} points"
+    """`2 points`, `1 point`: a margin as it was asked for."""
+    points = f"{100 * margin:.3g}"
+    return f"{points} point{'s' * (points != '1')}"
 
 
 def told(
@@ -140,7 +133,8 @@ def told(
     if verdict == intervals.COSTS_MORE:
         return f"a loss of more than {lost} is shown"
     here = f"these {documents:,.0f} documents" if documents == documents else "these documents"
-    return f"whether {lost} are lost cannot be told with {here}{_would_tell(needed, documents)}"
+    are = "is" if lost == "1 point" else "are"
+    return f"whether {lost} {are} lost cannot be told with {here}{_would_tell(needed, documents)}"
 
 
 def _would_tell(needed: float | int, documents: float | int) -> str:
@@ -213,7 +207,12 @@ def p_value(value: float) -> str:
     """`p = 0.03`; `p < 0.001`."""
     if value != value:
         return "p not known"
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+    return f"p {p_number(value)}" if value < _LEAST_P else f"p = {p_number(value)}"
+
+
+def p_number(value: float) -> str:
+    """`0.03`; `< 0.001`."""
+    return f"< {_LEAST_P}" if value < _LEAST_P else f"{value:.2g}"
 
 
 NAMES = {"head": "heads", "ffn": "FFNs"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,6 @@ from jaxtyping import Float
 
 from headcount.masks import Component, Mask, removal_order
 from headcount.results import Evaluations, Importance, InductionScores, Score
-from headcount.study.ledger import Entry
-from headcount.study.spec import INDUCTION_TEXTS
 
 _PER_MASK = ("correct", "gold_loglikelihood", "margin", "prediction")
 _PER_DOCUMENT = ("gold", "num_options")
@@ -129,27 +127,3 @@ def stored_scores(
     chosen = [rows[rows["score"] == s].sort_values(["layer", "head"])
               for s in ([score] if score else ["accuracy", "gold_loglikelihood"])]
     return [c["importance"].to_numpy(np.float64) for c in chosen]
-
-
-def induction_entries(entries: Iterable[Entry], spec: Mapping[str, Any]) -> dict[str, Entry]:
-    """The model's own induction scores and those of random weights, by weights, of all that a folder holds.
-
-    Of several lengths and numbers of texts those that were asked for last, else the most texts. Copying depends on the
-    lengths, so a control of other texts than the model's would set a wrong threshold: it is left out.
-
-    Args:
-        entries: Induction entries of one model.
-        spec: What was asked last.
-    """
-    asked = _texts({"lengths": sorted(spec.get("induction_lengths") or ()), "protocol": spec["protocol"],
-                    "seeds": spec.get("induction_seeds"), "seed": spec["seed"]})
-    found = sorted(entries, key=lambda entry: (_texts(entry.job) == asked, entry.info["sequences"]))
-    own = [entry for entry in found if entry.job["weights"] == "trained"]
-    shown = _texts(own[-1].job) if own else asked
-    return {entry.job["weights"]: entry for entry in found if _texts(entry.job) == shown}
-
-
-def _texts(job: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells the texts of two induction jobs apart."""
-    seeds = job["seeds"] or INDUCTION_TEXTS[job["protocol"]][1]
-    return list(job.get("lengths", ())), seeds, job["seed"], job["protocol"]

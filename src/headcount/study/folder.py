@@ -1,7 +1,8 @@
 """What stands in a study's folder already, and whether a study may go on there.
 
-A folder belongs to one model, one data set and one set of options. Tasks, numbers of shots and further measurements
-may be added; anything else that would change what a finished entry means is refused.
+A folder belongs to one model, one protocol and one set of seeds: options whose metadata say that they bind. Everything
+else belongs to jobs. Tasks, numbers of shots and further measurements are added to those that were asked for before;
+of other options the last ones asked for are shown, and what was asked before is kept in a list.
 """
 
 from __future__ import annotations
@@ -14,19 +15,10 @@ from typing import Any
 
 from headcount.errors import StudyError
 from headcount.study.ledger import Ledger
-from headcount.study.spec import ModelSpec, StudySpec, scores_of
+from headcount.study.spec import ModelSpec, StudySpec, fields_that, scores_of
 
-# Options that do not change what an entry means; all others must be the same whenever a folder is used.
-_FREE = ("tasks", "shots", "measure", "unseen", "out", "data", "head_sample", "head_score", "ffn_order", "ffn_score",
-         "random_orders", "random_fractions", "common_fractions", "grid_fractions", "grid_order", "grid_limit",
-         "transfer_fractions", "transfer_limit", "transfer_components", "aggregate", "induction_seeds",
-         "induction_lengths", "skip_control", "prefix_threshold", "copying_threshold", "device", "device_map", "margin",
-         "row_tokens", "batch_tokens", "model")
-# What induction scores depend on: they are of a model, not of tasks.
-_OF_MODEL = (*(f.name for f in dataclasses.fields(ModelSpec)), "protocol", "seed")
-# What a run that measures them says of them.
-_OF_INDUCTION = ("induction_seeds", "induction_lengths", "skip_control", "prefix_threshold", "copying_threshold")
-_LISTS = ("tasks", "shots", "unseen", "measure")
+# What a run was asked, and what it knew then of tasks.
+ASKED = ("spec", "tasks", "unseen")
 
 
 def previous(ledger: Ledger) -> dict[str, Any] | None:
@@ -37,33 +29,60 @@ def previous(ledger: Ledger) -> dict[str, Any] | None:
     """
     there = next(place for place in (ledger.folder, *ledger.folder.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise StudyError(f"{there} is a file; --out names a folder")
+        raise StudyError(f"{there} is a file; out names a folder", fields=("out",))
     if not os.access(there, os.W_OK):
-        raise StudyError(f"{there} cannot be written to; choose another --out")
-    found = ledger.read_json("study.json")
-    if found is None and ledger.folder.is_dir() and any(not f.name.startswith(".") for f in ledger.folder.iterdir()):
-        raise StudyError(f"{ledger.folder} is not empty and holds no study; choose another --out")
-    return found
+        raise StudyError(f"{there} cannot be written to; choose another out", fields=("out",))
+    description = ledger.read_json("study.json")
+    if description is None and ledger.folder.is_dir() and any(
+            not f.name.startswith(".") for f in ledger.folder.iterdir()):
+        raise StudyError(f"{ledger.folder} is not empty and holds no study; choose another out", fields=("out",))
+    if description is not None:
+        check_description(description, ledger.folder / "study.json")
+    return description
+
+
+def check_description(description: Mapping[str, Any], path: Path) -> None:
+    """Refuse a study.json that lacks what every version wrote, or holds another type there.
+
+    Raises:
+        StudyError: With the file and the field.
+    """
+    for name in ("spec", "model", "tasks"):
+        if not isinstance(description.get(name), dict):
+            raise _damaged(path, f"{name} is no object")
+    for name in ("tasks", "shots", "measure"):
+        if not isinstance(description["spec"].get(name), list):
+            raise _damaged(path, f"spec.{name} is no list")
+    for name, kind, called in (("protocol", str, "text"), ("seed", int, "whole number")):
+        if not isinstance(description["spec"].get(name, kind()), kind):
+            raise _damaged(path, f"spec.{name} is no {called}")
+    if not isinstance(description["model"].get("fingerprint"), str):
+        raise _damaged(path, "model.fingerprint is no text")
+    for task, known in description["tasks"].items():
+        if not isinstance(known, dict) or not isinstance(known.get("fingerprint"), str):
+            raise _damaged(path, f"tasks.{task}.fingerprint is no text")
+
+
+def _damaged(path: Path, what: str) -> StudyError:
+    return StudyError(f"{path} is damaged ({what}); choose another out, or delete that folder", fields=("out",))
 
 
 def check_options(spec: StudySpec, before: Mapping[str, Any] | None, folder: Path) -> None:
-    """Refuse other options than the folder's.
+    """Refuse other options than the folder's, of those that bind it.
 
     Raises:
         StudyError: Which names the option.
     """
     if before is None:
         return
-    known = before["spec"]
+    known, asked = before["spec"], spec.to_json()
     defaults = {f.name: f.default for f in dataclasses.fields(spec)}
-    # Where either side has no tasks, options that are about tasks bind nobody.
-    of_model = not spec.tasks or not known["tasks"]
-    for name, value in spec.to_json().items():
+    for name in fields_that(type(spec), "binds"):
         # An option that a folder does not know came after it: it was measured as by default.
         was = known.get(name, defaults[name])
-        if name not in _FREE and was != value and not (of_model and name not in _OF_MODEL):
-            raise StudyError(f"{folder} holds another study (--{name.replace('_', '-')} was {was}, "
-                             f"is {value}); choose another --out, or give the same options")
+        if was != asked[name]:
+            raise StudyError(f"{folder} holds another study ({name} was {was}, is {asked[name]}); choose another out, "
+                             "or give the same options", fields=(name, "out"))
 
 
 def other_orders(spec: StudySpec, before: Mapping[str, Any] | None) -> str:
@@ -86,9 +105,13 @@ def other_orders(spec: StudySpec, before: Mapping[str, Any] | None) -> str:
 
 
 def check_data(
-    before: Mapping[str, Any] | None, model: str, tasks: Mapping[str, str], unseen: Collection[str], folder: Path
+    spec: StudySpec, before: Mapping[str, Any] | None, model: str, tasks: Mapping[str, str], unseen: Collection[str],
+    folder: Path,
 ) -> None:
     """Refuse another model, or other documents, than the folder's; both by fingerprint.
+
+    The split that importance is measured on is part of a task's fingerprint: with another one everything is measured
+    anew, beside what is there.
 
     Raises:
         StudyError: Which names what differs.
@@ -97,15 +120,16 @@ def check_data(
         return
     if before["model"]["fingerprint"] != model:
         raise StudyError(f"{folder} holds a study of another model ({before['model'].get('name')}, other weights, "
-                         "type or tokenizer); choose another --out")
+                         "type or tokenizer); choose another out", fields=("out",))
+    same_split = before["spec"].get("examples_split", "train") == spec.examples_split
     for name, fingerprint in tasks.items():
         if name in unseen and name in before["tasks"]:
-            raise StudyError(f"task {name!r} is among the --tasks of {folder}, whose orders it has a part in: it is no "
-                             "unseen one there; choose another --out")
+            raise StudyError(f"task {name!r} is among the tasks of {folder}, whose orders it has a part in: it is no "
+                             "unseen one there; choose another out", fields=("out",))
         known = before["tasks"].get(name) or before.get("unseen", {}).get(name)
-        if known is not None and known["fingerprint"] != fingerprint:
+        if known is not None and known["fingerprint"] != fingerprint and same_split:
             raise StudyError(f"{folder} holds a study of other documents of task {name!r}, or of another definition of "
-                             "it; choose another --out")
+                             "it; choose another out", fields=("out",))
 
 
 def merged_spec(
@@ -114,17 +138,40 @@ def merged_spec(
     """The options to be kept: lists of what was ever asked for; where now no tasks are named, the others as before."""
     new = spec.to_json() | {"tasks": list(tasks), "unseen": list(unseen)}
     old = (before or {}).get("spec", {})
+    of_induction = fields_that(StudySpec, "induction")
     # What this run has nothing to say of stays as it was.
-    kept = {*(() if "induction" in spec.measure else _OF_INDUCTION)}
+    kept = {*(() if "induction" in spec.measure else of_induction)}
     if old.get("tasks") and not tasks:
-        kept |= new.keys() - {*_OF_MODEL, *_OF_INDUCTION, "measure"}
+        of_model = {*(f.name for f in dataclasses.fields(ModelSpec)), *fields_that(StudySpec, "binds")}
+        kept |= new.keys() - {*of_model, *of_induction, "measure"}
     new |= {name: old[name] for name in kept & old.keys()}
     if not old.get("tasks") and tasks:
         old = {"measure": old.get("measure", [])}
-    together = {name: list(dict.fromkeys([*old.get(name, []), *new[name]])) for name in _LISTS}
+    together = {name: list(dict.fromkeys([*old.get(name, []), *new[name]])) for name in fields_that(StudySpec, "grows")}
     return new | together | {"unseen": [name for name in together["unseen"] if name not in together["tasks"]]}
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known now; where this run did not look, what was known."""
-    return {key: old.get(key) if value is None else value for key, value in new.items()}
+    """What is known now; where this run did not look, what was known. Of numbers of shots, those of this run anew."""
+    known = {key: old.get(key) if value is None else value for key, value in new.items()}
+    if "by_shots" in known:
+        before = old.get("by_shots", {})
+        known["by_shots"] = before | {k: merged(before.get(k, {}), of_k) for k, of_k in new["by_shots"].items()}
+    return known
+
+
+def asked_before(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All that was asked of a folder, oldest first, this run last; what was asked twice stands where it was last."""
+    asked = {name: now[name] for name in ASKED}
+    earlier = [] if before is None else before.get("asked") or [{name: before.get(name, {}) for name in ASKED}]
+    return [*(one for one in earlier if not _alike(one, asked)), asked]
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs show the same: what the later one adds to lists does not count."""
+    grows = fields_that(StudySpec, "grows")
+    return all(one["spec"].get(name) == value for name, value in other["spec"].items()
+               if name not in (*grows, "out", "data", "device", "device_map", "model")) and all(
+        task in other["tasks"] and {k: v for k, v in known.get("by_shots", {}).items()
+                                    if other["tasks"][task].get("by_shots", {}).get(k) != v} == {}
+        for task, known in one["tasks"].items())

@@ -124,6 +124,24 @@ class Ledger:
         """
         return _read(self.path(job))
 
+    def read_need(self, need: tuple[str, str]) -> Entry:
+        """The entry of this kind and name, as in `read`."""
+        kind, name = need
+        return _read(self.entries_folder / f"{kind}-{name}.parquet")
+
+    def keys(self, kind: str | None = None) -> Iterator[Job]:
+        """What whole entries of this version answer for, without their tables; damaged ones are left out."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        for path in self._paths(kind):
+            try:
+                content = json.loads(pq.read_metadata(path).metadata[b"headcount"])
+            except (pa.ArrowInvalid, OSError, KeyError, TypeError, json.JSONDecodeError):
+                continue
+            if content["format"] == FORMAT:
+                yield content["job"]
+
     def entries(self, kind: str | None = None) -> Iterator[Entry]:
         """All entries, or those of one kind, by file name; those that another version wrote are passed over."""
         for path in self._paths(kind):
@@ -190,7 +208,8 @@ def _read(path: Path, columns: list[str] | None = None) -> Entry:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, columns=columns)
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=columns, use_threads=False)
         content = json.loads(table.schema.metadata[b"headcount"])
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise StudyError(f"the entry {path} is damaged; delete that file and run its study again") from error

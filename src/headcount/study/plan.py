@@ -1,27 +1,56 @@
 """From what was asked to the jobs that answer it, and what they cost.
 
-A job is the smallest unit that is measured and saved. Its description (`study.ledger.Job`) names everything its
-result depends on, and nothing else, so that equal work has equal names: an order is named by the job that measured
-the importance it comes from; the number of documents stands for `--limit`; without shots their seed does not count.
+Jobs come in an order in which they can be done: importance before the curves that it orders. What an entry of the
+folder holds already is not planned again, step by step: a curve that is asked for at other fractions is measured at
+those that no entry of the same order, documents and shots has (`missing`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from headcount.masks import Component, Mask, all_heads, blocks_run, random_order
-from headcount.study.ledger import Job, job_id
+from headcount.masks import Component, all_heads, random_order
+from headcount.study.jobs import (
+    Evaluation,
+    GradientImportance,
+    HeadOracle,
+    ImportanceJob,
+    InductionScores,
+    Job,
+    OracleImportance,
+    Weights,
+    name_of,
+)
+from headcount.study.masksets import (
+    AGGREGATE,
+    OTHERS,
+    OWN,
+    RESERVED_DONORS,
+    CommonCurve,
+    FullModel,
+    Grid,
+    GridOrder,
+    MaskSet,
+    Method,
+    OwnCurve,
+    RandomCurve,
+    SingleFFNs,
+    SingleHeads,
+    Step,
+    Transfer,
+    steps_of,
+    with_steps,
+)
 from headcount.study.spec import INDUCTION_TEXTS, StudySpec
 
 # The oracle of heads is asked for by itself: of all heads of a large model it costs hundreds of evaluations.
 Part = Literal["evaluate", "heads", "ffns", "curve", "head_oracle", "grid", "transfer", "induction"]
 CURVES: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
-# The donor whose order is that of all tasks together, and of all but the one that is pruned.
-AGGREGATE, OTHERS, OWN = "mean", "mean without own", "own"
 T = TypeVar("T")
 # Tokens of a text of random tokens, on average over the default lengths: 4 repeats of 25 to 223.
 INDUCTION_TOKENS = 500
@@ -57,41 +86,48 @@ class TaskFacts:
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """One job, what it needs first, and what it costs.
+    """One job and what it costs.
 
     Attributes:
-        job: Its description; its hash is its name.
-        title: A few words for people.
-        needs: Jobs whose entries it reads.
+        job: What is measured.
         passes: Forward passes over its documents; a gradient counts two, masks that share layers less than one each.
         tokens: Estimated tokens through the model.
     """
 
     job: Job
-    title: str
-    needs: tuple[Job, ...] = ()
     passes: float | int = 0
     tokens: float = 0.0
+
+    @functools.cached_property
+    def key(self) -> dict[str, Any]:
+        """What its entry answers for."""
+        return self.job.key()
+
+    @property
+    def title(self) -> str:
+        """A few words for people."""
+        return self.job.title
 
 
 def parts_of(spec: StudySpec) -> tuple[Part, ...]:
     """What of a study its options ask for."""
-    found: list[Part] = [*CURVES] if "curves" in spec.measure else ["evaluate"] if spec.tasks else []
-    return (*found, *(part for part in spec.measure if part != "curves"))
+    asked: list[Part] = [*CURVES] if "curves" in spec.measure else ["evaluate"] if spec.tasks else []
+    return (*asked, *(part for part in spec.measure if part != "curves"))
 
 
 def reads(spec: StudySpec, parts: Sequence[Part]) -> tuple[str, ...]:
     """Which documents are needed, of "evaluation" and "examples"."""
     oracle = _oracle_split(spec)
     ffns = oracle if spec.ffn_order == "oracle" else "examples"
-    both = {"evaluation", "examples"}
-    needed = {"evaluate": {"evaluation"}, "heads": {"examples"}, "ffns": {ffns}, "curve": both,
-              "head_oracle": {"examples", oracle}, "grid": both, "transfer": both, "induction": set()}
+    both: set[str] = {"evaluation", "examples"}
+    needed: dict[Part, set[str]] = {
+        "evaluate": {"evaluation"}, "heads": {"examples"}, "ffns": {ffns}, "curve": both,
+        "head_oracle": {"examples", oracle}, "grid": both, "transfer": both, "induction": set()}
     wanted: set[str] = set().union(*(needed[part] for part in parts))
     return tuple(split for split in ("evaluation", "examples") if split in wanted)
 
 
-def _oracle_split(spec: StudySpec) -> str:
+def _oracle_split(spec: StudySpec) -> Literal["evaluation", "examples"]:
     """The paper's code measures the oracle on the documents that it then reports."""
     return "evaluation" if spec.protocol == "paper" else "examples"
 
@@ -126,23 +162,82 @@ def plan(
     if "induction" in parts:
         wanted.append(_inductions(spec, model))
     for planned in itertools.chain.from_iterable(wanted):
-        jobs.setdefault(job_id(planned.job), planned)
+        jobs.setdefault(name_of(planned.job), planned)
     return list(jobs.values())
+
+
+def missing(planned: Sequence[PlannedJob], measured: Iterable[Evaluation]) -> list[PlannedJob | None]:
+    """What is left of each job once the steps that other entries hold are taken out; None where nothing is.
+
+    Which entries an oracle reads is settled here too, since its single FFNs may lie in other entries than those that
+    were planned. Single heads are taken by whole entries: a sample must not gain the heads of another one.
+
+    Args:
+        planned: Jobs in their order, none of which has an entry of its own.
+        measured: Jobs of evaluation that have one.
+    """
+    entries: dict[Evaluation, dict[Step, str]] = {}
+    for known_job in measured:
+        entries.setdefault(_without_steps(known_job), {}).update(
+            dict.fromkeys(steps_of(known_job.masks), name_of(known_job)))
+    moved: dict[str, list[str]] = {}
+    left: list[PlannedJob | None] = []
+    for one in planned:
+        job, rest = one.job, one
+        if isinstance(job, Evaluation) and not isinstance(job.masks, SingleHeads):
+            known, asked = entries.get(_without_steps(job), {}), steps_of(job.masks)
+            if held := list(dict.fromkeys(known[step] for step in asked if step in known)):
+                steps = [step for step in asked if step not in known]
+                if not steps:
+                    moved[name_of(job)] = held
+                    left.append(None)
+                    continue
+                share = len(steps) / len(asked)
+                rest = PlannedJob(dataclasses.replace(job, curve=with_steps(job.masks, steps)), one.passes * share,
+                                  one.tokens * share)
+                moved[name_of(job)] = [*held, name_of(rest.job)]
+        elif isinstance(job, OracleImportance):
+            names = itertools.chain.from_iterable(moved.get(name, [name]) for name in job.evaluations)
+            rest = dataclasses.replace(one, job=dataclasses.replace(job, evaluations=tuple(dict.fromkeys(names))))
+        left.append(rest)
+    return left
+
+
+def _without_steps(job: Evaluation) -> Evaluation:
+    return dataclasses.replace(job, curve=with_steps(job.masks, ()))
 
 
 def _inductions(spec: StudySpec, model: str) -> Iterator[PlannedJob]:
     """Induction scores of the model, and of the same model with random weights."""
-    lengths, seeds = INDUCTION_TEXTS[spec.protocol]
+    number, seeds = INDUCTION_TEXTS[spec.protocol]
     seeds, tokens = spec.induction_seeds or seeds, float(INDUCTION_TOKENS)
-    chosen: dict[str, Any] = {}
+    lengths: tuple[int, ...] | None = None
     if spec.induction_lengths is not None:
-        lengths, tokens = len(spec.induction_lengths), 4 * sum(spec.induction_lengths) / len(spec.induction_lengths)
-        chosen["lengths"] = sorted(spec.induction_lengths)
-    for weights in ("trained", "random")[: 1 if spec.skip_control else 2]:
-        job = {"kind": "induction", "protocol": spec.protocol, "model": model, "weights": weights, **chosen,
-               "seeds": seeds, "seed": spec.seed, "documents": lengths * seeds, "version": INDUCTION_VERSION}
+        number, tokens = len(spec.induction_lengths), 4 * sum(spec.induction_lengths) / len(spec.induction_lengths)
+        lengths = tuple(sorted(spec.induction_lengths))
+    both: tuple[Weights, Weights] = ("trained", "random")
+    for weights in both[: 1 if spec.skip_control else 2]:
+        job = InductionScores(protocol=spec.protocol, model=model, weights=weights, lengths=lengths, seeds=seeds,
+                              seed=spec.seed, documents=number * seeds, version=INDUCTION_VERSION)
         # Prefix matching and copying read texts of their own.
-        yield PlannedJob(job, f"induction scores, {weights} weights", passes=2, tokens=2 * lengths * seeds * tokens)
+        yield PlannedJob(job, passes=2, tokens=2 * number * seeds * tokens)
+
+
+@dataclass(frozen=True)
+class _Ordered:
+    """By what one kind of component is ordered, and the entries of importance that it is read from."""
+
+    component: Component
+    method: Method
+    score: str | None
+    names: tuple[str, ...]
+    aggregate: str | None
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The arguments of an order that several tasks have a part in."""
+        return {"component": self.component, "importance": self.names, "score": self.score,
+                "aggregate": self.aggregate}
 
 
 @dataclass(frozen=True)
@@ -185,92 +280,82 @@ class _Planner:
         oracle = component == "ffn" and self.spec.ffn_order == "oracle"
         return self._ffn_oracle if oracle else [self._gradient()]
 
-    def _order(self, component: Component) -> tuple[dict[str, Any], Job]:
-        """By what a component is ordered, as a curve's description has it, and the job that it is read from."""
-        importance = self._importance(component)[-1].job
-        order: dict[str, Any] = {"component": component, "order": importance["method"],
-                                 "score": self.spec.scores[component]}
-        if self.spec.protocol == "sound" and order["score"] == "accuracy":
-            del order["score"]  # not alone: between equal accuracies log-likelihood decides
-        return order, importance
+    def _together(self, component: Component, members: Sequence[_Planner]) -> _Ordered:
+        """The order of one task, or of several together."""
+        jobs = [member._importance(component)[-1].job for member in members]
+        importance: ImportanceJob = jobs[0]  # type: ignore[assignment]  # the last of these jobs is one
+        score: str | None = self.spec.scores[component]
+        if self.spec.protocol == "sound" and score == "accuracy":
+            score = None  # not alone: between equal accuracies log-likelihood decides
+        aggregate = self.spec.aggregate if len(members) > 1 else None
+        return _Ordered(component, importance.method, score, tuple(map(name_of, jobs)), aggregate)
 
-    def _base(self, kind: str, documents: int) -> dict[str, Any]:
+    @property
+    def _of_task(self) -> dict[str, Any]:
+        """What all jobs of this task and number of shots say, but for the number of documents."""
         shots = {"seed": self.spec.seed, "shared_shots": self.spec.shared_shots} if self.num_fewshot else {}
-        chat = {"chat": True} if self.spec.apply_chat_template else {}
-        paper = {"paper_version": PAPER_VERSION} if self.spec.protocol == "paper" else {}
-        return {"kind": kind, "protocol": self.spec.protocol, "model": self.model, "task": self.task.name,
-                "task_fingerprint": self.task.fingerprint, "num_fewshot": self.num_fewshot, "documents": documents,
-                **shots, **chat, **paper}
+        return {"protocol": self.spec.protocol, "model": self.model, "task": self.task.name,
+                "task_fingerprint": self.task.fingerprint, "num_fewshot": self.num_fewshot,
+                "chat": self.spec.apply_chat_template or None,
+                "paper_version": PAPER_VERSION if self.spec.protocol == "paper" else None, **shots}
 
-    def _planned(self, job: Job, what: str, passes: float | int, tokens: str, *needs: Job) -> PlannedJob:
+    def _planned(self, job: Job, passes: float | int, tokens: str) -> PlannedJob:
         per_document = self.task.tokens.get((self.num_fewshot, tokens), 0.0)
-        title = f"{self.task.name}, {self.num_fewshot}-shot: {what}"
-        return PlannedJob(job, title, needs, passes, passes * job["documents"] * per_document)
+        return PlannedJob(job, passes, passes * (job.documents or 0) * per_document)
 
     def _gradient(self) -> PlannedJob:
-        norms = {"through_norms": True} if self.through_norms else {}
-        job = {**self._base("importance", self.examples), "method": "gradient", **norms}
-        return self._planned(job, "gradient importance", GRADIENT_PASSES, "gradient")
+        job = GradientImportance(**self._of_task, documents=self.examples, through_norms=self.through_norms or None)
+        return self._planned(job, GRADIENT_PASSES, "gradient")
 
-    def _full(self, split: str) -> PlannedJob:
-        documents = self.documents if split == "evaluation" else self.examples
-        job = {**self._base("evaluation", documents), "split": split, "curve": {"order": "none"}}
-        return self._planned(job, f"full model, {split}", 1, split)
+    def _evaluation(
+        self, masks: MaskSet, documents: int, split: Literal["evaluation", "examples"] = "evaluation"
+    ) -> PlannedJob:
+        job = Evaluation(**self._of_task, documents=documents, split=split, curve=masks)
+        return self._planned(job, masks.passes(self.heads_per_layer), split)
+
+    def _full(self, split: Literal["evaluation", "examples"]) -> PlannedJob:
+        return self._evaluation(FullModel(), self.documents if split == "evaluation" else self.examples, split)
+
+    def _chunked(self, masks: MaskSet, documents: int, split: Literal["evaluation", "examples"] = "evaluation"
+                 ) -> Iterator[PlannedJob]:
+        """Jobs of so many masks each."""
+        for steps in _chunks(steps_of(masks), self.spec.masks_per_job):
+            yield self._evaluation(with_steps(masks, steps), documents, split)
 
     def _curves(self, component: Component) -> Iterator[PlannedJob]:
-        order, importance = self._order(component)
-        yield from self._curve({**order, "importance": job_id(importance)}, f"{component}s by {order['order']}",
-                               self.spec.fractions, self.documents, importance)
+        own = self._together(component, [self])
+        curve = OwnCurve(component=component, order=own.method, importance=own.names[0], score=own.score,
+                         fractions=self.spec.fractions)
+        yield from self._chunked(curve, self.documents)
         for i in range(self.spec.random_orders):
             yield from self._random(component, i, self.spec.fractions_of_random, self.documents)
 
     def _random(
         self, component: Component, number: int, fractions: Sequence[float], documents: int
     ) -> Iterator[PlannedJob]:
-        order = {"component": component, "order": "random", "order_seed": self.spec.seed + number}
-        yield from self._curve(order, f"{component}s at random", fractions, documents)
-
-    def _curve(
-        self, order: Mapping[str, Any], what: str, steps: Sequence[float], documents: int, *needs: Job
-    ) -> Iterator[PlannedJob]:
-        for fractions in _chunks(steps, self.spec.masks_per_job):
-            job = {**self._base("evaluation", documents), "split": "evaluation",
-                   "curve": {**order, "fractions": list(fractions)}}
-            span = f"{fractions[0]:.0%} to {fractions[-1]:.0%}"
-            yield self._planned(job, f"{what}, {span}", len(fractions), "evaluation", *needs)
+        curve = RandomCurve(component=component, order_seed=self.spec.seed + number, fractions=tuple(fractions))
+        yield from self._chunked(curve, documents)
 
     def common(self, donors: Sequence[_Planner]) -> Iterator[PlannedJob]:
         """This task pruned by the order of all tasks together, as one smaller model for all of them would be."""
         for component in ("head", "ffn"):
-            order, needs = self._together(component, donors)
-            yield from self._curve({**order, "order": "common"}, f"{component}s by the order of all tasks",
-                                   self.spec.fractions_of_common, self.documents, *needs)
+            order = self._together(component, donors)
+            yield from self._chunked(CommonCurve(**order.shared, fractions=self.spec.fractions_of_common),
+                                     self.documents)
 
     def grid(self, donors: Sequence[_Planner], with_curves: bool) -> Iterator[PlannedJob]:
         """Heads and FFNs pruned jointly, by this task's own orders (points of curves are left out) or by all tasks'."""
         own = self.spec.grid_order == "own" or len(donors) < 2
-        (heads, of_heads), (ffns, of_ffns) = (self._together(c, [self] if own else donors) for c in ("head", "ffn"))
+        orders = [self._together(component, [self] if own else donors) for component in ("head", "ffn")]
         steps = (0.0, *self.spec.grid_fractions)
-        points = [[h, f] for h in steps for f in steps
+        points = [(h, f) for h in steps for f in steps
                   if (h and f) or ((h or f) and not (own and with_curves and (h or f) in self.spec.fractions))]
         documents = min(self.documents, self.spec.grid_limit or self.documents)
-        orders: dict[str, Any] = {"heads": heads, "ffns": ffns, "donor": AGGREGATE}
-        if own:  # named as in earlier versions
-            orders = {kind: {**order, "importance": order["importance"][0]}
-                      for kind, order in (("heads", heads), ("ffns", ffns))}
-        for chunk in _chunks(points, self.spec.masks_per_job):
-            job = {**self._base("evaluation", documents), "split": "evaluation",
-                   "curve": {"order": "grid", **orders, "points": list(chunk)}}
-            (h, f), (last_h, last_f) = chunk[0], chunk[-1]
-            title = f"grid, {h:.0%} of heads and {f:.0%} of FFNs to {last_h:.0%} and {last_f:.0%}"
-            yield self._planned(job, title, len(chunk), "evaluation", *of_heads, *of_ffns)
-
-    def _together(self, component: Component, members: Sequence[_Planner]) -> tuple[dict[str, Any], list[Job]]:
-        """The order of several tasks together, as a description has it, and the jobs that it is read from."""
-        orders = [member._order(component) for member in members]
-        needs = [importance for _, importance in orders]
-        aggregate = {"aggregate": self.spec.aggregate} if len(members) > 1 else {}
-        return {**orders[0][0], "importance": [job_id(job) for job in needs], **aggregate}, needs
+        # A task's own orders are named as in earlier versions.
+        heads, ffns = (GridOrder(component=o.component, order=o.method, score=o.score, aggregate=o.aggregate,
+                                 importance=o.names[0] if own else o.names) for o in orders)
+        grid = Grid(heads=heads, ffns=ffns, points=tuple(points), donor=None if own else AGGREGATE)
+        yield from self._chunked(grid, documents)
 
     def transfers(self, donors: Sequence[_Planner], parts: Sequence[Part]) -> Iterator[PlannedJob]:
         """This task pruned by the orders of all tasks at this number of shots, each and together."""
@@ -279,32 +364,24 @@ class _Planner:
         if self.task.unseen:
             yield self._full("evaluation")
         for component in self.spec.transfer_components:
-            chosen: dict[str, Sequence[_Planner]] = {AGGREGATE: donors}
+            chosen: list[tuple[str, bool, Sequence[_Planner]]] = [(AGGREGATE, False, donors)]
             if self.task.unseen:
                 yield from self._random(component, 0, self.spec.transfer_fractions, documents)
             else:
                 others = [d for d in donors if d.task.name != self.task.name]
                 # One other task is a donor of its own, and a single one's aggregate is its own order.
-                chosen = chosen if others else {}
-                chosen |= {d.task.name: [d] for d in others} | ({OTHERS: others} if len(others) > 1 else {})
-                if others and not known:
-                    chosen[OWN] = [self]
+                chosen = chosen if others else []
+                chosen += [(d.task.name, True, [d]) for d in others]
+                chosen += [(OTHERS, False, others)] if len(others) > 1 else []
+                chosen += [(OWN, False, [self])] if others and not known else []
                 beside = self.spec.fractions_of_random if "curve" in parts and self.spec.random_orders else ()
-                if missing := [f for f in self.spec.transfer_fractions if others and f not in beside]:
-                    yield from self._random(component, 0, missing, documents)
-            for donor, members in chosen.items():
-                yield from self._transfer(component, donor, members, documents)
-
-    def _transfer(
-        self, component: Component, donor: str, members: Sequence[_Planner], documents: int
-    ) -> Iterator[PlannedJob]:
-        order, needs = self._together(component, members)
-        yield from self._curve({**order, "order": "transfer", "donor": donor}, f"{component}s by the order of {donor}",
-                               self.spec.transfer_fractions, documents, *needs)
-
-    def _shared(self, masks: Sequence[Mask]) -> float:
-        """What masks cost together, in forward passes, since they share the layers before they differ."""
-        return blocks_run(masks) / len(self.heads_per_layer)
+                if lacking := [f for f in self.spec.transfer_fractions if others and f not in beside]:
+                    yield from self._random(component, 0, lacking, documents)
+            for donor, is_task, members in chosen:
+                order = self._together(component, members)
+                named: Literal["task"] | None = "task" if is_task and donor in RESERVED_DONORS else None
+                yield from self._chunked(Transfer(**order.shared, donor=donor, donor_is=named,
+                                                  fractions=self.spec.transfer_fractions), documents)
 
     @functools.cached_property
     def _ffn_oracle(self) -> list[PlannedJob]:
@@ -313,33 +390,19 @@ class _Planner:
     def _oracle(self, component: Component) -> list[PlannedJob]:
         split = _oracle_split(self.spec)
         documents = self.documents if split == "evaluation" else self.examples
-        full = self._full(split)
-        singles = [*self._heads_off(split, documents)] if component == "head" else [*self._ffns_off(split, documents)]
-        measured = [full.job, *(s.job for s in singles)]
-        job = {**self._base("importance", documents), "method": "oracle"}
+        singles: MaskSet = SingleFFNs(tuple(range(len(self.heads_per_layer))))
         if component == "head":
-            job |= {"component": "head", "sample": self.spec.head_sample}
-        title = "head oracle" if component == "head" else "FFN oracle"
-        return [full, *singles, self._planned(job, title, 0, split, *measured)]
-
-    def _ffns_off(self, split: str, documents: int) -> Iterator[PlannedJob]:
-        full = Mask.full(self.heads_per_layer)
-        for layers in _chunks(range(len(self.heads_per_layer)), self.spec.masks_per_job):
-            job = {**self._base("evaluation", documents), "split": split,
-                   "curve": {"order": "single", "component": "ffn", "layers": list(layers)}}
-            passes = self._shared([full.without_ffns([layer]) for layer in layers])
-            yield self._planned(job, f"one FFN off, layers {layers[0]} to {layers[-1]}", passes, split)
-
-    def _heads_off(self, split: str, documents: int) -> Iterator[PlannedJob]:
-        heads, full = all_heads(self.heads_per_layer), Mask.full(self.heads_per_layer)
-        if self.spec.head_sample is not None:
-            drawn = random_order(len(heads), self.spec.seed)[: self.spec.head_sample]
-            heads = [heads[i] for i in sorted(drawn)]
-        for chosen in _chunks(heads, self.spec.masks_per_job):
-            job = {**self._base("evaluation", documents), "split": split,
-                   "curve": {"order": "single", "component": "head", "heads": [list(head) for head in chosen]}}
-            passes = self._shared([full.without_heads([head]) for head in chosen])
-            yield self._planned(job, f"one head off, {chosen[0]} to {chosen[-1]}", passes, split)
+            heads = all_heads(self.heads_per_layer)
+            if self.spec.head_sample is not None:
+                drawn = random_order(len(heads), self.spec.seed)[: self.spec.head_sample]
+                heads = [heads[i] for i in sorted(drawn)]
+            singles = SingleHeads(tuple((head.layer, head.head) for head in heads))
+        jobs = [self._full(split), *self._chunked(singles, documents, split)]
+        names = tuple(name_of(planned.job) for planned in jobs)
+        oracle: Job = (HeadOracle(**self._of_task, documents=documents, sample=self.spec.head_sample, evaluations=names)
+                       if component == "head" else
+                       OracleImportance(**self._of_task, documents=documents, evaluations=names))
+        return [*jobs, self._planned(oracle, 0, split)]
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

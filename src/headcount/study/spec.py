@@ -1,16 +1,31 @@
-"""What was asked: frozen dataclasses that are the command line's options, the TOML file and the saved provenance."""
+"""What was asked: frozen dataclasses that are the command line's options, the TOML file and the saved provenance.
+
+An option is written once: its name, type, range, default and help (the string below it), and in the field's metadata
+what it means for a study's folder: whether it binds, so that all entries of a folder share it, and whether the list
+grows with every run. Everything else belongs to jobs: with other values other jobs are measured, and the rest is kept.
+
+Values are checked by pydantic, field by field, when a spec is made; what pydantic finds is told in one line.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from headcount.errors import OptionError
 
-Measured = Literal["curves", "grid", "transfer", "induction"]
+Measured: TypeAlias = Literal["curves", "grid", "transfer", "induction"]
+# What an option means for a folder: all its entries share it; the list grows with every run; it is of induction alone.
+BINDS = {"binds": True}
+GROWS = {"grows": True}
+OF_INDUCTION = {"of": "induction"}
+# Ranges. Not in the types, where the command line's library would find them and tell slips in pydantic's words.
+NATURAL, COUNT, SHARE = {"least": 0}, {"least": 1}, {"least": 0, "most": 1}
 
 
 @dataclass(frozen=True)
@@ -22,7 +37,7 @@ class ModelSpec:
 
     _: KW_ONLY
 
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata=BINDS)
     """Type of the weights, as in transformers: auto, float32, bfloat16, float16."""
 
     device: str | None = None
@@ -31,63 +46,94 @@ class ModelSpec:
     device_map: str | None = None
     """How the model is spread over devices, as in transformers (auto, balanced, ...)."""
 
-    attn_implementation: str | None = None
+    attn_implementation: str | None = field(default=None, metadata=BINDS)
     """Attention kernel, as in transformers (sdpa, eager)."""
 
-    revision: str | None = None
+    revision: str | None = field(default=None, metadata=BINDS)
     """Branch, tag or commit of a hub model."""
 
-    trust_remote_code: bool = False
+    trust_remote_code: bool = field(default=False, metadata=BINDS)
     """Run code that comes with the model."""
 
-    apply_chat_template: bool = False
+    apply_chat_template: bool = field(default=False, metadata=BINDS)
     """Put prompts into the model's chat template, each shot a turn, as lm-eval does; raw prompts by default. Where a
     template writes today's date it is given 26 July 2024."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySpec(ModelSpec):
+class InductionSpec(ModelSpec):
+    """What induction scores depend on: a model, and random texts."""
+
+    out: Path | None = None
+    """The study folder; results that are there already are not measured again."""
+
+    protocol: Literal["sound", "paper"] = field(default="sound", metadata=BINDS)
+    """`paper` measures as the code of Bansal et al. does, so that published numbers can be compared: docs/paper.md."""
+
+    seed: int = field(default=1234, metadata=BINDS | NATURAL)
+    """Seed of the draws of shots (lm-eval's default) and of random orders."""
+
+    induction_seeds: int | None = field(default=None, metadata=OF_INDUCTION | COUNT)
+    """Random texts of each length that induction scores are averaged over; by default 14 of seven lengths (protocol
+    `paper`: one each of its hundred)."""
+
+    induction_lengths: tuple[int, ...] | None = field(default=None, metadata=OF_INDUCTION)
+    """Lengths of the random sequences that stand four times in a text, in tokens; by default seven from 25 to 223
+    (protocol `paper`: 25, 27, .. 223). Those that do not fit into the model's window are left out."""
+
+    skip_control: bool = field(default=False, metadata=OF_INDUCTION)
+    """Leave out the same model with random weights, which takes as much memory again; which heads are high on copying
+    is then told by --copying-threshold."""
+
+    prefix_threshold: float = field(default=0.3, metadata=OF_INDUCTION | SHARE)
+    """A head that is high on prefix matching has at least this score."""
+
+    copying_threshold: float | None = field(default=None, metadata=OF_INDUCTION | SHARE)
+    """A head that is high on copying has at least this score, by default the most that any head of the same model has
+    with random weights; induction heads are high on both."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        lengths = self.induction_lengths
+        _check(lengths is None or (len({*lengths}) == len(lengths) > 0 and min(lengths) >= 2),
+               "induction_lengths are different numbers of tokens from 2 up, not "
+               f"{_listed(lengths or ())}", "induction_lengths")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec(InductionSpec):
     """What a study measures: one model x tasks x shots."""
 
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = field(metadata=GROWS)
     """lm-eval tasks, groups or tags; `paper14`, `paper14-unseen`, `icl`; task YAML files; jsonl files
     of one's own, or folders of them (`./my-task`)."""
 
-    shots: tuple[int, ...] = (0, 1, 5)
+    shots: tuple[int, ...] = field(default=(0, 1, 5), metadata=GROWS)
     """Numbers of shots."""
 
-    measure: tuple[Measured, ...] = ("curves",)
+    measure: tuple[Measured, ...] = field(default=("curves",), metadata=GROWS)
     """curves: importance and pruning, one component at a time; grid: heads and FFNs pruned jointly; transfer: tasks
     pruned by other tasks' orders and by the aggregate's; induction: prefix matching and copying of every head."""
 
-    limit: int | None = None
+    limit: int | None = field(default=None, metadata=COUNT)
     """Evaluated documents per task, the first N (protocol `paper`: of the shuffled ones); all by default."""
 
-    importance_limit: int = 2500
+    importance_limit: int = field(default=2500, metadata=COUNT)
     """Training documents per task that importance is measured on, the first N (the paper's 2,500)."""
 
     data: Path | None = None
     """Folder with TASK/{train,validation,test}.jsonl to read instead of the hub."""
 
-    out: Path | None = None
-    """The study folder; results that are there already are not measured again."""
-
-    examples_split: str = "train"
+    examples_split: Literal["train", "validation", "test"] = "train"
     """Split that importance is measured on: train, validation or test."""
-
-    protocol: Literal["sound", "paper"] = "sound"
-    """`paper` measures as the code of Bansal et al. does, so that published numbers can be compared: docs/paper.md."""
 
     shared_shots: bool = False
     """One draw of shots per task for all documents, instead of one per document."""
 
-    seed: int = 1234
-    """Seed of the draws of shots (lm-eval's default) and of random orders."""
-
     fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     """Shares of heads (FFNs) removed along the pruning curves; 0, the full model, is always measured."""
 
-    random_orders: int = 5
+    random_orders: int = field(default=5, metadata=NATURAL)
     """How many random orders stand beside the measured ones; what importance is worth is told by their spread too."""
 
     random_fractions: tuple[float, ...] | None = None
@@ -101,7 +147,7 @@ class StudySpec(ModelSpec):
     """Which gradient score orders the heads: `example`, the paper's equation 8 (the default under protocol sound), or
     `position`, absolute values per position, which the paper's code computes (the default under protocol paper)."""
 
-    head_sample: int | None = None
+    head_sample: int | None = field(default=None, metadata=COUNT)
     """For `heads --method oracle`, which also calls it --sample: score so many heads, drawn at random."""
 
     ffn_order: Literal["oracle", "gradient"] = "oracle"
@@ -117,82 +163,53 @@ class StudySpec(ModelSpec):
     grid_order: Literal["own", "mean"] = "own"
     """By what the grid removes heads and FFNs: each task's own orders, or those of all tasks together (--aggregate)."""
 
-    grid_limit: int | None = None
+    grid_limit: int | None = field(default=None, metadata=COUNT)
     """Evaluated documents per task of the grid, the first N; by default as many as for the curves."""
 
     transfer_fractions: tuple[float, ...] = (0.3, 0.5, 0.7)
     """Shares removed by other tasks' orders."""
 
-    transfer_limit: int | None = None
+    transfer_limit: int | None = field(default=None, metadata=COUNT)
     """Evaluated documents per task of transfer, the first N; by default as many as for the curves."""
 
     transfer_components: tuple[Literal["head", "ffn"], ...] = ("head",)
     """What is pruned by other tasks' orders: head, ffn or both."""
 
-    unseen: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = field(default=(), metadata=GROWS)
     """Tasks that no importance is measured on, pruned by the aggregate's order (`paper14-unseen`: the paper's)."""
-
-    induction_seeds: int | None = None
-    """Random texts of each length that induction scores are averaged over; by default 14 of seven lengths (protocol
-    `paper`: one each of its hundred)."""
-
-    induction_lengths: tuple[int, ...] | None = None
-    """Lengths of the random sequences that stand four times in a text, in tokens; by default seven from 25 to 223
-    (protocol `paper`: 25, 27, .. 223). Those that do not fit into the model's window are left out."""
-
-    skip_control: bool = False
-    """Leave out the same model with random weights, which takes as much memory again; which heads are high on copying
-    is then told by --copying-threshold."""
-
-    prefix_threshold: float = 0.3
-    """A head that is high on prefix matching has at least this score."""
-
-    copying_threshold: float | None = None
-    """A head that is high on copying has at least this score, by default the most that any head of the same model has
-    with random weights; induction heads are high on both."""
 
     aggregate: Literal["mean", "ranks"] = "mean"
     """How tasks' importances become one: the mean of the scores (the paper's), or of their ranks."""
 
-    margin: float = 0.02
+    margin: float = field(default=0.02, metadata=SHARE)
     """How much accuracy may be lost where a component counts as free."""
 
-    masks_per_job: int = 10
+    masks_per_job: int = field(default=10, metadata=COUNT)
     """Masks measured, and saved, together: fewer means that less is lost when the study is stopped."""
 
-    row_tokens: int | None = None
+    row_tokens: int | None = field(default=None, metadata=COUNT)
     """A row takes further documents up to this many tokens; by default as long as rows are cheapest on this device."""
 
-    batch_tokens: int | None = None
+    batch_tokens: int | None = field(default=None, metadata=COUNT)
     """A batch takes further rows up to this many tokens; by default what is fast and fits in memory."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.measure) or not self.tasks, "--measure names nothing to measure")
-        _check(bool(self.tasks) or self.measure == ("induction",), "--tasks names no task")
-        _check(bool(self.shots) and min(self.shots) >= 0, f"--shots are numbers from 0 up, not {_listed(self.shots)}")
-        _check(not self.unseen or "transfer" in self.measure, "--unseen tasks are measured with --measure transfer; "
-               "name it, or leave them out (those of a preset or --config: with --unseen and no task after it)")
-        _check(len(set(self.shots)) == len(self.shots), f"--shots names a number twice: {_listed(self.shots)}")
+        super().__post_init__()
+        _check(bool(self.measure) or not self.tasks, "measure names nothing to measure", "measure")
+        _check(bool(self.tasks) or self.measure == ("induction",), "tasks names no task", "tasks")
+        _check(bool(self.shots) and min(self.shots) >= 0, f"shots are numbers from 0 up, not {_listed(self.shots)}",
+               "shots")
+        _check(not self.unseen or "transfer" in self.measure, "unseen tasks are measured with measure transfer; "
+               "name it, or leave them out (those of a preset or a file of options: with unseen and no task after it)",
+               "unseen", "measure")
+        _check(len(set(self.shots)) == len(self.shots), f"shots names a number twice: {_listed(self.shots)}", "shots")
         for name in ("fractions", "grid_fractions", "transfer_fractions", "random_fractions", "common_fractions"):
             if (fractions := getattr(self, name)) is not None:
                 _check_fractions(name, fractions)
-        for name in ("margin", "prefix_threshold", "copying_threshold"):
-            value = getattr(self, name)
-            _check(value is None or 0 <= value <= 1, f"{_option(name)} lies between 0 and 1, not {value}")
-        lengths = self.induction_lengths
-        _check(lengths is None or (len({*lengths}) == len(lengths) > 0 and min(lengths) >= 2),
-               "lengths of random sequences (--induction-lengths, --lengths) are different numbers from 2 up, not "
-               f"{_listed(lengths or ())}")
-        for name in ("limit", "importance_limit", "grid_limit", "transfer_limit", "masks_per_job", "head_sample",
-                     "induction_seeds", "row_tokens", "batch_tokens"):
-            value = getattr(self, name)
-            _check(value is None or value >= 1, f"{_option(name)} is at least 1, not {value}")
         for name in ("grid_limit", "transfer_limit"):
             value = getattr(self, name)
             _check(value is None or self.limit is None or value <= self.limit,
-                   f"{_option(name)} is at most --limit ({self.limit}), not {value}")
-        _check(self.seed >= 0, f"--seed is at least 0, not {self.seed}")
-        _check(self.random_orders >= 0, f"--random-orders is at least 0, not {self.random_orders}")
+                   f"{name} is at most limit ({self.limit}), not {value}", name, "limit")
 
     @property
     def scores(self) -> dict[str, str]:
@@ -248,20 +265,63 @@ def scores_of(spec: Mapping[str, Any]) -> dict[str, str]:
     return {"head": heads, "ffn": str(spec.get("ffn_score", "accuracy")) if by_oracle else heads}
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def fields_that(spec: type, meaning: str) -> tuple[str, ...]:
+    """The names of a spec's fields whose metadata say so: "binds", "grows", or "induction" for what is of it alone."""
+    return tuple(f.name for f in dataclasses.fields(spec) if f.metadata.get(meaning) or f.metadata.get("of") == meaning)
 
 
 def _check_fractions(name: str, fractions: Sequence[float]) -> None:
     _check(bool(fractions) and all(0 < f < 1 for f in fractions),
-           f"{_option(name)} lie between 0 and 1, both left out, not {_listed(tuple(fractions))}")
+           f"{name} lie between 0 and 1, both left out, not {_listed(tuple(fractions))}", name)
     _check(list(fractions) == sorted(set(fractions)),
-           f"{_option(name)} rise from one to the next: {_listed(tuple(fractions))} do not")
+           f"{name} rise from one to the next: {_listed(tuple(fractions))} do not", name)
 
 
-def _check(holds: bool, message: str) -> None:
+def _check(holds: bool, message: str, *fields: str) -> None:
     if not holds:
-        raise OptionError(message)
+        raise OptionError(message, fields=fields)
+
+
+@functools.cache
+def _adapters(spec: Any) -> dict[str, Any]:
+    """What checks each field; pydantic is loaded when the first spec is made."""
+    from pydantic import TypeAdapter
+
+    hints = typing.get_type_hints(spec)
+    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(spec)}
+
+
+def _check_types(spec: Any) -> None:
+    """Refuse values of another type, or out of range; lists become tuples, and texts paths where one is wanted.
+
+    Raises:
+        OptionError: With the field and the value in it.
+    """
+    from pydantic import ValidationError
+
+    for name, adapter in _adapters(spec.__class__).items():
+        value = getattr(spec, name)
+        try:
+            object.__setattr__(spec, name, adapter.validate_python(value))
+        except ValidationError as error:
+            raise OptionError(f"{name} {_wrong(value, error.errors()[0])}", fields=(name,)) from error
+    for one in dataclasses.fields(spec):
+        value, (least, most) = getattr(spec, one.name), (one.metadata.get(end) for end in ("least", "most"))
+        if value is not None and most is not None:
+            _check(least <= value <= most, f"{one.name} lies between {least} and {most}, not {value}", one.name)
+        elif value is not None and least is not None:
+            _check(value >= least, f"{one.name} is at least {least}, not {value}", one.name)
+
+
+def _wrong(value: object, error: Mapping[str, Any]) -> str:
+    """What is wrong with a value, in words: `is a list of values, not 2`."""
+    expected = str(error.get("ctx", {}).get("expected")).replace(" or ", ", ")
+    told = {
+        "literal_error": f"is one of {expected}, not {error['input']!r}",
+        "tuple_type": f"is a list of values, not {value!r}",
+        "path_type": f"is a path, not {value!r}",
+    }
+    return told.get(error["type"], f"cannot be {error['input']!r}: {str(error['msg']).removeprefix('Input ')}")
 
 
 def _listed(values: tuple[object, ...]) -> str:

@@ -1,1 +1,7 @@
-"""Room."""
+"""Tasks: names to documents, prompts, gold answers and metrics, which are lm-eval's own.
+
+Here live: `catalog` (a name's definition), `load` (the door: `get_tasks`, `describe`), `task` (one task), `fewshot`
+(how many documents and which shots), `local` (jsonl files), `chat` (templates), `passages` (documents that belong
+together), `baseline` (one answer to all), `fingerprint` (what identifies a task), `hub` (whether the network answers).
+No other room imports lm_eval. What comes in knows of texts and options alone: nothing of models, tensors or masks.
+"""

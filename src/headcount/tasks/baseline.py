@@ -1,8 +1,8 @@
-"""What a model gets that gives all documents one answer: a baseline, beside guessing.
+"""The accuracy of a model that gives all documents the same answer: a baseline, beside guessing.
 
-Options are scored by their text, and nobody sees their place; so an answer can be given to all documents only where
-its text is among the options of each. What the options of a document have in common at their beginning is the
-document's own (MultiRC's answer, before "yes" or "no") and does not count.
+Options are scored by their text, and a model does not see their position; so the same answer can be given to all
+documents only where its text is among the options of each. What the options of a document have in common at their
+beginning belongs to the document (MultiRC's answer, before "yes" or "no") and does not count.
 """
 
 from __future__ import annotations
@@ -10,27 +10,28 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from headcount.tasks.fewshot import FewShot
 from headcount.tasks.task import Prompt, Task
 
-# A share of so many documents is known to two points or better.
+# Of more documents the first so many are asked: their share is known to about two points.
 _MOST = 1000
 
 
 def constant_answer(task: Task, documents: int) -> tuple[float, list[int]]:
-    """The best accuracy of one answer to all evaluated documents (the first ones), 0 where there is none.
+    """The best accuracy that one answer to all evaluated documents has, 0 where no answer fits all.
 
     Args:
         task: The task; where a question counts as a whole (protocol "paper"), all its documents must be right.
-        documents: How many are evaluated.
+        documents: How many are evaluated, the first ones.
 
     Returns:
-        The accuracy, and the options, by index, that are such an answer at the same place in all documents.
+        The accuracy, and the indices of options that have the same text in all documents.
     """
     if task.is_produced:
         return 0.0, []
-    # Most tasks have none, which two documents tell.
+    # Most tasks have no such answer, which two documents show.
     for limit in (min(2, documents), min(_MOST, documents)):
-        prompts = task.prompts("evaluation", limit=limit)
+        prompts = task.prompts("evaluation", FewShot(limit=limit))
         options = [_options(prompt) for prompt in prompts]
         answers = set.intersection(*map(set, options))
         if not answers:

@@ -12,7 +12,7 @@ import difflib
 import functools
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,11 @@ def _members(name: str) -> list[str]:
     index = _groups_of_lm_eval()
     members = list(dict.fromkeys(_leaves(index, name))) if name in index else []
     if not members:
-        raise TaskError(f"lm-eval's group {name!r} holds no tasks by name; name its tasks themselves")
+        raise TaskError(f"lm-eval's group {name!r} names no tasks; name the tasks that are wanted")
     return members
 
 
-def _leaves(index: dict[str, Any], name: str) -> Iterator[str]:
+def _leaves(index: Mapping[str, Any], name: str) -> Iterator[str]:
     """The tasks of one of lm-eval's groups or tags, those of its groups of groups among them."""
     entry = index[name]
     kind = entry.kind.name
@@ -126,8 +126,10 @@ def _leaves(index: dict[str, Any], name: str) -> Iterator[str]:
         yield from _leaves(index, inner)
 
 
+# Both are pure readings of installed files, which take seconds and do not change while a process runs.
 @functools.cache
-def _groups_of_lm_eval() -> dict[str, Any]:
+def _groups_of_lm_eval() -> Mapping[str, Any]:
+    """lm-eval's own index: its entries by name."""
     from lm_eval.tasks import TaskManager
 
     return dict(TaskManager().task_index)
@@ -146,8 +148,8 @@ def _lm_eval() -> tuple[dict[str, Path], frozenset[str]]:
         if path.suffix not in ("", ".yaml") or not path.is_file():
             continue
         text = path.read_bytes()
-        for found in _GROUP.findall(text):
-            grouped.update(re.findall(r"[\w.\-+()]+", found.decode()))
+        for names in _GROUP.findall(text):
+            grouped.update(re.findall(r"[\w.\-+()]+", names.decode()))
         if path.suffix and (match := _TASK.search(text)):
             tasks.setdefault(match.group(1).decode(), path)
     return tasks, frozenset(grouped - tasks.keys())

@@ -1,4 +1,4 @@
-"""Turns of a chat template."""
+"""Prompts as turns of a conversation, written by the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-
 def rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
 ) -> str:
-    """Messages in the tokenizer's chat template; without the system's, where the template knows none."""
+    """Messages in the tokenizer's chat template; without the system's message where the template has no such role.
+
+    Raises:
+        ModelError: If the template refuses the messages.
+    """
     def written(turns: list[dict[str, str]]) -> str:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt,
                                                  continue_final_message=not add_generation_prompt))
@@ -30,4 +33,4 @@ def rendered(
         return written([m for m in messages if m["role"] != "system"])
     except TemplateError as error:
         raise ModelError(f"the model's chat template refuses a prompt ({str(error).strip()}); leave out "
-                         "--apply-chat-template") from error
+                         "apply_chat_template (--apply-chat-template)") from error

@@ -1,4 +1,8 @@
-"""Shots, drawn as lm-eval draws them, but for the document itself, or as the paper's code draws them."""
+"""Which documents are prompted and how many shots stand before each: what is asked, and how shots are drawn.
+
+Shots are drawn as lm-eval draws them, but never the document itself, or (protocol "paper") as the paper's code draws
+them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,44 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headcount.errors import OptionError
+
+# What a split holds: fields by name. Shots are documents, too.
+Document = Mapping[str, Any]
 # The seed lm-eval gives its few-shot sampler.
 LM_EVAL_SEED = 1234
 # The paper's code shuffles evaluated documents with a generator of this seed, and draws their shots from it afterwards.
 SHUFFLE_SEED = 42
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """How many documents of a split are prompted, and with which shots.
+
+    Attributes:
+        num_fewshot: How many shots stand before each document.
+        limit: The first so many documents; None takes all.
+        seed: Of the sampler of shots.
+        shared: Whether one draw of shots serves all documents; documents that serve as shots are left out.
+
+    Raises:
+        OptionError: If num_fewshot is below 0, or limit below 1.
+    """
+
+    num_fewshot: int = 0
+    limit: int | None = None
+    seed: int = LM_EVAL_SEED
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_fewshot < 0 or (self.limit is not None and self.limit < 1):
+            raise OptionError("num_fewshot is at least 0 and limit at least 1, not "
+                              f"{self.num_fewshot} and {self.limit}")
+
+    @property
+    def num_shared(self) -> int:
+        """How many shots all documents have in common."""
+        return self.num_fewshot if self.shared else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +57,20 @@ class Shots:
 
     lm-eval leaves a document out of its own shots only where both come from the test split by name. Here another takes
     its place, drawn apart, so that all other documents keep the shots that lm-eval gives them.
+
+    Attributes:
+        shots: The fixed shots; empty where lm-eval draws.
+        excluded: The document that must not be among the shots.
+        doc_id: Its position in its split, the seed of the draw apart.
+        sampler: lm-eval's own sampler.
     """
 
-    shots: Sequence[Any]
-    excluded: Mapping[str, Any] | None
+    shots: Sequence[Document]
+    excluded: Document | None
     doc_id: int
     sampler: Any
 
-    def sample(self, n: int, eval_doc: Any = None) -> Sequence[Any]:
+    def sample(self, n: int, eval_doc: Document | None = None) -> Sequence[Document]:
         """So many shots for a document."""
         drawn = list(self.shots[:n] or self.sampler.sample(n, eval_doc=eval_doc))
         if self.excluded is None or self.excluded not in drawn:
@@ -37,9 +81,8 @@ class Shots:
 
 
 def papers_draws(
-    documents: Sequence[Any], pool: Sequence[Any], num_fewshot: int, *, evaluated: bool, seed: int | None,
-    excluding: bool,
-) -> Iterator[tuple[int, Sequence[Any]]]:
+    documents: Sequence[Document], pool: Sequence[Document], few_shot: FewShot, *, evaluated: bool, excluding: bool
+) -> Iterator[tuple[int, Sequence[Document]]]:
     """Positions of documents in the order of the paper's code, each with its shots.
 
     Evaluated documents are shuffled, and the generator that shuffled them draws the shots of one after another.
@@ -49,17 +92,18 @@ def papers_draws(
     Args:
         documents: Those of a split.
         pool: What shots are drawn from.
-        num_fewshot: How many.
+        few_shot: How many are drawn for each document (none where they are shared), and the seed. With lm-eval's seed,
+            the default, shots of evaluated documents are drawn on from where the shuffle ended.
         evaluated: Whether the documents are evaluated, or scored.
-        seed: Of the draws; None draws those of evaluated documents on from where the shuffle ended.
         excluding: Whether one shot more is drawn, and what equals the document taken out: where there are no training
             documents.
     """
     rnd, order = random.Random(SHUFFLE_SEED), list(range(len(documents)))  # noqa: S311
     if evaluated:
         rnd.shuffle(order)
-    if seed is not None:
-        rnd = random.Random(seed)  # noqa: S311
+    if not evaluated or few_shot.seed != LM_EVAL_SEED:
+        rnd = random.Random(few_shot.seed)  # noqa: S311
+    num_fewshot = few_shot.num_fewshot - few_shot.num_shared
     for position in order:
         drawn = [pool[i] for i in rnd.sample(range(len(pool)), num_fewshot + excluding)] if num_fewshot else []
         kept = [shot for shot in drawn if shot != documents[position]] if excluding else drawn
@@ -67,10 +111,10 @@ def papers_draws(
 
 
 def questions_together(
-    draws: Iterator[tuple[int, Sequence[Any]]], question: Callable[[int], Hashable]
-) -> list[tuple[int, Sequence[Any]]]:
-    """The same documents, those of a question behind its first one: the first so many hold whole questions."""
-    found, first = list(draws), dict[Hashable, int]()
-    for place, (position, _) in enumerate(found):
+    draws: Iterator[tuple[int, Sequence[Document]]], question: Callable[[int], Hashable]
+) -> list[tuple[int, Sequence[Document]]]:
+    """The same documents, those of a question behind its first one, so that a limit keeps questions whole."""
+    drawn, first = list(draws), dict[Hashable, int]()
+    for place, (position, _) in enumerate(drawn):
         first.setdefault(question(position), place)
-    return sorted(found, key=lambda one: first[question(one[0])])
+    return sorted(drawn, key=lambda one: first[question(one[0])])

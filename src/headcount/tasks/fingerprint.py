@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headcount.tasks.fewshot import Document
+
 # Where the documents lay, and what the caller chooses; none of it changes what a document asks.
 _VOLATILE = ("metadata", "dataset_kwargs", "custom_dataset", "num_fewshot")
 
 
 def fingerprint(
-    definition: Mapping[str, Any], variant: Sequence[str], splits: Mapping[str, Iterable[Mapping[str, Any]]],
+    definition: Mapping[str, Any], variant: Sequence[str], splits: Mapping[str, Iterable[Document]],
 ) -> str:
     """24 hexadecimal digits that are equal for equal definitions, variants and documents, in whatever process.
 

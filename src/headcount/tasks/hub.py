@@ -1,9 +1,9 @@
-"""Whether the hub answers: asked once, before the libraries ask it for each of many files.
+"""Whether the hub answers: it is asked once, before the libraries ask it for each of many files.
 
 Where there is no network, huggingface_hub tries a request six times over 23 s, and up to 10 s more for each try that is
-dropped in silence; datasets has it do so for every task: 6 min 26 s for the 16 tasks of the paper. So one short request
-goes first, and where none is answered, hub and data sets go on offline, as with HF_HUB_OFFLINE=1: what is cached is
-found, and the rest is told at once.
+dropped in silence; datasets lets it do so for every task: 6 min 26 s for the 16 tasks of the paper. So one short
+request goes first, and where it is not answered, both libraries go on offline, as with HF_HUB_OFFLINE=1: what is cached
+is read, and whatever else is asked for is refused at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichev
 from headcount.errors import first_line
 
 
+# Kept for the process, as the libraries' own switch is that this turns.
 @functools.cache
 def answers() -> bool | None:
     """Whether the hub answers; asked once in a process, and where it does not, the libraries are put offline.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,40 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from headcount.errors import DataError, OptionError, TaskError, UnavailableError, first_line
-from headcount.stats.baselines import chance
-from headcount.tasks import catalog as names
-from headcount.tasks import hub
+from headcount.tasks import catalog, hub
 from headcount.tasks.local import SPLIT_FILES, bare_splits, check_place, has_split
 from headcount.tasks.task import MISFITS, SAME, Protocol, Task
 
 
+@dataclass(frozen=True)
+class TaskDescription:
+    """What a task offers, for people.
+
+    Attributes:
+        name: lm-eval's name.
+        sizes: How many documents each split has.
+        evaluated: The split that is evaluated.
+        fewest: Options of the document that has the fewest; 0 where a continuation must be produced.
+        most: Options of the document that has the most.
+        chance: Accuracy of guessing.
+        metric: The metric that decides orders.
+        notes: What a reader of results must know.
+        absent: Why the task's documents cannot be had, and then nothing else is known; empty where they can.
+    """
+
+    name: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    evaluated: str = ""
+    fewest: int = 0
+    most: int = 0
+    chance: float = 0.0
+    metric: str = ""
+    notes: tuple[str, ...] = ()
+    absent: str = ""
+
+
 def notes(inner: Any, place: Path | None, examples_split: str) -> list[str]:
-    """What a reader of results must know of a task: its definition's note, and which documents stand for which."""
+    """What a reader of results must know of a task: its definition's note, and which documents stand in for others."""
     told = [note] if (note := (inner.config.metadata or {}).get("note")) else []
     evaluated = ["test"] if inner.has_test_docs() else ["validation"]
     if place is not None and place.is_dir() and inner.has_test_docs() and not has_split(place, "test"):
@@ -33,15 +60,15 @@ def notes(inner: Any, place: Path | None, examples_split: str) -> list[str]:
 
 
 def get_tasks(
-    task_names: str | Sequence[str], *, data: str | Path | None = None, examples_split: str = "train",
-    protocol: Protocol = "sound",
+    task_names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, data: str | Path | None = None,
+    examples_split: str = "train", protocol: Protocol = "sound",
 ) -> dict[str, Task]:
-    """Load tasks by name.
+    """Tasks by name.
 
     Args:
         task_names: One or several: lm-eval's task, group or tag names; `paper14`, `paper14-unseen`, `icl` or a task of
             that suite (`icl_antonym`, ...); paths of task YAML files; paths of jsonl files, or of folders of them,
-            whose documents have `context`, `options` and `gold`.
+            whose documents have `context`, `options` and `gold`. Of strings, those with a "/" are paths.
         data: A folder with `<task>/{train,validation,test}.jsonl` to read instead of the hub. A missing `test.jsonl`
             is stood in for by `validation.jsonl`.
         examples_split: The split that importance is measured on.
@@ -50,11 +77,16 @@ def get_tasks(
     Raises:
         TaskError: For an unknown name, or a task that is not multiple-choice or log-likelihood.
         DataError: For missing, empty or malformed data.
+        OptionError: For an unknown split, or what is no name.
     """
     if examples_split not in SPLIT_FILES:
-        raise OptionError(f"--examples-split is one of {', '.join(SPLIT_FILES)}, not {examples_split!r}")
+        raise OptionError(f"examples_split (--examples-split) is one of {', '.join(SPLIT_FILES)}, not "
+                          f"{examples_split!r}")
+    given = [task_names] if isinstance(task_names, str | os.PathLike) else task_names
+    if not isinstance(given, Sequence):
+        raise OptionError(f"tasks are named by strings or paths, such as 'piqa' or './my-task', not {given!r}")
     loaded: dict[str, Task] = {}
-    for name in names.expand([task_names] if isinstance(task_names, str) else task_names):
+    for name in catalog.expand([_as_text(one) for one in given]):
         task = _get_task(name, Path(data) if data is not None else None, examples_split, protocol)
         if task.name in loaded:
             raise TaskError(f"two of the tasks are named {task.name!r}; rename one")
@@ -62,30 +94,47 @@ def get_tasks(
     return loaded
 
 
-def describe(name: str, data: str | Path | None = None) -> dict[str, Any]:
-    """What a task offers, for people: documents per split, which of them are evaluated, options, chance, metric, notes.
+def _as_text(name: str | os.PathLike[str]) -> str:
+    """A name as the catalog reads it: a path has a slash, or the ending of a file."""
+    if isinstance(name, str):
+        return name
+    if not isinstance(name, os.PathLike):
+        raise OptionError(f"tasks are named by strings or paths, such as 'piqa' or './my-task', not {name!r}")
+    path = Path(name).as_posix()
+    return path if "/" in path or path.endswith((".yaml", ".yml", ".jsonl")) else f"./{path}"
 
-    Where its documents cannot be had, the name and the reason under "absent".
+
+def describe(name: str, data: str | Path | None = None) -> TaskDescription:
+    """What a task offers; where its documents cannot be had, the reason.
+
+    Args:
+        name: As in `get_tasks`.
+        data: As in `get_tasks`.
+
+    Raises:
+        TaskError: For an unknown name.
     """
+    # It brings scipy, which loading tasks for a measurement does not need.
+    from headcount.stats.baselines import chance
+
     try:
         (task,) = get_tasks([name], data=data).values()
     except (UnavailableError, DataError) as error:
-        return {"task": name, "absent": str(error)}
+        return TaskDescription(name, absent=str(error))
     options = task.num_options
-    return {"task": task.name, **task.split_sizes, "evaluated": "test" if task.inner.has_test_docs() else "validation",
-            "fewest": int(options.min()), "most": int(options.max()), "chance": chance(options),
-            "metric": task.metric, "notes": list(task.notes)}
+    return TaskDescription(task.name, task.split_sizes, "test" if task.inner.has_test_docs() else "validation",
+                           int(options.min()), int(options.max()), chance(options), task.metric, task.notes)
 
 
 def _get_task(name: str, data: Path | None, examples_split: str, protocol: Protocol) -> Task:
     place = _place(name, data)
-    bare = place is not None and not name.endswith((".yaml", ".yml")) and not names.is_known(name)
+    bare = place is not None and not name.endswith((".yaml", ".yml")) and not catalog.is_known(name)
     if bare and place is not None:
-        definition, task_name = names.bare_definition(), place.stem if place.is_file() else place.name
+        definition, task_name = catalog.bare_definition(), place.stem if place.is_file() else place.name
     else:
-        definition = names.definition(name)
-        task_name = names.name_in(definition) if name.endswith((".yaml", ".yml")) else name
-        place = names.embedded_folder(name) or (data / task_name if data is not None else None)
+        definition = catalog.definition(name)
+        task_name = catalog.name_in(definition) if name.endswith((".yaml", ".yml")) else name
+        place = catalog.embedded_folder(name) or (data / task_name if data is not None else None)
     config: dict[str, Any] = {"include": str(definition), "task": task_name}
     if place is not None:
         check_place(place, task_name)
@@ -97,7 +146,8 @@ def _get_task(name: str, data: Path | None, examples_split: str, protocol: Proto
     if place is not None:
         text += "custom_dataset: !function headcount.tasks.local.local_dataset\n"
     inner = _load(text, task_name, local=place is not None)
-    return Task(task_name, inner, notes(inner, place, examples_split), examples_split, protocol)
+    file = place if place is not None and place.is_file() else None
+    return Task(task_name, inner, notes(inner, place, examples_split), examples_split, protocol, file)
 
 
 def _place(name: str, data: Path | None) -> Path | None:
@@ -133,13 +183,13 @@ def _load(text: str, name: str, *, local: bool) -> Any:
         if str(error).startswith("Couldn't find cache for"):  # another part of the data set is there
             raise _not_to_be_had(name, error) from error
         where = "the local files lack what" if local else "the hub's documents lack what"
-        raise DataError(f"{where} the definition of task {name!r} reads "
-                        f"({type(error).__name__}: {first_line(error)})") from error
+        raise DataError(f"{where} the definition of task {name!r} reads ({type(error).__name__}: "
+                        f"{first_line(error)}); compare a document's fields with it") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
 def _not_to_be_had(name: str, error: BaseException) -> UnavailableError:
-    return UnavailableError(f"the documents of task {name!r} could not be had from the hub ({hub.reason(error)}); "
-                            "pass --data DIR with local files, or restore the connection")
+    return UnavailableError(f"the documents of task {name!r} could not be loaded from the hub ({hub.reason(error)}); "
+                            "pass data=DIR (--data DIR) with local files, or restore the connection")

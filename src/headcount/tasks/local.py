@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 
 from headcount.errors import DataError
+from headcount.tasks.fewshot import Document
 
 SPLIT_FILES = ("train", "validation", "test")
 _BARE = ("context", "options", "gold")
 
 
-def local_dataset(folder: str, *, bare: bool = False, **_: object) -> dict[str, Any]:
-    """Read a task's files for lm-eval; validation stands in for a missing test split.
+def local_dataset(folder: str, *, bare: bool = False, **metadata: object) -> dict[str, datasets.Dataset]:
+    """A task's files as lm-eval wants them, by split; validation stands in for a missing test split.
 
     Args:
         folder: With {train,validation,test}.jsonl; or one jsonl file, whose documents are the validation split.
         bare: Whether every document must have `context`, `options` and `gold`.
+        metadata: Whatever the definition's `metadata` holds (version, note, a user's own fields): lm-eval gives that
+            to any such function. Nothing here depends on it.
     """
     place = Path(folder)
     files = {"validation": place} if place.is_file() else {
@@ -29,8 +31,8 @@ def local_dataset(folder: str, *, bare: bool = False, **_: object) -> dict[str, 
               for split, path in files.items()}
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits["validation"]
-    found: dict[str, Any] = datasets.DatasetDict(splits)
-    return found
+    by_split: dict[str, datasets.Dataset] = datasets.DatasetDict(splits)
+    return by_split
 
 
 def has_split(folder: Path, split: str) -> bool:
@@ -55,17 +57,17 @@ def check_place(place: Path, name: str) -> None:
     if place.is_file():
         return
     if not place.is_dir():
-        known = ", ".join(sorted(p.name for p in place.parent.glob("*") if p.is_dir())) or "none"
-        raise DataError(f"no folder {place} with the documents of task {name!r}; --data holds: {known}")
+        known = ", ".join(sorted(p.name for p in place.parent.glob("*") if p.is_dir())) or "no folder"
+        raise DataError(f"there is no folder {place} with the documents of task {name!r}; {place.parent} holds {known}")
     if not has_split(place, "validation") and not has_split(place, "test"):
         raise DataError(f"{place} has neither validation.jsonl nor test.jsonl to evaluate on")
 
 
-def _lines(path: Path, check: Callable[[Mapping[str, Any]], str] | None) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, check: Callable[[Document], str] | None) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (the byte at {error.start}); save it as that") from error
+        raise DataError(f"{path} is not UTF-8 (the byte at {error.start}); save it as UTF-8") from error
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -90,7 +92,7 @@ def _is_text(doc: object) -> bool:
     return True
 
 
-def _check_bare(doc: Mapping[str, Any]) -> str:
+def _check_bare(doc: Document) -> str:
     """What is wrong with a document of context, options and gold; empty if nothing is."""
     if absent := [name for name in _BARE if name not in doc]:
         return f"no {' and no '.join(absent)}; a document has context, options and gold"
@@ -104,7 +106,7 @@ def _check_bare(doc: Mapping[str, Any]) -> str:
     return ""
 
 
-def _dataset(path: Path, docs: Sequence[Mapping[str, Any]]) -> datasets.Dataset:
+def _dataset(path: Path, docs: Sequence[Document]) -> datasets.Dataset:
     if not docs:
         raise DataError(f"{path} is empty; it needs one JSON object a line")
     try:

@@ -1,4 +1,4 @@
-"""Which documents belong together: those that share a passage are no independent evidence.
+"""Which documents belong together: documents that share a passage are not independent evidence.
 
 Questions about one paragraph (MultiRC, ReCoRD), or twin sentences (WinoGrande), count together in intervals of
 accuracy (`headcount.stats.intervals`), and are drawn together where importance is resampled

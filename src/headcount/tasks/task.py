@@ -1,8 +1,8 @@
 """One task: its documents, prompts, gold answers and metrics, which are lm-eval's own.
 
-What is added here: shots can be shared by all documents; prompts can be built for training documents too, without the
-document itself among its shots; and the variants of the paper's code (protocol "paper"): its order of documents and its
-draws of shots, WSC's training documents are its positive ones, and a question of MultiRC counts when all its answers
+What is added here: all documents can share their shots; prompts can be built for training documents too, and a document
+is never among its own shots; and the variants of the paper's code (protocol "paper"): its order of documents and its
+draws of shots; only WSC's positive training documents; and a question of MultiRC counts as right when all its answers
 are judged right.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from jinja2.exceptions import TemplateError
 
 from headcount.errors import DataError, OptionError, TaskError
 from headcount.tasks.chat import rendered
-from headcount.tasks.fewshot import LM_EVAL_SEED, Shots, papers_draws, questions_together
+from headcount.tasks.fewshot import Document, FewShot, Shots, papers_draws, questions_together
 from headcount.tasks.fingerprint import fingerprint as fingerprint_of
 from headcount.tasks.passages import passages
 
@@ -31,13 +32,14 @@ SAME = "importance is measured on the documents that are evaluated, so that prun
 Split = Literal["evaluation", "examples"]
 Protocol = Literal["sound", "paper"]
 SPLITS: tuple[Split, ...] = ("evaluation", "examples")
+_FEWER = "ask for fewer shots with num_fewshot (--shots)"
 _METRICS = ("acc", "em", "exact_match")
 _NUMBERS = (int, float, np.number, np.bool_)
 # What a definition raises on documents that it was not written for.
 MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError, TemplateError)
 # The paper's variants: which training documents there are, and which documents are one question.
-_TRAINING: dict[str, Callable[[Mapping[str, Any]], bool]] = {"wsc": lambda doc: doc["label"] == 1}
-_QUESTIONS: dict[str, Callable[[Mapping[str, Any]], Hashable]] = {
+_TRAINING: dict[str, Callable[[Document], bool]] = {"wsc": lambda doc: doc["label"] == 1}
+_QUESTIONS: dict[str, Callable[[Document], Hashable]] = {
     "multirc": lambda doc: (doc["idx"]["paragraph"], doc["idx"]["question"])}
 
 
@@ -55,7 +57,7 @@ class Prompt:
     """
 
     doc_id: int
-    doc: Mapping[str, Any]
+    doc: Document
     pairs: tuple[tuple[str, str], ...]
     gold: int
     num_options: int
@@ -66,21 +68,25 @@ class Task:
 
     Attributes:
         name: lm-eval's name.
+        inner: lm-eval's own task, a ConfigurableTask.
+        examples_split: The split that importance is measured on.
         metric: The metric that decides orders: "acc", or "em" where there is no acc.
         notes: What a reader of the results must know, such as a split that stands in for another.
         protocol: "sound", or "paper" for what the paper's code does otherwise.
         question: Under protocol "paper", the question that a document belongs to, where all answers must be right.
+        file: The user's file that all documents come from, where it is a single one.
     """
 
     def __init__(
         self, name: str, inner: Any, notes: Sequence[str] = (), examples_split: str = "train",
-        protocol: Protocol = "sound",
+        protocol: Protocol = "sound", file: Path | None = None,
     ) -> None:
         self.name = name
         self.inner = inner
         self.notes = tuple(notes)
         self.examples_split = examples_split
         self.protocol: Protocol = protocol
+        self.file = file
         kind = inner.OUTPUT_TYPE
         if kind not in ("multiple_choice", "loglikelihood"):
             raise TaskError(f"task {name!r} is a {kind} task; headcount scores multiple_choice and loglikelihood tasks")
@@ -119,7 +125,7 @@ class Task:
             return np.zeros(len(self.documents("evaluation")), np.int64)
         return np.array([len(self.inner.doc_to_choice(doc)) for doc in self.documents("evaluation")], np.int64)
 
-    def documents(self, split: Split) -> Sequence[Mapping[str, Any]]:
+    def documents(self, split: Split) -> Sequence[Document]:
         """The evaluated documents (lm-eval's choice of split), or the examples that importance is measured on.
 
         Raises:
@@ -130,60 +136,63 @@ class Task:
         docs = {"train": self.inner.training_docs, "validation": self.inner.validation_docs,
                 "test": self.inner.test_docs}[self.examples_split]()
         if docs is None:
-            has = [s for s, there in (("train", self.inner.has_training_docs()),
-                                      ("validation", self.inner.has_validation_docs()),
-                                      ("test", self.inner.has_test_docs())) if there]
-            same = f" (then {SAME})" if len(has) == 1 else ""
-            raise TaskError(f"task {self.name!r} has no {self.examples_split} split to measure importance on; choose "
-                            f"one that it has with --examples-split {' or '.join(has)}{same}")
+            raise TaskError(f"task {self.name!r} has no {self.examples_split} split to measure importance on; "
+                            f"{self._remedy()}")
         return [doc for doc in docs if self._is_training is None or self._is_training(doc)]
 
-    def size(self, split: Split, *, shared_shots: int = 0, seed: int = LM_EVAL_SEED) -> int:
-        """How many documents a split offers when those that serve as shared shots are left out."""
-        found = self.documents(split)
-        shots = self._drawn(shared_shots, seed)
-        left = sum(doc not in shots for doc in found)
+    def _remedy(self) -> str:
+        """What can be done where the split of examples is missing."""
+        has = [s for s, there in (("train", self.inner.has_training_docs()),
+                                  ("validation", self.inner.has_validation_docs()),
+                                  ("test", self.inner.has_test_docs())) if there]
+        split = (f"choose examples_split={' or '.join(map(repr, has))}, on the command line --examples-split "
+                 f"{' or '.join(has)}" + (f" (then {SAME})" if len(has) == 1 else ""))
+        if self.file is None:
+            return split
+        return ("put training documents apart, in a folder with train.jsonl and validation.jsonl, and name that folder "
+                f"instead of {self.file.name}; or {split}")
+
+    def size(self, split: Split, few_shot: FewShot = FewShot()) -> int:
+        """How many documents a split offers when those that serve as shared shots are left out; whatever the limit."""
+        documents = self.documents(split)
+        shots = self._shared_shots(few_shot)
+        left = sum(doc not in shots for doc in documents)
         if left < 1:
-            raise OptionError(f"all {len(found)} documents of task {self.name!r} are shots; ask for fewer with --shots")
+            raise OptionError(f"all {len(documents)} documents of task {self.name!r} are shots; {_FEWER}")
         return left
 
     def prompts(
-        self, split: Split, *, num_fewshot: int = 0, limit: int | None = None, seed: int = LM_EVAL_SEED,
-        shared_shots: bool = False, chat: PreTrainedTokenizerBase | None = None,
+        self, split: Split, few_shot: FewShot = FewShot(), *, chat: PreTrainedTokenizerBase | None = None
     ) -> list[Prompt]:
         """Prompts of the first documents of a split.
 
         Shots come from lm-eval's own few-shot split. For evaluated documents they are drawn exactly as lm-eval draws
         them with this seed; examples never are among their own shots; documents that serve as shared shots are left
-        out. Under protocol "paper" evaluated documents are shuffled, and shots are drawn as `shots.papers_draws` says.
+        out. Under protocol "paper" evaluated documents are shuffled, and shots are drawn as `papers_draws` says.
 
         Args:
             split: Which documents.
-            num_fewshot: How many shots stand before each document.
-            limit: Take the first so many documents; None takes all.
-            seed: Of the sampler of shots.
-            shared_shots: Whether one draw of shots serves all documents.
+            few_shot: How many documents, and which shots stand before each.
             chat: A tokenizer whose chat template is put around the prompts, each shot a turn, as lm-eval does.
 
         Raises:
             OptionError: If there are too few documents to draw the shots from.
         """
-        if num_fewshot < 0 or (limit is not None and limit < 1):
-            raise OptionError(f"num_fewshot is at least 0 and limit at least 1, not {num_fewshot} and {limit}")
-        found = self.documents(split)
+        num_fewshot, limit = few_shot.num_fewshot, few_shot.limit
+        documents = self.documents(split)
         paper = self.protocol == "paper"
-        own_pool = num_fewshot > 0 and not paper and self._drawn_from(found)
+        own_pool = num_fewshot > 0 and not paper and self._drawn_from(documents)
         excludes = not self.inner.has_training_docs() if paper else own_pool or self._lm_eval_excludes
-        self._check_pool(num_fewshot, excluding=not shared_shots and excludes)
-        shots = self._drawn(num_fewshot if shared_shots else 0, seed)
+        self._check_pool(num_fewshot, excluding=not few_shot.shared and excludes)
+        shots = self._shared_shots(few_shot)
         template = functools.partial(rendered, chat) if chat is not None else None
         prompts: list[Prompt] = []
-        own = self._papers_draws(split, found, 0 if shared_shots else num_fewshot, seed) if paper else (
-            (doc_id, ()) for doc_id in range(len(found)))
+        own = self._papers_draws(split, documents, few_shot) if paper else (
+            (doc_id, ()) for doc_id in range(len(documents)))
         for doc_id, drawn in own:
             if limit is not None and len(prompts) >= limit:
                 break
-            if (doc := found[doc_id]) not in shots:
+            if (doc := documents[doc_id]) not in shots:
                 with self._sampling(drawn or shots, doc if own_pool else None, doc_id):
                     prompts.append(self._prompt(doc_id, doc, num_fewshot, template))
         return prompts
@@ -207,7 +216,7 @@ class Task:
         return {name: float(value) for name, value in scores.items() if isinstance(value, _NUMBERS)}
 
     def _prompt(
-        self, doc_id: int, doc: Mapping[str, Any], num_fewshot: int, template: Callable[..., str] | None
+        self, doc_id: int, doc: Document, num_fewshot: int, template: Callable[..., str] | None
     ) -> Prompt:
         chat = {"apply_chat_template": template is not None, "chat_template": template}
         try:
@@ -221,7 +230,7 @@ class Task:
             raise DataError(f"document {doc_id} of task {self.name!r} does not fit the task's definition "
                             f"({type(error).__name__}: {error}); fix that document") from error
 
-    def _gold(self, doc: Mapping[str, Any], options: int, pairs: int) -> int:
+    def _gold(self, doc: Document, options: int, pairs: int) -> int:
         """The option which scores when it alone wins, asked of the task's own metric."""
         for i in range(options):
             results = [(0.0, True) if j == i else (-1e4, False) for j in range(pairs)]
@@ -234,23 +243,22 @@ class Task:
         raise ValueError("no option is right")
 
     def _papers_draws(
-        self, split: Split, found: Sequence[Mapping[str, Any]], num_fewshot: int, seed: int
-    ) -> Iterable[tuple[int, Sequence[Any]]]:
-        """Documents in the order, and with the shots, of the paper's code; another seed than its draws other shots."""
-        pool = self.inner.sampler.fewshot_docs() if num_fewshot else []
-        draws = papers_draws(found, pool, num_fewshot, evaluated=split == "evaluation",
-                             seed=None if split == "evaluation" and seed == LM_EVAL_SEED else seed,
+        self, split: Split, documents: Sequence[Document], few_shot: FewShot
+    ) -> Iterable[tuple[int, Sequence[Document]]]:
+        """Documents in the order, and with the shots, of the paper's code."""
+        pool = self.inner.sampler.fewshot_docs() if few_shot.num_fewshot else []
+        draws = papers_draws(documents, pool, few_shot, evaluated=split == "evaluation",
                              excluding=not self.inner.has_training_docs())
         question = self.question if split == "evaluation" else None
-        return draws if question is None else questions_together(draws, lambda i: question(found[i]))
+        return draws if question is None else questions_together(draws, lambda i: question(documents[i]))
 
-    def _drawn(self, num_shared: int, seed: int) -> Sequence[Any]:
-        """One draw of so many shots for all documents; the sampler starts from this seed, with none too."""
-        self.inner.set_fewshot_seed(seed)
-        if num_shared == 0:
+    def _shared_shots(self, few_shot: FewShot) -> Sequence[Document]:
+        """One draw of shots for all documents, empty where each has its own; starts the sampler from its seed."""
+        self.inner.set_fewshot_seed(few_shot.seed)
+        if few_shot.num_shared == 0:
             return []
-        self._check_pool(num_shared, excluding=False)
-        shots: Sequence[Any] = self.inner.sampler.sample(num_shared)
+        self._check_pool(few_shot.num_shared, excluding=False)
+        shots: Sequence[Document] = self.inner.sampler.sample(few_shot.num_shared)
         return shots
 
     def _check_pool(self, num_fewshot: int, *, excluding: bool) -> None:
@@ -259,9 +267,9 @@ class Task:
         size = len(self._pool)
         if num_fewshot + excluding > size:
             raise OptionError(f"{num_fewshot} shots cannot be drawn from the {size} few-shot documents of task "
-                              f"{self.name!r}; ask for fewer with --shots")
+                              f"{self.name!r}; {_FEWER}")
 
-    def _drawn_from(self, documents: Sequence[Mapping[str, Any]]) -> bool:
+    def _drawn_from(self, documents: Sequence[Document]) -> bool:
         """Whether the shots are drawn from these documents (the first one tells: splits do not overlap in part)."""
         return bool(documents) and documents[0] in self._pool
 
@@ -271,13 +279,13 @@ class Task:
         return bool(self.inner.fewshot_cfg.split == self.inner.config.test_split)
 
     @property
-    def _pool(self) -> Sequence[Any]:
+    def _pool(self) -> Sequence[Document]:
         """The documents that shots are drawn from."""
         sampler = getattr(self.inner, "sampler", None)
         return sampler.df if sampler is not None else []
 
     @contextlib.contextmanager
-    def _sampling(self, shots: Sequence[Any], excluded: Mapping[str, Any] | None, doc_id: int) -> Iterator[None]:
+    def _sampling(self, shots: Sequence[Document], excluded: Document | None, doc_id: int) -> Iterator[None]:
         original = getattr(self.inner, "sampler", None)
         if shots or excluded is not None:
             self.inner.sampler = Shots(shots, excluded, doc_id, original)

@@ -1,0 +1,297 @@
+"""A study made ready: options checked, tasks and model loaded, jobs planned; nothing is measured or written.
+
+Stages, each of which refuses what cannot work before the next and costlier one begins: the folder's options; tasks and
+one prompt of each; the model and the proof that its heads and FFNs are where they seem to be; how many documents and
+about how many tokens there are; the jobs. Two things are found out about the device on the way, since what jobs cost
+depends on them: how prompts are laid out, and (unless the folder or the options say it) what rows and batches cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from headcount.errors import ModelError, OptionError, StudyError
+from headcount.study.folder import check_data, check_options, other_orders, previous
+from headcount.study.jobs import Evaluation, job_from
+from headcount.study.ledger import Ledger
+from headcount.study.plan import Part, PlannedJob, TaskFacts, missing, parts_of, plan, reads
+from headcount.study.spec import StudySpec
+
+if TYPE_CHECKING:
+    from headcount.engine.neighbours import Speed
+    from headcount.engine.pack import Budget
+    from headcount.measure.evaluate import Prepared
+    from headcount.model.load import LoadedModel
+    from headcount.tasks.fewshot import FewShot
+    from headcount.tasks.task import Split, Task
+
+# Documents that the cost of a job is estimated from.
+_SAMPLE = 8
+
+
+@runtime_checkable
+class Reporter(Protocol):
+    """What a study tells while it is made ready and runs."""
+
+    def stage(self, text: str, done: int = 0, total: int | None = None) -> None:
+        """What is being done before the jobs start, and how many of how many steps of it are done."""
+
+    def begin(self, todo: int, done: int, tokens: float) -> None:
+        """How many jobs are to do and were done before, and about how many tokens they take."""
+
+    def job(self, title: str) -> None:
+        """A job begins."""
+
+    def advance(self, tokens: float) -> None:
+        """So many more tokens are computed."""
+
+
+class Silent:
+    """Tells nothing."""
+
+    def stage(self, text: str, done: int = 0, total: int | None = None) -> None:
+        """Nothing."""
+
+    def begin(self, todo: int, done: int, tokens: float) -> None:
+        """Nothing."""
+
+    def job(self, title: str) -> None:
+        """Nothing."""
+
+    def advance(self, tokens: float) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A study that is ready to run.
+
+    Attributes:
+        spec: What was asked.
+        loaded: The model.
+        tasks: By name, unseen ones at the end.
+        unseen: Names of tasks that are only pruned by others' orders.
+        facts: What the planner knew of each task.
+        budget: How long rows and how large batches are.
+        jobs: All jobs of what was asked, in an order in which they can be done.
+        ledger: The folder's entries; None where no folder was named.
+        other_orders: Says that the folder's curves follow other scores than those asked for; empty where they do not.
+    """
+
+    spec: StudySpec
+    loaded: LoadedModel
+    tasks: Mapping[str, Task]
+    unseen: frozenset[str]
+    facts: tuple[TaskFacts, ...]
+    budget: Budget
+    jobs: tuple[PlannedJob, ...]
+    ledger: Ledger | None = None
+    other_orders: str = ""
+
+    def is_done(self, planned: PlannedJob) -> bool:
+        """Whether a job has an entry of its own."""
+        return self.ledger is not None and self.ledger.has(planned.key)
+
+    def left(self) -> list[PlannedJob | None]:
+        """What no entry holds yet of each job, step by step (`headcount.study.plan.missing`); None where nothing is."""
+        open_jobs = [planned for planned in self.jobs if not self.is_done(planned)]
+        rests = iter(missing(open_jobs, self._measured()) if open_jobs else [])
+        still = {id(planned) for planned in open_jobs}
+        return [next(rests) if id(planned) in still else None for planned in self.jobs]
+
+    def todo(self) -> list[PlannedJob]:
+        """What is left to do, in order."""
+        return [rest for rest in self.left() if rest is not None]
+
+    def few_shot(self, num_fewshot: int, limit: int | None = None) -> FewShot:
+        """So many shots and documents, drawn as the options say."""
+        return _few_shot(self.spec, num_fewshot, limit)
+
+    def check_folder(self) -> dict[str, Any] | None:
+        """What stands in the folder by now: another process may have begun the same study, or another one.
+
+        Raises:
+            StudyError: If the study cannot go on there.
+        """
+        if self.ledger is None:
+            raise OptionError("a study needs a folder; name it with out (--out DIR)")
+        before = previous(self.ledger)
+        check_options(self.spec, before, self.ledger.folder)
+        check_data(self.spec, before, self.loaded.identity, {f.name: f.fingerprint for f in self.facts}, self.unseen,
+                   self.ledger.folder)
+        return before
+
+    def speed(self) -> Speed:
+        """How fast the last task's first documents go through the model, and how busy others kept the cores."""
+        from headcount.engine.engine import Engine
+        from headcount.engine.neighbours import Speed
+
+        if not self.facts:
+            return Speed()
+        facts, k = self.facts[-1], self.spec.shots[-1]
+        split: Split = "evaluation" if facts.documents else "examples"
+        sample = _sample(self.loaded, self.tasks[facts.name], self.few_shot(k, _SAMPLE), split, self.budget)
+        return Engine.of(self.loaded).speed(sample.packed)
+
+    def _measured(self) -> Iterator[Evaluation]:
+        """Jobs of evaluation that the folder has entries of; those of other versions are passed over."""
+        for key in self.ledger.keys("evaluation") if self.ledger is not None else ():
+            try:
+                job = job_from(key)
+            except StudyError:
+                continue
+            if isinstance(job, Evaluation):
+                yield job
+
+
+def prepare(
+    spec: StudySpec, *, parts: Sequence[Part] | None = None, reporter: Reporter | None = None,
+    loaded: LoadedModel | None = None,
+) -> Plan:
+    """Everything that must be known before a study runs; nothing is measured or written.
+
+    Args:
+        spec: What was asked; without a folder the plan can be looked at, but not run.
+        parts: What of the study is wanted; None: what its options say.
+        reporter: Told of progress.
+        loaded: The model, where it is in memory already.
+
+    Raises:
+        HeadcountError: For anything in the options, model, tasks, data or folder that cannot work; of the documents,
+            the first ones are tried.
+    """
+    reporter = reporter or Silent()
+    parts = parts_of(spec) if parts is None else tuple(parts)
+    ledger = Ledger(spec.out) if spec.out is not None else None
+    before = previous(ledger) if ledger is not None else None
+    # Slips in the options are told before anything is loaded.
+    if ledger is not None:
+        check_options(spec, before, ledger.folder)
+    # Tasks first: they load faster than models, and most slips of the pen are in their options.
+    reporter.stage("loading tasks")
+    tasks, unseen = _tasks(spec, parts)
+    splits = {name: _splits(spec, parts, unseen=name in unseen) for name in tasks}
+    for done, task in enumerate(tasks.values()):
+        reporter.stage("checking prompts", done, len(tasks))
+        for k in spec.shots:
+            for split in splits[task.name]:
+                task.prompts(split, _few_shot(spec, k, 1))
+    reporter.stage(f"loading {spec.model}")
+    loaded = _proved(loaded or _load(spec), spec, parts)
+    reporter.stage("timing rows and batches")
+    budget = _budget(loaded, spec, before)
+    facts: list[TaskFacts] = []
+    for task in tasks.values():
+        reporter.stage("planning", len(facts), len(tasks))
+        facts.append(_facts(loaded, task, spec, splits[task.name], budget, unseen=task.name in unseen))
+    jobs = plan(spec, loaded.identity, loaded.anatomy.heads_per_layer, facts, parts, through_norms=bool(loaded.norms))
+    ready = Plan(spec, loaded, tasks, unseen, tuple(facts), budget, tuple(jobs), ledger,
+                 other_orders(spec, before) if "curve" in parts else "")
+    if ledger is not None:
+        ready.check_folder()
+    return ready
+
+
+def _tasks(spec: StudySpec, parts: Sequence[Part]) -> tuple[dict[str, Task], frozenset[str]]:
+    """The tasks by name, and which of them are unseen."""
+    from headcount.tasks.load import get_tasks
+
+    named = spec.tasks, spec.unseen if "transfer" in parts else ()
+    seen, unseen = (get_tasks(names, data=spec.data, examples_split=spec.examples_split, protocol=spec.protocol)
+                    for names in named)
+    if both := seen.keys() & unseen.keys():
+        raise OptionError(f"{', '.join(sorted(both))} cannot be among both tasks and unseen",
+                          fields=("tasks", "unseen"))
+    if "transfer" in parts and len(seen) < 2 and not unseen:
+        raise OptionError("transfer takes one task's order to another: name two tasks, or unseen",
+                          fields=("tasks", "unseen"))
+    return seen | unseen, frozenset(unseen)
+
+
+def _splits(spec: StudySpec, parts: Sequence[Part], *, unseen: bool) -> list[Split]:
+    """Which documents of a task are read; of an unseen one none for importance."""
+    from headcount.tasks.task import SPLITS
+
+    return [s for s in SPLITS if s in reads(spec, parts) and (s == "evaluation" or not unseen)]
+
+
+def _few_shot(spec: StudySpec, num_fewshot: int, limit: int | None) -> FewShot:
+    from headcount.tasks.fewshot import FewShot
+
+    return FewShot(num_fewshot, limit, spec.seed, spec.shared_shots)
+
+
+def _sample(loaded: LoadedModel, task: Task, few_shot: FewShot, split: Split, budget: Budget) -> Prepared:
+    from headcount.measure import evaluate
+
+    return evaluate.prepare(loaded, task, few_shot, split=split, budget=budget)
+
+
+def _facts(
+    loaded: LoadedModel, task: Task, spec: StudySpec, splits: Sequence[Split], budget: Budget, *, unseen: bool
+) -> TaskFacts:
+    """How many documents a task has, and about how many tokens one takes."""
+    counts: dict[Split, dict[int, int]] = {"evaluation": {}, "examples": {}}
+    tokens: dict[tuple[int, str], float] = {}
+    limits = {"evaluation": spec.limit, "examples": spec.importance_limit}
+    for split in splits:
+        for k in spec.shots:
+            available = task.size(split, _few_shot(spec, k, None))
+            limit = limits[split]
+            counts[split][k] = available if limit is None else min(limit, available)
+            sample = _sample(loaded, task, _few_shot(spec, k, min(_SAMPLE, counts[split][k])), split, budget)
+            tokens[k, split] = sample.tokens / len(sample.prompts)
+            if split == "examples":
+                longest = [int(b.depths.max(initial=0)) + 1 for b in sample.batches]
+                tokens[k, "gradient"] = sum(longest) / len(longest)
+    return TaskFacts(task.name, task.fingerprint, counts["evaluation"], counts["examples"], tokens, unseen)
+
+
+def _load(spec: StudySpec) -> LoadedModel:
+    from headcount.model.load import load
+
+    return load(spec.model, dtype=spec.dtype, device=spec.device, device_map=spec.device_map,
+                attn_implementation=spec.attn_implementation, trust_remote_code=spec.trust_remote_code,
+                revision=spec.revision, apply_chat_template=spec.apply_chat_template)
+
+
+def _proved(loaded: LoadedModel, spec: StudySpec, parts: Sequence[Part]) -> LoadedModel:
+    """Nothing is measured on a model whose heads and FFNs are not where they seem to be."""
+    import torch
+
+    from headcount.engine.engine import Engine
+
+    if loaded.apply_chat_template != spec.apply_chat_template:
+        raise OptionError("the model that was passed and the options differ in apply_chat_template; give the same")
+    try:
+        contracts = Engine.of(loaded).contracts
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"memory is too small to check {loaded.name}: gradients of one short pass need all its "
+                         "weights on their devices; use more or larger ones, or a smaller dtype") from error
+    for contract in contracts:
+        if not contract.holds:
+            raise ModelError(f"{loaded.name} cannot be measured: it fails the check '{contract.name}' "
+                             f"({contract.detail}); headcount anatomy MODEL --verify shows more")
+    if "induction" in parts:
+        from headcount.measure.induction import check
+
+        check(loaded, lengths=spec.induction_lengths, protocol=spec.protocol, control=not spec.skip_control)
+    return loaded
+
+
+def _budget(loaded: LoadedModel, spec: StudySpec, before: Mapping[str, Any] | None) -> Budget:
+    """As before in this folder, so that equal jobs are laid out alike; what the options say goes first."""
+    from headcount.engine.engine import Engine
+    from headcount.engine.pack import Budget, Cost
+
+    engine, kept = Engine.of(loaded), (before or {}).get("budget")
+    if kept is None or kept["device"] != engine.device_key:
+        return engine.budget(spec.row_tokens, spec.batch_tokens)
+    budget = Budget(spec.row_tokens, kept["batch_tokens"], kept["gradient_tokens"], kept["longest_row"],
+                    Cost(**kept["cost"]))
+    if spec.batch_tokens is None:
+        return budget
+    return dataclasses.replace(budget, batch_tokens=spec.batch_tokens, gradient_tokens=spec.batch_tokens)

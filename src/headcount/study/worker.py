@@ -1,0 +1,149 @@
+"""One job done: what an executor calls, here or elsewhere.
+
+`Worker.entry` takes a job and a way to read the entries that it needs, and gives the rows of its result and what is
+known besides; it writes nothing. What jobs of one task and number of shots share, their encoded prompts, is kept from
+one job to the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from headcount.study.codec import evaluation_table, evaluations_from, importance_table, induction_table
+from headcount.study.jobs import (
+    Evaluation,
+    GradientImportance,
+    HeadOracle,
+    InductionScores,
+    Need,
+    OracleImportance,
+)
+from headcount.study.ledger import Entry
+from headcount.study.plan import GRADIENT_PASSES, PlannedJob
+from headcount.study.prepare import Plan
+
+if TYPE_CHECKING:
+    from headcount.measure.evaluate import Prepared
+
+Read: TypeAlias = Callable[[Need], Entry]
+_PACKAGES = ("headcount", "torch", "transformers", "lm_eval", "tokenizers", "numpy")
+
+
+class Result(NamedTuple):
+    """What a job's entry will hold: its rows, and what is known besides."""
+
+    table: pd.DataFrame
+    info: dict[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+class Worker:
+    """Does jobs with a model that is in memory.
+
+    Args:
+        plan: The study.
+        progress: Called with so many more tokens, as planned.
+    """
+
+    def __init__(self, plan: Plan, progress: Callable[[float], None]) -> None:
+        self.plan = plan
+        self.progress = progress
+        self._prepared: dict[tuple[str, int], dict[tuple[str, int], Prepared]] = {}
+
+    def entry(self, planned: PlannedJob, read: Read) -> Result:
+        """The result of one job.
+
+        Args:
+            planned: The job.
+            read: Gives the entry of a need.
+        """
+        started, job = time.monotonic(), planned.job
+        if isinstance(job, InductionScores):
+            result = self._induction(job)
+        elif isinstance(job, Evaluation):
+            result = self._evaluation(job, planned, read)
+        elif isinstance(job, GradientImportance):
+            result = self._gradient(job)
+        else:
+            result = self._oracle(job, read)
+        known = {"seconds": round(time.monotonic() - started, 3), "versions": versions()}
+        return Result(result.table, result.info | known)
+
+    def _evaluation(self, job: Evaluation, planned: PlannedJob, read: Read) -> Result:
+        from headcount.measure.evaluate import score
+
+        anatomy = self.plan.loaded.anatomy
+        labelled = job.masks.masks(anatomy.heads_per_layer, [read(need).table for need in job.needs])
+        prepared = self._prompts(job)
+        planned_per_token = planned.tokens / max(1, prepared.tokens * len(labelled))
+        measured = score(self.plan.loaded, prepared, [mask for mask, _ in labelled],
+                         progress=lambda n: self.progress(n * planned_per_token))
+        return Result(evaluation_table(measured), {
+            "metric": measured.metric,
+            "truncated": measured.truncated,
+            "tokens": measured.tokens,
+            "layer_tokens": measured.layer_tokens,
+            "masks": [{**dataclasses.asdict(label), "heads_removed": len(mask.heads_removed),
+                       "ffns_removed": len(mask.ffns_removed), "parameters_removed": anatomy.parameters_removed(mask),
+                       "mask": mask.to_json()} for mask, label in labelled],
+        })
+
+    def _prompts(self, job: Evaluation) -> Prepared:
+        """The job's prompts, encoded and packed; those of another task or number of shots are forgotten."""
+        from headcount.measure.evaluate import prepare
+
+        of_task = self._prepared.get((job.task, job.num_fewshot), {})
+        self._prepared = {(job.task, job.num_fewshot): of_task}
+        if (job.split, job.documents) not in of_task:
+            of_task[job.split, job.documents] = prepare(
+                self.plan.loaded, self.plan.tasks[job.task], self.plan.few_shot(job.num_fewshot, job.documents),
+                split=job.split, budget=self.plan.budget)
+        return of_task[job.split, job.documents]
+
+    def _gradient(self, job: GradientImportance) -> Result:
+        from headcount.measure.importance import gradient_importance
+
+        importance = gradient_importance(
+            self.plan.loaded, self.plan.tasks[job.task], self.plan.few_shot(job.num_fewshot, job.documents),
+            budget=self.plan.budget, progress=lambda n: self.progress(float(GRADIENT_PASSES * n)))
+        table = pd.concat([importance_table(importance["head"]), importance_table(importance["ffn"])],
+                          ignore_index=True)
+        return Result(table, {"num_examples": importance["head"].num_examples,
+                              "truncated": importance["head"].truncated})
+
+    def _oracle(self, job: OracleImportance | HeadOracle, read: Read) -> Result:
+        from headcount.measure.importance import oracle_from
+
+        component = "head" if isinstance(job, HeadOracle) else "ffn"
+        entries = [read(need) for need in job.needs]
+        measured = evaluations_from([e.table for e in entries], [e.info for e in entries], entries[0].job)
+        importance = oracle_from(measured, component)  # type: ignore[arg-type]
+        accuracy = importance.scores["accuracy"]
+        distinct = len(np.unique(accuracy[np.isfinite(accuracy)]))
+        return Result(importance_table(importance), {"num_examples": importance.num_examples,
+                                                     "distinct_values": distinct})
+
+    def _induction(self, job: InductionScores) -> Result:
+        from headcount.measure.induction import induction_scores, randomised
+
+        loaded = self.plan.loaded if job.weights == "trained" else randomised(self.plan.loaded, job.seed)
+        protocol: Any = job.protocol
+        scores = induction_scores(loaded, lengths=job.lengths, seeds=job.seeds, seed=job.seed, protocol=protocol,
+                                  progress=lambda n: self.progress(float(n)))
+        info: Mapping[str, Any] = {
+            "sequences": scores.sequences, "lengths": list(scores.lengths), "repeats": scores.repeats,
+            "reliability": dict(scores.reliability), "notes": list(scores.notes)}
+        return Result(induction_table(scores), dict(info))
+
+
