@@ -27,6 +27,7 @@ from headcount.report import (
     headline,
     importance,
     induction,
+    prediction,
     top_sets,
     transfer,
     words,
@@ -37,7 +38,7 @@ from headcount.report.style import description, save
 from headcount.stats.intervals import WITHIN
 
 # The questions, in the order of the page: each has sections and tables. A new one is one more name here.
-QUESTIONS = (headline, importance, curves, grid, correlations, top_sets, transfer, induction)
+QUESTIONS = (headline, importance, curves, grid, correlations, top_sets, transfer, prediction, induction)
 # Tables that are written as CSV: names of files, and of the study's methods.
 _CSV = tuple(table.name for table in TABLES if table.written)
 
@@ -88,8 +89,11 @@ def write_page(study: Study) -> tuple[Path, list[Figure]]:
         for name in _CSV:
             frame: pd.DataFrame = getattr(study, name)()
             frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
+        on_page = tables(study)
+        for name, frame in (table.file for table in on_page if table.file is not None):
+            frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
         path = study.folder / "report.html"
-        path.write_text(_page(study, figures, bundle.result()), encoding="utf-8")
+        path.write_text(_page(study, figures, on_page, bundle.result()), encoding="utf-8")
     return path, figures
 
 
@@ -106,7 +110,7 @@ def write_pictures(
             save(static, study.folder / "figures" / section.name)
 
 
-def _page(study: Study, figures: Sequence[Figure], bundle: str) -> str:
+def _page(study: Study, figures: Sequence[Figure], on_page: Sequence[Table], bundle: str) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     captions = {figure.section.name: figure.section.caption for figure in figures}
 
@@ -129,7 +133,7 @@ def _page(study: Study, figures: Sequence[Figure], bundle: str) -> str:
         cautions=list(cautions(study)),
         sections=[(figure.section.name, figure.section.heading) for figure in figures
                   if figure.section.name != headline.NAME],
-        tables=tables(study),
+        tables=on_page,
         provenance=list(_provenance(study)),
         figure=place,
         bundle=Markup(_in_script(bundle)),  # noqa: S704

@@ -45,11 +45,13 @@ class Table:
         title: Its heading.
         caption: What its columns mean.
         frame: Its content.
+        file: Name and content of a CSV file beside the page, of a table that is no method of `Study`.
     """
 
     title: str
     caption: str
     frame: pd.DataFrame
+    file: tuple[str, pd.DataFrame] | None = None
 
     @property
     def columns(self) -> list[str]:

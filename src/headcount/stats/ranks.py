@@ -25,6 +25,9 @@ Intervals of accuracies and of their differences, and the verdict made of them, 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import norm, rankdata
@@ -285,3 +288,42 @@ def pearson(x: Float[np.ndarray, "row component"], y: Float[np.ndarray, "row com
     x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
     with np.errstate(invalid="ignore"):  # a draw of equal values has no correlation
         return np.asarray((x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1)))
+
+
+def mantel(
+    x: Float[np.ndarray, "thing thing"], y: Float[np.ndarray, "thing thing"], *, permutations: int = 5000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Spearman's correlation of two matrices between the same things, and Mantel's test of it (Mantel 1967).
+
+    Cells of a row, or of a column, share a thing, so they are no independent pairs. Under the null hypothesis the
+    things of one matrix could as well have each other's places: p is the share of such permutations (of rows and
+    columns together) whose correlation is at least as far from 0. All permutations of seven things and fewer are
+    tried, else so many random ones. Matrices need not be symmetric; the diagonal does not count.
+
+    Args:
+        x: One matrix.
+        y: The other.
+        permutations: How many random ones, where there are too many to try all.
+        seed: Of these.
+
+    Returns:
+        The correlation and the two-sided p. NaN where a cell off the diagonal is missing, there are fewer than three
+        things, or one matrix has a single value; p besides for three things, whose six orders can show nothing.
+    """
+    n = len(x)
+    off = ~np.eye(n, dtype=bool)
+    if n < 3 or not np.isfinite(x[off]).all() or not np.isfinite(y[off]).all():
+        return float("nan"), float("nan")
+    rho = spearman(x[off], y[off])
+    if np.isnan(rho) or n == 3:
+        return rho, float("nan")
+    rng = np.random.default_rng(seed)
+    random = itertools.chain([range(n)], (rng.permutation(n).tolist() for _ in range(permutations - 1)))
+    orders: Iterable[Sequence[int]] = itertools.permutations(range(n)) if n <= 7 else random
+    ranked = ranks(x[off])[None]
+    square = np.zeros((n, n))
+    square[off] = ranks(y[off])
+    moved = np.stack([square[np.ix_(order, order)][off] for order in orders])
+    # An order that leaves all in place differs in the last bits from the correlation above.
+    return rho, float((np.abs(pearson(ranked.repeat(len(moved), 0), moved)) >= abs(rho) - 1e-12).mean())
