@@ -12,6 +12,7 @@ import pytest
 
 import synthetic_study as synthetic
 from headcount.errors import StudyError
+from headcount.report import page as of_page
 from headcount.report.page import write_report
 from headcount.report.section import Table
 
@@ -82,3 +83,19 @@ def test_no_study_no_page(tmp_path: Path) -> None:
     with pytest.raises(StudyError):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_code_of_charts_is_kept_and_made_anew_where_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = of_page._bundle()
+    (kept,) = (tmp_path / "headcount").iterdir()
+    monkeypatch.setattr(of_page.vl_convert, "javascript_bundle", lambda: pytest.fail("made again"))
+    assert of_page._bundle() == made
+    kept.write_text(kept.read_text(encoding="utf-8")[:1000], encoding="utf-8")
+    monkeypatch.setattr(of_page.vl_convert, "javascript_bundle", lambda: made)
+    assert of_page._bundle() == made
+    assert kept.read_text(encoding="utf-8").startswith(made)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: nothing can be kept
+    assert of_page._bundle() == made

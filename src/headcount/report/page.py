@@ -6,16 +6,19 @@ the study's tables.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
+import platformdirs
 import vl_convert
 from markupsafe import Markup
 
@@ -41,6 +44,8 @@ from headcount.stats.intervals import WITHIN
 QUESTIONS = (headline, importance, curves, grid, correlations, top_sets, transfer, prediction, induction)
 # Tables that are written as CSV: names of files, and of the study's methods.
 _CSV = tuple(table.name for table in TABLES if table.written)
+# Behind what is kept of the charts' code stands its length.
+_LENGTH = "\n// length: "
 
 
 @dataclass(frozen=True)
@@ -80,20 +85,17 @@ def write_report(
 
 def write_page(study: Study) -> tuple[Path, list[Figure]]:
     """Write `report.html` and `tables/` into a study's folder; returns the page's path, and the figures on it."""
-    with ThreadPoolExecutor(1) as beside:
-        # A second of another runtime's work, which runs while tables are computed.
-        bundle = beside.submit(_bundle)
-        figures = [Figure(section, described) for section in sections(study)
-                   if (described := description(section.page)) is not None]
-        (study.folder / "tables").mkdir(exist_ok=True)
-        for name in _CSV:
-            frame: pd.DataFrame = getattr(study, name)()
-            frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
-        on_page = tables(study)
-        for name, frame in (table.file for table in on_page if table.file is not None):
-            frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
-        path = study.folder / "report.html"
-        path.write_text(_page(study, figures, on_page, bundle.result()), encoding="utf-8")
+    figures = [Figure(section, described) for section in sections(study)
+               if (described := description(section.page)) is not None]
+    (study.folder / "tables").mkdir(exist_ok=True)
+    for name in _CSV:
+        frame: pd.DataFrame = getattr(study, name)()
+        frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
+    on_page = tables(study)
+    for name, frame in (table.file for table in on_page if table.file is not None):
+        frame.to_csv(study.folder / "tables" / f"{name}.csv", index=False)
+    path = study.folder / "report.html"
+    path.write_text(_page(study, figures, on_page, _bundle()), encoding="utf-8")
     return path, figures
 
 
@@ -181,8 +183,20 @@ def _plain(value: object) -> str:
 
 
 def _bundle() -> str:
-    """The code that draws charts in a browser."""
-    return str(vl_convert.javascript_bundle())  # type: ignore[call-arg]
+    """The code that draws charts in a browser; kept in the user's cache, since making it takes more than a second."""
+    version = importlib.metadata.version("vl-convert-python")
+    kept = platformdirs.user_cache_path("headcount", appauthor=False) / f"vega-bundle-{version}.js"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        code, _, length = kept.read_text(encoding="utf-8").rpartition(_LENGTH)
+        if length == str(len(code)):  # whole
+            return code
+    made = str(vl_convert.javascript_bundle())  # type: ignore[call-arg]
+    with contextlib.suppress(OSError):  # no such place here: made again next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        own = kept.with_suffix(f".{os.getpid()}")
+        own.write_text(f"{made}{_LENGTH}{len(made)}", encoding="utf-8")
+        own.replace(kept)
+    return made
 
 
 def _in_script(text: str) -> str:
