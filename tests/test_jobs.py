@@ -210,6 +210,10 @@ def test_more_of_everything_keeps_what_is_there_and_shows_what_was_asked_last(tm
     assert set(hc.open_study(folder).importance()["num_examples"]) == {7}
     pd.testing.assert_frame_equal(hc.open_study(folder, asked=1).importance(), before["importance"])
     assert len(hc.open_study(folder).description["asked"]) == 4
+    assert hc.open_study(folder).other_requests == [
+        "1: limit 6; importance limit 5; fractions 0.25 0.5; random orders 1; common fractions 0.25 0.5",
+        "2: limit 6; importance limit 5; random orders 1",
+        "3: importance limit 5; random orders 1"], "what is otherwise, but for places and how work is cut up"
     with pytest.raises(StudyError, match="was asked for 4 different things"):
         hc.open_study(folder, asked=5)
     assert not prepare(trained, loaded=loaded).todo()

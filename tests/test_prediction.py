@@ -80,7 +80,8 @@ def test_a_planted_link_is_told_and_its_absence_too() -> None:
 
 def test_pairs_are_those_of_transfer_and_correlations(tmp_path: Path) -> None:
     study = study_of(tmp_path, PLAIN[:4])
-    table, transfer, correlations = prediction(study), study.transfer(), study.correlations()
+    transfer, correlations = study.transfer(), study.correlations()
+    table = prediction(transfer, correlations)
     assert table.columns.tolist() == PREDICTION.names
     assert len(table) == 4 * 3 * 2 * 2, "ordered pairs, numbers of shots, fractions"
     for row in table.to_dict("records"):

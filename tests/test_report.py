@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from altair.utils.schemapi import validate_jsonschema
+from altair.vegalite.v6.schema.core import load_schema
 
 import synthetic_study as synthetic
 from headcount.errors import StudyError
 from headcount.report import page as of_page
 from headcount.report.page import write_report
 from headcount.report.section import Table
+from headcount.report.style import description
+from test_task_names import PLAIN, study_of
 
 FIGURES = ("headline", "head_map", "ffn_bars", "head_curves", "ffn_curves")
 
@@ -99,3 +103,16 @@ def test_the_code_of_charts_is_kept_and_made_anew_where_it_is_damaged(
     assert kept.read_text(encoding="utf-8").startswith(made)
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: nothing can be kept
     assert of_page._bundle() == made
+
+
+def test_every_figure_is_what_vega_lite_allows(tmp_path: Path) -> None:
+    """Charts are not checked while a page is written: here each is, for the page and for pictures."""
+    drawn = set()
+    for figure in of_page.sections(study_of(tmp_path, PLAIN[:4])):
+        for draw in (figure.page, figure.static):
+            described = description(draw)
+            if described is not None:
+                assert validate_jsonschema(described, load_schema(), raise_error=False) is None, figure.name
+                drawn.add(figure.name)
+    assert drawn >= {*FIGURES, "depth", "cross_task_head", "cross_shot", "grid", "transfer_head", "prediction_head",
+                     "induction_maps", "induction_scatter", "retained"}, "of every question"

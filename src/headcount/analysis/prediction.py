@@ -17,7 +17,6 @@ from jaxtyping import Float
 
 from headcount.analysis.rows import NONE, TASK
 from headcount.analysis.schema import COMPONENT, OF_TASK, Column, Table, columns, interval_of
-from headcount.analysis.study import Study
 from headcount.stats.ranks import mantel
 
 PREDICTION = Table(
@@ -48,9 +47,8 @@ class Predicted(NamedTuple):
     tasks: int
 
 
-def prediction(study: Study) -> pd.DataFrame:
-    """The table of pairs; its columns are those of `PREDICTION`."""
-    transfer, correlations = study.transfer(), study.correlations()
+def prediction(transfer: pd.DataFrame, correlations: pd.DataFrame) -> pd.DataFrame:
+    """The table of pairs, from two tables of a study; its columns are those of `PREDICTION`."""
     full = transfer[(transfer["scope"] == TASK) & (transfer["donor_scope"] == NONE)]
     pruned = transfer[(transfer["scope"] == TASK) & (transfer["donor_scope"] == TASK) & ~transfer["unseen"]]
     pairs = correlations[(correlations["kind"] == "tasks") & (correlations["scope"] == TASK)

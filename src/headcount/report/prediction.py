@@ -82,7 +82,7 @@ def _meaning(cost: Predicted) -> str:
 
 def sections(study: Study) -> Iterator[Section]:
     """A scatter for heads, and one for FFNs."""
-    pairs = prediction(study)
+    pairs = prediction(study.transfer(), study.correlations())
     for component, called in NAMES.items():
         if (pairs["component"] == component).any():
             yield section(
@@ -95,7 +95,7 @@ def sections(study: Study) -> Iterator[Section]:
 
 def tables(study: Study) -> Iterator[Table]:
     """The pairs in numbers."""
-    pairs = prediction(study)
+    pairs = prediction(study.transfer(), study.correlations())
     if len(pairs):
         rows = thousandths(pairs, "correlation", "low", "high", "lost", "cost", "cost_low", "cost_high")
         yield Table("Likeness and loss", "Every pair of a pruned task and a donor of the order: the rank correlation "

