@@ -164,7 +164,7 @@ def test_a_task_under_way_costs_the_others_nothing(tmp_path: Path) -> None:
     assert under_way.baseline(None, 5) == done.baseline(None, 5)
     assert headline(under_way)[0] == (
         "Not every task is measured at every number of shots: of 3 tasks, 2 with no shots, 2 with 5 shots. "
-        "Means are over those alone.")
+        "Means are over these tasks only.")
 
 
 def test_points_that_one_task_has_beside_the_others_are_no_reason_to_leave_these_out() -> None:
@@ -181,9 +181,9 @@ def test_what_is_said_is_what_was_planted(tmp_path: Path) -> None:
     first, second, third = headline(study)
     assert first.startswith("With 5 shots, each task by its own order: 50 % of the attention heads (12 of 24, 0.0 M "
                             "parameters) can go. Mean")
-    assert "up to there a loss of 2 points or more is ruled out at every step" in first
+    assert "a loss of 2 points or more is ruled out at every step up to this share" in first
     assert second.startswith("With 5 shots, each task by its own order: no share of the FFNs is shown to be free. "
-                             "Already without 1 of 6 mean accuracy changes by \N{MINUS SIGN}20.0 points")
+                             "Already without 1 of 6, mean accuracy changes by \N{MINUS SIGN}20.0 points")
     assert second.endswith("a loss of more than 2 points is shown.")
     assert third.startswith("With no shots nothing can be said")
     told = " ".join(cautions(study))
@@ -287,7 +287,7 @@ def test_a_mean_says_what_tasks_above_chance_lose(tmp_path: Path) -> None:
     assert free.loc["green", "above_chance"] == 0
     assert np.isnan(free.loc["green", "above_chance_difference"])
     said = headline(study)[0]
-    assert "on 1 of the 2 tasks of that mean; on that alone the difference is \N{MINUS SIGN}40.0 points" in said
+    assert "on 1 of the 2 tasks of that mean; on that one alone the difference is \N{MINUS SIGN}40.0 points" in said
     assert "tasks and share were chosen on these documents" in said
     assert not any("of that mean" in line for line in headline(
         open_study(synthetic.write(tmp_path / "both", shots=(5,))))), "nothing where every task is above chance"

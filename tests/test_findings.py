@@ -54,7 +54,7 @@ def test_the_grid_prefers_most_parameters() -> None:
 
 def test_the_grid_where_nothing_or_everything_can_go() -> None:
     assert "not shown to be free jointly" in (text := grid_sentence(grid(), 0.02))
-    assert "without 20 % of the heads and 20 % of the FFNs accuracy on the mean over tasks changes by" in text
+    assert "without 20 % of the heads and 20 % of the FFNs, accuracy on the mean over tasks changes by" in text
     assert "20 % of the heads or 0 % of the FFNs can go" in grid_sentence(grid((0.2, 0.0)), 0.02)
     everything = [(h, f) for h in frames.STEPS for f in frames.STEPS]
     text = grid_sentence(grid(*everything, tasks=ONE), 0.02)
@@ -110,9 +110,9 @@ def test_texts_are_told_with_their_lengths_and_reliability() -> None:
     notes = {"sequences": 28, "lengths": [25, 58], "repeats": 4,
              "reliability": {"prefix_matching": 0.991, "copying": 0.75, "previous_token": 0.9}}
     assert texts_sentence(notes) == (
-        "Means over 28 texts made of 25, 58 random tokens, repeated 4 times for prefix matching, 4 times as many for "
-        "copying. Reliability (halves of the texts, stepped up to all of them): 0.99 for prefix matching and 0.75 for "
-        "copying.")
+        "Means over 28 texts: for prefix matching 25, 58 random tokens that stand 4 times, for copying 4 times as many "
+        "random tokens. Reliability (split halves of the texts, corrected to all of them by Spearman-Brown): 0.99 for "
+        "prefix matching and 0.75 for copying.")
     assert texts_sentence({}) == ""
 
 
@@ -183,8 +183,8 @@ def test_shots_are_called_different_only_below_what_noise_allows() -> None:
     both = (several["kind"] == "shots") & (several["task"] == several["other_task"])
     several.loc[both, "ceiling"] = 0.99
     several.loc[both, "high"] = 0.9
-    assert ("On 2 of 2 tasks the interval lies below what the scores' noise allows; noise alone puts about one in ten "
-            "there.") in shots_sentence(several, "ffn")
+    assert ("On 2 of 2 tasks the interval lies below what scores so noisy could reach; noise alone puts about one "
+            "interval in ten there.") in shots_sentence(several, "ffn")
     several.loc[both, "high"] = 1.0
     assert "On none of 2 tasks does the interval lie below" in shots_sentence(several, "ffn")
 
@@ -195,7 +195,7 @@ def test_the_best_and_the_worst_donor_are_found() -> None:
     assert "With 5 shots and 50 % of the heads removed" in text
     assert f"by 0.0 ({MINUS}1.5 to +1.5) with the order of arc_easy, the best donor of 4" in text
     assert f"by {MINUS}3.0 ({MINUS}4.5 to {MINUS}1.5) with that of copa, the worst" in text
-    assert "Of the 4 single donors 2 are shown to be worse than a task's own order, 0 better" in text
+    assert "Of the 4 single donors, 2 are shown to be worse than a task's own order and 0 to be better" in text
     assert text.endswith("the other tasks' mean order is shown to be neither better nor worse.")
     without = (transfer["donor_scope"] == "other tasks") & (transfer["scope"] == "mean")
     transfer.loc[without, ["difference", "difference_low", "difference_high"]] = [-0.05, -0.08, -0.02]
@@ -232,20 +232,20 @@ def test_sets_of_heads() -> None:
     text = among_important_sentence(frames.among_important(frames.TASKS[:4]))
     assert ("6 (95 % interval 5 to 7) of the 8 induction heads are among the 54 heads (20 %) most important on the "
             "mean over tasks" in text)
-    assert ("; chance gives 1.6 (p < 0.001), layers alone (sets with as many heads in each layer) 3.2 (p = 0.04); p: "
+    assert ("; chance gives 1.6 (p < 0.001), random sets with as many heads in each layer give 3.2 (p = 0.04); p: "
             "two-sided, hypergeometric; on single tasks 2 to 5" in text)
     none = frames.among_important(frames.TASKS[:4]).assign(common=0, p=1.0, p_fewer=0.19, expected_in_layers=np.nan)
     assert "0 (95 % interval 5 to 7) of the 8 induction heads" in (text := among_important_sentence(none))
     assert "chance gives 1.6 (p = 0.38); p: two-sided, hypergeometric" in text
     text = top_sets_sentence(frames.top_sets(frames.TASKS[:4]))
     assert ("16 (95 % interval 14 to 18) of each task's 54 most important heads (20 % of all) are common to all 4 "
-            "tasks, chance gives 0.4, sets with as many heads in each layer 5.1; two tasks share 61 % of theirs on "
-            "average (layers alone give 44 %)." in text)
+            "tasks; random sets have 0.4 in common, those with as many heads in each layer 5.1; two tasks share 61 % "
+            "of theirs on average (random sets with as many heads in each layer 44 %)." in text)
     both = frames.top_sets(TWO)
-    assert "common to both tasks, chance gives 10.8, sets with as many heads in each layer 5.1." in (
+    assert "common to both tasks; random sets have 10.8 in common, those with as many heads in each layer 5.1." in (
         top_sets_sentence(both))
     ffns = both.assign(expected_in_layers=np.nan, pair_share_in_layers=np.nan)
-    assert "common to both tasks, chance gives 10.8." in top_sets_sentence(ffns)
+    assert "common to both tasks; random sets have 10.8 in common." in top_sets_sentence(ffns)
     table = among_important_rows(frames.among_important(TWO))
     assert table["task"].tolist() == ["mean"] * 9 + [TWO[0]] * 3 + [TWO[1]] * 3, "of tasks one size, the mean first"
     assert table["95 % interval"].iloc[0] == "5 to 7"
@@ -257,9 +257,9 @@ def test_pairs_of_top_sets_are_told_with_what_chance_gives() -> None:
     overlaps = frames.top_overlaps(TWO, (0, 5))
     assert overlap_sentence(overlaps) == (
         "With 5 shots, of the 54 heads (20 %) most important on the mean over tasks 10 (95 % interval 8 to 12) are "
-        "among the 54 highest on prefix matching, where chance gives 10.8 (p = 1), layers alone (sets with as many "
-        "heads in each layer) 6.3 (p = 0.2); 0 (95 % interval 0 to 2) are among the 54 highest on copying, where "
-        "chance gives 10.8 (p < 0.001), layers alone (sets with as many heads in each layer) 6.3 (p = 0.2); p: "
+        "among the 54 highest on prefix matching, where chance gives 10.8 (p = 1), random sets with as many "
+        "heads in each layer give 6.3 (p = 0.2); 0 (95 % interval 0 to 2) are among the 54 highest on copying, where "
+        "chance gives 10.8 (p < 0.001), random sets with as many heads in each layer give 6.3 (p = 0.2); p: "
         "two-sided, hypergeometric.")
     table = overlap_rows(overlaps)
     assert table[["task", "and", "in both", "p", "in the same layers", "p there"]].to_numpy().tolist()[:3] == [
@@ -300,8 +300,8 @@ def test_the_scatter_is_told_as_it_is_drawn() -> None:
     high = [(trained[name] >= limit) for name, limit in frames.THRESHOLDS.items()]
     text = scatter_sentence(induction, frames.THRESHOLDS)
     assert text == (f"{high[0].sum()} of 24 heads reach the threshold of prefix matching, {high[1].sum()} that "
-                    f"of copying and {(high[0] & high[1]).sum()} both. Lines are the thresholds; beside the model the "
-                    "same shape with random weights, where nothing was learnt.")
+                    f"of copying and {(high[0] & high[1]).sum()} both. Lines are the thresholds; the second "
+                    "panel is the same model with random weights, which has learnt nothing.")
     alone = scatter_sentence(trained, frames.THRESHOLDS | {"copying": np.nan})
     assert alone.endswith("The line is its threshold; random weights were not measured.")
 
@@ -309,16 +309,16 @@ def test_the_scatter_is_told_as_it_is_drawn() -> None:
 def test_depth_is_told_in_thirds() -> None:
     text = depth_sentence(frames.depth(TWO, (0, 5)))
     assert ("With 5 shots, of the 54 heads (20 %) that matter most on the mean over tasks 10 % lie in the early third "
-            "of the layers (5 to 15 %; single tasks 10 %), 75 % lie in the middle third of the layers (70 to 80 %; "
+            "of the layers (5 to 15 %; single tasks 10 %), 75 % in the middle third (70 to 80 %; "
             "single tasks 75 %)") in text
     assert text.endswith("; each third holds 33 % of all heads. 76 % of the variance of log importance lies between "
-                         "layers (single tasks 76 %; without any trend over depth 11 %).")
+                         "layers (single tasks 76 %; 11 % would without any trend over depth).")
     text = depth_sentence(frames.depth(ONE, (5,), known=False))
-    assert "10 % lie in the early third of the layers, 75 % lie" in text
-    assert text.endswith("76 % of the variance of log importance lies between layers (without any trend over depth 11 "
-                         "%).")
+    assert "10 % lie in the early third of the layers, 75 % in the middle third and " in text
+    assert text.endswith("76 % of the variance of log importance lies between layers (11 % would without any "
+                         "trend over depth).")
     uneven = frames.depth(ONE, (5,)).assign(expected=[0.4, 0.2, 0.4], between_layers=np.nan)
-    assert depth_sentence(uneven).endswith("; these hold 40 %, 20 %, 40 % of all heads.")
+    assert depth_sentence(uneven).endswith("; these thirds hold 40 %, 20 % and 40 % of all heads.")
 
 
 @pytest.mark.parametrize("text", [

@@ -139,7 +139,7 @@ def test_the_report_has_all_of_it(study: Study) -> None:
                     "Does the order of all tasks serve an unseen one?", "Induction scores of every head",
                     "Do induction heads survive pruning?", "Does the order depend on the number of shots?"):
         assert heading in text, heading
-    assert {f.stem for f in (study.folder / "tables").iterdir()} == set(_CSV)
+    assert {f.stem for f in (study.folder / "tables").iterdir()} == {*_CSV, "prediction"}
     assert {f.name for f in (study.folder / "figures").iterdir()} >= {
         f"{name}.{kind}" for kind in ("png", "pdf")
         for name in ("grid", "transfer_head", "transfer_ffn", "unseen_head", "induction_maps", "retained")}

@@ -205,15 +205,15 @@ def test_what_one_set_costs_is_a_claim_of_its_own(tmp_path: Path) -> None:
     own, common, *_ = headline(study)
     assert own.startswith("With 5 shots, each task by its own order: 50 % of the attention heads")
     assert common.startswith("With 5 shots, one set of attention heads for all tasks: no share of the attention heads "
-                             "is shown to be free. Already without 6 of 24 mean accuracy changes by \N{MINUS SIGN}5.0 "
+                             "is shown to be free. Already without 6 of 24, mean accuracy changes by \N{MINUS SIGN}5.0 "
                              "points")
     assert "a loss of more than 2 points is shown" in common
-    assert common.endswith("Of the 2 tasks above chance, on 1 a loss of more than 2 points is shown: green "
-                           "(\N{MINUS SIGN}10.0); on 1 a loss of 2 points or more is ruled out.")
+    assert common.endswith("Of the 2 tasks above chance, a loss of more than 2 points is shown on 1: green "
+                           "(\N{MINUS SIGN}10.0); a loss of 2 points or more is ruled out on 1.")
     free = hc.open_study(with_common(tmp_path / "free", 80, 80))
     said = headline(free)[1]
     assert "for all tasks: 25 % of the attention heads (6 of 24, 0.0 M parameters) can go" in said
-    assert said.endswith("Of the 2 tasks above chance, on 2 a loss of 2 points or more is ruled out.")
+    assert said.endswith("Of the 2 tasks above chance, a loss of 2 points or more is ruled out on 2.")
     said = common_sentence(study, "head")
     assert said.startswith("One set of 25 % of the attention heads for all tasks leaves a mean accuracy of 0.75, "
                            "\N{MINUS SIGN}5.0 points against the full model (")
@@ -276,7 +276,7 @@ def test_verdicts_in_words() -> None:
         "whether 1.5 points are lost cannot be told with these 600 documents (about 1,900 would tell, if as large a "
         "share of them changed)")
     assert words.told("unknown", 0.02) == "whether 2 points are lost cannot be told with these documents"
-    assert "nor would more" in words.told("unknown", 0.02, needed=float("inf"), documents=50)
+    assert "nor with more" in words.told("unknown", 0.02, needed=float("inf"), documents=50)
 
 
 def test_job_ids_of_curves_differ_by_score() -> None:

@@ -72,7 +72,7 @@ def test_a_planted_link_is_told_and_its_absence_too() -> None:
                            "tasks rank the heads correlates (Spearman, over pairs of 6 tasks) at \N{MINUS SIGN}0.9")
     assert said.endswith("the more alike two tasks rank them, the less one loses by the other's order.")
     loose = prediction_sentence(pairs(6, lambda alike, noise: 0.1 * noise), "head")
-    assert loose.endswith("likeness is not shown to predict what another's order costs.")
+    assert loose.endswith("similarity is not shown to predict what another task's order costs.")
     assert prediction_sentence(pairs(3, lambda alike, noise: noise), "head").endswith("too few for a test.")
     assert prediction_sentence(linked, "ffn") == ""
     assert "nothing can be said" in prediction_sentence(linked.iloc[:-1], "head")
@@ -98,5 +98,5 @@ def test_pairs_are_those_of_transfer_and_correlations(tmp_path: Path) -> None:
                                 ].to_dict("records")
         assert (row["correlation"], row["component"]) == (alike["correlation"], "head")
     page = write_report(study, pictures=False).read_text(encoding="utf-8")
-    assert "Does likeness predict what another&#39;s order costs? (heads)" in page
+    assert "Do tasks that rank alike lose less by each other&#39;s order? (heads)" in page
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "tables" / "prediction.csv"), table, check_dtype=False)

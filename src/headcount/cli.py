@@ -48,10 +48,10 @@ DEMO_TASKS = ("icl_adverb", "icl_comparative", "icl_first_letter", "icl_past_ten
 
 @app.command
 def study(spec: Spec, *, dry_run: bool = False) -> None:
-    """Measure importance, pruning curves and what is left, and write a report.
+    """Measure importance and the accuracy left by pruning, and write a report.
 
-    `--measure curves grid transfer induction` names more, `--preset opt66b-study` is all that the paper has. Stop it
-    anywhere and run the same command again: it goes on where it stopped.
+    `--measure curves grid transfer induction` measures more, `--preset opt66b-study` all that the paper has. A study
+    that was stopped goes on where it stopped when the same command is run again.
 
     Args:
         dry_run: Print the jobs and what they cost, and measure nothing.
@@ -87,15 +87,15 @@ def evaluate(spec: Spec) -> None:
     """Accuracy of the full model on each task."""
     from headcount import terminal
 
-    with _measured(spec, "evaluate") as (found, asked):
-        terminal.print_accuracy(found, asked)
+    with _measured(spec, "evaluate") as (measured, asked):
+        terminal.print_accuracy(measured, asked)
 
 
 @app.command
 def heads(
     spec: Spec, *, method: Literal["gradient", "oracle"] = "gradient", sample: int | None = None,
 ) -> None:
-    """Importance of every head, by gradient or by oracle: what is lost without that head alone.
+    """Importance of every head: by gradient, or by oracle (what is lost without that head alone).
 
     Args:
         method: The oracle costs about half as many evaluations as there are heads, and is printed with how well the
@@ -107,34 +107,34 @@ def heads(
     spec = dataclasses.replace(spec, head_sample=sample if sample is not None else spec.head_sample)
     if method == "gradient" and spec.head_sample is not None:
         raise OptionError("--sample is for --method oracle; the gradient scores all heads at once")
-    with _measured(spec, "head_oracle" if method == "oracle" else "heads") as (found, asked):
-        terminal.print_importance(found, asked, "head", method)
+    with _measured(spec, "head_oracle" if method == "oracle" else "heads") as (measured, asked):
+        terminal.print_importance(measured, asked, "head", method)
 
 
 @app.command
 def ffns(spec: Spec) -> None:
-    """Importance of every FFN, by oracle (or by gradient: --ffn-order gradient)."""
+    """Importance of every FFN: by oracle, or by gradient (--ffn-order gradient)."""
     from headcount import terminal
 
-    with _measured(spec, "ffns") as (found, asked):
-        terminal.print_importance(found, asked, "ffn")
+    with _measured(spec, "ffns") as (measured, asked):
+        terminal.print_importance(measured, asked, "ffn")
 
 
 @app.command
 def curve(spec: Spec) -> None:
-    """Accuracy as the least important heads, and FFNs, go."""
+    """Accuracy as the least important heads, and the least important FFNs, are removed."""
     from headcount import terminal
 
-    with _measured(spec, "curve") as (found, asked):
-        terminal.print_curves(found, asked)
+    with _measured(spec, "curve") as (measured, asked):
+        terminal.print_curves(measured, asked)
 
 
 @app.command
 def induction(spec: Annotated[InductionSpec, Parameter(name="*")]) -> None:
     """Prefix matching and copying of every head, on random tokens: which are induction heads?
 
-    The same is measured with random weights of the same shape, to see what is found where nothing was learnt. Without
-    --out nothing is kept. --seeds and --lengths are short for --induction-seeds and --induction-lengths.
+    The same model with random weights is measured too, which shows what scores are reached where nothing was learnt.
+    Without --out nothing is kept. --seeds and --lengths are short for --induction-seeds and --induction-lengths.
     """
     from headcount import terminal
 
@@ -149,7 +149,7 @@ def induction(spec: Annotated[InductionSpec, Parameter(name="*")]) -> None:
 def tasks(
     names: tuple[str, ...] = ("paper14", "paper14-unseen", "icl"), *, data: Path | None = None,
 ) -> None:
-    """Tasks, with documents per split, options, chance and metric.
+    """List tasks with their documents per split, answer options, chance accuracy and metric.
 
     Args:
         names: Tasks, groups or files, as for a study; by default the paper's tasks and the embedded suite.
@@ -174,10 +174,10 @@ def tasks(
 
 @app.command
 def report(folder: Path, *, asked: int | None = None, skip_pictures: bool = False) -> None:
-    """Write the report of a study folder again.
+    """Write the report of a study folder anew.
 
     Args:
-        folder: What --out named.
+        folder: The study folder, as --out named it.
         asked: A folder may have been asked for different things, one after another: the number of one of them, 1 for
             the first. By default the report is of the last, and says which others there are.
         skip_pictures: Write the page and its tables alone, without the figures as PNG and PDF.
@@ -187,7 +187,7 @@ def report(folder: Path, *, asked: int | None = None, skip_pictures: bool = Fals
 
 @app.command
 def anatomy(spec: Annotated[ModelSpec, Parameter(name="*")], *, verify: bool = False) -> None:
-    """Heads, KV groups, FFNs and their parameters, as found in a model.
+    """A model's heads, KV groups, FFNs and their parameters.
 
     Args:
         verify: Prove on this model that gates act where heads and FFNs are, and say how prompts are packed.
@@ -275,8 +275,8 @@ def _command() -> str:
 def _with_config(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Annotated[Path | None, Parameter(help="TOML file with options by name; the command line wins.")] = None,
-    preset: Annotated[str | None, Parameter(help="Options by one name: `opt66b-study` is the paper's whole analysis; "
-                                            "--config and the command line win.")] = None,
+    preset: Annotated[str | None, Parameter(help="A named set of options: `opt66b-study` is the paper's whole "
+                                            "analysis; --config and the command line win.")] = None,
 ) -> None:
     app.config = ()
     short = _SHORT.get(tokens[0], {}) if tokens else {}

@@ -142,8 +142,8 @@ def print_cost(todo: Sequence[PlannedJob], layers: int, speed: Speed) -> None:
     _out.print(f"about {tokens:,.0f} tokens through {layers} layers, {tokens * layers:.3g} layer-tokens{time_left}",
                highlight=False)
     if time_left and speed.load.crowded:
-        _out.print(f"timed while other processes kept {speed.load.others:.1f} of {speed.load.cores} cores busy: on a "
-                   "quiet machine it may be several times faster", highlight=False)
+        _out.print(f"timed while other processes kept {speed.load.others:.1f} of {speed.load.cores} cores busy: on an "
+                   "idle machine it may be several times faster", highlight=False)
 
 
 def _jobs(n: int) -> str:
@@ -182,15 +182,15 @@ def print_tasks(rows: Sequence[TaskDescription]) -> None:
 
 
 def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:
-    """What was found in a model; with `verify` also whether the contracts hold, which is returned."""
-    found = loaded.anatomy
-    _out.print(f"[bold]{loaded.name}[/bold]: {loaded.provenance.get('class')}, {found.num_layers} layers, "
-               f"{found.num_heads} heads, {found.num_parameters:,} parameters", highlight=False, soft_wrap=True)
+    """A model's heads, FFNs and parameters; with `verify` also its contracts, and returns whether they hold."""
+    anatomy = loaded.anatomy
+    _out.print(f"[bold]{loaded.name}[/bold]: {loaded.provenance.get('class')}, {anatomy.num_layers} layers, "
+               f"{anatomy.num_heads} heads, {anatomy.num_parameters:,} parameters", highlight=False, soft_wrap=True)
     for note in loaded.notes:
         _out.print(f"note: {note}", highlight=False)
     table = _table("layer", "heads|r", "KV groups|r", "head width|r", "parameters a head|r", "parameters of the FFN|r")
-    rows = [(part.num_heads, part.num_kv_heads, part.d_head, found.parameters_per_head(i), found.parameters_per_ffn(i))
-            for i, part in enumerate(found.layers)]
+    rows = [(part.num_heads, part.num_kv_heads, part.d_head, anatomy.parameters_per_head(i),
+             anatomy.parameters_per_ffn(i)) for i, part in enumerate(anatomy.layers)]
     start = 0
     for i in range(1, len(rows) + 1):
         if i == len(rows) or rows[i] != rows[start]:
@@ -198,7 +198,7 @@ def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:
             table.add_row(layers, *(f"{n:,}" for n in rows[start]))
             start = i
     _out.print(table)
-    shared = any(part.num_kv_heads != part.num_heads for part in found.layers)
+    shared = any(part.num_kv_heads != part.num_heads for part in anatomy.layers)
     if shared:
         _out.print("parameters a head: its query and output weights; keys and values go with the last head of a KV "
                    "group", highlight=False)
@@ -301,7 +301,7 @@ def print_induction(study: Study, shown: int = 12) -> None:
 
 
 def print_summary(study: Study, report: Path) -> None:
-    """What a study found, in words, with what a reader must know, and where the report is."""
+    """A study's results in words, with what a reader must know, and where the report is."""
     from headcount.report.cautions import cautions
     from headcount.report.headline import headline
 
@@ -315,7 +315,7 @@ def print_summary(study: Study, report: Path) -> None:
             _out.print(f"- {sentence}", highlight=False)
     if others := study.other_requests:
         _out.print(f"\nThis folder was also asked for other things; headcount report {study.folder} --asked NUMBER "
-                   "shows one:", highlight=False)
+                   "shows one of them:", highlight=False)
         for line in others:
             _out.print(line, highlight=False)
     _out.print(f"\nreport: {report}", highlight=False, soft_wrap=True)

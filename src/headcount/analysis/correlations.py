@@ -39,8 +39,7 @@ from headcount.stats.ranks import pearson
 
 CORRELATIONS = Table(
     "correlations", "Spearman's correlation of importance between tasks, and between numbers of shots: one row for "
-    "each "
-    "ordered pair, so that a matrix is one pivot.",
+    "each ordered pair, so that a matrix is one pivot.",
     columns(
         COMPONENT,
         Column("score", "str", "", "the score that orders such components"),
@@ -49,8 +48,7 @@ CORRELATIONS = Table(
         Column("other_task", "str", "", "name of the other task; empty where it is no single task"),
         Column("other_shots", "int64", "shots", "its number of shots; -1 for a random order beside numbers of shots"),
         Column("correlation", "float64", "-1..1", "Spearman's correlation of the scores; of the kind `reliability` "
-               "what "
-               "the score would correlate with itself, measured on as many other documents (Spearman-Brown from "
+               "what the score would correlate with itself, measured on as many other documents (Spearman-Brown from "
                "halves)"),
         interval_of("the correlation over documents, for studies of as many of them; missing without replicates; of a "
                     "random order the band that holds 95 % of random orders", "-1..1"),
@@ -63,15 +61,12 @@ CORRELATIONS = Table(
                "alike two scores rank heads of one layer; missing where layers are not known or have one component"),
         interval_of("it", "-1..1", "in_layers_low", "in_layers_high"),
         Column("correlation_layers_alone", "float64", "-1..1", "what of the correlation is left when the heads of "
-               "every "
-               "layer swap their scores at random: that part is depth alone"),
+               "every layer swap their scores at random: that part is depth alone"),
         Column("kind", "str", "", "`tasks` (two tasks at one number of shots), `shots` (two numbers of shots of one "
                "task) or `reliability` (the diagonal of both)")),
     "An aggregate holds the task it is compared with, which would correlate it with itself: that task is left out of "
-    "it. "
-    "The two aggregates are compared as they are; between numbers of shots an aggregate is over the tasks that have "
-    "both. "
-    "No rows where fewer than three components are scored by all.")
+    "it. The two aggregates are compared as they are; between numbers of shots an aggregate is over the tasks that "
+    "have both. No rows where fewer than three components are scored by all.")
 _PAIR = ("correlation", "low", "high", "ceiling", "disattenuated", "argsort_correlation", "correlation_in_layers",
          "in_layers_low", "in_layers_high", "correlation_layers_alone")
 # A task, an aggregate or a random order, at a number of shots.

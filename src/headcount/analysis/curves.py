@@ -54,8 +54,7 @@ CURVES = Table(
         Column("fraction", "float64", "0..1", "share of all heads, or FFNs, that is removed; 0 is the full model"),
         Column("removed", "int64", "components", "how many heads, or FFNs, are removed"),
         Column("parameters_removed", "float64", "parameters", "how many parameters that removes; the mean where "
-               "several "
-               "random orders are averaged"),
+               "several random orders are averaged"),
         Column("parameters_removed_share", "float64", "0..1", "which share of the model's parameters that is"),
         Column("accuracy", "float64", "0..1", "mean of the task's metric over documents (and tasks)"),
         interval_of("the accuracy"),
@@ -63,8 +62,7 @@ CURVES = Table(
         interval_of("the difference", "-1..1", "difference_low", "difference_high"),
         Column("verdict", "str", "", f"what the interval says of a loss of the study's margin: {_VERDICT}"),
         Column("p", "float64", "0..1", "exact paired test that as many documents got worse as better, corrected for "
-               "the "
-               "curve's steps (Holm); missing at fraction 0"),
+               "the curve's steps (Holm); missing at fraction 0"),
         Column("documents", "int64", "documents", "evaluated documents, of all tasks together"),
         changes_of(),
         Column("draws", "int64", "orders", "random orders that are averaged; 1 of other orders")),
@@ -75,8 +73,7 @@ FREE_FRACTIONS = Table(
     columns(
         OF_SCOPE, COMPONENT, _ORDER,
         Column("free_fraction", "float64", "0..1", "the largest share with a loss of the margin ruled out at every "
-               "step "
-               "up to it; missing where it is not defined"),
+               "step up to it; missing where it is not defined"),
         Column("free_high", "float64", "0..1", "how much unlimited documents might show: with free_fraction the 95 % "
                "interval"),
         Column("reason", "str", "", "why it is not defined; empty where it is"),

@@ -63,8 +63,7 @@ EVALUATIONS = Table(
         Column("ffns_removed", "int64", "FFNs", "how many FFNs are off"),
         Column("parameters_removed", "int64", "parameters", "how many parameters that removes"),
         Column("score", "str", "", "which score ordered what is removed, of the grid that of heads and that of FFNs; "
-               "empty "
-               "where none did"),
+               "empty where none did"),
         Column("doc_id", "int64", "", "the document's position in its split"),
         Column("passage", "int64", "", "equal for documents that belong together"),
         Column("correct", "float64", "0..1", "the task's metric"),

@@ -63,11 +63,9 @@ AGGREGATE_IMPORTANCE = Table(
     "and for the mean of their ranks.",
     columns(OF_SCOPE, COMPONENT, _PLACE, _METHOD, _SCORE,
             Column("importance", "float64", "as of tasks; of ranks 0..1", "mean of the scores (the paper's aggregate), "
-                   "or "
-                   "of the ranks"),
+                   "or of the ranks"),
             Column("stderr", "float64", "as importance", "standard error of the mean over these very tasks; missing "
-                   "for "
-                   "ranks"),
+                   "for ranks"),
             Column("rank", "int64", "1..", "1 goes last"),
             interval_of("the rank: it comes after all that are shown to be above it, before all that are shown to be "
                         "below, by paired comparisons", "1..", "rank_low", "rank_high")),
@@ -75,8 +73,7 @@ AGGREGATE_IMPORTANCE = Table(
     "of the two orders removes.")
 ORDERS = Table(
     "orders", "How reliable the order by every score is: one row per task (and their mean), number of shots, "
-    "component, "
-    "method and score.",
+    "component, method and score.",
     columns(OF_SCOPE, COMPONENT, _METHOD, _SCORE,
             Column("orders", "bool", "", "whether this score orders such components in this study"),
             Column("reliability", "float64", "0..1", "share of the score's variance that is not noise of its "
@@ -96,8 +93,7 @@ AGREEMENT = Table(
     "The oracle's own noise, few documents and few distinct values, lowers the correlation.")
 DEPTH = Table(
     "depth", "Where the most important heads lie: one row per task (and the aggregate), number of shots and third of "
-    "the "
-    "layers.",
+    "the layers.",
     columns(OF_SCOPE,
             Column("fraction", "float64", "0..1", "which share of the heads counts as the most important"),
             Column("third", "str", "", "`early`, `middle` or `late`; a layer counts to the third that its middle is "

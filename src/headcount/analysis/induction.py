@@ -48,15 +48,13 @@ INDUCTION = Table(
         Column("layer", "int64", "", "number of the layer, from 0"),
         Column("head", "int64", "", "number of the head in its layer, from 0"),
         Column("prefix_matching", "float64", "0..1", "attention to what followed earlier occurrences of the token at "
-               "hand, "
-               "mean over random texts"),
+               "hand, mean over random texts"),
         Column("copying", "float64", "0..1", "how much what the head writes raises the token it attends to, mean over "
                "random texts"),
         Column("previous_token", "float64", "0..1", "attention to the previous token, mean over random texts"),
         Column("ov_copying", "float64", "-1..1", "eigenvalue score of the head's OV circuit"),
         Column("induction", "boolean", "", "whether high on both prefix matching and copying; missing before the "
-               "control "
-               "is measured that copying's threshold depends on"),
+               "control is measured that copying's threshold depends on"),
         Column("weights", "str", "", "`trained`, or `random` for the same model with random weights"),
         Column("protocol", "str", "", "`sound` or `paper`"),
         Column("sequences", "int64", "texts", "how many random texts"),
@@ -65,15 +63,13 @@ INDUCTION = Table(
         Column("previous_token_variance", "float64", "", "variance of previous_token over texts")))
 RETAINED = Table(
     "retained", "Which share of prefix matching, and of copying, is left as heads go by importance: one row per task "
-    "(and "
-    "the aggregate), number of shots, primitive and fraction.",
+    "(and the aggregate), number of shots, primitive and fraction.",
     columns(
         OF_SCOPE,
         Column("primitive", "str", "", "`prefix_matching` or `copying`"),
         Column("fraction", "float64", "0..1", "share of the heads that is removed, the least important first"),
         Column("retained", "float64", "0..1", "share of the primitive's total score that the others hold; missing "
-               "where "
-               "the total is 0"),
+               "where the total is 0"),
         interval_of("it, over documents"),
         Column("random_mean", "float64", "0..1", "share of heads that is left: the expectation of a random order"),
         Column("random_low", "float64", "0..1", "95 % of random orders leave at least this"),

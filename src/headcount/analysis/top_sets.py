@@ -40,8 +40,7 @@ FRACTIONS = (0.1, 0.2, 0.3)
 _FRACTION = Column("fraction", "float64", "0..1", "size of the top sets, as a share of all components")
 TOP_SETS = Table(
     "top_sets", "What the top heads, and FFNs, of all tasks have in common: one row per component, number of shots "
-    "that "
-    "two tasks or more have, and fraction that is one component or more.",
+    "that two tasks or more have, and fraction that is one component or more.",
     columns(
         COMPONENT, NUM_FEWSHOT, _FRACTION,
         Column("size", "int64", "components", "size of each top set"),
@@ -53,8 +52,7 @@ TOP_SETS = Table(
         Column("pair_mean_share", "float64", "0..1", "mean over pairs of tasks of their common share; of random sets "
                "size/n"),
         Column("expected_in_layers", "float64", "components", "as `expected`, of random sets with as many components "
-               "of "
-               "each layer as the measured ones; missing for FFNs"),
+               "of each layer as the measured ones; missing for FFNs"),
         Column("pair_share_in_layers", "float64", "0..1", "`pair_mean_share` of such sets")))
 TOP_OVERLAPS = Table(
     "top_overlaps", "What the top heads, and FFNs, of one task have in common with those of another, and the top heads "

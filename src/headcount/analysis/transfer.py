@@ -18,24 +18,21 @@ TRANSFER = Table(
     columns(
         OF_SCOPE, COMPONENT,
         Column("donor_scope", "str", "", "whose order removes: `none` (the full model), `own` (the task's), `task` "
-               "(another task's), `all tasks` (together), `other tasks` (all but this one, together) or "
-               "`random`"),
+               "(another task's), `all tasks` (together), `other tasks` (all but this one, together) or `random`"),
         Column("donor", "str", "", "name of the other task whose order removes; empty where it is no single one's"),
         Column("fraction", "float64", "0..1", "share of all heads, or FFNs, that is removed; 0 is the full model"),
         Column("accuracy", "float64", "0..1", "mean of the task's metric over documents (and tasks)"),
         interval_of("the accuracy"),
         Column("difference", "float64", "-1..1", "accuracy less that by the task's own order; of an unseen task, less "
-               "the "
-               "full model's"),
+               "the full model's"),
         interval_of("the difference", "-1..1", "difference_low", "difference_high"),
         Column("p", "float64", "0..1", "exact paired test that as many documents are worse as better, one by one"),
         Column("documents", "int64", "documents", "evaluated documents, of all tasks together"),
         changes_of("Int64"),
         Column("unseen", "bool", "", "whether the task had no part in any order")),
     "The full model has no difference where a task has an order of its own, and no mean where some fractions' means "
-    "are "
-    "over fewer tasks. On the mean, a donor serves all tasks but itself, so that two donors' means are not over the "
-    "same tasks.")
+    "are over fewer tasks. On the mean, a donor serves all tasks but itself, so that two donors' means are not over "
+    "the same tasks.")
 _KEYS = ["scope", "task", "num_fewshot", "component", "donor_scope", "donor", "fraction"]
 _OWN, _RANDOM = Scoped(OWN), Scoped(RANDOM)
 

@@ -1,4 +1,4 @@
-"""What a reader must know before believing a figure; computed, never written by hand."""
+"""What a reader must know before believing a figure; all of it computed from the study."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cautions(study: Study) -> Iterator[str]:
     yield from (f"Model: {note}." for note in study.model.get("notes", ()))
     if spec.get("protocol") == "paper":
         other = ["FFN oracles on the reported documents, the last layer's heads by another denominator, text encoded "
-                 "otherwise, documents shuffled, other draws of shots"] if study.tasks else []
+                 "differently, documents shuffled, other draws of shots"] if study.tasks else []
         if len(study.induction()):
             other.append("copying from embeddings fed to every layer and the value of the current position alone, "
                          "prefix matching with attention to the first token")
@@ -48,9 +48,9 @@ def cautions(study: Study) -> Iterator[str]:
                "intervals cover the choice of documents, not of shots.")
     yield from _of_orders(study)
     if study.depth()["low"].notna().any():
-        yield ("Intervals of correlations, of sets of heads or FFNs and of what is retained say what another "
-               "study with the same number of documents would find; in simulations they hold in 84 to 97 % of cases, "
-               "least often where scores are noisy.")
+        yield ("Intervals of correlations, of sets of heads or FFNs and of what is retained are for studies with the "
+               "same number of documents. In simulations these 95 % intervals cover in 84 to 97 % of cases, least "
+               "often where scores are noisy.")
     for task, known in study.known_tasks.items():
         yield from (f"{task}: {note}." for note in known["notes"])
     yield from _of_documents(study)
@@ -58,18 +58,17 @@ def cautions(study: Study) -> Iterator[str]:
     for what, n in study.unshown.items():
         points = "1 measured point" if n == 1 else f"{n} measured points"
         yield (f"Of the {what} {points} {'is' if n == 1 else 'are'} not shown: of fewer documents than others, or what "
-               "it would stand beside is not measured.")
+               "it would be compared with is not measured.")
 
 
 def _of_orders(study: Study) -> Iterator[str]:
     """What a reader must know of the orders by which components go."""
     if study.hidden_scores:
-        yield (f"This folder also has curves by other scores, which are not shown (nor are grids and transfers by "
-               f"them): {', '.join(study.hidden_scores)}; "
-               "--head-score, --ffn-score and --ffn-order ask for them.")
+        yield ("This folder also has curves by other scores, which are not shown (nor are grids and transfers by "
+               f"them): {', '.join(study.hidden_scores)}; --head-score, --ffn-score and --ffn-order ask for them.")
     random = study.curves()
     if (random["order"] == RANDOM).any() and study.against_random()["draws"].max() < 2:
-        yield "There is one random order: what another would leave is not known."
+        yield "There is only one random order, so how much random orders differ is not known."
     common = random[(random["order"] == COMMON) & (random["fraction"] > 0)]
     if len(common) and len(study.tasks) > 1 and not (common["scope"] == MEAN).any():
         yield (f"One order for all tasks is measured on {common['task'].nunique()} of {len(study.tasks)} tasks, so "

@@ -35,7 +35,7 @@ from headcount.report.matrix import hundredths, matrix
 from headcount.report.section import Section, Table, section
 from headcount.report.sets import top_sets_sentence
 from headcount.report.style import COMPONENTS, LEGEND, PALETTE, SHAPES, Chart, dressed
-from headcount.report.words import NAMES, known, shots
+from headcount.report.words import NAMES, SINGULAR, known, shots
 
 
 def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None = None) -> Chart:
@@ -46,7 +46,7 @@ def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None
     Args:
         correlations: One row per pair; each pair once is enough.
         component: "head" or "ffn".
-        score: Which score of importance; the first found unless told.
+        score: Which score of importance; the first in the table by default.
     """
     rows = of_score(correlations, component, score)
     rows = rows[rows["kind"].isin(["tasks", "reliability"]) & (rows["num_fewshot"] >= 0)]
@@ -64,8 +64,9 @@ def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None
                alt.Tooltip("inside:N", title="within layers"),
                alt.Tooltip("argsort:N", title="the paper's argsort variant")]
     cells = pd.DataFrame({
-        "row": rows["task"], "column": rows["other_task"], "shots": rows["num_fewshot"].map(shots),
-        "kind": rows["kind"].map({"tasks": "two orders", "reliability": "itself, on other examples"}),
+        "row": rows["task"], "column": rows["other_task"], "num_fewshot": rows["num_fewshot"],
+        "shots": rows["num_fewshot"].map(shots),
+        "kind": rows["kind"].map({"tasks": "two orders", "reliability": "itself, on other documents"}),
         "value": rows["correlation"].round(4), "low": rows["low"].round(4), "high": rows["high"].round(4),
         "interval": [words.within(a, b) for a, b in zip(rows["low"], rows["high"], strict=True)],
         "alone": rows["correlation_layers_alone"].map(words.known), "inside": [
@@ -76,7 +77,7 @@ def task_matrix(correlations: pd.DataFrame, component: str, *, score: str | None
         "pale": rows["num_fewshot"].isin(list(noisy))})
     title = f"rank correlation of the importance of {COMPONENTS[component]}; framed: reliability"
     chart = matrix(cells, names, names, hundredths, title, 1.0, tooltip, ("", ""), bold=labels.summaries)
-    lines = words.noisy(noisy, rows["num_fewshot"].nunique()).split("; ")
+    lines = words.noisy(noisy, rows["num_fewshot"].nunique())
     return chart.properties(title=[f"{line[0].upper()}{line[1:]}" for line in lines]) if noisy else chart
 
 
@@ -87,7 +88,7 @@ def shots_dots(correlations: pd.DataFrame, *, scores: Mapping[str, str] | None =
 
     Args:
         correlations: One row per pair.
-        scores: Which score of importance by kind of component; the first found unless told.
+        scores: Which score of importance by kind of component; the first in the table by default.
     """
     panels, labels = [], labels_of(correlations)
     for component, title in COMPONENTS.items():
@@ -160,11 +161,12 @@ def tasks_sentence(correlations: pd.DataFrame, component: str, *, score: str | N
     Args:
         correlations: One row per pair of tasks, or of numbers of shots.
         component: "head" or "ffn".
-        score: Which score of importance; the first found unless told.
+        score: Which score of importance; the first in the table by default.
     """
     rows = of_score(correlations, component, score)
     rows = rows[rows["kind"].isin(["tasks", "reliability"]) & rows["correlation"].notna()]
-    noisy = words.noisy(noise_by_shots(rows), rows.loc[rows["num_fewshot"] >= 0, "num_fewshot"].nunique())
+    numbers = rows.loc[rows["num_fewshot"] >= 0, "num_fewshot"].nunique()
+    noisy = "; ".join(words.noisy(noise_by_shots(rows), numbers))
     rows = most_shots(rows)
     between = rows[rows["kind"] == "tasks"]
     pairs = between_single_tasks(between)
@@ -186,7 +188,8 @@ def tasks_sentence(correlations: pd.DataFrame, component: str, *, score: str | N
                 f"{most['task']} and {most['other_task']}{above}"]
     own = single_tasks(rows).query("kind == 'reliability'")["correlation"]
     random = between.loc[(between["scope"] == TASK) & (between["other_scope"] == RANDOM), "correlation"]
-    said += [f"one task's with itself, on other examples, at {words.number(own.median())}"] if len(own) else []
+    said += ["one task's with itself, measured on other documents, at "
+             f"{words.number(own.median())}"] if len(own) else []
     said += [f"a random order with a task's at {words.number(random.median())}"] if len(random) else []
     return (f"{_first_of_all(noisy)}{'; '.join(said)}.{_only_depth(pairs, component, 'two tasks agree')}"
             f"{_argsorts(pairs)}")
@@ -208,14 +211,14 @@ def _only_depth(pairs: pd.DataFrame, component: str, agree: str) -> str:
         hedged = words.bracketed(words.within(low.iloc[0], high.iloc[0]) if n else "")
     else:
         hedged = words.bracketed("median", f"{(low > 0).sum()} of {n} intervals lie above 0" if n else "")
-    return (f" Knowing a {NAMES[component][:-1]}'s layer alone gives a correlation of {alone}; within layers {agree} "
+    return (f" Knowing a {SINGULAR[component]}'s layer alone gives a correlation of {alone}; within layers {agree} "
             f"at {inside}{hedged}.")
 
 
 def _argsorts(pairs: pd.DataFrame) -> str:
-    found = pairs["argsort_correlation"].dropna()
-    return (f" The paper's argsort variant of the correlation is {words.number(found.median())}"
-            f"{' (median)' if len(found) > 1 else ''}." if len(found) else "")
+    argsorts = pairs["argsort_correlation"].dropna()
+    return (f" The paper's argsort variant of the correlation is {words.number(argsorts.median())}"
+            f"{' (median)' if len(argsorts) > 1 else ''}." if len(argsorts) else "")
 
 
 def shots_sentence(correlations: pd.DataFrame, component: str, *, score: str | None = None) -> str:
@@ -253,38 +256,38 @@ def _beyond_noise(single: pd.DataFrame) -> str:
         return ""
     apart = int((both["high"] < both["ceiling"]).sum())
     if len(both) == 1:
-        return (" The interval lies below what the scores' noise allows: the order seems to change, though noise "
+        return (" The interval lies below what scores so noisy could reach: the order seems to change, though noise "
                 "alone puts about one interval in ten there." if apart else
                 " The scores' noise alone could account for that.")
     if apart:
-        return (f" On {apart} of {len(both)} tasks the interval lies below what the scores' noise allows; noise alone "
-                "puts about one in ten there.")
-    return (f" On none of {len(both)} tasks does the interval lie below what the scores' noise allows: noise could "
-            "account for it all.")
+        return (f" On {apart} of {len(both)} tasks the interval lies below what scores so noisy could reach; noise "
+                "alone puts about one interval in ten there.")
+    return (f" On none of {len(both)} tasks does the interval lie below what scores so noisy could reach: noise could "
+            "account for all differences.")
 
 
 def sections(study: Study) -> Iterator[Section]:
     """Matrices between tasks, and dots between numbers of shots."""
-    found, top = study.correlations(), study.top_sets()
+    table, top = study.correlations(), study.top_sets()
     words = {"head": "heads", "ffn": "FFNs"}
     for component, score in study.ordering_scores.items():
-        rows = found[(found["component"] == component) & (found["kind"] == "tasks")] if len(found) else found
+        rows = table[(table["component"] == component) & (table["kind"] == "tasks")] if len(table) else table
         if len(rows[(rows["scope"] != RANDOM) & (rows["other_scope"] != RANDOM)]):
             yield section(
                 f"cross_task_{component}", f"Do tasks need the same {words[component]}?",
-                functools.partial(task_matrix, found, component, score=score),
-                tasks_sentence(found, component, score=score),
+                functools.partial(task_matrix, table, component, score=score),
+                tasks_sentence(table, component, score=score),
                 top_sets_sentence(top[top["component"] == "head"]) if component == "head" else "",
-                "Spearman's correlation of importance; the diagonal is what a score would correlate with itself, "
-                "measured on as many other documents. Panels of scores that are mostly noise are pale. The means leave "
-                "out the task that they stand beside. Three tasks and more are placed so that those which rank alike "
-                "are neighbours.")
-    if len(found) and (found["kind"] == "shots").any():
+                "Spearman's correlation of importance; the diagonal is what a score would correlate with itself if it "
+                "were measured again on as many other documents. Panels of scores that are mostly noise are pale. A "
+                "mean that is compared with a task leaves this task out. Three tasks or more are arranged so that "
+                "tasks which rank alike are neighbours.")
+    if len(table) and (table["kind"] == "shots").any():
         yield section("cross_shot", "Does the order depend on the number of shots?",
-                       lambda: shots_dots(found, scores=study.ordering_scores),
-                       *(shots_sentence(found, c, score=s) for c, s in study.ordering_scores.items()),
-                       "Grey: a random order compared with the scores of each number of shots, and what 95 % of random "
-                       "orders reach. Pale: scores that are mostly noise.")
+                       lambda: shots_dots(table, scores=study.ordering_scores),
+                       *(shots_sentence(table, c, score=s) for c, s in study.ordering_scores.items()),
+                       "Grey: a random order compared with the scores of each number of shots, and the band that holds "
+                       "95 % of random orders. Pale: scores that are mostly noise.")
 
 
 def tables(study: Study) -> Iterator[Table]:

@@ -21,8 +21,8 @@ BANDS = "Bands are 95 % intervals over documents; point at a mark for its number
 def curve_data(rows: pd.DataFrame) -> pd.DataFrame:
     """What a figure of curves draws of rows of `Study.curves()`, rounded, in percent and words."""
     rows = rows[rows["order"] != "none"]
-    columns = ["task", "accuracy", "low", "high", "removed", "parameters_removed", "difference", "difference_low",
-               "difference_high", "verdict"]
+    columns = ["task", "num_fewshot", "accuracy", "low", "high", "removed", "parameters_removed", "difference",
+               "difference_low", "difference_high", "verdict"]
     return rows[columns].round(4).assign(
         p=rows["p"].map(lambda p: float(f"{p:.2g}")), percent=(100 * rows["fraction"]).round(2),
         by=rows["order"].map(BY), shots=rows["num_fewshot"].map(shots))
@@ -62,9 +62,9 @@ def costs_more(study: Study, row: pd.Series, fraction: float) -> str:
     rest = f" and {len(worse) - len(shown)} more" if len(worse) > len(shown) else ""
     within, unknown = (int((at["verdict"] == v).sum()) for v in (WITHIN, UNKNOWN))
     margin = study.spec["margin"]
-    said = [f"on {len(worse)} {told(COSTS_MORE, margin)}: {names}{rest}"] if len(worse) else []
-    said += [f"on {within} {told(WITHIN, margin)}"] if within else []
-    said += [f"on {unknown} its documents cannot tell"] if unknown else []
+    said = [f"{told(COSTS_MORE, margin)} on {len(worse)}: {names}{rest}"] if len(worse) else []
+    said += [f"{told(WITHIN, margin)} on {within}"] if within else []
+    said += [f"the documents cannot tell on {unknown}"] if unknown else []
     return f" Of the {number_of(len(at), 'task')} above chance, {'; '.join(said)}."
 
 
@@ -87,12 +87,12 @@ def curve_sentence(study: Study, component: str) -> str:
         shown = f"the order is shown to be {better_or_worse(row['difference'])} than a random one"
     else:
         shown = "the order is not shown to be better than a random one, nor worse"
-    interval = (f", {signed(row['difference_low'])} to {signed(row['difference_high'])} (95 %, paired over documents "
-                "and draws)") if known else ""
+    interval = (f" (95 % interval {signed(row['difference_low'])} to {signed(row['difference_high'])}, paired over "
+                "documents and draws)") if known else ""
     spread = f" (single draws {row['draw_low']:.2f} to {row['draw_high']:.2f})" if row["draws"] > 1 else ""
     orders = f"{row['draws']} random orders {row['random']:.2f} on average" if row["draws"] > 1 else (
         f"a random one {row['random']:.2f}")
     names = COMPONENT_NAMES[component][1]
     return (f"With {shots(int(row['num_fewshot']))} and {share(row['fraction'])} of the {names} removed, the "
-            f"measured order leaves {row['accuracy']:.2f}, {orders}{spread}: {signed(row['difference'])} points"
-            f"{interval}; {shown}.")
+            f"measured order leaves {row['accuracy']:.2f}, {orders}{spread}: a difference of "
+            f"{signed(row['difference'])} points{interval}; {shown}.")

@@ -1,4 +1,4 @@
-"""What is left as the least important components go: figures, sentences and tables of pruning curves."""
+"""What is left as the least important components are removed: figures, sentences and tables of pruning curves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from headcount.stats.intervals import COSTS_MORE
 
 
 def task_curves(curves: pd.DataFrame, component: str) -> Chart:
-    """Accuracy of every task as one kind of component goes: small multiples, the mean first."""
+    """Accuracy of every task as one kind of component is removed: small multiples, the mean first."""
     labels = labels_of(curves)
     mean = labels.word(MEAN)
     rows = curve_data(labelled(curves[(curves["component"] == component)], labels))
@@ -88,8 +88,8 @@ def _first(steps: pd.DataFrame) -> str:
     known = steps.dropna(subset=["fraction"])
     if known.empty:
         return "at no step"
-    least, most = share(known["fraction"].min()), share(known["fraction"].max())
-    span = least if least == most else f"{least.removesuffix(' %')} to {most}"
+    least, most = known["fraction"].min(), known["fraction"].max()
+    span = share(most) if least == most else f"{100 * least:.3g} to {share(most)}"
     worse, never = int((known["difference"] < 0).sum()), len(steps) - len(known)
     if len(steps) == 1:
         return f"first at {span} ({better_or_worse(known['difference'].iloc[0])})"
@@ -118,7 +118,7 @@ def _by_task(study: Study, component: str) -> str:
     free = free[(free["scope"] == TASK) & (free["component"] == component)]
     defined = free[free["free_fraction"].notna()]
     if defined.empty:
-        return ("The full model is on no task shown to be above a baseline, so that no free fraction is defined."
+        return ("The full model is not shown to be above a baseline on any task, so no free fraction is defined."
                 if len(free) else "")
     free = defined[defined["num_fewshot"] == defined["num_fewshot"].max()].sort_values(
         ["free_fraction", "free_high"], kind="stable")
@@ -151,7 +151,7 @@ def _enough(unknown: pd.DataFrame) -> str:
     finite = known[known < float("inf")]
     if finite.empty:
         return ""
-    return f" ({finite.median():,.0f} documents a task would, in the median, if as large a share of them changed)"
+    return f" (the median task would need {finite.median():,.0f} documents, if as large a share of them changed)"
 
 
 def _bound(row: pd.Series, last: float) -> str:

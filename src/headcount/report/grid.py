@@ -141,8 +141,8 @@ def grid_sentence(grid: pd.DataFrame, margin: float) -> str:
         alone = f"; {alone}" if heads > 0 or ffns > 0 else ""
         return (f"{beginning}heads and FFNs are not shown to be free jointly: without "
                 f"{words.share(first['heads_fraction'])} of the heads and {words.share(first['ffns_fraction'])} of the "
-                f"FFNs accuracy {words.on(rows)} changes by "
-                f"{words.points(first)} points, {words.told(first['verdict'], margin)}{alone}.")
+                f"FFNs, accuracy {words.on(rows)} changes by "
+                f"{words.points(first)} points: {words.told(first['verdict'], margin)}{alone}.")
     best = joint.iloc[-1]
     end = rows[["heads_fraction", "ffns_fraction"]].max()
     edge = ", and the grid goes no further" if (best[end.index] == end).all() else ""
@@ -164,8 +164,8 @@ def sections(study: Study) -> Iterator[Section]:
         f"Accuracy on the first documents of every task ({grid['documents'].max()} of all tasks), removed by "
         + ("the orders of all tasks together" if (grid["order"] == ALL_TASKS).any() else "each task's own orders")
         + f"; the line encloses cells where {words.told(WITHIN, study.spec['margin'])}, tested one by one: of "
-        "many cells that lose about as much a few are framed by chance. Where the full model is not above its baseline "
-        "no cell is framed.", static=lambda: grid_map(grid, choose=False))
+        "many cells that lose about as much, a few are enclosed by chance. Where the full model is not above its "
+        "baseline, no cell is enclosed.", static=lambda: grid_map(grid, choose=False))
 
 
 def tables(study: Study) -> Iterator[Table]:

@@ -1,4 +1,4 @@
-"""The first words of a study: how much can go, and how sure that is; computed, never written by hand."""
+"""What a study says first: how much can be removed, and how certain that is; all of it computed from the tables."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def headline(study: Study) -> list[str]:
             sentences += [_can_go(study, row) for _, row in of_k[~undefined].iterrows()]
     if sentences:
         return [*_unfinished(study), *sentences]
-    found = induction_sentence(study.induction(), study.induction_thresholds) if not study.tasks else ""
-    return [found or "This study has no pruning curves yet."]
+    sentence = induction_sentence(study.induction(), study.induction_thresholds) if not study.tasks else ""
+    return [sentence or "This study has no pruning curves yet."]
 
 
 def _unfinished(study: Study) -> Iterator[str]:
@@ -65,7 +65,7 @@ def _unfinished(study: Study) -> Iterator[str]:
     if min(done.values(), default=planned) < planned:
         counts = ", ".join(f"{n} with {shots(k)}" for k, n in done.items())
         yield (f"Not every task is measured at every number of shots: of {words.number_of(planned, 'task')}, "
-               f"{counts}. Means are over those alone.")
+               f"{counts}. Means are over these tasks only.")
 
 
 def _can_go(study: Study, row: pd.Series) -> str:
@@ -80,8 +80,8 @@ def _can_go(study: Study, row: pd.Series) -> str:
     if row["free_fraction"] > 0:
         said = (f"{share(row['free_fraction'])} of the {names} ({row['removed']:.0f} of {total}, "
                 f"{millions(row['parameters_removed'])} parameters) can go. {what[0].upper()}{what[1:]} is then "
-                f"{row['accuracy']:.3f}, the full model's {row['full_accuracy']:.3f} ({_interval(row, margin)}; up to "
-                f"there {told(WITHIN, margin)} at every step).")
+                f"{row['accuracy']:.3f}, the full model's {row['full_accuracy']:.3f} ({_interval(row, margin)}; "
+                f"{told(WITHIN, margin)} at every step up to this share).")
         if row["order"] != COMMON:
             return f"{beginning}{said}{_on_those_above_chance(row)}"
         return f"{beginning}{said}{costs_more(study, row, float(row['free_fraction']))}"
@@ -90,7 +90,7 @@ def _can_go(study: Study, row: pd.Series) -> str:
     verdict = told(row["next_verdict"], margin, needed=row["next_documents"], documents=row["documents"])
     loses = costs_more(study, row, float(row["next_fraction"])) if row["order"] == COMMON else ""
     return (f"{beginning}no share of the {names} is shown to be free. Already without {row['next_removed']:.0f} of "
-            f"{total} {what} changes by {signed(row['next_difference'])} points (95 % interval "
+            f"{total}, {what} changes by {signed(row['next_difference'])} points (95 % interval "
             f"{words.bounds(row['next_low'], row['next_high'], margin)}): {verdict}.{loses}")
 
 
@@ -102,7 +102,7 @@ def _on_those_above_chance(row: pd.Series) -> str:
     low, high = row["above_chance_low"], row["above_chance_high"]
     interval = f"{signed(low)} to {signed(high)}"
     return (f" The full model is shown to be above both chance and the best constant answer on {able} of the {tasks} "
-            f"tasks of that mean; on {'that' if able == 1 else 'those'} alone the difference is "
+            f"tasks of that mean; on {'that one' if able == 1 else 'those'} alone the difference is "
             f"{signed(row['above_chance_difference'])} points ({interval}; tasks and share were chosen on these "
             "documents).")
 
@@ -113,7 +113,7 @@ def _interval(row: pd.Series, margin: float) -> str:
 
 
 def sections(study: Study) -> Iterator[Section]:
-    """The figure at the head of the page: mean accuracy as heads, and FFNs, go."""
+    """The figure at the head of the page: mean accuracy as heads, and FFNs, are removed."""
     curves = study.curves()
     pruned = curves[curves["component"] != "none"]
     if pruned.empty:
@@ -123,8 +123,8 @@ def sections(study: Study) -> Iterator[Section]:
     baselines = {int(k): study.baseline(task, int(k)) for k in rows["num_fewshot"].unique()}
     yield section(
         NAME, "How much can go", lambda: headline_figure(pruned, study.free_fractions(), baselines),
-        "Accuracy as the least important components go: each task by its own order (solid), all tasks by one order "
-        "(dotted), random orders (dashed).", BANDS, "A diamond marks the free fraction, "
+        "Accuracy as the least important components are removed: from each task by its own order (solid), from all "
+        "tasks by one order (dotted), in random orders (dashed).", BANDS, "A diamond marks the free fraction, "
         f"the largest share at which {words.told(WITHIN, study.spec['margin'])}, as at every step up to it.",
         curve_sentence(study, "head"))
 
@@ -138,12 +138,12 @@ def tables(study: Study) -> Iterator[Table]:
     full = mean_first(curves[curves["fraction"] == 0].drop_duplicates(["scope", "task", "num_fewshot"]))
     full = thousandths(full, "accuracy", "low", "high")
     if len(full):
-        yield Table("Accuracy of the full model", "With 95 % interval over documents.",
+        yield Table("Accuracy of the full model", "With its 95 % interval over documents.",
                     plain_columns(full[["task", "num_fewshot", "accuracy", "low", "high", "documents"]]))
 
 
 def headline_figure(curves: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, float]) -> Chart:
-    """Mean accuracy as heads, and as FFNs, go: by importance and at random, with intervals and free fractions.
+    """Mean accuracy as heads, and as FFNs, are removed: by importance and at random, with intervals and free fractions.
 
     Args:
         curves: `Study.curves()`.
@@ -213,11 +213,10 @@ def free_fractions_table(study: Study, free: pd.DataFrame) -> Table:
         "unlimited documents might show more, up to 'at most' (both are the ends of a 95 % interval); not defined "
         "where the full model is not shown to be above guessing or a constant answer. Removed by each task's own "
         "order, or by one order for all tasks. Accuracy at the free share, and the 95 % interval of its difference to "
-        "the full model in points. Next step: the same for the first step that is not free. 'There': whether that "
-        "step is shown to cost more than the margin, or these documents cannot tell, and how many in all would, "
-        "if as large a share "
-        "of them changed. 'Differs at': the first step at which accuracy is shown to be better or worse than the full "
-        "model's (McNemar's exact test, p < 0.05, corrected for the curve's steps by Holm's method).",
+        "the full model in points. Next step: the same for the first step that is not free. 'There': whether that step "
+        "is shown to cost more than the margin, or these documents cannot tell, and how many in all would, if as large "
+        "a share of them changed. 'Differs at': the first step at which accuracy is shown to be better or worse than "
+        "the full model's (McNemar's exact test, p < 0.05, corrected for the curve's steps by Holm's method).",
         plain_columns(frame[columns]))
 
 

@@ -148,19 +148,21 @@ def depth_sentence(depth: pd.DataFrame) -> str:
     table = most_shots(depth)
     if table.empty:
         return ""
-    rows, said = summary(table), []
+    rows = summary(table)
+    said: list[str] = []
     for _, row in rows.iterrows():
         single = table.loc[(table["scope"] == TASK) & (table["third"] == row["third"]), "share"]
         apart = row["scope"] in AGGREGATES and len(single)
         about = [words.counts(row, 100), f"single tasks {words.span((100 * single).round())}" if apart else ""]
         hedged = words.bracketed(*(f"{words} %" for words in about if words))
-        said.append(f"{words.percent(row['share'])} lie in the {row['third']} third of the layers{hedged}")
+        where = f"lie in the {row['third']} third of the layers" if not said else f"in the {row['third']} third"
+        said.append(f"{words.percent(row['share'])} {where}{hedged}")
     thirds = [words.percent(e) for e in rows["expected"]]
     holds = (f"each third holds {thirds[0]} of all heads" if len(set(thirds)) == 1 else
-             f"these hold {', '.join(thirds)} of all heads")
+             f"these thirds hold {words.listed(thirds)} of all heads")
     return (f"With {words.shots_of(rows)}, of the {rows['important'].iloc[0]} heads "
-            f"({words.share(rows['fraction'].iloc[0])}) that matter most {words.on(rows)} {', '.join(said)}; {holds}."
-            f"{_between_layers(table, rows)}")
+            f"({words.share(rows['fraction'].iloc[0])}) that matter most {words.on(rows)} {words.listed(said)}; "
+            f"{holds}.{_between_layers(table, rows)}")
 
 
 def _between_layers(table: pd.DataFrame, rows: pd.DataFrame) -> str:
@@ -171,7 +173,7 @@ def _between_layers(table: pd.DataFrame, rows: pd.DataFrame) -> str:
     single = single_tasks(table)["between_layers"].dropna()
     apart = rows["scope"].iloc[0] in AGGREGATES and len(single)
     hedged = words.bracketed(f"single tasks {words.span((100 * single).round())} %" if apart else "",
-                           f"without any trend over depth {words.percent(chance)}")
+                           f"{words.percent(chance)} would without any trend over depth")
     return f" {words.percent(share)} of the variance of log importance lies between layers{hedged}."
 
 
@@ -186,14 +188,15 @@ def importance_sentence(study: Study, component: str) -> str:
     top = ranked[ranked["useful"]].head(5 if component == "head" else 3)
     score = score_name(study.ordering_scores[component])
     if top.empty:
-        return f"{beginning} no {COMPONENT_NAMES[component][0]} is of use {where} by {score} when it alone is off."
+        return (f"{beginning}, {where}, no {COMPONENT_NAMES[component][0]} is of use by {score} when it alone is "
+                "switched off.")
     tenth = ranked.head(max(1, len(ranked) // 10))
     layers = len(study.description["anatomy"]["heads_per_layer"])
     known = top["rank_low"].notna().all()
     names = ", ".join(f"{row['name']} ({row['rank_low']:.0f} to {row['rank_high']:.0f})" if known else str(row["name"])
                       for _, row in top.iterrows())
-    ranks = (" (in brackets the 95 % interval of each rank: it comes after all that are shown to matter more, and "
-             "before all that are shown to matter less)" if known else "")
+    ranks = (" (in brackets the 95 % interval of each rank, which leaves room for all that are shown to matter more "
+             "above it, and for all that are shown to matter less below it)" if known else "")
     middle = f"; the median layer of the top tenth is {tenth['layer'].median():.0f} of 0 to {layers - 1}"
     return (f"{beginning}, {where}, the most important {COMPONENT_NAMES[component][1]} by {score} are "
             f"{names}{ranks}{middle}.")
@@ -229,14 +232,14 @@ def sections(study: Study) -> Iterator[Section]:
             static=lambda: head_map(importance, score, choose=False))
         yield section(
             "depth", "Where important heads lie", lambda: depth_bars(study.depth()),
-            depth_sentence(study.depth()), "Bars: over tasks, with 95 % intervals over documents where they "
-            "are known; dots: single tasks; short lines: the share that a third of the layers has of all heads.")
+            depth_sentence(study.depth()), "Bars: all tasks together, with 95 % intervals over documents where "
+            "they are known; dots: single tasks; short lines: the share of all heads that a third of the layers holds.")
     if (importance["component"] == "ffn").any():
         by = study.ordering_scores["ffn"]
         bars = list(dict.fromkeys([by, "gold_loglikelihood", "accuracy", score]))
         yield section(
             "ffn_bars", "Which FFNs matter", lambda: ffn_bars(importance, bars, choose=True),
-            importance_sentence(study, "ffn"), _bars(study), "Lines are plus and minus one standard error; "
+            importance_sentence(study, "ffn"), _bars(study), "Lines: plus and minus one standard error; "
             "every panel has its own scale.", static=lambda: ffn_bars(importance, bars, choose=False))
 
 
@@ -247,45 +250,45 @@ def _bars(study: Study) -> str:
         return "Bars: the gradient score."
     documents = "evaluated" if study.spec["protocol"] == "paper" else "training"
     by = words.score_name(study.ordering_scores["ffn"])
-    return (f"From top to bottom: {by}, which orders FFNs here, then the other scores. What is lost is measured on "
-            f"{documents} documents with one FFN off.")
+    return (f"The top row shows {by}, which orders the FFNs here; the other scores are below. What is lost is measured "
+            f"on {documents} documents with one FFN switched off.")
 
 
 def orders_tables(study: Study) -> Iterator[Table]:
     """How reliable the orders by each score are."""
-    found = study.orders()
-    if found.empty:
+    orders = study.orders()
+    if orders.empty:
         return
     keys = ["scope", "task", "num_fewshot", "component"]
-    known = found.assign(
-        score=found["score"].replace("gold_loglikelihood", "gold log-likelihood") + " (" + found["method"] + ")",
-        reliability=[f"{x:.2f}" if x == x else "not known" for x in found["reliability"]])
+    known = orders.assign(
+        score=orders["score"].replace("gold_loglikelihood", "gold log-likelihood") + " (" + orders["method"] + ")",
+        reliability=[f"{x:.2f}" if x == x else "not known" for x in orders["reliability"]])
     others = known[~known["orders"]].assign(others=lambda t: t["score"] + " " + t["reliability"]).groupby(
         keys, as_index=False)["others"].agg("; ".join)
     frame = mean_first(known[known["orders"]].merge(others, on=keys, how="left").fillna({"others": ""}))
-    yield Table("How reliable the orders are", "Reliability: which share of a score's variance over heads, or FFNs, is "
-                "not noise of its documents (1 less the mean squared standard error over the variance); where it is "
-                "below 0.5, most of what tells them apart is noise, and so is their order.", plain_columns(
+    yield Table("How reliable the orders are", "Reliability: the share of a score's variance over heads, or FFNs, that "
+                "is not noise from the choice of documents (1 minus the mean squared standard error over the "
+                "variance). Below 0.5, most of the differences between them are noise, and so is most of their "
+                "order.", plain_columns(
                     frame[[*keys, "score", "reliability", "distinct", "components", "documents", "others"]].rename(
                         columns={"distinct": "distinct values", "others": "reliability of other scores"})))
 
 
 def agreement_tables(study: Study) -> Iterator[Table]:
     """How alike gradient and oracle rank components."""
-    found = study.agreement()
-    if found.empty:
+    agreement = study.agreement()
+    if agreement.empty:
         return
-    known = found["correlation"].notna()
-    frame = found.copy()
-    frame["what is lost"] = found["oracle"].map({"accuracy": "accuracy", "gold_loglikelihood": "gold log-likelihood"})
-    frame["Spearman"] = [f"{x:.2f}" if k else "all equal" for x, k in zip(found["correlation"], known, strict=True)]
+    known = agreement["correlation"].notna()
+    frame = agreement.copy()
+    frame["what is lost"] = agreement["oracle"].replace("gold_loglikelihood", "gold log-likelihood")
+    frame["Spearman"] = [f"{x:.2f}" if k else "all equal" for x, k in zip(agreement["correlation"], known, strict=True)]
     frame["95 % interval"] = [f"{a:.2f} to {b:.2f}" if k else ""
-                              for a, b, k in zip(found["low"], found["high"], known, strict=True)]
+                              for a, b, k in zip(agreement["low"], agreement["high"], known, strict=True)]
     columns = ["task", "num_fewshot", "component", "score", "what is lost", "Spearman", "95 % interval", "components"]
-    yield Table("Gradient and oracle", "How alike the gradient's scores and what is lost without each component alone "
-                "rank them; interval over components. Few documents, and few distinct values of what is lost, lower "
-                "it.",
-                plain_columns(frame[columns]))
+    yield Table("Gradient and oracle", "How alike components rank by the gradient's score and by what is lost without "
+                "each of them alone; intervals over components. Few documents, and few distinct values of what is "
+                "lost, lower the correlation.", plain_columns(frame[columns]))
 
 
 def tables(study: Study) -> Iterator[Table]:

@@ -1,4 +1,4 @@
-"""What induction scores say, and what of them is left as heads go: maps, scatter, curves, sentences, tables."""
+"""Induction scores, and how much of them is left as heads are removed: maps, scatter, curves, sentences, tables."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ def _scatter_panel(rows: pd.DataFrame, thresholds: Mapping[str, float], limits: 
     return alt.layer(*lines, dots, text).properties(width=_DOTS, height=_HEADS, title=title)
 
 
-def _label_places(found: pd.DataFrame, limits: Mapping[str, float]) -> pd.DataFrame:
+def _label_places(heads: pd.DataFrame, limits: Mapping[str, float]) -> pd.DataFrame:
     """Where the names of the strongest heads go: beside their dots, clear of other dots and names, or nowhere."""
     wide, high = limits["prefix_matching"] / _DOTS, limits["copying"] / _HEADS  # of a pixel
-    dots = list(zip(found["prefix_matching"] / wide, found["copying"] / high, strict=True))
+    dots = list(zip(heads["prefix_matching"] / wide, heads["copying"] / high, strict=True))
     taken, places = [(x, y, 5.0, 5.0) for x, y in dots], []
-    for name, (x, y) in list(zip(found["name"], dots, strict=True))[:_LABELLED]:
+    for name, (x, y) in list(zip(heads["name"], dots, strict=True))[:_LABELLED]:
         half = 3.3 * len(name)
         for dx, dy in ((half + 9, 0), (-half - 9, 0), (0, 13), (0, -13)):
             box = (x + dx, y + dy, half, 5.5)
@@ -128,7 +128,7 @@ def _label_places(found: pd.DataFrame, limits: Mapping[str, float]) -> pd.DataFr
 
 
 def retained_curves(retained: pd.DataFrame) -> Chart:
-    """Share of each primitive that is left as heads go by importance: the mean bold, tasks thin, random orders grey."""
+    """Share of each primitive left as heads are removed by importance: mean bold, tasks thin, random orders grey."""
     rows = retained[retained["retained"].notna()]
     if rows.empty:
         return None
@@ -148,9 +148,9 @@ def _retained_panel(rows: pd.DataFrame, bold: str) -> Chart:
     starts = rows.drop_duplicates(["task", "num_fewshot"]).assign(
         fraction=0.0, retained=1.0, low=1.0, high=1.0, random_mean=1.0, random_low=1.0, random_high=1.0)
     rows = pd.concat([starts, rows[rows["fraction"] > 0]], ignore_index=True)
-    data = pd.DataFrame({"task": rows["task"], "shots": rows["num_fewshot"].map(shots),
-                         "removed": 100 * rows["fraction"], "left": 100 * rows["retained"], "low": 100 * rows["low"],
-                         "high": 100 * rows["high"]}).round(2)
+    data = pd.DataFrame({"task": rows["task"], "num_fewshot": rows["num_fewshot"],
+                         "shots": rows["num_fewshot"].map(shots), "removed": 100 * rows["fraction"],
+                         "left": 100 * rows["retained"], "low": 100 * rows["low"], "high": 100 * rows["high"]}).round(2)
     grey = rows[(rows["task"] == bold) & rows["random_mean"].notna()].groupby("fraction", as_index=False)[
         ["random_mean", "random_low", "random_high"]].mean()
     grey = (100 * grey).round(2).assign(name="random orders (95 %)")
@@ -164,7 +164,7 @@ def _retained_panel(rows: pd.DataFrame, bold: str) -> Chart:
     middle = alt.Chart(grey).mark_line(color="#777", strokeDash=[4, 3], strokeWidth=1.4).encode(
         x="fraction:Q", y="random_mean:Q")
     of_bold, single = data[data["task"] == bold], data[data["task"] != bold]
-    names = fewest_first(data["shots"])
+    names = fewest_first(data)
     colour = alt.Color("shots:N", title=None, scale=alt.Scale(domain=names, range=PALETTE[: len(names)]),
                        legend=alt.Legend(symbolOpacity=1))
     shape = alt.Shape("shots:N", title=None, scale=alt.Scale(domain=names, range=SHAPES[: len(names)]))
@@ -192,7 +192,7 @@ def scatter_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float]) -
     known = thresholds["copying"] == thresholds["copying"]
     also = (f", {copying.sum()} that of copying and {(prefix & copying).sum()} both. Lines are the thresholds" if known
             else ". The line is its threshold")
-    beside = ("; beside the model the same shape with random weights, where nothing was learnt"
+    beside = ("; the second panel is the same model with random weights, which has learnt nothing"
               if (induction["weights"] == RANDOM).any() else "; random weights were not measured")
     reach = "reaches" if prefix.sum() == 1 else "reach"
     return f"{prefix.sum()} of {len(trained)} heads {reach} the threshold of prefix matching{also}{beside}."
@@ -207,9 +207,11 @@ def texts_sentence(notes: Mapping[str, Any]) -> str:
     known = {PRIMITIVES[name]: value for name, value in notes["reliability"].items()
              if name in PRIMITIVES and value == value}
     agreed = " and ".join(f"{value:.2f} for {name}" for name, value in known.items())
-    reliable = f" Reliability (halves of the texts, stepped up to all of them): {agreed}." if agreed else ""
-    return (f"Means over {notes['sequences']} texts made of {listed} random tokens, repeated {notes['repeats']} times "
-            f"for prefix matching, {notes['repeats']} times as many for copying.{reliable}")
+    reliable = (f" Reliability (split halves of the texts, corrected to all of them by Spearman-Brown): {agreed}."
+                if agreed else "")
+    times = notes["repeats"]
+    return (f"Means over {notes['sequences']} texts: for prefix matching {listed} random tokens that stand {times} "
+            f"times, for copying {times} times as many random tokens.{reliable}")
 
 
 def reliability_caution(reliabilities: Mapping[str, float]) -> str:
@@ -262,8 +264,8 @@ def among_important_sentence(among: pd.DataFrame, *, fraction: float | None = No
 
 def induction_heads_table(induction: pd.DataFrame) -> pd.DataFrame:
     """All induction heads, those of random weights at the end, with their scores and standard errors."""
-    found = [induction_heads(induction[induction["weights"] == weights]) for weights in ("trained", RANDOM)]
-    rows = pd.concat(found, ignore_index=True)
+    of_weights = [induction_heads(induction[induction["weights"] == weights]) for weights in ("trained", RANDOM)]
+    rows = pd.concat(of_weights, ignore_index=True)
     errors = {name: np.sqrt(rows[f"{name}_variance"].astype(float) / rows["sequences"].astype(float))
               for name in (*PRIMITIVES, "previous_token")}
     scores = {name.replace("_", " "): [f"{value:.3f}" + (f" \N{PLUS-MINUS SIGN} {error:.3f}" if error == error else "")
@@ -281,7 +283,7 @@ def among_important_rows(among: pd.DataFrame) -> pd.DataFrame:
 
 
 def sections(study: Study) -> Iterator[Section]:
-    """Induction scores, induction heads, and what is retained as heads go."""
+    """Induction scores, induction heads, and what is retained as heads are removed."""
     induction = study.induction()
     if induction.empty:
         return

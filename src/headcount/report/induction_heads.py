@@ -27,26 +27,26 @@ def induction_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float])
     if trained["induction"].isna().any():
         return ("Which heads are high on copying depends on the same model with random weights, which was not "
                 "measured; --copying-threshold sets a limit.")
-    found = induction_heads(trained)["name"].tolist()
+    names = induction_heads(trained)["name"].tolist()
     limits = " and ".join(f"{name} of at least {thresholds[primitive]:.2g}" for primitive, name in PRIMITIVES.items())
-    rest = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    which = f": {', '.join(found[:NAMED])}{rest}" if found else ""
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    which = f": {', '.join(names[:NAMED])}{rest}" if names else ""
     reached = (f"{random[name].max():.2g}" for name in PRIMITIVES)
     beside = (f" With random weights{_counted(random, thresholds)} prefix matching is at most "
               f"{' and copying '.join(reached)}." if len(random) else "")
     near = borderline(trained, thresholds)
-    unsure = f" {near} lie{'s' * (near == 1)} within one standard error of the line." if near else ""
-    return f"{_are(len(found), len(trained)).capitalize()} ({limits}){which}.{unsure}{beside}"
+    unsure = f" {near} lie{'s' * (near == 1)} within one standard error of a threshold." if near else ""
+    return f"{_are(len(names), len(trained)).capitalize()} ({limits}){which}.{unsure}{beside}"
 
 
 def _counted(random: pd.DataFrame, thresholds: Mapping[str, float]) -> str:
     """How many heads of random weights are induction heads, unless they set the limit, which they then hardly reach."""
     if random["copying"].max() <= thresholds["copying"]:
         return ""
-    found = int(random["induction"].sum())
-    return f" {found} of {len(random)} {'is' if found == 1 else 'are'}:"
+    count = int(random["induction"].sum())
+    return f" {count} of {len(random)} {'is' if count == 1 else 'are'}:"
 
 
-def _are(found: int, of: int) -> str:
-    number = "none" if not found else str(found)
-    return f"{number} of {of} heads {'is an induction head' if found < 2 else 'are induction heads'}"
+def _are(count: int, of: int) -> str:
+    number = "none" if not count else str(count)
+    return f"{number} of {of} heads {'is an induction head' if count < 2 else 'are induction heads'}"

@@ -41,7 +41,7 @@ def matrix(cells: pd.DataFrame, rows: list[str], columns: list[str], said: Calla
         for sure in (False, True)]
     chart = alt.layer(ground, rects, framed, *text, data=cells).properties(
         width=size * len(columns), height=size * len(rows))
-    facet = alt.Facet("shots:N", title=None, sort=fewest_first(cells["shots"]),
+    facet = alt.Facet("shots:N", title=None, sort=fewest_first(cells),
                       header=alt.Header(labelFontSize=12))
     chart = chart.facet(facet=facet, columns=beside).resolve_axis(x="independent")
     return dressed(chart).configure_legend(orient="top", **LEGEND)

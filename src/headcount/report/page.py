@@ -1,6 +1,6 @@
 """One self-contained page of a study: words first, then figures, tables and provenance; and the figures as files.
 
-The page carries the code that draws its charts, so it opens offline and for ever. Everything it says is computed from
+The page contains the code that draws its charts, so it needs no network. Everything it says is computed from
 the study's tables.
 """
 
@@ -154,7 +154,8 @@ def tables(study: Study) -> list[Table]:
     of_questions = [table for question in QUESTIONS for table in question.tables(study)]
     weak = study.degenerate()
     if len(weak):
-        of_questions.append(Table("Results that say little", "Which results, and why they say little.",
+        of_questions.append(Table("Results that say little", "Results that should not be relied on, each with its "
+                                                             "reason.",
                                   plain_columns(weak)))
     return of_questions
 

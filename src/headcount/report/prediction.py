@@ -1,4 +1,4 @@
-"""Does the likeness of two tasks' importance predict what one loses by the other's order? A scatter, in words too."""
+"""Does similar importance of two tasks predict what one loses by the other's order? A scatter and its sentence."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def prediction_sentence(pairs: pd.DataFrame, component: str) -> str:
             f"{_estimate(lost)} with what is lost against the full model; {_meaning(cost)}.")
 
 
-def _estimate(found: Predicted) -> str:
+def _estimate(tested: Predicted) -> str:
     """`-0.52 (p = 0.01)`."""
-    return words.number(found.correlation) + words.bracketed(
-        words.p_value(found.p) if found.p == found.p else "")
+    return words.number(tested.correlation) + words.bracketed(
+        words.p_value(tested.p) if tested.p == tested.p else "")
 
 
 def _meaning(cost: Predicted) -> str:
@@ -75,7 +75,7 @@ def _meaning(cost: Predicted) -> str:
     if cost.p != cost.p:
         return "three tasks are too few for a test"
     if cost.p >= _SHOWN:
-        return "likeness is not shown to predict what another's order costs"
+        return "similarity is not shown to predict what another task's order costs"
     direction = "less" if cost.correlation < 0 else "more"
     return f"the more alike two tasks rank them, the {direction} one loses by the other's order"
 
@@ -86,11 +86,11 @@ def sections(study: Study) -> Iterator[Section]:
     for component, called in NAMES.items():
         if (pairs["component"] == component).any():
             yield section(
-                f"prediction_{component}", f"Does likeness predict what another's order costs? ({called})",
+                f"prediction_{component}", f"Do tasks that rank alike lose less by each other's order? ({called})",
                 functools.partial(prediction_scatter, pairs, component), prediction_sentence(pairs, component),
-                "A dot for each pair of a pruned task and the task whose order removes, with the 95 % interval of what "
-                "that costs. p: Mantel's test, two-sided, which gives the tasks each other's places, since pairs share "
-                "tasks.")
+                "A dot for each pair of a pruned task and the task whose order is used, with the 95 % interval of what "
+                "that costs. p: Mantel's test, two-sided, which permutes the tasks, since pairs that share a task are "
+                "not independent.")
 
 
 def tables(study: Study) -> Iterator[Table]:
@@ -98,7 +98,7 @@ def tables(study: Study) -> Iterator[Table]:
     pairs = prediction(study.transfer(), study.correlations())
     if len(pairs):
         rows = thousandths(pairs, "correlation", "low", "high", "lost", "cost", "cost_low", "cost_high")
-        yield Table("Likeness and loss", "Every pair of a pruned task and a donor of the order: the rank correlation "
+        yield Table("Similarity and loss", "Every pair of a pruned task and a donor of the order: the rank correlation "
                     "of their importance with its 95 % interval, the accuracy lost against the full model, and the "
                     "cost, which is the accuracy lost beyond the task's own order, with its interval.",
                     plain_columns(rows), (PREDICTION.name, pairs))

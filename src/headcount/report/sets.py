@@ -22,13 +22,14 @@ def top_sets_sentence(top_sets: pd.DataFrame, *, fraction: float | None = None) 
     row = rows.iloc[0]
     tasks = "both tasks" if row["tasks"] == 2 else f"all {row['tasks']:.0f} tasks"
     known = row["expected_in_layers"] == row["expected_in_layers"]
-    layers = f", sets with as many heads in each layer {row['expected_in_layers']:.1f}" if known else ""
+    layers = f", those with as many heads in each layer {row['expected_in_layers']:.1f}" if known else ""
     pairs = f"; two tasks share {say.percent(row['pair_mean_share'])} of theirs on average" if row["tasks"] > 2 else ""
-    pairs += f" (layers alone give {say.percent(row['pair_share_in_layers'])})" if pairs and known else ""
+    if pairs and known:
+        pairs += f" (random sets with as many heads in each layer {say.percent(row['pair_share_in_layers'])})"
     hedged = say.bracketed(say.interval(row, float(row["size"])))
     return (f"With {say.shots_of(rows)}, {row['common']:.0f}{hedged} of each task's {row['size']:.0f} most important "
-            f"heads ({say.share(row['fraction'])} of all) {'is' if row['common'] == 1 else 'are'} common to {tasks}, "
-            f"chance gives {row['expected']:.1f}{layers}{pairs}.")
+            f"heads ({say.share(row['fraction'])} of all) {'is' if row['common'] == 1 else 'are'} common to {tasks}; "
+            f"random sets have {row['expected']:.1f} in common{layers}{pairs}.")
 
 
 def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -> str:
@@ -52,10 +53,10 @@ def overlap_sentence(overlaps: pd.DataFrame, *, fraction: float | None = None) -
 
 
 def chance_words(row: pd.Series) -> str:
-    """`chance gives 1.6 (p = 0.19), layers alone (sets with as many heads in each layer) 0.4 (p = 0.72)`."""
+    """`chance gives 1.6 (p = 0.19), random sets with as many heads in each layer give 0.4 (p = 0.72)`."""
     said = f"chance gives {row['expected']:.1f} ({say.p_value(two_sided(row))})"
     if row["expected_in_layers"] == row["expected_in_layers"]:
-        said += (f", layers alone (sets with as many heads in each layer) {row['expected_in_layers']:.1f} "
+        said += (f", random sets with as many heads in each layer give {row['expected_in_layers']:.1f} "
                  f"({say.p_value(two_sided(row, '_in_layers'))})")
     return said
 

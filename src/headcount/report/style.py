@@ -6,7 +6,7 @@ depends on colour alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,19 @@ def save(figure: dict[str, Any], path: Path) -> list[Path]:
     return list(pictures)
 
 
-def fewest_first(names: Iterable[str]) -> list[str]:
-    """Labels of numbers of shots (`no shots`, `1 shot`, `5 shots`), each once, in the order of the numbers."""
-    return sorted(set(names), key=lambda name: int(name.split()[0]) if name[0].isdigit() else 0)
+def fewest_first(rows: pd.DataFrame) -> list[str]:
+    """Labels of numbers of shots, each once, in the order of the numbers: columns `shots` and `num_fewshot`."""
+    return list(dict.fromkeys(rows.sort_values("num_fewshot", kind="stable")["shots"]))
 
 
 def shots_column(rows: pd.DataFrame) -> alt.Column:
     """A panel per number of shots, few shots first."""
-    return alt.Column("shots:N", title=None, sort=fewest_first(rows["shots"]), header=alt.Header(labelFontSize=12))
+    return alt.Column("shots:N", title=None, sort=fewest_first(rows), header=alt.Header(labelFontSize=12))
 
 
 def shots_colour(rows: pd.DataFrame) -> alt.Color:
     """The same colour for the same number of shots in every panel; few shots first."""
-    names = fewest_first(rows["shots"])
+    names = fewest_first(rows)
     return alt.Color("shots:N", title="shots", scale=alt.Scale(domain=names, range=PALETTE[: len(names)]),
                      legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1))
 

@@ -39,8 +39,9 @@ def sections(study: Study) -> Iterator[Section]:
 def tables(study: Study) -> Iterator[Table]:
     """What top sets have in common, all together and in pairs."""
     if len(top := study.top_sets()):
-        yield Table("What top sets have in common", "Of the most important components of every task: the share that is "
-                    "common to all with its 95 % interval over documents, and that of two tasks on average.",
+        yield Table("What top sets have in common", "The share of each task's most important components that is common "
+                    "to all tasks, with its 95 % interval over documents, and the share that two tasks have in common "
+                    "on average.",
                     plain_columns(top.round(3)))
     if len(overlaps := study.top_overlaps()):
         yield Table("Top sets in pairs", "The most important fifth of a task's heads or FFNs (and of those of all "

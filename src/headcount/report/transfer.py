@@ -48,7 +48,8 @@ def transfer_map(transfer: pd.DataFrame, component: str, *, fraction: float | No
     rows = labelled(rows, labels)
     rows = rows.assign(donor=rows["donor"].where(~own, rows["task"]))
     cells = pd.DataFrame({
-        "row": rows["donor"], "column": rows["task"], "shots": rows["num_fewshot"].map(shots),
+        "row": rows["donor"], "column": rows["task"], "num_fewshot": rows["num_fewshot"],
+        "shots": rows["num_fewshot"].map(shots),
         "value": 100 * rows["difference"], "low": 100 * rows["difference_low"], "high": 100 * rows["difference_high"],
         "accuracy": rows["accuracy"], "documents": rows["documents"],
         "framed": own,
@@ -90,7 +91,7 @@ def unseen_curves(transfer: pd.DataFrame, component: str) -> Chart:
     # The full model begins every line.
     started = [full.assign(donor_scope=donor) for donor in dict.fromkeys(pruned["donor_scope"])]
     rows = pd.concat([*started, pruned], ignore_index=True)
-    data = rows[["task", "accuracy", "low", "high", "documents"]].round(4).assign(
+    data = rows[["task", "num_fewshot", "accuracy", "low", "high", "documents"]].round(4).assign(
         percent=(100 * rows["fraction"]).round(2), by=rows["donor_scope"].map(orders),
         shots=rows["num_fewshot"].map(shots))
     used = [name for donor, name in orders.items() if (rows["donor_scope"] == donor).any()]
@@ -116,7 +117,7 @@ def unseen_curves(transfer: pd.DataFrame, component: str) -> Chart:
 
 
 def transfer_sentence(transfer: pd.DataFrame, component: str, *, fraction: float | None = None) -> str:
-    """What another order than a task's own costs: the best and the worst donor found, the mean order without the task.
+    """What another order than a task's own costs: the best and the worst donor, the mean order without the task.
 
     Args:
         transfer: One row per recipient, donor, number of shots and fraction.
@@ -143,7 +144,7 @@ def transfer_sentence(transfer: pd.DataFrame, component: str, *, fraction: float
     if not said:
         return ""
     return (f"With {say.shots_of(rows)} and {say.share(rows['fraction'].iloc[0])} of the {NAMES[component]} removed, "
-            f"accuracy {say.on(rows)} changes, in points against a task's own order, {'; '.join(said)}."
+            f"accuracy {say.on(rows)} differs from that by a task's own order, in points, {'; '.join(said)}."
             f"{_own_needed(rows)}")
 
 
@@ -155,8 +156,8 @@ def _own_needed(rows: pd.DataFrame) -> str:
     if len(donors):
         worse, better = int((donors["difference_high"] < 0).sum()), int((donors["difference_low"] > 0).sum())
         of = f"the {len(donors)} single donors" if len(donors) > 1 else "the one donor"
-        said.append(f"of {of} {worse} {'is' if worse == 1 else 'are'} shown to be worse than a task's own order, "
-                    f"{better} better (not corrected for their number)")
+        said.append(f"of {of}, {worse} {'is' if worse == 1 else 'are'} shown to be worse than a task's own order and "
+                    f"{better} to be better (not corrected for their number)")
     if len(mean):
         low, high = mean["difference_low"].iloc[0], mean["difference_high"].iloc[0]
         shown = "is shown to be worse" if high < 0 else "is shown to be better" if low > 0 else (
@@ -175,8 +176,8 @@ def unseen_sentence(transfer: pd.DataFrame, component: str, *, fraction: float |
     for task, of_task in groups(pruned, "task"):
         mean, random = (of_task[of_task["donor_scope"] == scope] for scope in (ALL_TASKS, RANDOM))
         if len(mean):
-            beside = [f"{words} {say.accuracy(found.iloc[0])}" for words, found in (
-                ("full model", full[full["task"] == task]), ("random order", random)) if len(found)]
+            beside = [f"{words} {say.accuracy(measured.iloc[0])}" for words, measured in (
+                ("full model", full[full["task"] == task]), ("random order", random)) if len(measured)]
             said.append(", ".join([f"{task} {say.accuracy(mean.iloc[0])}", *beside]))
     if not said:
         return ""
@@ -195,7 +196,7 @@ def sections(study: Study) -> Iterator[Section]:
                 functools.partial(transfer_map, transfer, component),
                 transfer_sentence(transfer, component),
                 "Accuracy lost or gained, in points, by pruning with another order than the task's own; bold where the "
-                "95 % interval leaves out 0. Intervals are not corrected for how many there are.")
+                "95 % interval leaves out 0. Intervals are not corrected for their number.")
         if len(transferred(transfer, component, unseen=True)):
             yield section(
                 f"unseen_{component}", f"Does the order of all tasks serve an unseen one? ({word})",
@@ -208,7 +209,7 @@ def tables(study: Study) -> Iterator[Table]:
     transfer = study.transfer()
     if len(transfer):
         rows = thousandths(mean_first(transfer), "accuracy", "difference", "difference_low", "difference_high")
-        yield Table("Pruned by other tasks' orders", "The difference is to the task's own order, of an unseen task to "
-                    "the full model. On the mean, a donor serves all tasks but itself.",
+        yield Table("Pruned by other tasks' orders", "The difference is to the task's own order; on an unseen task, to "
+                    "the full model. In the mean, a donor's own task is left out.",
                     plain_columns(rows[["task", "num_fewshot", "component", "donor", "fraction", "accuracy",
                                          "difference", "difference_low", "difference_high", "documents"]]))

@@ -1,6 +1,6 @@
 """Numbers, intervals and counts as people read them: the words that captions, sentences and tables are made of.
 
-Sentences are hedged by their intervals and computed from the tables. Unless one says otherwise it is about the most
+Sentences are given with their intervals and computed from the tables. Unless one says otherwise it is about the most
 shots, the mean over tasks (the mean of ranks where that was asked for; the task itself where there is one), and the
 fraction nearest one half (one fifth for sets of the most important heads); it is empty where there is nothing to say.
 """
@@ -53,12 +53,12 @@ def on(rows: pd.DataFrame) -> str:
 
 
 def share(fraction: float) -> str:
-    """A share that was asked for, all its digits: `12.5 %`."""
+    """A share that an option asked for, with all its digits: `12.5 %`."""
     return f"{100 * fraction:.3g} %" if fraction == fraction else "0 %"
 
 
 def percent(share: float) -> str:
-    """A share that was found: `12 %`."""
+    """A measured share, in whole percent: `12 %`."""
     return f"{100 * share:.0f} %"
 
 
@@ -119,7 +119,7 @@ def points_of(margin: float | int) -> str:
 def told(
     verdict: str, margin: float | int, *, needed: float | int = float("nan"), documents: float | int = float("nan")
 ) -> str:
-    """What a verdict says of a loss of the margin; the words of all sentences, captions and tables.
+    """What a verdict says of a loss of the margin, as all sentences, captions and tables word it.
 
     Args:
         verdict: "within", "costs more" or "unknown" (`headcount.stats.intervals.verdict`).
@@ -142,7 +142,7 @@ def _would_tell(needed: float | int, documents: float | int) -> str:
     if needed != needed or needed <= documents:
         return ""
     if not (number := about(needed)):
-        return " (nor would more, if they changed alike: the loss seen is about that)"
+        return " (nor with more, if they changed alike: the measured loss is about that)"
     return f" ({number} would tell, if as large a share of them changed)"
 
 
@@ -198,9 +198,14 @@ def bracketed(*said: str) -> str:
     return f" ({known})" if known else ""
 
 
-def noisy(by_shots: Mapping[int, str], numbers: int) -> str:
-    """`with no shots scores are mostly noise: ...; with 5 shots ...`: reasons by number of shots, of so many."""
-    return "; ".join(reason if numbers == 1 else f"with {shots(k)} {reason}" for k, reason in by_shots.items())
+def noisy(by_shots: Mapping[int, str], numbers: int) -> list[str]:
+    """`with no shots scores are mostly noise: ...`: a clause for each number of shots; one alone is not named.
+
+    Args:
+        by_shots: Reason by number of shots, where scores are noisy.
+        numbers: How many numbers of shots there are in all.
+    """
+    return [reason if numbers == 1 else f"with {shots(k)} {reason}" for k, reason in by_shots.items()]
 
 
 def p_value(value: float) -> str:
@@ -215,5 +220,6 @@ def p_number(value: float) -> str:
     return f"< {_LEAST_P}" if value < _LEAST_P else f"{value:.2g}"
 
 
+SINGULAR = {"head": "head", "ffn": "FFN"}
 NAMES = {"head": "heads", "ffn": "FFNs"}
 COMPONENT_NAMES = {"head": ("attention head", "attention heads"), "ffn": ("FFN", "FFNs")}

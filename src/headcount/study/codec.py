@@ -99,9 +99,9 @@ def resampled_from(rows: pd.DataFrame) -> Float[np.ndarray, "resample component"
     """The resampled means of an importance table's rows, one column per row."""
     steps = np.stack(rows["resampled"].to_list()).astype(np.float64)
     importance, spread = rows["importance"].to_numpy(), rows["spread"].to_numpy()
-    found = importance + steps.T * spread / _STEPS
+    decoded = importance + steps.T * spread / _STEPS
     # A draw without the one document that a component costs gives it 0, and not what is left of a step: it ties.
-    return np.asarray(np.where(np.abs(found) <= spread / (2 * _STEPS), 0.0, found))
+    return np.asarray(np.where(np.abs(decoded) <= spread / (2 * _STEPS), 0.0, decoded))
 
 
 def induction_table(scores: InductionScores) -> pd.DataFrame:

@@ -43,10 +43,10 @@ class ModelSpec:
     """Type of the weights, as in transformers: auto, float32, bfloat16, float16."""
 
     device: str | None = field(default=None, metadata=MEANS)
-    """Where the model goes: cpu, cuda, cuda:1, mps; by default the GPU where there is one."""
+    """Where the model runs: cpu, cuda, cuda:1, mps; by default the GPU where there is one."""
 
     device_map: str | None = field(default=None, metadata=MEANS)
-    """How the model is spread over devices, as in transformers (auto, balanced, ...)."""
+    """How the model is split over devices, as in transformers (auto, balanced, ...)."""
 
     attn_implementation: str | None = field(default=None, metadata=BINDS)
     """Attention kernel, as in transformers (sdpa, eager)."""
@@ -76,16 +76,16 @@ class InductionSpec(ModelSpec):
     """Seed of the draws of shots (lm-eval's default) and of random orders."""
 
     induction_seeds: int | None = field(default=None, metadata=OF_INDUCTION | COUNT)
-    """Random texts of each length that induction scores are averaged over; by default 14 of seven lengths (protocol
-    `paper`: one each of its hundred)."""
+    """Number of random texts of each length that induction scores are averaged over; by default 14 (protocol `paper`:
+    one)."""
 
     induction_lengths: tuple[int, ...] | None = field(default=None, metadata=OF_INDUCTION)
-    """Lengths of the random sequences that stand four times in a text, in tokens; by default seven from 25 to 223
-    (protocol `paper`: 25, 27, .. 223). Those that do not fit into the model's window are left out."""
+    """Lengths in tokens of the random sequences, each of which stands four times in its text; by default seven from 25
+    to 223 (protocol `paper`: 25, 27, ... 223). Those that do not fit into the model's window are left out."""
 
     skip_control: bool = field(default=False, metadata=OF_INDUCTION)
     """Leave out the same model with random weights, which takes as much memory again; which heads are high on copying
-    is then told by --copying-threshold."""
+    is then decided by --copying-threshold."""
 
     prefix_threshold: float = field(default=0.3, metadata=OF_INDUCTION | SHARE)
     """A head that is high on prefix matching has at least this score."""
@@ -107,15 +107,16 @@ class StudySpec(InductionSpec):
     """What a study measures: one model x tasks x shots."""
 
     tasks: tuple[str, ...] = field(metadata=GROWS)
-    """lm-eval tasks, groups or tags; `paper14`, `paper14-unseen`, `icl`; task YAML files; jsonl files
-    of one's own, or folders of them (`./my-task`)."""
+    """lm-eval tasks, groups or tags; `paper14`, `paper14-unseen`, `icl`; task YAML files; your own
+    jsonl files, or folders of them (`./my-task`)."""
 
     shots: tuple[int, ...] = field(default=(0, 1, 5), metadata=GROWS)
-    """Numbers of shots."""
+    """Numbers of shots: worked examples before each question."""
 
     measure: tuple[Measured, ...] = field(default=("curves",), metadata=GROWS)
-    """curves: importance and pruning, one component at a time; grid: heads and FFNs pruned jointly; transfer: tasks
-    pruned by other tasks' orders and by the aggregate's; induction: prefix matching and copying of every head."""
+    """curves: importance and pruning, of heads alone and of FFNs alone; grid: heads and FFNs pruned jointly; transfer:
+    tasks pruned by other tasks' orders and by that of all tasks together; induction: prefix matching and copying of
+    every head."""
 
     limit: int | None = field(default=None, metadata=COUNT)
     """Evaluated documents per task, the first N (protocol `paper`: of the shuffled ones); all by default."""
@@ -130,13 +131,13 @@ class StudySpec(InductionSpec):
     """Split that importance is measured on: train, validation or test."""
 
     shared_shots: bool = False
-    """One draw of shots per task for all documents, instead of one per document."""
+    """Draw the shots once per task for all documents, instead of once per document."""
 
     fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    """Shares of heads (FFNs) removed along the pruning curves; 0, the full model, is always measured."""
+    """Shares of heads, and of FFNs, removed along the pruning curves; 0, the full model, is always measured."""
 
     random_orders: int = field(default=5, metadata=NATURAL)
-    """How many random orders stand beside the measured ones; what importance is worth is told by their spread too."""
+    """How many random orders the measured ones are compared with; their spread is part of the intervals."""
 
     random_fractions: tuple[float, ...] | None = None
     """Shares removed by random orders; by default the two of --fractions nearest to 0.2 and 0.5."""
@@ -150,20 +151,22 @@ class StudySpec(InductionSpec):
     `position`, absolute values per position, which the paper's code computes (the default under protocol paper)."""
 
     head_sample: int | None = field(default=None, metadata=COUNT)
-    """For `heads --method oracle`, which also calls it --sample: score so many heads, drawn at random."""
+    """For `heads --method oracle`, where it is also called --sample: score only this many heads, drawn at random."""
 
     ffn_order: Literal["oracle", "gradient"] = "oracle"
-    """What orders the FFNs: what is lost without each (the paper's), or the gradient score that orders heads."""
+    """What orders the FFNs: `oracle`, what is lost without each of them (the paper's), or `gradient`, the score that
+    orders heads."""
 
     ffn_score: Literal["gold_loglikelihood", "accuracy"] | None = None
     """What the FFN oracle counts as lost: the gold answer's log-likelihood (the default under protocol sound), or
     accuracy (the default under protocol paper, where equal FFNs go in the order of layers)."""
 
     grid_fractions: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
-    """Shares of heads, and of FFNs, removed jointly; 0 is always there. The preset opt66b-study has 0.1 to 0.9."""
+    """Shares of heads, and of FFNs, removed jointly; 0 is always included. The preset opt66b-study has 0.1 to 0.9."""
 
     grid_order: Literal["own", "mean"] = "own"
-    """By what the grid removes heads and FFNs: each task's own orders, or those of all tasks together (--aggregate)."""
+    """The orders by which the grid removes heads and FFNs: each task's own, or those of all tasks together
+    (--aggregate)."""
 
     grid_limit: int | None = field(default=None, metadata=COUNT)
     """Evaluated documents per task of the grid, the first N; by default as many as for the curves."""
@@ -178,22 +181,24 @@ class StudySpec(InductionSpec):
     """What is pruned by other tasks' orders: head, ffn or both."""
 
     unseen: tuple[str, ...] = field(default=(), metadata=GROWS)
-    """Tasks that no importance is measured on, pruned by the aggregate's order (`paper14-unseen`: the paper's)."""
+    """Tasks without importance of their own, pruned by the order of all tasks together (`paper14-unseen`: the
+    paper's)."""
 
     aggregate: Literal["mean", "ranks"] = "mean"
-    """How tasks' importances become one: the mean of the scores (the paper's), or of their ranks."""
+    """How the importance of all tasks is combined: the mean of the scores (the paper's), or of their ranks."""
 
     margin: float = field(default=0.02, metadata=SHARE)
-    """How much accuracy may be lost where a component counts as free."""
+    """The loss of accuracy that must be ruled out for a share of components to count as free (0.02: two points)."""
 
     masks_per_job: int = field(default=10, metadata=COUNT | MEANS)
-    """Masks measured, and saved, together: fewer means that less is lost when the study is stopped."""
+    """How many masks are measured and saved together: with fewer, less is lost when the study is stopped."""
 
     row_tokens: int | None = field(default=None, metadata=COUNT | MEANS)
-    """A row takes further documents up to this many tokens; by default as long as rows are cheapest on this device."""
+    """Documents are packed into rows of up to this many tokens; by default of the length that is cheapest on this
+    device."""
 
     batch_tokens: int | None = field(default=None, metadata=COUNT | MEANS)
-    """A batch takes further rows up to this many tokens; by default what is fast and fits in memory."""
+    """Rows are put into batches of up to this many tokens; by default as many as are fast and fit in memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
