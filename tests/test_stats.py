@@ -66,6 +66,14 @@ def test_rank_correlation_is_scipys_and_its_interval_covers() -> None:
     assert all(np.isnan(v) for v in rank_correlation(x[:2], x[:2]))
 
 
+@pytest.mark.parametrize("values", [1, 3, 1000])
+def test_ranks_of_draws_are_those_of_the_drawn_scores(values: int) -> None:
+    rng = np.random.default_rng(values)
+    scores = rng.integers(0, values, 40).astype(np.float64)
+    draws = rng.integers(0, 40, (25, 40))
+    np.testing.assert_array_equal(ranks._ranks_of_draws(scores, draws), ranks.ranks(scores[draws]))
+
+
 def test_mcnemar_is_scipys_binomial_test() -> None:
     rng = np.random.default_rng(0)
     full = (rng.random(80) < 0.7).astype(float)
