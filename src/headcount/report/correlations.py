@@ -248,7 +248,7 @@ def shots_sentence(correlations: pd.DataFrame, component: str, *, score: str | N
 def _beyond_noise(single: pd.DataFrame) -> str:
     """On how many tasks two numbers of shots agree less than scores so noisy can (the root of both reliabilities).
 
-    That is no test: in simulated studies of equal orders noise alone put 5 to 16 % of such intervals below the ceiling
+    That is no test: in simulated studies of equal orders noise alone put 7 to 16 % of such intervals below the ceiling
     where it was small, up to 46 % where it had heavy tails, and none where both scores share it (test_relations.py).
     """
     both = single[single["ceiling"].notna() & single["high"].notna()]
