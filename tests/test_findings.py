@@ -110,9 +110,9 @@ def test_texts_are_told_with_their_lengths_and_reliability() -> None:
     notes = {"sequences": 28, "lengths": [25, 58], "repeats": 4,
              "reliability": {"prefix_matching": 0.991, "copying": 0.75, "previous_token": 0.9}}
     assert texts_sentence(notes) == (
-        "Means over 28 texts: for prefix matching 25, 58 random tokens that stand 4 times, for copying 4 times as many "
-        "random tokens. Reliability (split halves of the texts, corrected to all of them by Spearman-Brown): 0.99 for "
-        "prefix matching and 0.75 for copying.")
+        "Means over 28 texts: for prefix matching 25, 58 random tokens, repeated 4 times; for copying 4 times as many "
+        "random tokens, all different. Reliability (split halves of the texts, corrected to all of them by "
+        "Spearman-Brown): 0.99 for prefix matching and 0.75 for copying.")
     assert texts_sentence({}) == ""
 
 

@@ -181,7 +181,7 @@ def test_a_single_task_has_captions_with_intervals_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("right", "said"), [
     ((80, 80, 80, 80), "a share of the heads is shown to be free on 2 of 2 tasks: 75 % (unlimited documents might show "
-     "up to 75 % or more) on red to 75 % (unlimited documents might show up to 75 % or more) on green."),
+     "75 % or more) on red to 75 % (unlimited documents might show 75 % or more) on green."),
     ((80, 60, 60, 40), "no share of the heads is shown to be free on any of 2 tasks: at the first step a loss of more "
      "than 2 points is shown on 2."),
     ((80, 79, 60, 40), "at the first step these documents cannot tell on 2 (")])

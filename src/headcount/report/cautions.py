@@ -48,9 +48,9 @@ def cautions(study: Study) -> Iterator[str]:
                "intervals cover the choice of documents, not of shots.")
     yield from _of_orders(study)
     if study.depth()["low"].notna().any():
-        yield ("Intervals of correlations, of sets of heads or FFNs and of what is retained are for studies with the "
-               "same number of documents. In simulations these 95 % intervals cover in 84 to 97 % of cases, least "
-               "often where scores are noisy.")
+        yield ("Intervals of correlations, of what sets of heads or FFNs have in common, and of retained induction "
+               "scores tell what another study with the same number of documents would find. In simulations 84 to 97 % "
+               "of these 95 % intervals held, fewest where scores were noisy.")
     for task, known in study.known_tasks.items():
         yield from (f"{task}: {note}." for note in known["notes"])
     yield from _of_documents(study)
@@ -102,8 +102,8 @@ def _of_documents(study: Study) -> Iterator[str]:
     if few:
         named = _listed([f"{t} ({how_many})" for t, how_many in few.items()], len(study.evaluated), "tasks")
         yield (f"On a single task a loss of {words.points_of(margin)} can only be ruled out with {least} documents or "
-               f"more, even if none of them changes; fewer (or fewer passages that they share) are evaluated on "
-               f"{named}.")
+               f"more, even if the answer to none of them changes. Fewer (or fewer passages that documents share) are "
+               f"evaluated on {named}.")
     curves = study.curves()
     without = list(dict.fromkeys(curves.loc[curves["low"].isna() & (curves["scope"] == TASK), "task"]))
     if without:

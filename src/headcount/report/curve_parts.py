@@ -44,7 +44,7 @@ def curve_tooltip() -> list[alt.Tooltip]:
             alt.Tooltip("high:Q", format=".3f"), alt.Tooltip("difference:Q", title="to the full model", format="+.3f"),
             alt.Tooltip("difference_low:Q", title="at least (95 %)", format="+.3f"),
             alt.Tooltip("difference_high:Q", title="at most (95 %)", format="+.3f"),
-            alt.Tooltip("verdict:N", title="of the margin"),
+            alt.Tooltip("verdict:N", title="loss beside the margin"),
             alt.Tooltip("p:Q", title="p of the difference", format=".2g")]
 
 

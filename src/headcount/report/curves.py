@@ -63,8 +63,8 @@ def common_sentence(study: Study, component: str) -> str:
     margin = study.spec["margin"]
     return (f"One set of {share(row['fraction'])} of the {COMPONENT_NAMES[component][1]} for all tasks leaves a mean "
             f"accuracy of {row['accuracy']:.2f}, {signed(row['difference'])} points against the full model "
-            f"({words.bounds(row['difference_low'], row['difference_high'], margin)}): {told(row['verdict'], margin)}."
-            f"{beside}{costs_more(study, row, float(row['fraction']))}")
+            f"(95 % interval {words.bounds(row['difference_low'], row['difference_high'], margin)}): "
+            f"{told(row['verdict'], margin)}.{beside}{costs_more(study, row, float(row['fraction']))}")
 
 
 def differences_sentence(study: Study, component: str) -> str:
@@ -155,15 +155,16 @@ def _enough(unknown: pd.DataFrame) -> str:
 
 
 def _bound(row: pd.Series, last: float) -> str:
-    """`30 %`, and `90 % or more` where the curve ends there."""
-    return f"{words.share(row['free_high'])}{' or more' if row['free_high'] >= last else ''}"
+    """`up to 30 %`, and `90 % or more` where the curve ends there."""
+    bound = words.share(row["free_high"])
+    return f"{bound} or more" if row["free_high"] >= last else f"up to {bound}"
 
 
 def _free_with_bound(row: pd.Series, last: float) -> str:
     """`10 % (unlimited documents might show up to 30 %)`."""
     more = row["free_high"] > row["free_fraction"] or row["free_high"] >= last
     return words.share(row["free_fraction"]) + (
-        f" (unlimited documents might show up to {_bound(row, last)})" if more else "")
+        f" (unlimited documents might show {_bound(row, last)})" if more else "")
 
 
 def tables(study: Study) -> Iterator[Table]:

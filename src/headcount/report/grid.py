@@ -99,7 +99,7 @@ def _grid_tooltip() -> list[alt.Tooltip]:
             alt.Tooltip("high:Q", format=".3f"), alt.Tooltip("difference:Q", title="to the full model", format="+.3f"),
             alt.Tooltip("difference_low:Q", title="at least (95 %)", format="+.3f"),
             alt.Tooltip("difference_high:Q", title="at most (95 %)", format="+.3f"),
-            alt.Tooltip("verdict:N", title="of the margin"), alt.Tooltip("documents:Q")]
+            alt.Tooltip("verdict:N", title="loss beside the margin"), alt.Tooltip("documents:Q")]
 
 
 def grid_sentence(grid: pd.DataFrame, margin: float) -> str:
@@ -134,7 +134,7 @@ def grid_sentence(grid: pd.DataFrame, margin: float) -> str:
     joint = free[(free["heads_removed"] > 0) & (free["ffns_removed"] > 0)]
     ruled_out = words.told(WITHIN, margin)
     if not ((rows["heads_removed"] > 0) & (rows["ffns_removed"] > 0)).any():
-        return f"{beginning}no cell removes both heads and FFNs: ask for larger fractions."
+        return f"{beginning}no cell removes both heads and FFNs: ask for larger --grid-fractions."
     if joint.empty:
         both = rows[(rows["heads_removed"] > 0) & (rows["ffns_removed"] > 0)].sort_values("parameters_removed_share")
         first = both.iloc[0]

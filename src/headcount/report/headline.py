@@ -86,7 +86,7 @@ def _can_go(study: Study, row: pd.Series) -> str:
             return f"{beginning}{said}{_on_those_above_chance(row)}"
         return f"{beginning}{said}{costs_more(study, row, float(row['free_fraction']))}"
     if row["next_fraction"] != row["next_fraction"]:
-        return f"{beginning}no step removes one of the {total} {names}: ask for larger fractions."
+        return f"{beginning}no step removes one of the {total} {names}: ask for larger --fractions."
     verdict = told(row["next_verdict"], margin, needed=row["next_documents"], documents=row["documents"])
     loses = costs_more(study, row, float(row["next_fraction"])) if row["order"] == COMMON else ""
     return (f"{beginning}no share of the {names} is shown to be free. Already without {row['next_removed']:.0f} of "

@@ -198,8 +198,11 @@ def importance_sentence(study: Study, component: str) -> str:
     ranks = (" (in brackets the 95 % interval of each rank, which leaves room for all that are shown to matter more "
              "above it, and for all that are shown to matter less below it)" if known else "")
     middle = f"; the median layer of the top tenth is {tenth['layer'].median():.0f} of 0 to {layers - 1}"
+    first = top.iloc[0]
+    called = (f"{first['name']} is head {first['head']:.0f} of layer {first['layer']:.0f}" if component == "head" else
+              f"{first['name']} is the FFN of layer {first['layer']:.0f}")
     return (f"{beginning}, {where}, the most important {COMPONENT_NAMES[component][1]} by {score} are "
-            f"{names}{ranks}{middle}.")
+            f"{names}{ranks}{middle}. {called}.")
 
 
 def ranked_on(ranked: pd.DataFrame) -> str:

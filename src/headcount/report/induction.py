@@ -180,6 +180,8 @@ def _retained_panel(rows: pd.DataFrame, bold: str) -> Chart:
     return alt.layer(band, middle, *([thin] if len(single) else []), line, dots)
 
 
+_DEFINITIONS = ("Prefix matching: how much a head attends, from a token, to the tokens that followed its earlier "
+                "occurrences. Copying: how much a head raises the logit of the token that it attends to.")
 RELIABLE = 0.8  # halves that agree less than this make a score noisy
 
 
@@ -210,8 +212,8 @@ def texts_sentence(notes: Mapping[str, Any]) -> str:
     reliable = (f" Reliability (split halves of the texts, corrected to all of them by Spearman-Brown): {agreed}."
                 if agreed else "")
     times = notes["repeats"]
-    return (f"Means over {notes['sequences']} texts: for prefix matching {listed} random tokens that stand {times} "
-            f"times, for copying {times} times as many random tokens.{reliable}")
+    return (f"Means over {notes['sequences']} texts: for prefix matching {listed} random tokens, repeated "
+            f"{times} times; for copying {times} times as many random tokens, all different.{reliable}")
 
 
 def reliability_caution(reliabilities: Mapping[str, float]) -> str:
@@ -290,10 +292,10 @@ def sections(study: Study) -> Iterator[Section]:
     notes = study.induction_notes
     told = [f"{note}." for note in notes.get("notes", ())]
     yield section("induction_maps", "Induction scores of every head", lambda: induction_maps(induction),
-                   texts_sentence(notes),
+                   _DEFINITIONS, texts_sentence(notes),
                    induction_sentence(induction, study.induction_thresholds),
                    reliability_caution(notes.get("reliability", {})), *told)
-    yield section("induction_scatter", "Heads high on both", lambda: induction_scatter(
+    yield section("induction_scatter", "Prefix matching against copying", lambda: induction_scatter(
         induction, study.induction_thresholds),
                    scatter_sentence(induction, study.induction_thresholds))
     retained = study.retained()

@@ -26,7 +26,7 @@ def induction_sentence(induction: pd.DataFrame, thresholds: Mapping[str, float])
         return ""
     if trained["induction"].isna().any():
         return ("Which heads are high on copying depends on the same model with random weights, which was not "
-                "measured; --copying-threshold sets a limit.")
+                "measured: leave out --skip-control, or set a threshold with --copying-threshold.")
     names = induction_heads(trained)["name"].tolist()
     limits = " and ".join(f"{name} of at least {thresholds[primitive]:.2g}" for primitive, name in PRIMITIVES.items())
     rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

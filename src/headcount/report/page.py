@@ -44,6 +44,9 @@ from headcount.stats.intervals import WITHIN
 QUESTIONS = (headline, importance, curves, grid, correlations, top_sets, transfer, prediction, induction)
 # Tables that are written as CSV: names of files, and of the study's methods.
 _CSV = tuple(table.name for table in TABLES if table.written)
+_FFN = "FFN: the feed-forward block of a layer."
+_TERMS = (f"{_FFN} Shots: solved examples in the prompt. Documents: the questions of a task. Points: percentage points "
+          "of accuracy.")
 # Behind what is kept of the charts' code stands its length.
 _LENGTH = "\n// length: "
 
@@ -129,8 +132,8 @@ def _page(study: Study, figures: Sequence[Figure], on_page: Sequence[Table], bun
         title=f"{name}: which heads and FFNs does in-context learning need?",
         what=f"{heads} attention heads, {ffns} FFNs, {words.millions(parameters)} parameters; " + (
             f"{words.number_of(len(study.tasks), 'task')} with {words.listed([words.shots(k) for k in spec['shots']])}"
-            f"; a share is called free where {words.told(WITHIN, spec['margin'])}."
-            if study.tasks else "no tasks."),
+            f". A share of the heads or FFNs is called free where {words.told(WITHIN, spec['margin'])}. {_TERMS}"
+            if study.tasks else f"no tasks. {_FFN}"),
         headline=headline.headline(study),
         cautions=list(cautions(study)),
         sections=[(figure.section.name, figure.section.heading) for figure in figures

@@ -61,7 +61,7 @@ def transfer_map(transfer: pd.DataFrame, component: str, *, fraction: float | No
                alt.Tooltip("documents:Q")]
     largest = max(1.0, float(cells["value"].abs().max())) if cells["value"].notna().any() else 1.0
     title = (f"points of accuracy against the own order, {100 * rows['fraction'].iloc[0]:.3g} % of "
-             f"{COMPONENTS[component]} removed; bold: the interval leaves out 0")
+             f"{COMPONENTS[component]} removed; bold: the 95 % interval excludes 0")
     columns, donors = labels.tasks_first(cells["column"]), set(cells["row"])
     donors_first = labels.tasks_first([name for name in [*columns, *cells["row"]] if name in donors])
     return matrix(cells, donors_first, columns, _whole, title, largest, tooltip, ("pruned by the order of", "task"),
@@ -138,7 +138,7 @@ def transfer_sentence(transfer: pd.DataFrame, component: str, *, fraction: float
                  f"by {say.points(worst)} with that of {worst['donor']}, the worst"]
     elif len(donors):
         said.append(f"by {say.points(donors.iloc[0])} with the order of {donors['donor'].iloc[0]}")
-    for name, words in ((OTHER_TASKS, "the mean order of the other tasks"), (RANDOM, "a random one")):
+    for name, words in ((OTHER_TASKS, "the mean order of the other tasks"), (RANDOM, "a random order")):
         row = rows[rows["donor_scope"] == name]
         said += [f"by {say.points(row.iloc[0])} with {words}"] if len(row) else []
     if not said:
@@ -195,8 +195,9 @@ def sections(study: Study) -> Iterator[Section]:
                 f"transfer_{component}", f"Does the order of one task serve another? ({word})",
                 functools.partial(transfer_map, transfer, component),
                 transfer_sentence(transfer, component),
-                "Accuracy lost or gained, in points, by pruning with another order than the task's own; bold where the "
-                "95 % interval leaves out 0. Intervals are not corrected for their number.")
+                "Accuracy lost or gained, in points, when a task (column) is pruned by the order of a donor (row), "
+                "another task, instead of its own; bold where the 95 % interval excludes 0. Intervals are not "
+                "corrected for their number.")
         if len(transferred(transfer, component, unseen=True)):
             yield section(
                 f"unseen_{component}", f"Does the order of all tasks serve an unseen one? ({word})",
