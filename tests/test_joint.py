@@ -143,7 +143,7 @@ def test_the_report_has_all_of_it(study: Study) -> None:
     assert {f.name for f in (study.folder / "figures").iterdir()} >= {
         f"{name}.{kind}" for kind in ("png", "pdf")
         for name in ("grid", "transfer_head", "transfer_ffn", "unseen_head", "induction_maps", "retained")}
-    assert "cover in 84 to 97 % of cases" in " ".join(cautions(study))
+    assert "84 to 97 % of these 95 % intervals held" in " ".join(cautions(study))
     depth = study.depth()
     assert depth["low"].notna().all(), "importance was resampled"
 

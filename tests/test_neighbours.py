@@ -100,7 +100,7 @@ def test_a_plan_says_beside_what_it_was_timed(
     spec = StudySpec("tiny", tasks=("piqa",), shots=(0,), out=tmp_path / "study", limit=4, importance_limit=4,
                      fractions=(0.5,), data=tiny.write_task(tmp_path / "data"))
     runner = prepare(spec, parts=("evaluate",), loaded=tiny.loaded("llama"))
-    said = "timed while other processes kept 1.8 of 2 cores busy: on a quiet machine it may be several times faster"
+    said = "timed while other processes kept 1.8 of 2 cores busy: on an idle machine it may be several times faster"
     for others in (1.8, 0.2):
         beside(monkeypatch, others)
         speed = runner.speed()
