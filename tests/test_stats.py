@@ -196,9 +196,8 @@ def test_rank_numbers_are_scipys() -> None:
     assert ranks.reliability(0.5) == pytest.approx(2 / 3)
     assert ranks.reliability(-0.2) == -0.2
     assert np.isnan(ranks.ceiling(-0.2, 0.5))
-    assert np.isnan(ranks.disattenuated(np.stack([x, -x]), np.stack([y, y])))
-    halves = np.stack([x, x])
-    assert ranks.disattenuated(halves, np.stack([y, y])) == pytest.approx(ranks.spearman(x, y))
+    assert np.isnan(ranks.disattenuated(*ranks.ranks(np.stack([[x, -x], [y, y]]))))
+    assert ranks.disattenuated(*ranks.ranks(np.stack([[x, x], [y, y]]))) == pytest.approx(ranks.spearman(x, y))
 
 
 def test_an_interval_of_a_perfect_correlation_is_a_number() -> None:
@@ -249,7 +248,7 @@ def test_rank_correlations_over_documents(alike: float, noise: float, shared: bo
         percentile += low <= expected <= high
         halves = np.stack([scores[:, ::2].mean(axis=1), scores[:, 1::2].mean(axis=1)], axis=1)
         reliabilities.append(ranks.reliability(ranks.spearman(*halves[0])))
-        clean.append(ranks.disattenuated(halves[0], halves[1]))
+        clean.append(ranks.disattenuated(*ranks.ranks(halves)))
     assert 0.84 <= centred / trials <= 0.99
     assert percentile < centred
     assert np.mean(reliabilities) == pytest.approx(again, abs=0.04)

@@ -182,7 +182,7 @@ def _pair(a: _Key, b: _Key, x: _Ranked, y: _Ranked, kind: str) -> Iterator[dict[
     else:
         low, high = ranks.document_interval(float(rho[0]), rho[3:], n)
         most = ranks.ceiling(_split_half(x.ranks), _split_half(y.ranks))
-        unlimited = ranks.disattenuated(x.values[1:3], y.values[1:3])
+        unlimited = ranks.disattenuated(x.ranks[1:3], y.ranks[1:3])
     lists = ranks.argsort_correlation(x.values[0], y.values[0])
     of_layers = _of_layers(x, y, random=random)
     numbers = dict(zip(_PAIR, (float(rho[0]), low, high, most, unlimited, lists, *of_layers), strict=True))
@@ -200,7 +200,7 @@ def _of_layers(x: _Ranked, y: _Ranked, *, random: bool) -> tuple[float, float, f
     free = len(x.layers) - len(np.unique(x.layers)) + 1
     high = ranks.random_band(free)
     bounds = (-high, high) if random else ranks.document_interval(float(rho[0]), rho[3:], free)
-    return float(rho[0]), *bounds, ranks.layers_alone(x.values[0], y.values[0], x.layers)
+    return float(rho[0]), *bounds, ranks.layers_alone(x.ranks[0], y.ranks[0], x.layers)
 
 
 def _reliability(key: _Key, one: _Ranked) -> dict[str, Any]:

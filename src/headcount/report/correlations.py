@@ -138,16 +138,17 @@ def _shots_panel(rows: pd.DataFrame, random: pd.DataFrame, labels: Labels, *, pa
     opacity = 0.25 if pale else 1
     dots = base.mark_point(filled=True, size=42, opacity=opacity).encode(
         x=x, color=colour, shape=shape,
-        tooltip=["task:N", alt.Tooltip("pair:N", title="shots"), alt.Tooltip("correlation:Q", format=".3f"),
+        tooltip=[alt.Tooltip("task:N"), alt.Tooltip("pair:N", title="shots"),
+                 alt.Tooltip("correlation:Q", format=".3f"),
                  alt.Tooltip("low:Q", title="95 % interval from", format=".3f"),
                  alt.Tooltip("high:Q", title="to", format=".3f"),
                  alt.Tooltip("alone:N", title="layers alone give"), alt.Tooltip("inside:N", title="within layers")])
     lines = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6, opacity=opacity).encode(
-        x="low:Q", x2="high:Q", color=colour)
+        x=alt.X("low:Q"), x2=alt.X2("high:Q"), color=colour)
     # All in the middle of their row; without an offset of their own rows would be no higher than one of them.
     grey = alt.Chart(random.assign(offset=pairs[len(pairs) // 2])).encode(y=y, yOffset=alt.YOffset(
         "offset:N", scale=alt.Scale(domain=pairs)))
-    band = grey.mark_rule(color="#bbb", strokeWidth=5).encode(x="low:Q", x2="high:Q")
+    band = grey.mark_rule(color="#bbb", strokeWidth=5).encode(x=alt.X("low:Q"), x2=alt.X2("high:Q"))
     beside = grey.mark_tick(color="#555", thickness=2).encode(
         x=x, tooltip=[alt.Tooltip("pair:N", title="what"), alt.Tooltip("correlation:Q", format=".3f"),
                       alt.Tooltip("low:Q", title="95 % of random orders from", format=".3f"),

@@ -36,10 +36,11 @@ def task_curves(curves: pd.DataFrame, component: str) -> Chart:
     x = alt.X("percent:Q", title=f"{COMPONENTS[component]} removed (%)", scale=alt.Scale(domain=[0, 100]))
     base = alt.Chart().encode(x=x)
     band = base.transform_filter(OF_OWN_ORDER).mark_area(opacity=0.15).encode(
-        y=alt.Y("low:Q", title="accuracy", scale=alt.Scale(domain=[0, 1])), y2="high:Q", color=shots_colour(rows))
-    line = base.mark_line(strokeWidth=1.8).encode(y="accuracy:Q", color=shots_colour(rows),
+        y=alt.Y("low:Q", title="accuracy", scale=alt.Scale(domain=[0, 1])), y2=alt.Y2("high:Q"),
+        color=shots_colour(rows))
+    line = base.mark_line(strokeWidth=1.8).encode(y=alt.Y("accuracy:Q"), color=shots_colour(rows),
                                                   strokeDash=order_dashes(rows))
-    dots = base.mark_circle(size=16, opacity=1).encode(y="accuracy:Q", color=shots_colour(rows),
+    dots = base.mark_circle(size=16, opacity=1).encode(y=alt.Y("accuracy:Q"), color=shots_colour(rows),
                                                        tooltip=curve_tooltip())
     chart = alt.layer(band, line, dots, data=rows).properties(width=180, height=125).facet(
         facet=alt.Facet("task:N", title=None, sort=tasks, header=alt.Header(labelFontSize=12, labelFontWeight="bold")),

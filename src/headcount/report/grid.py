@@ -44,11 +44,13 @@ def grid_map(grid: pd.DataFrame, *, choose: bool) -> Chart:
         x2="datum.x + 1", y2="datum.y + 1", middle="datum.x + .5", centre="datum.y + .5")
     colour = alt.Color("accuracy:Q", title="accuracy", scale=alt.Scale(scheme="viridis", zero=False, nice=False),
                        legend=alt.Legend(format=".2f", gradientLength=LEGEND_LENGTH))
-    rects = cells.mark_rect().encode(x=x, x2="x2:Q", y=y, y2="y2:Q", color=colour, tooltip=_grid_tooltip())
+    rects = cells.mark_rect().encode(x=x, x2=alt.X2("x2:Q"), y=y, y2=alt.Y2("y2:Q"), color=colour,
+                                     tooltip=_grid_tooltip())
     text = cells.mark_text(fontSize=11 if size >= 34 else 9).encode(
-        x="middle:Q", y="centre:Q", text="text:N",
+        x=alt.X("middle:Q"), y=alt.Y("centre:Q"), text=alt.Text("text:N"),
         color=alt.condition("datum.dark", alt.value("white"), alt.value("black")))
-    edges = alt.Chart().transform_filter("isValid(datum.outline)").encode(x="x:Q", x2="x2:Q", y="y:Q", y2="y2:Q")
+    edges = alt.Chart().transform_filter("isValid(datum.outline)").encode(
+        x=alt.X("x:Q"), x2=alt.X2("x2:Q"), y=alt.Y("y:Q"), y2=alt.Y2("y2:Q"))
     width = 2.5 if size >= 34 else 1.8
     halo = edges.mark_rule(stroke="white", strokeWidth=width + 3, strokeCap="square")
     outline = edges.mark_rule(strokeWidth=width, strokeCap="square").encode(

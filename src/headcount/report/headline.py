@@ -166,13 +166,13 @@ def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, fl
                                                     axis=alt.Axis(values=list(range(0, 101, 20)))))
     y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
     band = base.transform_filter(OF_OWN_ORDER).mark_area(opacity=0.18).encode(
-        y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=shots_colour(described))
+        y=alt.Y("low:Q", title="accuracy"), y2=alt.Y2("high:Q"), color=shots_colour(described))
     line = base.mark_line(strokeWidth=2).encode(y=y, color=shots_colour(described), strokeDash=order_dashes(described))
     dots = base.mark_circle(size=30, opacity=1).encode(y=y, color=shots_colour(described), tooltip=curve_tooltip())
     guess = pd.DataFrame({"accuracy": sorted(set(baselines.values()))[:1]})
-    chance = alt.Chart(guess).mark_rule(color="#888", strokeDash=[2, 3]).encode(y="accuracy:Q")
+    chance = alt.Chart(guess).mark_rule(color="#888", strokeDash=[2, 3]).encode(y=alt.Y("accuracy:Q"))
     word = alt.Chart(guess).mark_text(align="left", dx=4, color="#666", fontSize=10).encode(
-        y="accuracy:Q", x=alt.datum(100), text=alt.value("guessing"))
+        y=alt.Y("accuracy:Q"), x=alt.datum(100), text=alt.TextValue("guessing"))
     marks = free[free["free_fraction"] > 0].assign(percent=lambda t: 100 * t["free_fraction"], by=lambda t: t[
         "order"].map(BY), shots=lambda t: t["num_fewshot"].map(shots))
     layers = [band, chance, word, line, dots]
@@ -182,9 +182,9 @@ def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, fl
                                                   opacity=1).encode(
             fill=alt.condition(OF_OWN_ORDER, shots_colour(described), alt.value("white")),
             stroke=alt.condition(OF_OWN_ORDER, alt.value("black"), shots_colour(described)),
-            x="percent:Q", y="accuracy:Q", color=shots_colour(described),
-            tooltip=[alt.Tooltip("percent:Q", title="free (%)"), alt.Tooltip("by:N", title="removed"), "shots:N",
-                     alt.Tooltip("accuracy:Q", format=".3f")]))
+            x=alt.X("percent:Q"), y=alt.Y("accuracy:Q"), color=shots_colour(described),
+            tooltip=[alt.Tooltip("percent:Q", title="free (%)"), alt.Tooltip("by:N", title="removed"),
+                     alt.Tooltip("shots:N"), alt.Tooltip("accuracy:Q", format=".3f")]))
     return alt.layer(*layers)
 
 

@@ -91,9 +91,11 @@ def ffn_bars(importance: pd.DataFrame, scores: Sequence[str], *, choose: bool) -
         base = alt.Chart().encode(x=x)
         bars = base.mark_bar(color=PALETTE[0]).properties(name=f"{name}_bars").encode(
             y=alt.Y("importance:Q", title=title),
-            tooltip=[alt.Tooltip("name:N", title="FFN"), "task:N", "shots:N", alt.Tooltip("importance:Q", format=".3g"),
+            tooltip=[alt.Tooltip("name:N", title="FFN"), alt.Tooltip("task:N"), alt.Tooltip("shots:N"),
+                     alt.Tooltip("importance:Q", format=".3g"),
                      alt.Tooltip("stderr:Q", title="standard error", format=".2g")])
-        errors = base.transform_filter("isValid(datum.stderr)").mark_rule(color="#333").encode(y="low:Q", y2="high:Q")
+        errors = base.transform_filter("isValid(datum.stderr)").mark_rule(color="#333").encode(
+            y=alt.Y("low:Q"), y2=alt.Y2("high:Q"))
         columns = ["task", "shots", "layer", "name", "importance", "stderr", "low", "high"]
         layered = alt.layer(bars, errors, data=of_score[columns]).properties(width=width, height=150)
         panels.append(of_one_task(layered, rows, choose).facet(column=shots_column(rows))
@@ -122,13 +124,14 @@ def depth_bars(depth: pd.DataFrame) -> Chart:
                                       axis=alt.Axis(labelAngle=0, ticks=False)))
     title = f"of the top {100 * depth['fraction'].iloc[0]:.0f} % of heads (%)"
     y = alt.Y("share:Q", title=title, scale=alt.Scale(domain=[0, 100]))
-    tooltip = ["task:N", "shots:N", "third:N", alt.Tooltip("share:Q", title="share (%)"), alt.Tooltip("low:Q"),
-               alt.Tooltip("high:Q"), alt.Tooltip("expected:Q", title="of all heads (%)")]
+    tooltip = [alt.Tooltip("task:N"), alt.Tooltip("shots:N"), alt.Tooltip("third:N"),
+               alt.Tooltip("share:Q", title="share (%)"), alt.Tooltip("low:Q"), alt.Tooltip("high:Q"),
+               alt.Tooltip("expected:Q", title="of all heads (%)")]
     of_whole = base.transform_filter("datum.whole")
     bars = of_whole.mark_bar(color=PALETTE[5]).encode(y=y, tooltip=tooltip)
     tick = of_whole.mark_tick(thickness=2, color="black", bandSize=52).encode(y=alt.Y("expected:Q", title=title))
     errors = of_whole.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6).encode(
-        y=alt.Y("low:Q", title=title), y2="high:Q")
+        y=alt.Y("low:Q", title=title), y2=alt.Y2("high:Q"))
     dots = base.transform_filter("!datum.whole").mark_circle(size=20, color=PALETTE[1], opacity=0.8).encode(
         y=y, tooltip=tooltip)
     name = data.loc[data["whole"], "task"].iloc[0]

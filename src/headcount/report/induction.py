@@ -106,7 +106,7 @@ def _scatter_panel(rows: pd.DataFrame, thresholds: Mapping[str, float], limits: 
                  alt.Tooltip("ov_copying:Q", title="OV copying")])
     lines = [alt.Chart(pd.DataFrame([thresholds])).mark_rule(color="#555", strokeDash=[4, 3]).encode(
         **{channel: f"{p}:Q"}) for channel, p in zip(("x", "y"), PRIMITIVES, strict=True)]
-    text = alt.Chart(places).mark_text(fontSize=10).encode(x="x:Q", y="y:Q", text="name:N")
+    text = alt.Chart(places).mark_text(fontSize=10).encode(x=alt.X("x:Q"), y=alt.Y("y:Q"), text=alt.Text("name:N"))
     return alt.layer(*lines, dots, text).properties(width=_DOTS, height=_HEADS, title=title)
 
 
@@ -159,21 +159,21 @@ def _retained_panel(rows: pd.DataFrame, bold: str) -> Chart:
     y = alt.Y("left:Q", title="score retained (%)", scale=alt.Scale(domain=[0, 100]))
     band = alt.Chart(grey).mark_area(opacity=0.9).encode(
         x=alt.X("fraction:Q", title="heads removed (%)"), y=alt.Y("random_low:Q", title="score retained (%)"),
-        y2="random_high:Q", fill=alt.Fill("name:N", title=None, scale=alt.Scale(range=["#d9d9d9"]),
+        y2=alt.Y2("random_high:Q"), fill=alt.Fill("name:N", title=None, scale=alt.Scale(range=["#d9d9d9"]),
                                              legend=alt.Legend(symbolType="square", symbolStrokeWidth=0)))
     middle = alt.Chart(grey).mark_line(color="#777", strokeDash=[4, 3], strokeWidth=1.4).encode(
-        x="fraction:Q", y="random_mean:Q")
+        x=alt.X("fraction:Q"), y=alt.Y("random_mean:Q"))
     of_bold, single = data[data["task"] == bold], data[data["task"] != bold]
     names = fewest_first(data)
     colour = alt.Color("shots:N", title=None, scale=alt.Scale(domain=names, range=PALETTE[: len(names)]),
                        legend=alt.Legend(symbolOpacity=1))
     shape = alt.Shape("shots:N", title=None, scale=alt.Scale(domain=names, range=SHAPES[: len(names)]))
-    tooltip = ["task:N", "shots:N", alt.Tooltip("removed:Q", title="heads removed (%)"),
+    tooltip = [alt.Tooltip("task:N"), alt.Tooltip("shots:N"), alt.Tooltip("removed:Q", title="heads removed (%)"),
                alt.Tooltip("left:Q", title="score retained (%)", format=".1f"),
                alt.Tooltip("low:Q", title="at least", format=".1f"),
                alt.Tooltip("high:Q", title="at most", format=".1f")]
     thin = alt.Chart(single).mark_line(strokeWidth=0.8, opacity=0.35).encode(
-        x=x, y=y, color=colour, detail="task:N", tooltip=tooltip)
+        x=x, y=y, color=colour, detail=alt.Detail("task:N"), tooltip=tooltip)
     line = alt.Chart(of_bold).mark_line(strokeWidth=2.6).encode(x=x, y=y, color=colour)
     dots = alt.Chart(of_bold).mark_point(filled=True, size=55, opacity=1).encode(
         x=x, y=y, color=colour, shape=shape, tooltip=tooltip)

@@ -37,7 +37,7 @@ def matrix(cells: pd.DataFrame, rows: list[str], columns: list[str], said: Calla
     framed = base.transform_filter("datum.framed").mark_rect(fill=None, stroke="black", strokeWidth=1.3)
     text = [base.transform_filter(f"{'' if sure else '!'}datum.sure").mark_text(
         fontSize=8 if size < 24 else 9 if size < 30 else 10, fontWeight="bold" if sure else "normal").encode(
-        text="text:N", color=alt.condition("datum.dark", alt.value("white"), alt.value("black")))
+        text=alt.Text("text:N"), color=alt.condition("datum.dark", alt.value("white"), alt.value("black")))
         for sure in (False, True)]
     chart = alt.layer(ground, rects, framed, *text, data=cells).properties(
         width=size * len(columns), height=size * len(rows))

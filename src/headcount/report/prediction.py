@@ -34,7 +34,7 @@ def prediction_scatter(pairs: pd.DataFrame, component: str) -> Chart:
     x = alt.X("correlation:Q", title="rank correlation of importance", scale=alt.Scale(zero=False, padding=12))
     title = "points lost beyond the own order"
     base = alt.Chart().encode(x=x)
-    bars = base.mark_rule(color=PALETTE[0], opacity=0.35).encode(y=alt.Y("low:Q", title=title), y2="high:Q")
+    bars = base.mark_rule(color=PALETTE[0], opacity=0.35).encode(y=alt.Y("low:Q", title=title), y2=alt.Y2("high:Q"))
     dots = base.mark_circle(color=PALETTE[0], size=42, opacity=1).encode(
         y=alt.Y("cost:Q", title=title),
         tooltip=[alt.Tooltip("task:N", title="task"), alt.Tooltip("donor:N", title="pruned by the order of"), "shots:N",
@@ -43,7 +43,7 @@ def prediction_scatter(pairs: pd.DataFrame, component: str) -> Chart:
                  alt.Tooltip("low:Q", title="at least (95 %)", format="+.1f"),
                  alt.Tooltip("high:Q", title="at most (95 %)", format="+.1f"),
                  alt.Tooltip("lost:Q", title="points against the full model", format="+.1f")])
-    zero = alt.Chart(pd.DataFrame({"cost": [0.0]})).mark_rule(color="#888", strokeDash=[2, 3]).encode(y="cost:Q")
+    zero = alt.Chart(pd.DataFrame({"cost": [0.0]})).mark_rule(color="#888", strokeDash=[2, 3]).encode(y=alt.Y("cost:Q"))
     share = f"{100 * rows['fraction'].iloc[0]:.3g} % of {COMPONENTS[component]} removed"
     layers = alt.layer(zero, bars, dots, data=data).properties(width=285, height=240)
     return dressed(layers.facet(column=shots_column(data)).properties(title=share))

@@ -2,6 +2,8 @@
 
 Colours are those of Okabe and Ito, told apart by colour-blind readers; random orders are dashed, so that no figure
 depends on colour alone.
+
+Channels are objects (`alt.X("low:Q")`), no bare strings: Altair reads all its schemas to wrap each string.
 """
 
 from __future__ import annotations

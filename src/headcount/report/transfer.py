@@ -104,10 +104,11 @@ def unseen_curves(transfer: pd.DataFrame, component: str) -> Chart:
     lines = [base.transform_filter(alt.datum.by == name).mark_line(
         strokeWidth=1.8, strokeDash=[4, 3] if name == orders[RANDOM] else [1, 0]).encode(y=y, color=colour)
         for name in used]
-    errors = base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=colour)
+    errors = base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q", title="accuracy"), y2=alt.Y2("high:Q"),
+                                                          color=colour)
     dots = base.mark_point(filled=True, size=48, opacity=1).encode(
         y=y, color=colour, shape=shape,
-        tooltip=["task:N", "shots:N", alt.Tooltip("by:N", title="removed by"),
+        tooltip=[alt.Tooltip("task:N"), alt.Tooltip("shots:N"), alt.Tooltip("by:N", title="removed by"),
                  alt.Tooltip("percent:Q", title="removed (%)"), alt.Tooltip("accuracy:Q", format=".3f"),
                  alt.Tooltip("low:Q", format=".3f"), alt.Tooltip("high:Q", format=".3f"), alt.Tooltip("documents:Q")])
     chart = alt.layer(*lines, errors, dots, data=data).properties(width=235, height=150).facet(

@@ -52,8 +52,11 @@ def argsort_correlation(x: Float[np.ndarray, " component"], y: Float[np.ndarray,
     in few places, so the number says little about the scores: near 0 where importance has no trend over the layers,
     and, where it has, what the trend alone gives, however alike the scores are.
     """
-    lists = [np.argsort(scores, kind="stable").astype(np.float64) for scores in (x, y)]
-    return spearman(*lists)
+    if len(x) < 3:
+        return float("nan")
+    # Positions are all different: each, counted from 1, is its own rank.
+    one, other = (np.argsort(scores, kind="stable")[None] + 1.0 for scores in (x, y))
+    return float(pearson(one, other)[0])
 
 
 def within_layers(
@@ -90,14 +93,13 @@ def layers_alone(
     score with itself it is the share of the ranks' variance that lies between layers.
 
     Args:
-        x: One score.
-        y: The other.
+        x: Ranks of one score.
+        y: Of the other.
         layers: Of every component.
     """
-    rx, ry = ranks(x), ranks(y)
-    rest = (within_layers(rx, layers) * within_layers(ry, layers)).sum()
+    rest = (within_layers(x, layers) * within_layers(y, layers)).sum()
     with np.errstate(invalid="ignore", divide="ignore"):
-        return spearman(x, y) - float(rest / (len(x) * rx.std() * ry.std()))
+        return float(pearson(x[None], y[None])[0]) - float(rest / (len(x) * x.std() * y.std()))
 
 
 def between_layers(scores: Float[np.ndarray, " component"], layers: Int[np.ndarray, " component"]) -> float:
@@ -246,17 +248,16 @@ def disattenuated(
     (simulated), and too high by .1 at .7 with 30 components, where it scatters widely.
 
     Args:
-        x: Means of one score over the two halves of the documents.
+        x: Ranks of one score's means over the two halves of the documents.
         y: Those of the other.
 
     Returns:
         The estimate, above 1 by chance at times; NaN where the halves of one score do not agree at all.
     """
-    rx, ry = ranks(x), ranks(y)
-    agreed = pearson(np.stack([rx[0], ry[0]]), np.stack([rx[1], ry[1]]))
+    agreed = pearson(np.stack([x[0], y[0]]), np.stack([x[1], y[1]]))
     if not agreed.min() > 0:
         return float("nan")
-    return float(pearson(rx, ry[::-1]).mean() / np.sqrt(agreed.prod()))
+    return float(pearson(x, y[::-1]).mean() / np.sqrt(agreed.prod()))
 
 
 def random_band(components: int, level: float = LEVEL) -> float:
