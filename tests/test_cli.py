@@ -336,6 +336,13 @@ def test_the_oracle_of_heads_is_printed_beside_the_gradient(model_folder: Path, 
                           "--head-sample", "4")
     assert spelt_out.returncode == 0, spelt_out.stderr
     assert re.search(r"position +log-lik\. +piqa +0 .* 4$", spelt_out.stdout, re.MULTILINE)
-    study = open_study(tmp_path / "study")
-    table = study.importance().query("method == 'oracle' and score == 'accuracy'")
+    for asked, heads in ((1, 12), (2, 4)):
+        table = open_study(tmp_path / "study", asked).importance().query("method == 'oracle' and score == 'accuracy'")
+        assert len(table) == heads
+    # A folder of an earlier version does not say what was asked for, so that all of it is shown.
+    known = tmp_path / "study" / "study.json"
+    described = {name: value for name, value in json.loads(known.read_text()).items() if name not in ("asked", "parts")}
+    del described["tasks"]["piqa"]["by_shots"]
+    known.write_text(json.dumps(described))
+    table = open_study(tmp_path / "study").importance().query("method == 'oracle' and score == 'accuracy'")
     assert len(table) == 12, "a head of both the sample and the whole counts once"

@@ -20,10 +20,10 @@ from headcount.masks import Mask
 from headcount.study.jobs import Evaluation, HeadOracle, OracleImportance, job_from, name_of
 from headcount.study.ledger import Ledger
 from headcount.study.masksets import FullModel, Grid, RandomCurve, SingleFFNs, Transfer, steps_of
-from headcount.study.plan import Part, PlannedJob, TaskFacts, missing, parts_of, plan
+from headcount.study.plan import PlannedJob, TaskFacts, missing, plan
 from headcount.study.prepare import prepare
 from headcount.study.runner import run, run_study
-from headcount.study.spec import InductionSpec, ModelSpec, StudySpec, fields_that
+from headcount.study.spec import InductionSpec, ModelSpec, Part, StudySpec, fields_that, parts_of
 
 FACTS = [TaskFacts("a", "fa", {0: 9, 1: 9, 2: 8, 5: 9}, {0: 12, 1: 12, 2: 11, 5: 12}),
          TaskFacts("b", "fb", {0: 7, 1: 7, 2: 7, 5: 7}, {0: 12, 1: 12, 2: 12, 5: 12}),

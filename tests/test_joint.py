@@ -186,7 +186,8 @@ def test_more_can_be_measured_in_a_folder_that_is_there(tmp_path: Path) -> None:
     asked = dataclasses.replace(base, tasks=(), measure=("induction",), induction_lengths=(9, 5), induction_seeds=2,
                                 prefix_threshold=0.5, skip_control=True)
     run_study(asked, loaded=loaded)
-    last = hc.open_study(run_study(dataclasses.replace(base, measure=("curves",)), loaded=loaded))
+    again = dataclasses.replace(base, measure=("curves",), aggregate="ranks")
+    last = hc.open_study(run_study(again, loaded=loaded))
     assert last.induction_notes["lengths"] == [5, 9]
     assert set(last.induction()["sequences"]) == {4}
     assert set(last.induction()["weights"]) == {"trained"}, "the control that is there is of other texts"
@@ -194,6 +195,11 @@ def test_more_can_be_measured_in_a_folder_that_is_there(tmp_path: Path) -> None:
     assert last.induction_thresholds["prefix_matching"] == 0.5
     assert last.spec["measure"] == ["induction", "curves", "transfer"]
     assert last.spec["tasks"] == list(TASKS)
+    # Another aggregate, of fewer tasks, and transfer is not among it: a request of its own.
+    other = hc.open_study(run_study(dataclasses.replace(again, aggregate="mean"), loaded=loaded))
+    assert (other.spec["measure"], other.spec["tasks"]) == (["induction", "curves"], list(TASKS[:2]))
+    assert other.transfer().empty
+    assert len(hc.open_study(grown, asked=len(other.other_requests)).transfer()) == len(last.transfer()) > 0
 
 
 def test_a_task_that_was_unseen_may_get_an_order_of_its_own(tmp_path: Path) -> None:

@@ -19,11 +19,10 @@ from cyclopts import App, Parameter
 import headcount
 from headcount.engine.waiting import wait_asleep
 from headcount.errors import HeadcountError, OptionError, UnavailableError
-from headcount.study.spec import PRESETS, InductionSpec, ModelSpec, StudySpec
+from headcount.study.spec import PRESETS, InductionSpec, ModelSpec, Part, StudySpec
 
 if TYPE_CHECKING:
     from headcount.analysis.study import Study
-    from headcount.study.plan import Part
     from headcount.terminal import Asked
 
 app = App(

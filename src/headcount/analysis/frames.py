@@ -122,14 +122,14 @@ def _shared_by(masks: MaskSet) -> tuple[int, str | None]:
 
 
 def evaluation_rows(
-    entries: Iterable[Done[Evaluation]], aggregate: str, has_step: Callable[[str, float, float], bool]
+    entries: Iterable[Done[Evaluation]], aggregate: str, steps: Callable[[Evaluation], list[bool]]
 ) -> pd.DataFrame:
     """The columns of `Study.evaluations()`, and besides those that only this room needs (`_INNER`).
 
     Args:
         entries: Evaluation entries.
         aggregate: An aggregate may have been taken of scores first and of ranks later; the last one asked for is shown.
-        has_step: Which masks are shown, by order and fractions (`headcount.study.shown.Shown.has_step`).
+        steps: Which of a job's masks are shown (`headcount.study.shown.Shown.steps`).
     """
     masks: list[dict[str, Any]] = []
     tables: list[pd.DataFrame] = []
@@ -145,7 +145,7 @@ def evaluation_rows(
                   "members": members, "order_of": " ".join(sorted(job.masks.needs))}
         labels = [{**of_job, **{name: label.get(name, missing) for name, missing in _LABELS.items()}}
                   for label in entry.info["masks"]]
-        there = np.array([has_step(label["order"], label["fraction"], label["ffn_fraction"]) for label in labels], bool)
+        there = np.array(steps(job), bool)
         mask = entry.table["mask"].to_numpy()
         order = np.argsort(mask, kind="stable")
         order = order[mask[order] < len(labels)]
@@ -200,9 +200,14 @@ def shown(rows: pd.DataFrame, scores: Mapping[str, str], grid_order: str) -> pd.
     return of_one_order(rows[np.logical_or.reduce([rows["score"] == "", of_grid, *by_score])])
 
 
-def hidden_scores(rows: pd.DataFrame, scores: Mapping[str, str]) -> list[str]:
-    """By which other scores the folder's curves remove heads or FFNs, in words; arguments as in `shown`."""
-    measured = rows[["component", "score"]].drop_duplicates()
-    return sorted(f"{name} by {score}" for component, name in (("head", "heads"), ("ffn", "FFNs"))
-                  for score in measured.loc[measured["component"] == component, "score"]
-                  if score not in ("", scores[component]))
+def hidden_scores(jobs: Iterable[Job], scores: Mapping[str, str]) -> list[str]:
+    """By which other scores the folder's curves remove heads or FFNs, in words.
+
+    Args:
+        jobs: All that the folder has entries of.
+        scores: Which score orders heads, and which FFNs.
+    """
+    measured = {(job.masks.component, scores_of_masks(job.masks)) for job in jobs
+                if isinstance(job, Evaluation) and isinstance(job.masks, OwnCurve | CommonCurve | Transfer)}
+    return sorted(f"{'heads' if component == 'head' else 'FFNs'} by {score}" for component, score in measured
+                  if score != scores[component])

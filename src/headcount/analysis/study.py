@@ -121,7 +121,7 @@ class Study:
         if asked is not None and not 1 <= asked <= len(description.get("asked", [{}])):
             raise StudyError(f"{folder} was asked for {len(description.get('asked', [{}]))} different things; asked is "
                              f"the number of one of them, not {asked}", fields=("asked",))
-        chosen = description["asked"][asked - 1] if asked is not None and "asked" in description else {}
+        chosen = description["asked"][(asked or 0) - 1] if "asked" in description else {}
         self.description: dict[str, Any] = {**description, **chosen}
         self._shown_request = (asked or len(description.get("asked", ()))) - 1
         self.unknown_entries = 0
@@ -265,7 +265,7 @@ class Study:
     @functools.cached_property
     def hidden_scores(self) -> list[str]:
         """By which other scores curves in this folder remove heads or FFNs; they are not shown."""
-        return frames.hidden_scores(self._evaluations, self.ordering_scores)
+        return frames.hidden_scores((entry.job for entry in self._all_entries), self.ordering_scores)
 
     @functools.cached_property
     def unshown(self) -> dict[str, int]:
@@ -342,7 +342,8 @@ class Study:
         for entry in self._all_entries:
             job = entry.job
             if isinstance(job, InductionScores):
-                entries.induction.extend([Done(job, entry.info, entry.table)] if is_current(job) else [])
+                if is_current(job) and job in self._asked:
+                    entries.induction.append(Done(job, entry.info, entry.table))
             elif (job.paper_version or 1) == newest and is_current(job) and job in self._asked:
                 if isinstance(job, Evaluation):
                     entries.evaluation.append(Done(job, entry.info, entry.table))
@@ -359,8 +360,8 @@ class Study:
     @functools.cached_property
     def _asked(self) -> Shown:
         """Which entries are part of what was asked."""
-        return Shown(self.spec, self.known_tasks, [entry.job for entry in self._all_entries
-                                                   if isinstance(entry.job, ImportanceJob)])
+        return Shown(self.description, [entry.job for entry in self._all_entries
+                                        if isinstance(entry.job, ImportanceJob)])
 
     @functools.cached_property
     def _induction_entries(self) -> Mapping[str, Done[InductionScores]]:
@@ -369,7 +370,7 @@ class Study:
 
     @functools.cached_property
     def _evaluations(self) -> pd.DataFrame:
-        return frames.evaluation_rows(self._entries.evaluation, self._aggregate, self._asked.has_step)
+        return frames.evaluation_rows(self._entries.evaluation, self._aggregate, self._asked.steps)
 
     @functools.cached_property
     def _importance(self) -> pd.DataFrame:

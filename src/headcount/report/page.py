@@ -135,7 +135,7 @@ def _page(study: Study, figures: Sequence[Figure], on_page: Sequence[Table], bun
             f". A share of the heads or FFNs is called free where {words.told(WITHIN, spec['margin'])}. {_TERMS}"
             if study.tasks else f"no tasks. {_FFN}"),
         headline=headline.headline(study),
-        cautions=list(cautions(study)),
+        cautions=[*cautions(study), *_other_requests(study)],
         sections=[(figure.section.name, figure.section.heading) for figure in figures
                   if figure.section.name != headline.NAME],
         tables=on_page,
@@ -161,6 +161,12 @@ def tables(study: Study) -> list[Table]:
                                                              "reason.",
                                   plain_columns(weak)))
     return of_questions
+
+
+def _other_requests(study: Study) -> Iterator[str]:
+    if others := study.other_requests:
+        yield (f"This page shows one of {len(others) + 1} things that the folder was asked for; headcount report FOLDER "
+               f"--asked NUMBER shows another. {'. '.join(others)}.")
 
 
 def _provenance(study: Study) -> Iterator[tuple[str, str]]:

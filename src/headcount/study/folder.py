@@ -1,8 +1,8 @@
 """What stands in a study's folder already, and whether a study may go on there.
 
 A folder belongs to one model, one protocol and one set of seeds: options whose metadata say that they bind. Everything
-else belongs to jobs. Tasks, numbers of shots and further measurements are added to those that were asked for before;
-of other options the last ones asked for are shown, and what was asked before is kept in a list.
+else belongs to jobs. A run adds to what was asked before, or, where it says otherwise, is a request of its own
+(`request`); all requests are kept in a list.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from headcount.errors import StudyError
 from headcount.study.ledger import Ledger
-from headcount.study.spec import ModelSpec, StudySpec, fields_that, scores_of
+from headcount.study.spec import ModelSpec, Part, StudySpec, fields_that, parts_of, readers, scores_of
 
 # What a run was asked, and what it knew then of tasks.
-ASKED = ("spec", "tasks", "unseen")
+ASKED = ("spec", "parts", "tasks", "unseen")
 
 
 def previous(ledger: Ledger) -> dict[str, Any] | None:
@@ -132,23 +132,56 @@ def check_data(
                              "it; choose another out", fields=("out",))
 
 
-def merged_spec(
-    spec: StudySpec, before: Mapping[str, Any] | None, tasks: Sequence[str], unseen: Sequence[str]
+def parts_asked(request: Mapping[str, Any]) -> list[Part]:
+    """What of a study a saved request asked for; earlier versions did not say, and head oracles may be among it."""
+    spec = request.get("spec", {})
+    legacy = [*parts_of({"measure": spec.get("measure", ()), "tasks": spec.get("tasks", ())}), "head_oracle"]
+    parts: list[Part] = request.get("parts", legacy if spec else [])
+    return parts
+
+
+def request(
+    spec: StudySpec, parts: Sequence[Part], before: Mapping[str, Any] | None, tasks: Sequence[str],
+    unseen: Sequence[str],
 ) -> dict[str, Any]:
-    """The options to be kept: lists of what was ever asked for; where now no tasks are named, the others as before."""
+    """What is asked of a folder from now on: this run, and of what was asked before all that this run leaves as it was.
+
+    A run says something of the options that its parts read. Where it says otherwise than before, what was asked before
+    is another request: of its parts those that read such an option are no longer shown, unless this run measures them
+    as well; and its tasks and numbers of shots are no longer shown, unless this run names them all. Where it says the
+    same, its parts, tasks and numbers of shots are added to those from before.
+
+    Args:
+        spec: What is asked now.
+        parts: What of a study this run measures.
+        before: What was asked before, as saved.
+        tasks: Names of the tasks.
+        unseen: Names of those that are only pruned by others' orders.
+
+    Returns:
+        Options ("spec") and "parts", to be saved.
+    """
     new = spec.to_json() | {"tasks": list(tasks), "unseen": list(unseen)}
-    old = (before or {}).get("spec", {})
-    of_induction = fields_that(StudySpec, "induction")
-    # What this run has nothing to say of stays as it was.
-    kept = {*(() if "induction" in spec.measure else of_induction)}
-    if old.get("tasks") and not tasks:
-        of_model = {*(f.name for f in dataclasses.fields(ModelSpec)), *fields_that(StudySpec, "binds")}
-        kept |= new.keys() - {*of_model, *of_induction, "measure"}
-    new |= {name: old[name] for name in kept & old.keys()}
-    if not old.get("tasks") and tasks:
-        old = {"measure": old.get("measure", [])}
-    together = {name: list(dict.fromkeys([*old.get(name, []), *new[name]])) for name in fields_that(StudySpec, "grows")}
-    return new | together | {"unseen": [name for name in together["unseen"] if name not in together["tasks"]]}
+    old: Mapping[str, Any] = (before or {}).get("spec", {})
+    read = readers()
+    said = {name for name, read_by in read.items() if {*read_by} & {*parts}}
+    if not tasks:
+        said |= {f.name for f in dataclasses.fields(ModelSpec)}
+    silent = read.keys() if tasks else new.keys() - fields_that(StudySpec, "binds")
+    otherwise = {name for name in said & read.keys() & old.keys() if old[name] != new[name]}
+    kept = [part for part in parts_asked(before or {}) if part in parts or not any(
+        part in read[name] for name in otherwise)]
+    new |= {name: old[name] for name in (silent - said) & old.keys()}
+    names = ("tasks", "shots", "unseen")
+    apart = bool(tasks and otherwise) and any({*old.get(name, ())} - {*new[name]} for name in names)
+    for name in names:
+        if old.get("tasks") and not apart:
+            new[name] = list(dict.fromkeys([*old.get(name, []), *new[name]]))
+    all_parts = list(dict.fromkeys([*kept, *parts]))
+    measure = dict.fromkeys([*old.get("measure", ()), *spec.measure])
+    new["measure"] = [name for name in measure if name == "curves" or name in all_parts]
+    new["unseen"] = [name for name in new["unseen"] if name not in new["tasks"] and "transfer" in all_parts]
+    return {"spec": new, "parts": all_parts}
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,17 +194,19 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def asked_before(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All that was asked of a folder, oldest first, this run last; what was asked twice stands where it was last."""
-    asked = {name: now[name] for name in ASKED}
-    earlier = [] if before is None else before.get("asked") or [{name: before.get(name, {}) for name in ASKED}]
-    return [*(one for one in earlier if not _alike(one, asked)), asked]
+    """All that was asked of a folder, oldest first, what is asked now last; what that shows as well is left out."""
+    earlier: list[dict[str, Any]] = []
+    if before is not None:
+        earlier = before.get("asked") or [{name: before[name] for name in ASKED if name in before}]
+    return [*(one for one in earlier if not _is_part(one, now)), {name: now[name] for name in ASKED}]
 
 
-def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs show the same: what the later one adds to lists does not count."""
-    passed_over = fields_that(StudySpec, "grows") + fields_that(StudySpec, "means")
-    return all(one["spec"].get(name) == value for name, value in other["spec"].items()
-               if name not in passed_over) and all(
-        task in other["tasks"] and {k: v for k, v in known.get("by_shots", {}).items()
-                                    if other["tasks"][task].get("by_shots", {}).get(k) != v} == {}
-        for task, known in one["tasks"].items())
+def _is_part(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether all that an earlier request shows is shown by a later one, too."""
+    parts, spec, later = parts_asked(one), one["spec"], other["spec"]
+    named = all({*spec.get(name, ())} <= {*later[name]} for name in ("tasks", "shots", "unseen"))
+    alike = all(spec.get(name) == later[name] for name, read_by in readers().items() if {*read_by} & {*parts})
+    documents = all(known == other[kind].get(task, {}).get("by_shots", {}).get(k)
+                    for kind in ("tasks", "unseen") for task, of_task in one.get(kind, {}).items()
+                    for k, known in of_task.get("by_shots", {}).items())
+    return named and alike and documents and {*parts} <= {*parts_asked(other)}

@@ -46,11 +46,8 @@ from headcount.study.masksets import (
     steps_of,
     with_steps,
 )
-from headcount.study.spec import INDUCTION_TEXTS, StudySpec
+from headcount.study.spec import CURVES, INDUCTION_TEXTS, Part, StudySpec
 
-# The oracle of heads is asked for by itself: of all heads of a large model it costs hundreds of evaluations.
-Part = Literal["evaluate", "heads", "ffns", "curve", "head_oracle", "grid", "transfer", "induction"]
-CURVES: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
 T = TypeVar("T")
 # Tokens of a text of random tokens, on average over the default lengths: 4 repeats of 25 to 223.
 INDUCTION_TOKENS = 500
@@ -107,12 +104,6 @@ class PlannedJob:
     def title(self) -> str:
         """A few words for people."""
         return self.job.title
-
-
-def parts_of(spec: StudySpec) -> tuple[Part, ...]:
-    """What of a study its options ask for."""
-    asked: list[Part] = [*CURVES] if "curves" in spec.measure else ["evaluate"] if spec.tasks else []
-    return (*asked, *(part for part in spec.measure if part != "curves"))
 
 
 def reads(spec: StudySpec, parts: Sequence[Part]) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from headcount.errors import ModelError, OptionError, StudyError
 from headcount.study.folder import check_data, check_options, other_orders, previous
 from headcount.study.jobs import Evaluation, job_from
 from headcount.study.ledger import Ledger
-from headcount.study.plan import Part, PlannedJob, TaskFacts, missing, parts_of, plan, reads
-from headcount.study.spec import StudySpec
+from headcount.study.plan import PlannedJob, TaskFacts, missing, plan, reads
+from headcount.study.spec import Part, StudySpec, parts_of
 
 if TYPE_CHECKING:
     from headcount.engine.neighbours import Speed
@@ -76,6 +76,7 @@ class Plan:
         unseen: Names of tasks that are only pruned by others' orders.
         facts: What the planner knew of each task.
         budget: How long rows and how large batches are.
+        parts: What of a study is measured.
         jobs: All jobs of what was asked, in an order in which they can be done.
         ledger: The folder's entries; None where no folder was named.
         other_orders: Says that the folder's curves follow other scores than those asked for; empty where they do not.
@@ -87,6 +88,7 @@ class Plan:
     unseen: frozenset[str]
     facts: tuple[TaskFacts, ...]
     budget: Budget
+    parts: tuple[Part, ...]
     jobs: tuple[PlannedJob, ...]
     ledger: Ledger | None = None
     other_orders: str = ""
@@ -188,7 +190,7 @@ def prepare(
         reporter.stage("planning", len(facts), len(tasks))
         facts.append(_facts(loaded, task, spec, splits[task.name], budget, unseen=task.name in unseen))
     jobs = plan(spec, loaded.identity, loaded.anatomy.heads_per_layer, facts, parts, through_norms=bool(loaded.norms))
-    ready = Plan(spec, loaded, tasks, unseen, tuple(facts), budget, tuple(jobs), ledger,
+    ready = Plan(spec, loaded, tasks, unseen, tuple(facts), budget, parts, tuple(jobs), ledger,
                  other_orders(spec, before) if "curve" in parts else "")
     if ledger is not None:
         ready.check_folder()

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headcount.errors import OptionError
-from headcount.study.folder import asked_before, merged, merged_spec
+from headcount.study.folder import asked_before, merged, request
 from headcount.study.ledger import Ledger
-from headcount.study.plan import Part, TaskFacts
+from headcount.study.plan import TaskFacts
 from headcount.study.prepare import Plan, Reporter, Silent, prepare
-from headcount.study.spec import StudySpec
+from headcount.study.spec import Part, StudySpec
 from headcount.study.worker import Worker, versions
 
 if TYPE_CHECKING:
@@ -90,15 +90,15 @@ def _description(plan: Plan, before: Mapping[str, Any], command: str, masks: str
         known_before: dict[str, Any] = {} if is_unseen else unseen.pop(facts.name, {})
         of_kind = unseen if is_unseen else tasks
         of_kind[facts.name] = merged(of_kind.get(facts.name, known_before), _known_of(plan, facts))
-    asked = {
-        "spec": merged_spec(plan.spec, before or None, [t for t in plan.tasks if t not in plan.unseen],
-                            [t for t in plan.tasks if t in plan.unseen]),
-        "tasks": tasks,
-        "unseen": unseen,
-    }
+    asked = request(plan.spec, plan.parts, before or None, [t for t in plan.tasks if t not in plan.unseen],
+                    [t for t in plan.tasks if t in plan.unseen])
+    named = {"tasks": {name: tasks[name] for name in asked["spec"]["tasks"]},
+             "unseen": {name: unseen[name] for name in asked["spec"]["unseen"]}}
     return {
         **asked,
-        "asked": asked_before(before or None, asked),
+        "tasks": tasks,
+        "unseen": unseen,
+        "asked": asked_before(before or None, {**asked, **named}),
         "model": {**plan.loaded.provenance, "fingerprint": plan.loaded.identity},
         "anatomy": {"heads_per_layer": list(anatomy.heads_per_layer), "parameters": anatomy.num_parameters,
                     "parameters_per_head": [anatomy.parameters_per_head(i) for i in layers],

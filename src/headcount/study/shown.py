@@ -1,24 +1,37 @@
-"""Which entries of a folder are part of what was asked: other numbers of documents, other steps lie there as well.
+"""Which entries of a folder answer what was asked: other documents, orders and steps lie there as well.
 
-A folder keeps what was ever measured. Its tables are of one run's options, the last one's unless told: of as many
-documents, with shots drawn alike, by orders from as many training documents, at these steps. What a folder of an
-earlier version does not say is not asked of its entries.
+A folder keeps what was ever measured. Its tables are of one request, the last one unless told. What that asks for is
+planned again from what was saved (`headcount.study.plan`), and shown is what answers one of the planned jobs, however
+it was cut into entries. Orders that several tasks have a part in may be of fewer tasks, as long as these are shown: a
+folder that tasks were added to has some, and `headcount.analysis.frames` chooses.
+
+Of tasks that an earlier version measured, how many documents were asked for is not known: all of them are shown.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from headcount.study.jobs import (
-    Evaluation,
-    GradientImportance,
-    InductionScores,
-    Job,
-    name_of,
+from headcount.errors import OptionError, StudyError
+from headcount.study.folder import parts_asked
+from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job, name_of
+from headcount.study.masksets import (
+    CommonCurve,
+    Grid,
+    MaskSet,
+    OwnCurve,
+    Step,
+    Transfer,
+    steps_of,
+    with_steps,
 )
-from headcount.study.masksets import Grid, RandomCurve, Transfer
-from headcount.study.spec import StudySpec, fields_that
+from headcount.study.plan import TaskFacts, plan
+from headcount.study.spec import CURVES, StudySpec, fields_that, readers
+
+_SAID = {"evaluate": "accuracy", "heads": "importance of heads", "ffns": "importance of FFNs", "curve": "curves",
+         "head_oracle": "the oracle of heads"}
 
 
 def told_apart(asked: Sequence[Mapping[str, Any]], shown: int) -> list[str]:
@@ -31,77 +44,125 @@ def told_apart(asked: Sequence[Mapping[str, Any]], shown: int) -> list[str]:
     Returns:
         One line for each other one: its number, from 1, and its options where they differ.
     """
-    now, means = asked[shown]["spec"], fields_that(StudySpec, "means")
+    now, read, lists = asked[shown], readers(), ("tasks", "shots", "unseen")
     lines = []
     for number, one in enumerate(asked, 1):
         if number - 1 != shown:
-            differ = [_in_words(name.replace("_", " "), value) for name, value in one["spec"].items()
-                      if value != now.get(name) and name not in means]
+            parts = parts_asked(one)
+            differ = [f"{_measured(one)} alone"] if _measured(one) != _measured(now) else []
+            differ += [_in_words(name, value) for name, value in one["spec"].items()
+                       if value != now["spec"].get(name) and (name in lists or {*read.get(name, ())} & {*parts})]
             lines.append(f"{number}: {'; '.join(differ) or 'other numbers of documents'}")
     return lines
 
 
+def _measured(request: Mapping[str, Any]) -> str:
+    """What of a study was asked for, in words; curves bring accuracy and importance."""
+    parts = parts_asked(request) if "parts" in request else [p for p in parts_asked(request) if p != "head_oracle"]
+    brought = CURVES[:-1] if "curve" in parts else ()
+    return ", ".join(_SAID.get(part, part) for part in parts if part not in brought)
+
+
 def _in_words(name: str, value: object) -> str:
-    """An option and its value: `limit 75`, `no limit`, `shared shots`."""
+    """An option and its value: `limit 75`, `no limit`, `shared shots`, `induction seeds by default`."""
+    said = name.replace("_", " ")
+    if value is None and not name.endswith(("limit", "sample")):
+        return f"{said} by default"
     if value is None or value is False or value == []:
-        return f"no {name}"
+        return f"no {said}"
     if value is True:
-        return name
-    return f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        return said
+    return f"{said} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 class Shown:
-    """Tells the entries of what was asked from others.
+    """Tells what answers a request from what does not.
 
     Args:
-        spec: The options, as saved.
-        tasks: What is known of each task, as saved; unseen ones too.
+        description: study.json, with the request that is shown.
         jobs: All of importance that the folder has: what is ordered by hidden importance is hidden too.
+
+    Raises:
+        StudyError: If the saved options are none.
     """
 
-    def __init__(
-        self, spec: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], jobs: Iterable[Job]
-    ) -> None:
-        self._spec = spec
-        self._tasks = tasks
-        self._hidden = {name_of(job) for job in jobs if not self._of_documents(job)}
+    def __init__(self, description: Mapping[str, Any], jobs: Iterable[Job]) -> None:
+        self._tasks = {**description["tasks"], **description.get("unseen", {})}
+        self._says_parts = "parts" in description
+        self._parts = parts_asked(description)
+        self._shots = description["spec"]["shots"]
+        self._control = not description["spec"].get("skip_control")
+        self._planned: dict[Job, set[Step]] = {}
+        if any("by_shots" in known for known in self._tasks.values()):
+            self._planned = _planned(description, self._parts)
+        self._hidden = {name_of(job) for job in jobs if not self._answers(job)}
 
     def __contains__(self, job: object) -> bool:
         """Whether an entry of this job is shown."""
         if not isinstance(job, Job):
             return False
         needed = {need.name for need in job.needs} if isinstance(job, Evaluation) else set[str]()
-        return self._of_documents(job) and not needed & self._hidden
+        return self._answers(job) and not needed & self._hidden
 
-    def has_step(self, order: str, fraction: float, ffn_fraction: float) -> bool:
-        """Whether a mask of the grid or of transfer lies at a step that was asked for; others go by their curves."""
-        known = any("by_shots" in task for task in self._tasks.values())
-        if not known or order not in ("grid", "transfer"):
-            return True
-        if order == "transfer":
-            return fraction in self._spec["transfer_fractions"]
-        steps = (0.0, *self._spec["grid_fractions"])
-        return fraction in steps and ffn_fraction in steps
+    def steps(self, job: Evaluation) -> list[bool]:
+        """Which of a shown job's masks are shown, in their order."""
+        wanted = self._planned.get(_question(job))
+        return [wanted is None or step in wanted for step in steps_of(job.masks) or ("",)]
 
-    def _of_documents(self, job: Job) -> bool:
+    def _answers(self, job: Job) -> bool:
         if isinstance(job, InductionScores):
-            return True
-        task = self._tasks.get(job.task, {})
-        known = task.get("by_shots", {}).get(str(job.num_fewshot))
-        if known is None:
-            return True
-        if job.task_fingerprint != task["fingerprint"]:
+            return not self._says_parts or ("induction" in self._parts and (job.weights == "trained" or self._control))
+        if self._says_parts and (job.task not in self._tasks or job.num_fewshot not in self._shots):
             return False
-        if job.num_fewshot and bool(job.shared_shots) != known["shared_shots"]:
-            return False
-        examples, documents = known["examples"], known["documents"]
-        if isinstance(job, Evaluation):
-            if job.split == "examples":
-                return examples is None or job.documents == examples
-            fewer = isinstance(job.masks, RandomCurve | Grid | Transfer)
-            return documents is None or job.documents == documents or (fewer and job.documents < documents)
-        paper = self._spec["protocol"] == "paper" and not isinstance(job, GradientImportance)
-        wanted = documents if paper else examples
-        return wanted is None or job.documents == wanted
+        known = self._tasks.get(job.task, {}).get("by_shots", {}).get(str(job.num_fewshot))
+        return known is None or _question(job) in self._planned
 
 
+def _planned(description: Mapping[str, Any], parts: Sequence[Any]) -> dict[Job, set[Step]]:
+    """What was asked for, each question with its steps."""
+    names = {f.name for f in dataclasses.fields(StudySpec)} - {*fields_that(StudySpec, "means")}
+    options: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                               for name, value in description["spec"].items() if name in names}
+    try:
+        # In one piece, however it was cut into jobs.
+        spec = StudySpec("", **options, masks_per_job=10**9)
+    except (OptionError, TypeError) as error:
+        raise StudyError(f"study.json holds options that are none: {error}") from error
+    facts = [_facts(name, known, spec.shots, unseen=unseen) for unseen, kind in ((False, "tasks"), (True, "unseen"))
+             for name, known in description.get(kind, {}).items()]
+    planned: dict[Job, set[Step]] = {}
+    for one in plan(spec, "", description["anatomy"]["heads_per_layer"], facts, parts):
+        steps = steps_of(one.job.masks) if isinstance(one.job, Evaluation) else ()
+        planned.setdefault(_question(one.job), set()).update(steps or ("",))
+    return planned
+
+
+def _facts(name: str, known: Mapping[str, Any], shots: Sequence[int], *, unseen: bool) -> TaskFacts:
+    """What was known of a task; no job has the number -1 of documents."""
+    by_shots = {k: known.get("by_shots", {}).get(str(k), {}) for k in shots}
+    documents, examples = ({k: -1 if (number := of_k.get(what)) is None else number for k, of_k in by_shots.items()}
+                           for what in ("documents", "examples"))
+    return TaskFacts(name, known["fingerprint"], documents, examples, unseen=unseen)
+
+
+def _question(job: Job) -> Job:
+    """A job without what differs between entries that answer the same: steps, names of entries, model and versions."""
+    if isinstance(job, Evaluation):
+        return dataclasses.replace(job, model="", paper_version=None, curve=_without_names(with_steps(job.masks, ())))
+    if isinstance(job, InductionScores):
+        return job
+    changed = dataclasses.replace(job, model="", paper_version=None)
+    return (dataclasses.replace(changed, through_norms=None) if isinstance(changed, GradientImportance) else
+            dataclasses.replace(changed, evaluations=()))
+
+
+def _without_names(masks: MaskSet) -> MaskSet:
+    """Masks without the names of the entries that their orders are read from."""
+    if isinstance(masks, OwnCurve):
+        return dataclasses.replace(masks, importance="")
+    if isinstance(masks, CommonCurve | Transfer):
+        return dataclasses.replace(masks, importance=())
+    if isinstance(masks, Grid):
+        return dataclasses.replace(masks, heads=dataclasses.replace(masks.heads, importance=()),
+                                   ffns=dataclasses.replace(masks.ffns, importance=()))
+    return masks

@@ -1,8 +1,9 @@
 """What was asked: frozen dataclasses that are the command line's options, the TOML file and the saved provenance.
 
 An option is written once: its name, type, range, default and help (the string below it), and in the field's metadata
-what it means for a study's folder: whether it binds, so that all entries of a folder share it, and whether the list
-grows with every run. Everything else belongs to jobs: with other values other jobs are measured, and the rest is kept.
+what it means for a study's folder: whether it binds, so that all entries of a folder share it; whether the list grows
+from run to run; which parts of a study read it. What parts read belongs to jobs: with other values other jobs are
+measured, and the rest is kept.
 
 Values are checked by pydantic, field by field, when a spec is made; what pydantic finds is told in one line.
 """
@@ -20,12 +21,27 @@ from typing import Any, Literal, TypeAlias
 from headcount.errors import OptionError
 
 Measured: TypeAlias = Literal["curves", "grid", "transfer", "induction"]
-# What an option means for a folder: all its entries share it; the list grows with every run; it is of induction alone.
+# What of a study can be asked for by itself. The oracle of heads is: of a large model it costs hundreds of evaluations.
+Part: TypeAlias = Literal["evaluate", "heads", "ffns", "curve", "head_oracle", "grid", "transfer", "induction"]
+CURVES: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
+# What an option means for a folder: all its entries share it; the list grows from run to run.
 BINDS = {"binds": True}
 GROWS = {"grows": True}
-OF_INDUCTION = {"induction": True}
 # Where things lie and how work is cut up; by other means the same is asked.
 MEANS = {"means": True}
+
+
+def _read_by(*parts: Part) -> dict[str, tuple[Part, ...]]:
+    """Which parts of a study read an option; to others its value says nothing."""
+    return {"parts": parts}
+
+
+_OF_INDUCTION, _OF_GRID, _OF_TRANSFER = _read_by("induction"), _read_by("grid"), _read_by("transfer")
+_OF_CURVES = _read_by("curve")
+_OF_ORDERS = _read_by("heads", "ffns", "curve", "grid", "transfer")
+_OF_DOCUMENTS = _read_by("evaluate", "curve", "grid", "transfer")
+_OF_EXAMPLES = _read_by("heads", "ffns", "head_oracle", "curve", "grid", "transfer")
+_OF_SHOTS = _read_by("evaluate", *_OF_EXAMPLES["parts"])
 # Ranges. Not in the types, where the command line's library would find them and tell slips in pydantic's words.
 NATURAL, COUNT, SHARE = {"least": 0}, {"least": 1}, {"least": 0, "most": 1}
 
@@ -75,22 +91,22 @@ class InductionSpec(ModelSpec):
     seed: int = field(default=1234, metadata=BINDS | NATURAL)
     """Seed of the draws of shots (lm-eval's default) and of random orders."""
 
-    induction_seeds: int | None = field(default=None, metadata=OF_INDUCTION | COUNT)
+    induction_seeds: int | None = field(default=None, metadata=_OF_INDUCTION | COUNT)
     """Number of random texts of each length that induction scores are averaged over; by default 14 (protocol `paper`:
     one)."""
 
-    induction_lengths: tuple[int, ...] | None = field(default=None, metadata=OF_INDUCTION)
+    induction_lengths: tuple[int, ...] | None = field(default=None, metadata=_OF_INDUCTION)
     """Lengths in tokens of the random sequences, each of which stands four times in its text; by default seven from 25
     to 223 (protocol `paper`: 25, 27, ... 223). Those that do not fit into the model's window are left out."""
 
-    skip_control: bool = field(default=False, metadata=OF_INDUCTION)
+    skip_control: bool = field(default=False, metadata=_OF_INDUCTION)
     """Leave out the same model with random weights, which takes as much memory again; which heads are high on copying
     is then decided by --copying-threshold."""
 
-    prefix_threshold: float = field(default=0.3, metadata=OF_INDUCTION | SHARE)
+    prefix_threshold: float = field(default=0.3, metadata=_OF_INDUCTION | SHARE)
     """A head that is high on prefix matching has at least this score."""
 
-    copying_threshold: float | None = field(default=None, metadata=OF_INDUCTION | SHARE)
+    copying_threshold: float | None = field(default=None, metadata=_OF_INDUCTION | SHARE)
     """A head that is high on copying has at least this score, by default the most that any head of the same model has
     with random weights; induction heads are high on both."""
 
@@ -118,76 +134,76 @@ class StudySpec(InductionSpec):
     tasks pruned by other tasks' orders and by that of all tasks together; induction: prefix matching and copying of
     every head."""
 
-    limit: int | None = field(default=None, metadata=COUNT)
+    limit: int | None = field(default=None, metadata=_OF_DOCUMENTS | COUNT)
     """Evaluated documents per task, the first N (protocol `paper`: of the shuffled ones); all by default."""
 
-    importance_limit: int = field(default=2500, metadata=COUNT)
+    importance_limit: int = field(default=2500, metadata=_OF_EXAMPLES | COUNT)
     """Training documents per task that importance is measured on, the first N (the paper's 2,500)."""
 
     data: Path | None = field(default=None, metadata=MEANS)
     """Folder with TASK/{train,validation,test}.jsonl to read instead of the hub."""
 
-    examples_split: Literal["train", "validation", "test"] = "train"
+    examples_split: Literal["train", "validation", "test"] = field(default="train", metadata=_OF_EXAMPLES)
     """Split that importance is measured on: train, validation or test."""
 
-    shared_shots: bool = False
+    shared_shots: bool = field(default=False, metadata=_OF_SHOTS)
     """Draw the shots once per task for all documents, instead of once per document."""
 
-    fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    fractions: tuple[float, ...] = field(default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), metadata=_OF_CURVES)
     """Shares of heads, and of FFNs, removed along the pruning curves; 0, the full model, is always measured."""
 
-    random_orders: int = field(default=5, metadata=NATURAL)
+    random_orders: int = field(default=5, metadata=_OF_CURVES | NATURAL)
     """How many random orders the measured ones are compared with; their spread is part of the intervals."""
 
-    random_fractions: tuple[float, ...] | None = None
+    random_fractions: tuple[float, ...] | None = field(default=None, metadata=_OF_CURVES)
     """Shares removed by random orders; by default the two of --fractions nearest to 0.2 and 0.5."""
 
-    common_fractions: tuple[float, ...] | None = None
+    common_fractions: tuple[float, ...] | None = field(default=None, metadata=_OF_CURVES)
     """Shares removed from all tasks by one order, that of all tasks together: what one smaller model loses. By default
     the first four of --fractions."""
 
-    head_score: Literal["example", "position"] | None = None
+    head_score: Literal["example", "position"] | None = field(default=None, metadata=_OF_ORDERS)
     """Which gradient score orders the heads: `example`, the paper's equation 8 (the default under protocol sound), or
     `position`, absolute values per position, which the paper's code computes (the default under protocol paper)."""
 
-    head_sample: int | None = field(default=None, metadata=COUNT)
+    head_sample: int | None = field(default=None, metadata=_read_by("head_oracle") | COUNT)
     """For `heads --method oracle`, where it is also called --sample: score only this many heads, drawn at random."""
 
-    ffn_order: Literal["oracle", "gradient"] = "oracle"
+    ffn_order: Literal["oracle", "gradient"] = field(default="oracle", metadata=_OF_ORDERS)
     """What orders the FFNs: `oracle`, what is lost without each of them (the paper's), or `gradient`, the score that
     orders heads."""
 
-    ffn_score: Literal["gold_loglikelihood", "accuracy"] | None = None
+    ffn_score: Literal["gold_loglikelihood", "accuracy"] | None = field(default=None, metadata=_OF_ORDERS)
     """What the FFN oracle counts as lost: the gold answer's log-likelihood (the default under protocol sound), or
     accuracy (the default under protocol paper, where equal FFNs go in the order of layers)."""
 
-    grid_fractions: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    grid_fractions: tuple[float, ...] = field(default=(0.2, 0.4, 0.6, 0.8), metadata=_OF_GRID)
     """Shares of heads, and of FFNs, removed jointly; 0 is always included. The preset opt66b-study has 0.1 to 0.9."""
 
-    grid_order: Literal["own", "mean"] = "own"
+    grid_order: Literal["own", "mean"] = field(default="own", metadata=_OF_GRID)
     """The orders by which the grid removes heads and FFNs: each task's own, or those of all tasks together
     (--aggregate)."""
 
-    grid_limit: int | None = field(default=None, metadata=COUNT)
+    grid_limit: int | None = field(default=None, metadata=_OF_GRID | COUNT)
     """Evaluated documents per task of the grid, the first N; by default as many as for the curves."""
 
-    transfer_fractions: tuple[float, ...] = (0.3, 0.5, 0.7)
+    transfer_fractions: tuple[float, ...] = field(default=(0.3, 0.5, 0.7), metadata=_OF_TRANSFER)
     """Shares removed by other tasks' orders."""
 
-    transfer_limit: int | None = field(default=None, metadata=COUNT)
+    transfer_limit: int | None = field(default=None, metadata=_OF_TRANSFER | COUNT)
     """Evaluated documents per task of transfer, the first N; by default as many as for the curves."""
 
-    transfer_components: tuple[Literal["head", "ffn"], ...] = ("head",)
+    transfer_components: tuple[Literal["head", "ffn"], ...] = field(default=("head",), metadata=_OF_TRANSFER)
     """What is pruned by other tasks' orders: head, ffn or both."""
 
     unseen: tuple[str, ...] = field(default=(), metadata=GROWS)
     """Tasks without importance of their own, pruned by the order of all tasks together (`paper14-unseen`: the
     paper's)."""
 
-    aggregate: Literal["mean", "ranks"] = "mean"
+    aggregate: Literal["mean", "ranks"] = field(default="mean", metadata=_OF_ORDERS)
     """How the importance of all tasks is combined: the mean of the scores (the paper's), or of their ranks."""
 
-    margin: float = field(default=0.02, metadata=SHARE)
+    margin: float = field(default=0.02, metadata=_read_by("curve", "grid") | SHARE)
     """The loss of accuracy that must be ruled out for a share of components to count as free (0.02: two points)."""
 
     masks_per_job: int = field(default=10, metadata=COUNT | MEANS)
@@ -273,8 +289,21 @@ def scores_of(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fields_that(spec: type, mark: str) -> tuple[str, ...]:
-    """The names of a spec's fields whose metadata have a mark: "binds", "grows", "means" or "induction"."""
+    """The names of a spec's fields whose metadata have a mark: "binds", "grows" or "means"."""
     return tuple(f.name for f in dataclasses.fields(spec) if f.metadata.get(mark))
+
+
+def readers() -> dict[str, tuple[Part, ...]]:
+    """Which parts of a study read each option; of those that belong to jobs."""
+    return {f.name: f.metadata["parts"] for f in dataclasses.fields(StudySpec) if "parts" in f.metadata}
+
+
+def parts_of(spec: StudySpec | Mapping[str, Any]) -> tuple[Part, ...]:
+    """What of a study its options, or saved ones, ask for."""
+    known = spec if isinstance(spec, Mapping) else {"measure": spec.measure, "tasks": spec.tasks}
+    measure: Any = known["measure"]
+    asked: list[Part] = [*CURVES] if "curves" in measure else ["evaluate"] if known["tasks"] else []
+    return (*asked, *(part for part in measure if part != "curves"))
 
 
 def _check_fractions(name: str, fractions: Sequence[float]) -> None:
