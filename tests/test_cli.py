@@ -142,7 +142,7 @@ def test_induction_needs_no_tasks(model_folder: Path, tmp_path: Path) -> None:
     assert "Means over 8 texts" in more.stdout
     assert "Means over 4 texts" in headcount("induction", model_folder, "--seeds", "1", "--out",
                                              tmp_path / "study").stdout, "what was asked for last"
-    assert "--induction-seeds is at least 1" in headcount("induction", model_folder, "--seeds", "0").stderr
+    assert "headcount: --seeds is at least 1" in headcount("induction", model_folder, "--seeds=0").stderr
 
 
 def test_options_come_from_a_file_too(model_folder: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_anatomy_is_printed_and_verified(model_folder: Path) -> None:
     ({"--bogus": "1"}, "--bogus"),
     ({"--config": "absent.toml"}, "absent.toml"),
     ({"--out": None}, "--out"),
-    ({"--measure": "transfer"}, "name two --tasks, or --unseen"),
+    ({"--measure": "transfer"}, "name two tasks (--tasks), or --unseen"),
     ({"--unseen": "icl_plural"}, "--measure transfer"),
     ({"--seed": "-1"}, "--seed is at least 0"),
     ({"--tasks": "./nowhere"}, "there is no folder ./nowhere"),

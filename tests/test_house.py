@@ -22,7 +22,7 @@ ARROWS = {
     "engine": {"model"},
     "measure": {"engine", "model", "tasks", "stats"},
     "study": {"measure", "engine", "model", "tasks"},
-    "analysis": {"stats", "study.ledger", "study.codec", "study.jobs", "study.spec",
+    "analysis": {"stats", "study.described", "study.ledger", "study.codec", "study.jobs", "study.spec",
                  "study.masksets", "study.shown"},
     "report": {"analysis", "stats"},
 }

@@ -72,7 +72,7 @@ def refusal(what, *args, **options):
     try:
         what(*args, **options)
     except HeadcountError as error:
-        return {"kind": type(error).__name__, "message": str(error),
+        return {"kind": type(error).__name__, "message": error.on_command_line(),
                 "own_code_ran": hasattr(builtins, "own_code_ran")}
 """
 CACHED = PROLOGUE + f"""

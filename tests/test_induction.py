@@ -612,5 +612,5 @@ def test_memory_too_small_for_the_control_is_told(monkeypatch: pytest.MonkeyPatc
 
     loaded = tiny_smollm2.loaded("llama")
     monkeypatch.setattr(type(loaded.model), "_from_config", full)
-    with pytest.raises(ModelError, match=r"leave it out \(skip_control, --skip-control\)"):
+    with pytest.raises(ModelError, match=r"leave it out \(skip_control\)"):
         randomised(loaded)

@@ -258,7 +258,7 @@ def test_what_binds_a_folder_is_said_where_the_option_is() -> None:
     ({"measure": "grid"}, "measure is a list of values, not 'grid'"),
     ({"measure": ("grids",)}, "measure is one of 'curves', 'grid', 'transfer', 'induction', not 'grids'"),
     ({"limit": 0}, "limit is at least 1, not 0"),
-    ({"limit": "many"}, "limit cannot be 'many'"),
+    ({"limit": "many"}, "limit is a whole number, not 'many'"),
     ({"margin": 2}, "margin lies between 0 and 1, not 2"),
     ({"protocol": "sounds"}, "protocol is one of 'sound', 'paper', not 'sounds'"),
     ({"seed": -1}, "seed is at least 0, not -1"),
@@ -282,3 +282,21 @@ def test_lists_and_texts_of_python_become_what_an_option_is() -> None:
             "print(repr((spec.tasks, spec.shots, str(spec.out), spec.limit)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == repr((("a",), (0, 5), "study", 3))
+
+
+def test_a_path_that_reads_like_an_option_stays_a_path(tmp_path: Path) -> None:
+    taken = tmp_path / "out"
+    taken.mkdir()
+    (taken / "seed").write_text("")
+    with pytest.raises(StudyError) as refused:
+        prepare(spec_of(tmp_path, out=taken), loaded=tiny.loaded("llama"))
+    assert str(refused.value) == f"{taken} is not empty and holds no study; choose another out"
+    assert refused.value.on_command_line() == f"{taken} is not empty and holds no study; choose another --out"
+
+
+def test_arguments_are_told_as_options() -> None:
+    error = OptionError("use `device_map='auto'`, or fewer `num_fewshot`, not num_fewshot of old",
+                        fields={"device_map='auto'": "--device-map auto", "num_fewshot": "--shots"})
+    assert str(error) == "use device_map='auto', or fewer num_fewshot, not num_fewshot of old"
+    assert error.on_command_line() == "use --device-map auto, or fewer --shots, not num_fewshot of old"
+    assert OptionError("`a_b=True`, `c='d'`", fields=("a_b=True", "c='d'")).on_command_line() == "--a-b, --c d"

@@ -70,7 +70,7 @@ def test_a_saved_folder_is_loaded_as_it_was(tmp_path, family):
 
 
 def test_a_local_model_has_no_revision(tmp_path):
-    with pytest.raises(OptionError, match=r"--revision main\) is a version on the hub"):
+    with pytest.raises(OptionError, match=r"revision \(main\) is a version on the hub"):
         load(saved(tmp_path), device="cpu", revision="main")
 
 

@@ -63,7 +63,7 @@ def test_protocols_order_by_their_own_score_and_one_option_chooses(
     by = "gradient" if ffns == "example" else "oracle"
     # Under protocol sound accuracy is not alone: log-likelihood decides between equal ones, as in folders of before.
     alone = (options.get("protocol"), ffns) != (None, "accuracy")
-    assert found[f"icl_plural, 1-shot: ffns by {by}, 25% to 50%"].get("score") == (ffns if alone else None)
+    assert found[f"icl_plural, 1-shot: FFNs by {by}, 25% to 50%"].get("score") == (ffns if alone else None)
 
 
 def test_folders_of_earlier_versions_are_read_as_what_they_are() -> None:
@@ -90,8 +90,8 @@ def test_a_folder_begun_by_another_score_goes_on_with_it_when_asked_and_is_never
         "gold_loglikelihood, are "
         "measured beside them and shown instead")
     todo = {p.title.split(": ")[1] for p in runner.todo()}
-    assert todo == {"heads by gradient, 25% to 50%", "ffns by oracle, 25% to 50%", "heads by the order of all tasks, "
-                    "50% to 50%", "ffns by the order of all tasks, 50% to 50%"}, "neither oracles nor gradients again"
+    assert todo == {"heads by gradient, 25% to 50%", "FFNs by oracle, 25% to 50%", "heads by the order of all tasks, "
+                    "50% to 50%", "FFNs by the order of all tasks, 50% to 50%"}, "neither oracles nor gradients again"
     run(runner)
     study = hc.open_study(folder)
     assert study.ordering_scores == {"head": "example", "ffn": "gold_loglikelihood"}

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import tiny
 
+import tiny
 from headcount import open_study
 from headcount.analysis.study import TABLES
 from headcount.report.page import write_page

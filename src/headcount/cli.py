@@ -58,7 +58,7 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
     from headcount import terminal
 
     if spec.out is None and not dry_run:
-        raise OptionError("a study needs a folder; name it with --out DIR")
+        raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
     with terminal.reporter() as reporter:
         from headcount.engine.neighbours import Speed
         from headcount.study.prepare import prepare
@@ -266,6 +266,11 @@ def _report(folder: Path, asked: int | None = None, *, pictures: bool = True) ->
             write_pictures(study, figures, lambda done, total: reporter.stage("drawing the figures", done, total))
 
 
+def _short(tokens: Sequence[str]) -> dict[str, str]:
+    """The short names of the verb that a command line names, and the options that they stand for."""
+    return next((_SHORT[token] for token in tokens if token in _SHORT), {})
+
+
 def _command() -> str:
     return shlex.join(["headcount", *sys.argv[1:]])
 
@@ -278,8 +283,8 @@ def _with_config(
                                             "analysis; --config and the command line win.")] = None,
 ) -> None:
     app.config = ()
-    short = _SHORT.get(tokens[0], {}) if tokens else {}
-    tokens = tuple(short.get(token, token) for token in tokens)
+    short = _short(tokens)
+    tokens = tuple(short.get(name, name) + sign + value for name, sign, value in (t.partition("=") for t in tokens))
     if config is not None:
         try:
             options = tomllib.loads(config.read_text(encoding="utf-8"))
@@ -310,7 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app.meta(sys.argv[1:] if arguments is None else arguments, exit_on_error=False, print_error=False)
     except (HeadcountError, cyclopts.CycloptsError) as error:
-        message = error.on_command_line() if isinstance(error, HeadcountError) else str(error)
+        called = {option: short for short, option in _short(arguments or sys.argv[1:]).items()}
+        message = error.on_command_line(called) if isinstance(error, HeadcountError) else str(error)
         return _fail(" ".join(message.split()))
     except OSError as error:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class HeadcountError(Exception):
     """Base of every error that a user can cause and fix.
 
     Args:
-        message: One line that says what to do.
-        fields: Options that the message names as Python knows them (`importance_limit`).
+        message: One line that says what to do. Arguments stand in it as Python knows them, between backticks, which
+            tell them from the same letters elsewhere (in a path): `` `importance_limit` ``, `` `device_map='auto'` ``.
+        fields: These arguments, as they are written there; or what the command line calls each of them, where that is
+            not the same name with hyphens.
     """
 
-    def __init__(self, message: str, *, fields: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.fields = tuple(fields)
+    def __init__(self, message: str, *, fields: Sequence[str] | Mapping[str, str] = ()) -> None:
+        self._marked = message
+        self._options = dict(fields) if isinstance(fields, Mapping) else {text: _option(text) for text in fields}
+        super().__init__(self._with({text: text for text in self._options}))
 
-    def on_command_line(self) -> str:
-        """The message with these options as the command line knows them (`--importance-limit`)."""
-        message = str(self)
-        for name in sorted(self.fields, key=len, reverse=True):
-            message = re.sub(rf"(?<![\w-]){name}(?![\w-])", f"--{name.replace('_', '-')}", message)
+    def on_command_line(self, short: Mapping[str, str] | None = None) -> str:
+        """The message with options as the command line knows them (`--importance-limit`, `--device-map auto`).
+
+        Args:
+            short: What the verb calls some of them instead.
+        """
+        return self._with({text: (short or {}).get(option, option) for text, option in self._options.items()})
+
+    def _with(self, written: Mapping[str, str]) -> str:
+        message = self._marked
+        for text, instead in written.items():
+            message = message.replace(f"`{text}`", instead)
         return message
+
+
+def _option(argument: str) -> str:
+    """`importance_limit` as `--importance-limit`, `device_map='auto'` as `--device-map auto`."""
+    name, _, value = argument.partition("=")
+    value = value.replace("'", "")
+    return f"--{name.replace('_', '-')}" + ("" if value in ("", "True") else f" {value}")
 
 
 class ModelError(HeadcountError):

@@ -52,6 +52,7 @@ from headcount.analysis.schema import Table
 from headcount.analysis.top_sets import TOP_OVERLAPS, TOP_SETS, overlap_table, top_table
 from headcount.analysis.transfer import TRANSFER, transfer_table, unshown
 from headcount.errors import StudyError
+from headcount.study.described import check_description
 from headcount.study.jobs import Done, Evaluation, ImportanceJob, InductionScores, Job, job_from
 from headcount.study.ledger import Ledger
 from headcount.study.shown import Shown, told_apart
@@ -116,11 +117,14 @@ class Study:
         self._tables: dict[str, pd.DataFrame] = {}
         description = self._ledger.read_json("study.json")
         if description is None:
-            raise StudyError(f"{folder} holds no study (no study.json); name the folder given to out",
+            raise StudyError(f"{folder} holds no study (no study.json); name the folder given to `out`",
                              fields=("out",))
-        if asked is not None and not 1 <= asked <= len(description.get("asked", [{}])):
-            raise StudyError(f"{folder} was asked for {len(description.get('asked', [{}]))} different things; asked is "
-                             f"the number of one of them, not {asked}", fields=("asked",))
+        check_description(description, folder / "study.json", "put back a copy of that file")
+        requests = len(description.get("asked", [{}]))
+        if asked is not None and (not isinstance(asked, int) or not 1 <= asked <= requests):
+            raise StudyError(f"{folder} was asked for one thing only; leave out `asked`" if requests == 1 else
+                             f"{folder} was asked for {requests} different things; `asked` is the number of one of "
+                             f"them, from 1 to {requests}, not {asked!r}", fields=("asked",))
         chosen = description["asked"][(asked or 0) - 1] if "asked" in description else {}
         self.description: dict[str, Any] = {**description, **chosen}
         self._shown_request = (asked or len(description.get("asked", ()))) - 1

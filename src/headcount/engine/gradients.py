@@ -77,7 +77,7 @@ def example_scores(
         heads[:, examples], ffns[:, examples] = of_heads.cpu().double().numpy(), of_ffns.cpu().double().numpy()
     if not np.isfinite(heads).all() or not np.isfinite(ffns).all():
         raise ModelError(f"gradients overflow in {str(loaded.model.dtype).removeprefix('torch.')}: use the type "
-                         "bfloat16 or float32 (dtype, --dtype)")
+                         "bfloat16 or float32 (`dtype`)", fields=("dtype",))
     return ExampleScores(heads, ffns)
 
 

@@ -132,7 +132,7 @@ def score(
         if bad := int((~np.isfinite(values)).sum()):
             raise ModelError(f"{bad} of {len(values)} log-likelihoods of task {prepared.task.name!r} are no numbers "
                              f"under {mask}: they overflow in {str(loaded.model.dtype).removeprefix('torch.')}: use "
-                             "the type bfloat16 or float32 (dtype, --dtype)")
+                             "the type bfloat16 or float32 (`dtype`)", fields=("dtype",))
     splits = np.cumsum(prepared.counts)[:-1]
     rows = [
         [_score_document(prepared.task, *one) for one in zip(

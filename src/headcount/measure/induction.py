@@ -268,7 +268,7 @@ def _measured(
                 progress(ids.numel())
     if not np.isfinite(scores).all():
         raise ModelError(f"attention overflows in {str(loaded.model.dtype).removeprefix('torch.')}: use the type "
-                         "bfloat16 or float32 (dtype, --dtype)")
+                         "bfloat16 or float32 (`dtype`)", fields=("dtype",))
     return scores
 
 
@@ -281,7 +281,7 @@ def _halved(work: _Work, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind b
             raise
         if len(ids) == 1:
             raise ModelError(f"memory is too small for one text of {ids.shape[1]} tokens with eager attention: give "
-                             "shorter lengths (lengths; --induction-lengths, --lengths)") from error
+                             "shorter `lengths`", fields={"lengths": "--induction-lengths"}) from error
     return torch.cat([_halved(work, half) for half in ids.chunk(2)], 1)
 
 
@@ -386,7 +386,8 @@ def randomised(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
             made = dispatch_model(made, devices)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"memory is too small for {loaded.name} and the same model with random weights beside it, the "
-                         "control of copying: leave it out (skip_control, --skip-control)") from error
+                         "control of copying: leave it out (`skip_control`)",
+                         fields=("skip_control",)) from error
     note = f"all weights are random, by the model's own initialisation (seed {seed})"
     control = wrap(made, loaded.tokenizer, f"{loaded.name} (random weights)", loaded.names)
     return dataclasses.replace(control, notes=(*control.notes, note), apply_chat_template=loaded.apply_chat_template)
@@ -396,4 +397,5 @@ def _check_place(loaded: LoadedModel) -> None:
     """Refuse the control of a model that is larger than memory."""
     if "disk" in getattr(loaded.model, "hf_device_map", {}).values():
         raise ModelError(f"{loaded.name} lies partly on disk, and the same model with random weights, the control of "
-                         "copying, needs memory for all of it: leave it out (skip_control, --skip-control)")
+                         "copying, needs memory for all of it: leave it out (`skip_control`)",
+                         fields=("skip_control",))

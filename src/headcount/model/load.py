@@ -51,7 +51,7 @@ _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
 # What Llama 3's template writes where it is told no date, and how a template asks for today's.
 _DATE = datetime.date(2024, 7, 26)
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-_TRUST = "read it, then pass trust_remote_code=True (--trust-remote-code)"
+_TRUST = "read it, then pass `trust_remote_code=True`"
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # What transformers and its parts raise for files that are absent, damaged or of another kind, or too large.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -180,7 +180,7 @@ def load(
     if not isinstance(name, str | os.PathLike):
         raise ModelError(f"load takes a hub id or a path, not a {type(name).__name__}: for a model that is in memory "
                          "use wrap(model, tokenizer)")
-    wanted = _Wanted(str(name), _dtype(dtype), _placement(device, device_map), attn_implementation, trust_remote_code,
+    wanted = _Wanted(str(name), dtype_of(dtype), _placement(device, device_map), attn_implementation, trust_remote_code,
                      tokenizer, names or Names(), apply_chat_template)
     with _quiet():
         source = _find(wanted.name, revision)
@@ -207,8 +207,8 @@ def _read(source: _Source, wanted: _Wanted) -> tuple[PreTrainedModel, PreTrained
     _check_kind(wanted.name, config, wanted.names, wanted.trust_remote_code)
     reader = _tokenizer(wanted.name, source, wanted.tokenizer, common)
     if wanted.apply_chat_template and not reader.chat_template:
-        raise ModelError(f"the tokenizer of {wanted.name} has no chat template: leave out apply_chat_template "
-                         "(--apply-chat-template)")
+        raise ModelError(f"the tokenizer of {wanted.name} has no chat template: leave out "
+                         "`apply_chat_template`", fields=("apply_chat_template",))
     options = {**common, "config": config, "dtype": wanted.dtype, "device_map": wanted.device_map,
                "attn_implementation": wanted.attn_implementation}
     return _model(wanted.name, source, options), reader
@@ -310,11 +310,16 @@ def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
             "is followed here, continuations are scored without their first token",)
 
 
-def _dtype(name: str) -> str | torch.dtype:
+def dtype_of(name: str) -> str | torch.dtype:
+    """A type of weights by its name.
+
+    Raises:
+        OptionError: If there is none of this name.
+    """
     dtype = getattr(torch, name, None)
     if name == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return dtype or name
-    raise OptionError(f"unknown dtype {name!r}: use auto, float32, bfloat16 or float16")
+    raise OptionError(f"unknown `dtype` {name!r}: use auto, float32, bfloat16 or float16", fields=("dtype",))
 
 
 def _placement(device: str | None, device_map: str | None) -> str:
@@ -363,8 +368,8 @@ def _find(name: str, revision: str | None) -> _Source:
 
 def _check_revision(name: str, revision: str | None) -> None:
     if revision is not None:
-        raise OptionError(f"a revision (--revision {revision}) is a version on the hub, and {name} lies on this disk: "
-                          "leave it out")
+        raise OptionError(f"`revision` ({revision}) is a version on the hub, and {name} lies on this disk: leave it "
+                          "out", fields=("revision",))
 
 
 def _config(name: str, source: _Source, common: Mapping[str, Any]) -> PreTrainedConfig:
@@ -388,7 +393,7 @@ def _check_kind(name: str, config: PreTrainedConfig, names: Names, trust_remote_
         if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
             if trust_remote_code:
                 return
-            raise ModelError(f"{name} comes with its own code: {_TRUST}")
+            raise ModelError(f"{name} comes with its own code: {_TRUST}", fields=("trust_remote_code=True",))
         raise ModelError(f"{name} is of type {config.model_type}, which transformers does not load as a causal "
                          "language model: name a decoder-only model such as facebook/opt-125m")
     with torch.device("meta"):
@@ -428,7 +433,7 @@ def _model(name: str, source: _Source, options: Mapping[str, Any]) -> PreTrained
         pair: Any = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True, **options)
     except torch.OutOfMemoryError as e:
         raise ModelError(f"{name} does not fit on {options['device_map']}: use a smaller dtype, or "
-                         "device_map='auto' (--device-map auto), which offloads") from e
+                         "`device_map='auto'`, which offloads", fields=("device_map='auto'",)) from e
     except _LOAD_ERRORS as e:
         raise _failure(name, source, e) from e
     model: PreTrainedModel = pair[0]
@@ -444,14 +449,14 @@ def _failure(name: str, source: _Source, error: BaseException) -> ModelError:
     while (link := link.__cause__ or link.__context__) is not None and link not in chain:  # type: ignore[assignment]
         chain.append(link)
     if "trust_remote_code" in str(error):
-        return ModelError(f"{name} comes with its own code: {_TRUST}")
+        return ModelError(f"{name} comes with its own code: {_TRUST}", fields=("trust_remote_code=True",))
     if source.gguf is not None or Path(source.place).is_dir():
         return ModelError(f"{name} cannot be loaded: {first_line(error)}")
     if any(isinstance(e, GatedRepoError) for e in chain):
         return ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`")
     if any(isinstance(e, RevisionNotFoundError) for e in chain):
-        return ModelError(f"{name} has no revision {source.keywords.get('revision')!r} on the hub: check the name "
-                          "(--revision)")
+        return ModelError(f"{name} has no revision {source.keywords.get('revision')!r} on the hub: check "
+                          "`revision`", fields=("revision",))
     if any(isinstance(e, (RepositoryNotFoundError, HFValidationError)) for e in chain):
         return ModelError(f"{name} is neither a local folder nor a model on the hub: check the name, or log in with "
                           "`hf auth login` if it is private")

@@ -165,8 +165,8 @@ def tables(study: Study) -> list[Table]:
 
 def _other_requests(study: Study) -> Iterator[str]:
     if others := study.other_requests:
-        yield (f"This page shows one of {len(others) + 1} things that the folder was asked for; headcount report FOLDER "
-               f"--asked NUMBER shows another. {'. '.join(others)}.")
+        yield (f"This page shows one of {len(others) + 1} things that the folder was asked for; headcount report "
+               f"FOLDER --asked NUMBER shows another. {'. '.join(others)}.")
 
 
 def _provenance(study: Study) -> Iterator[tuple[str, str]]:

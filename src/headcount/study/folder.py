@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from headcount.errors import StudyError
+from headcount.study.described import check_description, parts_asked
 from headcount.study.ledger import Ledger
-from headcount.study.spec import ModelSpec, Part, StudySpec, fields_that, parts_of, readers, scores_of
+from headcount.study.spec import ModelSpec, Part, StudySpec, fields_that, readers, scores_of
 
 # What a run was asked, and what it knew then of tasks.
 ASKED = ("spec", "parts", "tasks", "unseen")
@@ -29,42 +30,16 @@ def previous(ledger: Ledger) -> dict[str, Any] | None:
     """
     there = next(place for place in (ledger.folder, *ledger.folder.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise StudyError(f"{there} is a file; out names a folder", fields=("out",))
+        raise StudyError(f"{there} is a file; `out` names a folder", fields=("out",))
     if not os.access(there, os.W_OK):
-        raise StudyError(f"{there} cannot be written to; choose another out", fields=("out",))
+        raise StudyError(f"{there} cannot be written to; choose another `out`", fields=("out",))
     description = ledger.read_json("study.json")
     if description is None and ledger.folder.is_dir() and any(
             not f.name.startswith(".") for f in ledger.folder.iterdir()):
-        raise StudyError(f"{ledger.folder} is not empty and holds no study; choose another out", fields=("out",))
+        raise StudyError(f"{ledger.folder} is not empty and holds no study; choose another `out`", fields=("out",))
     if description is not None:
         check_description(description, ledger.folder / "study.json")
     return description
-
-
-def check_description(description: Mapping[str, Any], path: Path) -> None:
-    """Refuse a study.json that lacks what every version wrote, or holds another type there.
-
-    Raises:
-        StudyError: With the file and the field.
-    """
-    for name in ("spec", "model", "tasks"):
-        if not isinstance(description.get(name), dict):
-            raise _damaged(path, f"{name} is no object")
-    for name in ("tasks", "shots", "measure"):
-        if not isinstance(description["spec"].get(name), list):
-            raise _damaged(path, f"spec.{name} is no list")
-    for name, kind, called in (("protocol", str, "text"), ("seed", int, "whole number")):
-        if not isinstance(description["spec"].get(name, kind()), kind):
-            raise _damaged(path, f"spec.{name} is no {called}")
-    if not isinstance(description["model"].get("fingerprint"), str):
-        raise _damaged(path, "model.fingerprint is no text")
-    for task, known in description["tasks"].items():
-        if not isinstance(known, dict) or not isinstance(known.get("fingerprint"), str):
-            raise _damaged(path, f"tasks.{task}.fingerprint is no text")
-
-
-def _damaged(path: Path, what: str) -> StudyError:
-    return StudyError(f"{path} is damaged ({what}); choose another out, or delete that folder", fields=("out",))
 
 
 def check_options(spec: StudySpec, before: Mapping[str, Any] | None, folder: Path) -> None:
@@ -81,8 +56,8 @@ def check_options(spec: StudySpec, before: Mapping[str, Any] | None, folder: Pat
         # An option that a folder does not know came after it: it was measured as by default.
         was = known.get(name, defaults[name])
         if was != asked[name]:
-            raise StudyError(f"{folder} holds another study ({name} was {was}, is {asked[name]}); choose another out, "
-                             "or give the same options", fields=(name, "out"))
+            raise StudyError(f"{folder} holds another study (`{name}` was {was}, is {asked[name]}); choose another "
+                             "`out`, or give the same options", fields=(name, "out"))
 
 
 def other_orders(spec: StudySpec, before: Mapping[str, Any] | None) -> str:
@@ -120,24 +95,16 @@ def check_data(
         return
     if before["model"]["fingerprint"] != model:
         raise StudyError(f"{folder} holds a study of another model ({before['model'].get('name')}, other weights, "
-                         "type or tokenizer); choose another out", fields=("out",))
+                         "type or tokenizer); choose another `out`", fields=("out",))
     same_split = before["spec"].get("examples_split", "train") == spec.examples_split
     for name, fingerprint in tasks.items():
         if name in unseen and name in before["tasks"]:
             raise StudyError(f"task {name!r} is among the tasks of {folder}, whose orders it has a part in: it is no "
-                             "unseen one there; choose another out", fields=("out",))
+                             "unseen one there; choose another `out`", fields=("out",))
         known = before["tasks"].get(name) or before.get("unseen", {}).get(name)
         if known is not None and known["fingerprint"] != fingerprint and same_split:
             raise StudyError(f"{folder} holds a study of other documents of task {name!r}, or of another definition of "
-                             "it; choose another out", fields=("out",))
-
-
-def parts_asked(request: Mapping[str, Any]) -> list[Part]:
-    """What of a study a saved request asked for; earlier versions did not say, and head oracles may be among it."""
-    spec = request.get("spec", {})
-    legacy = [*parts_of({"measure": spec.get("measure", ()), "tasks": spec.get("tasks", ())}), "head_oracle"]
-    parts: list[Part] = request.get("parts", legacy if spec else [])
-    return parts
+                             "it; choose another `out`", fields=("out",))
 
 
 def request(

@@ -23,6 +23,7 @@ from headcount.masks import Component, Head, Mask, blocks_run, prune, random_ord
 from headcount.study.codec import stored_order, stored_scores
 
 Method: TypeAlias = Literal["gradient", "oracle"]
+_PLURAL = {"head": "heads", "ffn": "FFNs"}
 Step: TypeAlias = Any  # a fraction, a pair of fractions, a layer, or a (layer, head)
 # The donor whose order is that of all tasks together, of all but the one that is pruned, and the pruned task itself.
 AGGREGATE, OTHERS, OWN = "mean", "mean without own", "own"
@@ -205,7 +206,7 @@ class OwnCurve(_Curve):
     @property
     def title(self) -> str:
         """As in `FullModel`."""
-        return f"{self.component}s by {self.order}{self.span}"
+        return f"{_PLURAL[self.component]} by {self.order}{self.span}"
 
     def masks(self, heads_per_layer: Sequence[int], importance: Sequence[pd.DataFrame]) -> Labelled:
         """As in `FullModel`."""
@@ -232,7 +233,7 @@ class RandomCurve(_Curve):
     @property
     def title(self) -> str:
         """As in `FullModel`."""
-        return f"{self.component}s at random{self.span}"
+        return f"{_PLURAL[self.component]} at random (seed {self.order_seed}){self.span}"
 
     def masks(self, heads_per_layer: Sequence[int], importance: Sequence[pd.DataFrame]) -> Labelled:
         """As in `FullModel`."""
@@ -274,7 +275,7 @@ class CommonCurve(_SharedCurve):
     @property
     def title(self) -> str:
         """As in `FullModel`."""
-        return f"{self.component}s by the order of all tasks{self.span}"
+        return f"{_PLURAL[self.component]} by the order of all tasks{self.span}"
 
     def masks(self, heads_per_layer: Sequence[int], importance: Sequence[pd.DataFrame]) -> Labelled:
         """As in `FullModel`."""
@@ -297,7 +298,7 @@ class Transfer(_SharedCurve):
     @property
     def title(self) -> str:
         """As in `FullModel`."""
-        return f"{self.component}s by the order of {self.donor}{self.span}"
+        return f"{_PLURAL[self.component]} by the order of {self.donor}{self.span}"
 
     def masks(self, heads_per_layer: Sequence[int], importance: Sequence[pd.DataFrame]) -> Labelled:
         """As in `FullModel`."""

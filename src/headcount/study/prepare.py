@@ -119,7 +119,7 @@ class Plan:
             StudyError: If the study cannot go on there.
         """
         if self.ledger is None:
-            raise OptionError("a study needs a folder; name it with out (--out DIR)")
+            raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
         before = previous(self.ledger)
         check_options(self.spec, before, self.ledger.folder)
         check_data(self.spec, before, self.loaded.identity, {f.name: f.fingerprint for f in self.facts}, self.unseen,
@@ -171,6 +171,8 @@ def prepare(
     before = previous(ledger) if ledger is not None else None
     # Slips in the options are told before anything is loaded.
     if ledger is not None:
+        if before is not None and before["spec"].get("dtype") != spec.dtype:
+            _check_dtype(spec.dtype)  # a slip of the pen is no other study
         check_options(spec, before, ledger.folder)
     # Tasks first: they load faster than models, and most slips of the pen are in their options.
     reporter.stage("loading tasks")
@@ -197,6 +199,12 @@ def prepare(
     return ready
 
 
+def _check_dtype(name: str) -> None:
+    from headcount.model.load import dtype_of
+
+    dtype_of(name)
+
+
 def _tasks(spec: StudySpec, parts: Sequence[Part]) -> tuple[dict[str, Task], frozenset[str]]:
     """The tasks by name, and which of them are unseen."""
     from headcount.tasks.load import get_tasks
@@ -205,10 +213,10 @@ def _tasks(spec: StudySpec, parts: Sequence[Part]) -> tuple[dict[str, Task], fro
     seen, unseen = (get_tasks(names, data=spec.data, examples_split=spec.examples_split, protocol=spec.protocol)
                     for names in named)
     if both := seen.keys() & unseen.keys():
-        raise OptionError(f"{', '.join(sorted(both))} cannot be among both tasks and unseen",
+        raise OptionError(f"{', '.join(sorted(both))} cannot be among both `tasks` and `unseen`",
                           fields=("tasks", "unseen"))
     if "transfer" in parts and len(seen) < 2 and not unseen:
-        raise OptionError("transfer takes one task's order to another: name two tasks, or unseen",
+        raise OptionError("transfer takes one task's order to another: name two tasks (`tasks`), or `unseen`",
                           fields=("tasks", "unseen"))
     return seen | unseen, frozenset(unseen)
 

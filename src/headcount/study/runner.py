@@ -37,7 +37,7 @@ def run_study(
         HeadcountError: As `headcount.study.prepare.prepare`, before anything is measured or written.
     """
     if spec.out is None:
-        raise OptionError("a study needs a folder; name it with out", fields=("out",))
+        raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
     return run(prepare(spec, parts=parts, reporter=reporter, loaded=loaded), reporter=reporter, command=command)
 
 
@@ -56,7 +56,7 @@ def run(plan: Plan, *, reporter: Reporter | None = None, command: str = "") -> P
 
     reporter, ledger = reporter or Silent(), plan.ledger
     if ledger is None:
-        raise OptionError("a study needs a folder; name it with out", fields=("out",))
+        raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
     engine = Engine.of(plan.loaded)
     _describe(plan, ledger, command, engine.masks_reason)
     todo = plan.todo()

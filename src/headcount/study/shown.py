@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from headcount.errors import OptionError, StudyError
-from headcount.study.folder import parts_asked
+from headcount.study.described import parts_asked
 from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job, name_of
 from headcount.study.masksets import (
     CommonCurve,

@@ -114,7 +114,7 @@ class InductionSpec(ModelSpec):
         _check_types(self)
         lengths = self.induction_lengths
         _check(lengths is None or (len({*lengths}) == len(lengths) > 0 and min(lengths) >= 2),
-               "induction_lengths are different numbers of tokens from 2 up, not "
+               "`induction_lengths` are different numbers of tokens from 2 up, not "
                f"{_listed(lengths or ())}", "induction_lengths")
 
 
@@ -218,21 +218,22 @@ class StudySpec(InductionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(bool(self.measure) or not self.tasks, "measure names nothing to measure", "measure")
-        _check(bool(self.tasks) or self.measure == ("induction",), "tasks names no task", "tasks")
-        _check(bool(self.shots) and min(self.shots) >= 0, f"shots are numbers from 0 up, not {_listed(self.shots)}",
+        _check(bool(self.measure) or not self.tasks, "`measure` names nothing to measure", "measure")
+        _check(bool(self.tasks) or self.measure == ("induction",), "`tasks` names no task", "tasks")
+        _check(bool(self.shots) and min(self.shots) >= 0, f"`shots` are numbers from 0 up, not {_listed(self.shots)}",
                "shots")
-        _check(not self.unseen or "transfer" in self.measure, "unseen tasks are measured with measure transfer; "
-               "name it, or leave them out (those of a preset or a file of options: with unseen and no task after it)",
-               "unseen", "measure")
-        _check(len(set(self.shots)) == len(self.shots), f"shots names a number twice: {_listed(self.shots)}", "shots")
+        _check(not self.unseen or "transfer" in self.measure, "tasks named by `unseen` are measured with "
+               "`measure` transfer; name it, or leave them out (those of a preset or `config`: with `unseen` and no "
+               "task after it)",
+               "unseen", "measure", "config")
+        _check(len(set(self.shots)) == len(self.shots), f"`shots` names a number twice: {_listed(self.shots)}", "shots")
         for name in ("fractions", "grid_fractions", "transfer_fractions", "random_fractions", "common_fractions"):
             if (fractions := getattr(self, name)) is not None:
                 _check_fractions(name, fractions)
         for name in ("grid_limit", "transfer_limit"):
             value = getattr(self, name)
             _check(value is None or self.limit is None or value <= self.limit,
-                   f"{name} is at most limit ({self.limit}), not {value}", name, "limit")
+                   f"`{name}` is at most `limit` ({self.limit}), not {value}", name, "limit")
 
     @property
     def scores(self) -> dict[str, str]:
@@ -307,10 +308,11 @@ def parts_of(spec: StudySpec | Mapping[str, Any]) -> tuple[Part, ...]:
 
 
 def _check_fractions(name: str, fractions: Sequence[float]) -> None:
-    _check(bool(fractions) and all(0 < f < 1 for f in fractions),
-           f"{name} lie between 0 and 1, both left out, not {_listed(tuple(fractions))}", name)
+    _check(bool(fractions), f"`{name}` names no share", name)
+    _check(all(0 < f < 1 for f in fractions),
+           f"`{name}` lie between 0 and 1, both left out, not {_listed(tuple(fractions))}", name)
     _check(list(fractions) == sorted(set(fractions)),
-           f"{name} rise from one to the next: {_listed(tuple(fractions))} do not", name)
+           f"`{name}` rise from one to the next: {_listed(tuple(fractions))} do not", name)
 
 
 def _check(holds: bool, message: str, *fields: str) -> None:
@@ -340,13 +342,13 @@ def _check_types(spec: Any) -> None:
         try:
             object.__setattr__(spec, name, adapter.validate_python(value))
         except ValidationError as error:
-            raise OptionError(f"{name} {_wrong(value, error.errors()[0])}", fields=(name,)) from error
+            raise OptionError(f"`{name}` {_wrong(value, error.errors()[0])}", fields=(name,)) from error
     for one in dataclasses.fields(spec):
         value, (least, most) = getattr(spec, one.name), (one.metadata.get(end) for end in ("least", "most"))
         if value is not None and most is not None:
-            _check(least <= value <= most, f"{one.name} lies between {least} and {most}, not {value}", one.name)
+            _check(least <= value <= most, f"`{one.name}` lies between {least} and {most}, not {value}", one.name)
         elif value is not None and least is not None:
-            _check(value >= least, f"{one.name} is at least {least}, not {value}", one.name)
+            _check(value >= least, f"`{one.name}` is at least {least}, not {value}", one.name)
 
 
 def _wrong(value: object, error: Mapping[str, Any]) -> str:
@@ -356,6 +358,12 @@ def _wrong(value: object, error: Mapping[str, Any]) -> str:
         "literal_error": f"is one of {expected}, not {error['input']!r}",
         "tuple_type": f"is a list of values, not {value!r}",
         "path_type": f"is a path, not {value!r}",
+        "int_parsing": f"is a whole number, not {error['input']!r}",
+        "int_type": f"is a whole number, not {error['input']!r}",
+        "int_from_float": f"is a whole number, not {error['input']!r}",
+        "float_parsing": f"is a number, not {error['input']!r}",
+        "bool_parsing": f"is true or false, not {error['input']!r}",
+        "bool_type": f"is true or false, not {error['input']!r}",
     }
     return told.get(error["type"], f"cannot be {error['input']!r}: {str(error['msg']).removeprefix('Input ')}")
 

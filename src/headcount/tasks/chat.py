@@ -33,4 +33,4 @@ def rendered(
         return written([m for m in messages if m["role"] != "system"])
     except TemplateError as error:
         raise ModelError(f"the model's chat template refuses a prompt ({str(error).strip()}); leave out "
-                         "apply_chat_template (--apply-chat-template)") from error
+                         "`apply_chat_template`", fields=("apply_chat_template",)) from error

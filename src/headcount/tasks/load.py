@@ -33,7 +33,8 @@ class TaskDescription:
         chance: Accuracy of guessing.
         metric: The metric that decides orders.
         notes: What a reader of results must know.
-        absent: Why the task's documents cannot be had, and then nothing else is known; empty where they can.
+        absent: Why the task's documents cannot be had, as the command line says it, and then nothing else is known;
+            empty where they can.
     """
 
     name: str
@@ -80,8 +81,8 @@ def get_tasks(
         OptionError: For an unknown split, or what is no name.
     """
     if examples_split not in SPLIT_FILES:
-        raise OptionError(f"examples_split (--examples-split) is one of {', '.join(SPLIT_FILES)}, not "
-                          f"{examples_split!r}")
+        raise OptionError(f"`examples_split` is one of {', '.join(SPLIT_FILES)}, not {examples_split!r}",
+                          fields=("examples_split",))
     given = [task_names] if isinstance(task_names, str | os.PathLike) else task_names
     if not isinstance(given, Sequence):
         raise OptionError(f"tasks are named by strings or paths, such as 'piqa' or './my-task', not {given!r}")
@@ -120,7 +121,7 @@ def describe(name: str, data: str | Path | None = None) -> TaskDescription:
     try:
         (task,) = get_tasks([name], data=data).values()
     except (UnavailableError, DataError) as error:
-        return TaskDescription(name, absent=str(error))
+        return TaskDescription(name, absent=error.on_command_line())
     options = task.num_options
     return TaskDescription(task.name, task.split_sizes, "test" if task.inner.has_test_docs() else "validation",
                            int(options.min()), int(options.max()), chance(options), task.metric, task.notes)
@@ -192,4 +193,4 @@ def _load(text: str, name: str, *, local: bool) -> Any:
 
 def _not_to_be_had(name: str, error: BaseException) -> UnavailableError:
     return UnavailableError(f"the documents of task {name!r} could not be loaded from the hub ({hub.reason(error)}); "
-                            "pass data=DIR (--data DIR) with local files, or restore the connection")
+                            "pass `data=DIR` with local files, or restore the connection", fields=("data=DIR",))

@@ -32,7 +32,8 @@ SAME = "importance is measured on the documents that are evaluated, so that prun
 Split = Literal["evaluation", "examples"]
 Protocol = Literal["sound", "paper"]
 SPLITS: tuple[Split, ...] = ("evaluation", "examples")
-_FEWER = "ask for fewer shots with num_fewshot (--shots)"
+_FEWER = "ask for fewer shots with `num_fewshot`"
+_SHOTS = {"num_fewshot": "--shots"}
 _METRICS = ("acc", "em", "exact_match")
 _NUMBERS = (int, float, np.number, np.bool_)
 # What a definition raises on documents that it was not written for.
@@ -136,17 +137,18 @@ class Task:
         docs = {"train": self.inner.training_docs, "validation": self.inner.validation_docs,
                 "test": self.inner.test_docs}[self.examples_split]()
         if docs is None:
+            has = [s for s, there in (("train", self.inner.has_training_docs()),
+                                      ("validation", self.inner.has_validation_docs()),
+                                      ("test", self.inner.has_test_docs())) if there]
+            choices = [f"examples_split={split!r}" for split in has]
             raise TaskError(f"task {self.name!r} has no {self.examples_split} split to measure importance on; "
-                            f"{self._remedy()}")
+                            f"{self._remedy(choices)}", fields=choices)
         return [doc for doc in docs if self._is_training is None or self._is_training(doc)]
 
-    def _remedy(self) -> str:
-        """What can be done where the split of examples is missing."""
-        has = [s for s, there in (("train", self.inner.has_training_docs()),
-                                  ("validation", self.inner.has_validation_docs()),
-                                  ("test", self.inner.has_test_docs())) if there]
-        split = (f"choose examples_split={' or '.join(map(repr, has))}, on the command line --examples-split "
-                 f"{' or '.join(has)}" + (f" (then {SAME})" if len(has) == 1 else ""))
+    def _remedy(self, choices: Sequence[str]) -> str:
+        """What can be done where the split of examples is missing, and there are these."""
+        split = (f"choose {' or '.join(f'`{choice}`' for choice in choices)}"
+                 f"{f' (then {SAME})' if len(choices) == 1 else ''}")
         if self.file is None:
             return split
         return ("put training documents apart, in a folder with train.jsonl and validation.jsonl, and name that folder "
@@ -158,7 +160,8 @@ class Task:
         shots = self._shared_shots(few_shot)
         left = sum(doc not in shots for doc in documents)
         if left < 1:
-            raise OptionError(f"all {len(documents)} documents of task {self.name!r} are shots; {_FEWER}")
+            raise OptionError(f"all {len(documents)} documents of task {self.name!r} are shots; {_FEWER}",
+                              fields=_SHOTS)
         return left
 
     def prompts(
@@ -267,7 +270,7 @@ class Task:
         size = len(self._pool)
         if num_fewshot + excluding > size:
             raise OptionError(f"{num_fewshot} shots cannot be drawn from the {size} few-shot documents of task "
-                              f"{self.name!r}; {_FEWER}")
+                              f"{self.name!r}; {_FEWER}", fields=_SHOTS)
 
     def _drawn_from(self, documents: Sequence[Document]) -> bool:
         """Whether the shots are drawn from these documents (the first one tells: splits do not overlap in part)."""
