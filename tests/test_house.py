@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import functools
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from headcount.report import cautions
+from headcount.report.page import QUESTIONS
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "headcount"
 ROOT = {"__init__", "__main__", "errors", "masks", "results", "cli", "terminal"}
@@ -92,16 +96,22 @@ def test_a_room_has_four_floors_at_most(of: str) -> None:
 
 
 @pytest.mark.parametrize("question", ["importance", "curves", "grid", "transfer", "correlations", "top_sets",
-                                      "induction"])
+                                      "prediction", "induction"])
 def test_a_question_has_the_same_name_on_both_sides(question: str) -> None:
     assert {f"analysis.{question}", f"report.{question}"} <= modules().keys()
 
 
 def test_no_question_of_the_report_imports_another() -> None:
-    questions = {f"report.{name}" for name in ("headline", "importance", "curves", "grid", "transfer", "correlations",
-                                               "top_sets", "induction", "cautions")}
+    questions = {question.__name__.removeprefix("headcount.") for question in (*QUESTIONS, cautions)}
     assert questions <= modules().keys()
     assert {(module, other) for module in questions for other in uses(module) & questions} == set()
+
+
+def test_the_tree_in_design_is_todays() -> None:
+    text = (SOURCE.parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    unnamed = {module for module in modules() if module.rpartition(".")[2] not in ("__init__", "__main__")
+               and not re.search(rf"\b{module.rpartition('.')[2]}\b", text)}
+    assert unnamed == set()
 
 
 @pytest.mark.parametrize("library", DOORS)

@@ -110,7 +110,7 @@ class InductionScores:
         lengths: The lengths of the random sequences, in unique tokens, before they are repeated.
         repeats: How often each stands in the text of prefix matching; in the text of copying there are so many times
             as many unique tokens.
-        seed: Of the draws.
+        seed: Seed of the random texts.
         sequences: How many texts each of the scores below is the mean of, all lengths together.
         prefix_matching: Attention to the tokens that followed earlier occurrences of a position's token, 0..1.
         copying: The share of the raised logits of tokens in view that goes to the token attended to most, 0..1.

@@ -260,7 +260,7 @@ def depth_table(importance: pd.DataFrame, score: str, aggregate: str, num_layers
     """`Study.depth()`."""
     known = measured(importance, "head", score)
     return depth(known.scores, layers_of(importance, score), num_layers=num_layers,
-                      resampled=known.resampled, aggregate=aggregate)
+                 resampled=known.resampled, aggregate=aggregate)
 
 
 def orders_table(importance: pd.DataFrame, scores: Mapping[str, str]) -> pd.DataFrame:

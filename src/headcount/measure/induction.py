@@ -77,7 +77,7 @@ def induction_scores(
             that do not fit, repeated, into the model's window or vocabulary are left out, and the notes say so.
         repeats: How often each sequence stands in a text of prefix matching.
         seeds: How many texts of each length; None takes 14 ("paper": 1).
-        seed: Of the draws.
+        seed: Seed of the random texts.
         protocol: "sound" or "paper".
         progress: Called with the number of tokens after each batch.
 
@@ -220,7 +220,7 @@ class _Texts:
         tokens: Ids to draw from.
         start: BOS, or nothing.
         repeats: How often a sequence stands in a text, or how many times longer it is.
-        seed: Of the draws.
+        seed: Seed of the random texts.
         members: Length and number of each.
     """
 

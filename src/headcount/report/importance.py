@@ -13,6 +13,7 @@ from headcount.analysis.rows import (
     MEAN,
     MEAN_OF_RANKS,
     TASK,
+    Labels,
     groups,
     labelled,
     most_shots,
@@ -187,7 +188,7 @@ def importance_sentence(study: Study, component: str) -> str:
         return ""
     ranked = ranked[ranked["num_fewshot"] == ranked["num_fewshot"].max()]
     beginning = f"With {shots(int(ranked['num_fewshot'].iloc[0]))}"
-    where = ranked_on(ranked)
+    where = on(ranked)
     top = ranked[ranked["useful"]].head(5 if component == "head" else 3)
     score = score_name(study.ordering_scores[component])
     if top.empty:
@@ -208,11 +209,6 @@ def importance_sentence(study: Study, component: str) -> str:
             f"{names}{ranks}{middle}. {called}.")
 
 
-def ranked_on(ranked: pd.DataFrame) -> str:
-    """What rows of a ranking, at one number of shots, are of: the mean over tasks, or the only one."""
-    return on(ranked)
-
-
 def ranking(study: Study, component: str) -> pd.DataFrame:
     """Components by importance over tasks, the most important first, with their names; by number of shots."""
     table = study.aggregate_importance()
@@ -229,11 +225,12 @@ def ranking(study: Study, component: str) -> pd.DataFrame:
 def sections(study: Study) -> Iterator[Section]:
     """Maps of heads, where they lie, and bars of FFNs."""
     importance, score = study.importance(), study.ordering_scores["head"]
+    mean = Labels(frozenset(study.tasks)).word(MEAN)
     if (importance["component"] == "head").any():
         yield section(
             "head_map", "Which heads matter", lambda: head_map(importance, score, choose=True),
             importance_sentence(study, "head"), f"The colour is a head's importance by "
-            f"{words.score_name(score)} as a share of the largest in its panel ('mean' is the mean of the tasks' "
+            f"{words.score_name(score)} as a share of the largest in its panel ('{mean}' is the mean of the tasks' "
             "scores); point at a head for its value, and for its rank by either gradient score.",
             static=lambda: head_map(importance, score, choose=False))
         yield section(
@@ -308,6 +305,6 @@ def tables(study: Study) -> Iterator[Table]:
             frame = pd.DataFrame({"rank": range(1, len(most) + 1), "most important": most["name"].tolist(),
                                   "importance": most["importance"].tolist(), "least important": least["name"].tolist(),
                                   "importance ": least["importance"].tolist()})
-            what = ranked_on(of_k)
+            what = on(of_k)
             yield Table(f"Most and least important {title}, {words.shots(int(k))}",
                         f"{what[0].upper()}{what[1:]}.", frame)

@@ -176,7 +176,7 @@ def _provenance(study: Study) -> Iterator[tuple[str, str]]:
     for name, value in study.model.items():
         yield f"model: {name.replace('_', ' ')}", _plain(value)
     yield "prompts", description.get("layout", "")
-    yield "masks", description.get("masks", "one forward pass each")
+    yield "masks", description.get("masks") or "one forward pass each"
     if budget := description.get("budget"):
         yield "rows and batches", _plain(budget)
     for task, known in study.known_tasks.items():

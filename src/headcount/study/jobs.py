@@ -75,7 +75,7 @@ class _OfTask:
         task_fingerprint: Of its definition and documents.
         num_fewshot: Shots before each document.
         documents: How many are measured, the first ones.
-        seed: Of the draws of shots; None without shots.
+        seed: Seed of the draws of shots; None without shots.
         shared_shots: Whether one draw serves all documents; None without shots.
         chat: True where prompts stand in the chat template; else None.
         paper_version: Of what protocol "paper" measures; None under "sound".
@@ -220,7 +220,7 @@ class InductionScores:
         model: The model's identity.
         weights: Whose scores.
         seeds: How many texts of each length.
-        seed: Of the draws.
+        seed: Seed of the random texts.
         documents: How many texts; entries of the first version do not say.
         version: Of what is measured; entries of the first version have none.
         lengths: Of the random sequences, where others than the default were asked for.
