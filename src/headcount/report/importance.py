@@ -199,9 +199,9 @@ def importance_sentence(study: Study, component: str) -> str:
     known = top["rank_low"].notna().all()
     names = ", ".join(f"{row['name']} ({row['rank_low']:.0f} to {row['rank_high']:.0f})" if known else str(row["name"])
                       for _, row in top.iterrows())
-    ranks = (" (in brackets the 95 % interval of each rank, which leaves room for all that are shown to matter more "
-             "above it, and for all that are shown to matter less below it)" if known else "")
-    middle = f"; the median layer of the top tenth is {tenth['layer'].median():.0f} of 0 to {layers - 1}"
+    ranks = (" (in brackets the ranks that the documents leave open: after all that are shown to matter more, before "
+             "all that are shown to matter less)" if known else "")
+    middle = f"; the median layer of the top tenth is layer {tenth['layer'].median():.0f} (they are numbered 0 to {layers - 1})"
     first = top.iloc[0]
     called = (f"{first['name']} is head {first['head']:.0f} of layer {first['layer']:.0f}" if component == "head" else
               f"{first['name']} is the FFN of layer {first['layer']:.0f}")

@@ -255,7 +255,7 @@ def among_important_sentence(among: pd.DataFrame, *, fraction: float | None = No
         return ""
     whole, single = summary(rows), single_tasks(rows)["common"]
     row = whole.iloc[0]
-    spread = f"; on single tasks {say.span(single)}" if row["scope"] in AGGREGATES and len(single) else ""
+    spread = f"; on single tasks {say.span(single)} of them are" if row["scope"] in AGGREGATES and len(single) else ""
     hedged = say.bracketed(say.interval(row))
     heads = "head" if row["induction_heads"] == 1 else "heads"
     verb = "is" if row["common"] == 1 else "are"
