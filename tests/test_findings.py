@@ -239,8 +239,8 @@ def test_sets_of_heads() -> None:
     assert "chance gives 1.6 (p = 0.38); p: two-sided, hypergeometric" in text
     text = top_sets_sentence(frames.top_sets(frames.TASKS[:4]))
     assert ("16 (95 % interval 14 to 18) of each task's 54 most important heads (20 % of all) are common to all 4 "
-            "tasks; random sets have 0.4 in common on average, random sets with as many heads in each layer 5.1; two tasks "
-            "share 61 % of theirs on average (random sets with as many heads in each layer 44 %)." in text)
+            "tasks; random sets have 0.4 in common on average, random sets with as many heads in each layer 5.1; two "
+            "tasks share 61 % of theirs on average (random sets with as many heads in each layer 44 %)." in text)
     both = frames.top_sets(TWO)
     assert ("common to both tasks; random sets have 10.8 in common on average, random sets with as many heads in each "
             "layer 5.1.") in (

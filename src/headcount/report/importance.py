@@ -201,7 +201,8 @@ def importance_sentence(study: Study, component: str) -> str:
                       for _, row in top.iterrows())
     ranks = (" (in brackets the ranks that the documents leave open: after all that are shown to matter more, before "
              "all that are shown to matter less)" if known else "")
-    middle = f"; the median layer of the top tenth is layer {tenth['layer'].median():.0f} (they are numbered 0 to {layers - 1})"
+    middle = (f"; the median layer of the top tenth is layer {tenth['layer'].median():.0f} (they are numbered 0 to "
+              f"{layers - 1})")
     first = top.iloc[0]
     called = (f"{first['name']} is head {first['head']:.0f} of layer {first['layer']:.0f}" if component == "head" else
               f"{first['name']} is the FFN of layer {first['layer']:.0f}")

@@ -22,7 +22,8 @@ def top_sets_sentence(top_sets: pd.DataFrame, *, fraction: float | None = None) 
     row = rows.iloc[0]
     tasks = "both tasks" if row["tasks"] == 2 else f"all {row['tasks']:.0f} tasks"
     known = row["expected_in_layers"] == row["expected_in_layers"]
-    layers = f" on average, random sets with as many heads in each layer {row['expected_in_layers']:.1f}" if known else ""
+    layers = (f" on average, random sets with as many heads in each layer {row['expected_in_layers']:.1f}"
+              if known else "")
     pairs = f"; two tasks share {say.percent(row['pair_mean_share'])} of theirs on average" if row["tasks"] > 2 else ""
     if pairs and known:
         pairs += f" (random sets with as many heads in each layer {say.percent(row['pair_share_in_layers'])})"
