@@ -72,7 +72,7 @@ EVALUATIONS = Table(
         Column("prediction", "int64", "", "index of the option that the model takes"),
         Column("gold", "int64", "", "index of the gold option"),
         Column("num_options", "int64", "options", "how many options the document has")),
-    "Curves by several scores may lie in one folder: all are here, other tables are of those asked for last.",
+    "Of what was asked for last, or of the request that `asked` names; what others measured is not among it.",
     further="other metrics of the task, such as acc_norm", written=False)
 # What of each row only this room needs: the number of its entry, of how many tasks its order is, and which importance
 # it was read from.
