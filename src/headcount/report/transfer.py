@@ -139,9 +139,9 @@ def transfer_sentence(transfer: pd.DataFrame, component: str, *, fraction: float
                  f"by {say.points(worst)} with that of {worst['donor']}, the worst"]
     elif len(donors):
         said.append(f"by {say.points(donors.iloc[0])} with the order of {donors['donor'].iloc[0]}")
-    for name, words in ((OTHER_TASKS, "the mean order of the other tasks"), (RANDOM, "a random order")):
+    for name, called in ((OTHER_TASKS, "the mean order of the other tasks"), (RANDOM, "a random order")):
         row = rows[rows["donor_scope"] == name]
-        said += [f"by {say.points(row.iloc[0])} with {words}"] if len(row) else []
+        said += [f"by {say.points(row.iloc[0])} with {called}"] if len(row) else []
     if not said:
         return ""
     return (f"With {say.shots_of(rows)} and {say.share(rows['fraction'].iloc[0])} of the {NAMES[component]} removed, "
@@ -177,7 +177,7 @@ def unseen_sentence(transfer: pd.DataFrame, component: str, *, fraction: float |
     for task, of_task in groups(pruned, "task"):
         mean, random = (of_task[of_task["donor_scope"] == scope] for scope in (ALL_TASKS, RANDOM))
         if len(mean):
-            beside = [f"{words} {say.accuracy(measured.iloc[0])}" for words, measured in (
+            beside = [f"{called} {say.accuracy(measured.iloc[0])}" for called, measured in (
                 ("full model", full[full["task"] == task]), ("random order", random)) if len(measured)]
             said.append(", ".join([f"{task} {say.accuracy(mean.iloc[0])}", *beside]))
     if not said:

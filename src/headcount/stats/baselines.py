@@ -51,22 +51,22 @@ def degenerate(
         places: The options that say the same in all documents, by index: one of them can be a constant answer, while
             others, taken always, are different answers. None where nobody looked: then all, if there is such an answer.
     """
-    found: list[str] = []
+    reasons: list[str] = []
     n = len(correct) if clusters is None else len(np.unique(clusters))
     what = "documents" if n == len(correct) else "passages"
     if n < FEW_DOCUMENTS:
-        found.append(f"{n} {what}, fewer than {FEW_DOCUMENTS}: intervals are wide and rough")
+        reasons.append(f"{n} {what}, fewer than {FEW_DOCUMENTS}: intervals are wide and rough")
     option, share = most_predicted(prediction, num_options)
     same = option in places if places is not None else constant > 0
     if same and share >= CONSTANT_SHARE:
-        found.append(f"option {option + 1} is the answer to {100 * share:.0f} % of the documents, whatever they say")
+        reasons.append(f"option {option + 1} is the answer to {100 * share:.0f} % of the documents, whatever they say")
     to_beat = baseline(num_options, constant)
     if np.isnan(low):
-        found.append(NO_INTERVAL)
+        reasons.append(NO_INTERVAL)
     elif not above:
-        found.append(f"accuracy {correct.mean():.2f} is not shown to be above {to_beat:.2f}, which guessing"
+        reasons.append(f"accuracy {correct.mean():.2f} is not shown to be above {to_beat:.2f}, which guessing"
                      f"{' or a constant answer' if constant > 0 else ''} gets (corrected for the number of tasks)")
-    return found
+    return reasons
 
 
 def most_predicted(prediction: Int[np.ndarray, " doc"], num_options: Int[np.ndarray, " doc"]) -> tuple[int, float]:

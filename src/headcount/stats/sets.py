@@ -54,7 +54,7 @@ def overlap_within(
         they have on average.
     """
     kinds = int(strata.max(initial=-1)) + 1
-    total, a, b = (np.bincount(found, minlength=kinds) for found in (strata, strata[set_a], strata[set_b]))
+    total, a, b = (np.bincount(members, minlength=kinds) for members in (strata, strata[set_a], strata[set_b]))
     least = np.minimum(a, b)
     counts = np.arange(least.max(initial=0) + 1)
     each = np.asarray(hypergeom.pmf(counts[None], total[:, None], a[:, None], b[:, None]))
