@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from scipy.cluster.hierarchy import leaves_list, linkage
 
 from headcount.analysis.rows import (
     MEAN,
@@ -324,6 +323,8 @@ def alike_together(pairs: pd.DataFrame) -> list[str]:
     Args:
         pairs: Correlations between tasks, each pair at least once.
     """
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
     rows = between_single_tasks(pairs)
     rows = rows[rows["correlation"].notna()]
     names = list(dict.fromkeys([*rows["task"], *rows["other_task"]]))

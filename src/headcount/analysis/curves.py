@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from headcount.analysis.points import (
     Key,
@@ -275,7 +275,7 @@ def _beside(tasks: Sequence[Points], keys: Sequence[Key]) -> Iterator[dict[str, 
         accuracy = float(np.mean([t.values[key].mean() for t in tasks]))
         difference = accuracy - float(np.mean([t.values[random].mean() for t in tasks]))
         # One draw tells nothing of others.
-        reach = float(student.ppf((1 + LEVEL) / 2, draws - 1) * of_draws.std(ddof=1) / draws**0.5) if draws > 1 \
+        reach = float(stdtrit(draws - 1, (1 + LEVEL) / 2) * of_draws.std(ddof=1) / draws**0.5) if draws > 1 \
             else np.nan
         low, high = (float(np.hypot(bound - difference, reach)) for bound in bounds)
         yield {"accuracy": accuracy, "random": accuracy - difference, "draws": draws,

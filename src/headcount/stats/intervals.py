@@ -38,7 +38,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import beta, norm, t
+from scipy.special import betainc, ndtr, ndtri, stdtrit
 
 from headcount.stats.paired import holm
 from headcount.stats.resampling import LEVEL, Clusters, cluster_sums
@@ -100,7 +100,7 @@ class Sample:
         if number < 2:
             return np.full(len(self.values), np.inf)
         robust = (apart**2).sum(1) * number / (number - 1) / n**2
-        return np.asarray(np.maximum(alone, robust * (t.ppf(norm.cdf(z), number - 1) / z) ** 2))
+        return np.asarray(np.maximum(alone, robust * (stdtrit(number - 1, ndtr(z)) / z) ** 2))
 
 
 class Changes(NamedTuple):
@@ -129,7 +129,7 @@ def difference_interval(tasks: Sequence[Sample], level: float = LEVEL) -> Bounds
     Returns:
         One interval for each row; NaN where a change is beyond -1 and 1, or there is no document.
     """
-    z = float(norm.ppf((1 + level) / 2))
+    z = float(ndtri((1 + level) / 2))
     return _bounds(changes_of(tasks, z), z)
 
 
@@ -217,7 +217,7 @@ def accuracy_interval(tasks: Sequence[Sample], level: float = LEVEL) -> Bounds:
     Returns:
         One interval for each row; NaN where a value is beyond 0 and 1.
     """
-    z = float(norm.ppf((1 + level) / 2))
+    z = float(ndtri((1 + level) / 2))
     n, p, half = _accuracies(tasks, z)
 
     def ends(share: Float[np.ndarray, " row"]) -> Bounds:
@@ -246,12 +246,12 @@ def chance_of_so_many(task: Sample, baseline: float | int) -> Float[np.ndarray, 
     Documents of one passage count as in `accuracy_interval`; parts of documents by the binomial's extension to real
     numbers.
     """
-    n, p, _ = _accuracies([task], float(norm.ppf((1 + LEVEL) / 2)))
+    n, p, _ = _accuracies([task], float(ndtri((1 + LEVEL) / 2)))
     if not 0 < baseline < 1:
         return np.where(p > baseline, 0.0, 1.0)
     right = p * n
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(right > 0, beta.cdf(baseline, np.maximum(right, 1e-12), n - right + 1), 1.0))
+        return np.asarray(np.where(right > 0, betainc(np.maximum(right, 1e-12), n - right + 1, baseline), 1.0))
 
 
 def above_baseline(tasks: Sequence[Sample], baselines: Sequence[float]) -> list[bool]:
@@ -300,7 +300,7 @@ def documents_needed(tasks: Sequence[Sample], margin: float | int, level: float 
     Returns:
         One number for each row, infinite where the loss seen is the margin itself, NaN where there is no interval.
     """
-    z = float(norm.ppf((1 + level) / 2))
+    z = float(ndtri((1 + level) / 2))
     n, fell, rose, half = changes_of(tasks, z)
     there = sum(task.values.shape[1] for task in tasks)
     away, spread = np.abs(rose - fell + margin), _spread(np.full_like(n, -margin), fell, rose)
@@ -361,5 +361,5 @@ def free_fraction_interval(
 
 def unchanged_needed(margin: float | int, level: float = LEVEL) -> int:
     """The fewest documents none of which may change for a loss of the margin to be ruled out: 189 for two points."""
-    z = float(norm.ppf((1 + level) / 2))
+    z = float(ndtri((1 + level) / 2))
     return math.floor(z * z * (1 - margin) / margin) + 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import binom
 
 from headcount.stats.resampling import Clusters, cluster_sums
 
@@ -32,7 +31,12 @@ def mcnemar(
         change, _ = cluster_sums(change, clusters)
     # Averages such as 2/3 differ from themselves in the last bits, depending on how they were summed.
     fell, rose = (change < -1e-9).sum(axis=1), (change > 1e-9).sum(axis=1)
-    return np.asarray(np.minimum(1.0, 2 * binom.cdf(np.minimum(fell, rose), fell + rose, 0.5)))
+    p = np.ones(len(change))
+    if (changed := fell + rose > 0).any():
+        from scipy.stats import binom
+
+        p[changed] = np.minimum(1.0, 2 * binom.cdf(np.minimum(fell, rose)[changed], (fell + rose)[changed], 0.5))
+    return p
 
 
 def holm(p: Float[np.ndarray, " point"]) -> Float[np.ndarray, " point"]:

@@ -30,13 +30,15 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import norm, rankdata
+from scipy.special import ndtri
 
 from headcount.stats.resampling import LEVEL, RESAMPLES
 
 
 def ranks(scores: Float[np.ndarray, "*rows component"]) -> Float[np.ndarray, "*rows component"]:
     """Ranks along the last axis, 1 the least; equal scores share the mean of their ranks. A row with NaN is all NaN."""
+    from scipy.stats import rankdata
+
     return np.asarray(rankdata(scores, axis=-1), np.float64)
 
 
@@ -150,7 +152,7 @@ def rank_intervals(
     covariances = np.atleast_2d(np.cov(resampled, rowvar=False))
     variances = np.diag(covariances)
     low, high = measured.astype(np.float64), measured.astype(np.float64)
-    reach = float(norm.ppf((1 + level) / 2))
+    reach = float(ndtri((1 + level) / 2))
     for i in range(n):  # row by row: a model of 66 billion parameters has 4,608 heads
         deviations = np.sqrt(np.maximum(variances + variances[i] - 2 * covariances[i], 0))
         apart = np.abs(scores - scores[i]) > reach * deviations
@@ -210,7 +212,7 @@ def document_interval(
         return float("nan"), float("nan")
     most = 1 - 6 / (components * (components**2 - 1))
     spread = float(np.arctanh(np.clip(known, -most, most)).std(ddof=1))
-    centre, reach = float(np.arctanh(np.clip(rho, -most, most))), float(norm.ppf((1 + level) / 2)) * spread
+    centre, reach = float(np.arctanh(np.clip(rho, -most, most))), float(ndtri((1 + level) / 2)) * spread
     return min(rho, float(np.tanh(centre - reach))), max(rho, float(np.tanh(centre + reach)))
 
 
@@ -265,7 +267,7 @@ def random_band(components: int, level: float = LEVEL) -> float:
 
     Over permutations Spearman's rho has mean 0 and variance 1 / (n - 1), and is near normal for n >= 10.
     """
-    return min(1.0, float(norm.ppf((1 + level) / 2)) / np.sqrt(components - 1)) if components > 1 else 1.0
+    return min(1.0, float(ndtri((1 + level) / 2)) / np.sqrt(components - 1)) if components > 1 else 1.0
 
 
 def rank_correlation(
@@ -281,7 +283,7 @@ def rank_correlation(
     draws = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
     drawn = pearson(_ranks_of_draws(x, draws), _ranks_of_draws(y, draws))
     low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(pearson(rankdata(x)[None], rankdata(y)[None])[0]), float(low), float(high)
+    return float(pearson(ranks(x)[None], ranks(y)[None])[0]), float(low), float(high)
 
 
 def _ranks_of_draws(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from headcount.errors import OptionError
 
@@ -59,5 +59,5 @@ def around(
     if len(resampled) < 2:
         unknown = np.full(np.shape(value), np.nan)
         return unknown, unknown
-    reach = float(norm.ppf((1 + level) / 2)) * resampled.std(axis=0, ddof=1)
+    reach = float(ndtri((1 + level) / 2)) * resampled.std(axis=0, ddof=1)
     return np.asarray(value - reach), np.asarray(value + reach)

@@ -6,7 +6,6 @@ import functools
 
 import numpy as np
 from jaxtyping import Bool, Int
-from scipy.stats import hypergeom
 
 from headcount.errors import OptionError
 
@@ -28,6 +27,8 @@ def hypergeometric_overlap(total: int, set_a: int, set_b: int, common: int) -> t
     Raises:
         OptionError: If there are no such sets.
     """
+    from scipy.stats import hypergeom
+
     sizes_fit = 0 <= set_a <= total and 0 <= set_b <= total
     if not (sizes_fit and max(0, set_a + set_b - total) <= common <= min(set_a, set_b)):
         raise OptionError(f"no sets of {set_a} and {set_b} out of {total} have {common} in common")
@@ -53,6 +54,8 @@ def overlap_within(
         The probability that such sets have at least so many in common, that they have at most so many, and how many
         they have on average.
     """
+    from scipy.stats import hypergeom
+
     kinds = int(strata.max(initial=-1)) + 1
     total, a, b = (np.bincount(members, minlength=kinds) for members in (strata, strata[set_a], strata[set_b]))
     least = np.minimum(a, b)
