@@ -124,6 +124,16 @@ def test_a_verb_adds_to_a_study_or_is_a_request_of_its_own(asks: Asks, tmp_path:
     assert_same(tables(study.out), before)
 
 
+def test_a_verb_between_studies_of_another_split(asks: Asks, tmp_path: Path) -> None:
+    study = asks(tmp_path / "study", tasks=("alpha",), examples_split="validation", random_orders=0)
+    ask(study)
+    before = tables(study.out)
+    ask(asks(study.out, tasks=("alpha",)), ("evaluate",))
+    assert open_study(study.out).curves().query("fraction > 0").empty
+    ask(study)
+    assert_same(tables(study.out), before)
+
+
 def test_every_option_says_which_parts_read_it() -> None:
     names = {f.name for f in dataclasses.fields(StudySpec)}
     marked = {f.name for f in dataclasses.fields(StudySpec) if f.metadata.keys() & {"binds", "grows", "means"}}

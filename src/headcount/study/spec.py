@@ -41,7 +41,7 @@ _OF_CURVES = _read_by("curve")
 _OF_ORDERS = _read_by("heads", "ffns", "curve", "grid", "transfer")
 _OF_DOCUMENTS = _read_by("evaluate", "curve", "grid", "transfer")
 _OF_EXAMPLES = _read_by("heads", "ffns", "head_oracle", "curve", "grid", "transfer")
-_OF_SHOTS = _read_by("evaluate", *_OF_EXAMPLES["parts"])
+_OF_TASKS = _read_by("evaluate", *_OF_EXAMPLES["parts"])
 # Ranges. Not in the types, where the command line's library would find them and tell slips in pydantic's words.
 NATURAL, COUNT, SHARE = {"least": 0}, {"least": 1}, {"least": 0, "most": 1}
 
@@ -143,10 +143,11 @@ class StudySpec(InductionSpec):
     data: Path | None = field(default=None, metadata=MEANS)
     """Folder with TASK/{train,validation,test}.jsonl to read instead of the hub."""
 
-    examples_split: Literal["train", "validation", "test"] = field(default="train", metadata=_OF_EXAMPLES)
+    # Part of what tells a task's documents from others, so that an evaluation depends on it as well.
+    examples_split: Literal["train", "validation", "test"] = field(default="train", metadata=_OF_TASKS)
     """Split that importance is measured on: train, validation or test."""
 
-    shared_shots: bool = field(default=False, metadata=_OF_SHOTS)
+    shared_shots: bool = field(default=False, metadata=_OF_TASKS)
     """Draw the shots once per task for all documents, instead of once per document."""
 
     fractions: tuple[float, ...] = field(default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), metadata=_OF_CURVES)
