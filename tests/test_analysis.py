@@ -197,7 +197,7 @@ def test_what_is_said_is_what_was_planted(tmp_path: Path) -> None:
     assert ranked[ranked["num_fewshot"] == 5]["name"].tolist()[:2] == ["L5H3", "L5H2"]
 
 
-def test_rows_come_in_an_order_that_does_not_hang_on_hashes(tmp_path: Path) -> None:
+def test_rows_come_in_an_order_that_does_not_depend_on_hashes(tmp_path: Path) -> None:
     names = tuple("zmbqa")
     study = open_study(synthetic.write(tmp_path, tasks=names))
     for table in (study.evaluations(), study.importance()):

@@ -117,7 +117,7 @@ def test_no_parameter_gets_a_gradient(task: Task) -> None:
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
 
 
-def test_scores_do_not_hang_on_the_batch(task: Task) -> None:
+def test_scores_do_not_depend_on_the_batch(task: Task) -> None:
     loaded = tiny.loaded("llama")
     prompts = task.prompts("examples", FewShot(1))
     requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length)

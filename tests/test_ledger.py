@@ -47,7 +47,7 @@ def test_a_description_is_written_once_and_tables_keep_their_types(tmp_path: Pat
     assert found.info == info
 
 
-def test_names_hang_on_content_not_on_order() -> None:
+def test_names_depend_on_content_not_on_order() -> None:
     assert job_id(dict(reversed(JOB.items()))) == job_id(JOB)
     assert job_id({**JOB, "num_fewshot": 1}) != job_id(JOB)
 

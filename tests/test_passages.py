@@ -42,7 +42,7 @@ def test_real_tasks(shared: Path) -> None:
         assert task.passages("evaluation", with_shots).tolist() == task.passages("evaluation", prompts[:20]).tolist()
 
 
-def test_draws_hang_on_the_document_and_not_on_its_place() -> None:
+def test_draws_depend_on_the_document_and_not_on_its_place() -> None:
     rng = np.random.default_rng(0)
     values, ids = rng.normal(size=(30, 4)), np.arange(30)
     alone = np.arange(30)

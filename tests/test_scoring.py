@@ -88,7 +88,7 @@ def test_evaluations_say_what_the_loglikelihoods_say(task: Task) -> None:
         assert np.abs(measured.gold_loglikelihood[i] - measured.gold_loglikelihood[0]).max() > 1e-3
 
 
-def test_results_do_not_hang_on_rows_and_batches(task: Task) -> None:
+def test_results_do_not_depend_on_rows_and_batches(task: Task) -> None:
     loaded = tiny.loaded("gpt2")
     expected = evaluate(loaded, task, num_fewshot=2, trees=False, budget=Budget(None, 1, 1))
     for row_tokens, batch_tokens, trees in ((1, 1, True), (200, 64, True), (1000, 4000, True), (1, 4000, False)):

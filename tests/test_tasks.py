@@ -91,7 +91,7 @@ def test_validation_stands_in_for_test_and_says_so(tmp_path: Path) -> None:
     assert found.prompts("evaluation")[0].gold == 1
 
 
-def test_fingerprints_hang_on_documents(tmp_path: Path) -> None:
+def test_fingerprints_depend_on_documents(tmp_path: Path) -> None:
     one = task(tmp_path / "a").fingerprint
     assert task(tmp_path / "b").fingerprint == one
     path = write_task(tmp_path / "c") / "piqa" / "train.jsonl"
@@ -123,7 +123,7 @@ def test_fingerprints_of_definitions_with_functions_are_equal_in_every_process(t
     assert in_another_process(str(definition), tmp_path) != here
 
 
-def test_fingerprints_hang_on_what_a_partial_function_is_given() -> None:
+def test_fingerprints_depend_on_what_a_partial_function_is_given() -> None:
     def hashed(*arguments: object) -> str:
         return fingerprint({"process_docs": functools.partial(max, *arguments)}, [], {"test": [{"a": 1}]})
 
@@ -132,7 +132,7 @@ def test_fingerprints_hang_on_what_a_partial_function_is_given() -> None:
 
 
 @pytest.mark.parametrize("name", [*PAPER14, *UNSEEN])
-def test_fingerprints_hang_on_no_address(shared: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprints_depend_on_no_address(shared: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[bytes] = []
     sha256 = hashlib.sha256
 

@@ -124,7 +124,7 @@ def test_a_beginning_added_by_the_caller_is_not_doubled() -> None:
     assert once.ids.tolist().count(0) == 1
 
 
-def test_results_do_not_hang_on_the_padding(tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_padding(tmp_path: Path) -> None:
     """Rows are padded with id 0 whatever the tokenizer pads with: nothing attends to it."""
     loaded = model(TOKENIZERS["bos there, not added"]())
     assert loaded.tokenizer.pad_token is None
