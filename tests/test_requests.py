@@ -103,6 +103,19 @@ def test_what_is_added_is_shown_together(asks: Asks, tmp_path: Path) -> None:
     assert open_study(tmp_path / "grown").other_requests == []
 
 
+def test_a_study_holds_the_verbs_that_went_before(asks: Asks, tmp_path: Path) -> None:
+    for part in ("heads", "ffns", "evaluate"):
+        ask(asks(tmp_path / "study", tasks=("alpha",)), (part,))  # type: ignore[arg-type]  # one of Part
+    ask(asks(tmp_path / "study", tasks=("alpha",)))
+    assert open_study(tmp_path / "study").other_requests == []
+    # Of another task and number of documents accuracy alone was asked.
+    ask(asks(tmp_path / "study", tasks=("beta",), limit=5), ("evaluate",))
+    study = open_study(tmp_path / "study")
+    assert (study.description["parts"], study.spec["tasks"]) == (["evaluate"], ["beta"])
+    assert study.importance().empty
+    assert study.other_requests == ["1: measured: curves; tasks alpha; limit 10"]
+
+
 def test_a_verb_adds_to_a_study_or_is_a_request_of_its_own(asks: Asks, tmp_path: Path) -> None:
     study = asks(tmp_path / "study", **EVERYTHING)
     ask(study)
@@ -118,7 +131,7 @@ def test_a_verb_adds_to_a_study_or_is_a_request_of_its_own(asks: Asks, tmp_path:
     assert few.evaluations().query("split == 'evaluation'").groupby("task")["doc_id"].nunique().tolist() == [5, 5]
     assert [len(table) for table in (few.curves().query("fraction > 0"), few.grid(), few.transfer())] == [0, 0, 0]
     assert len(few.induction()), "no number of documents says anything of it"
-    assert few.other_requests == ["1: curves, grid, transfer, induction alone; limit 10"]
+    assert few.other_requests == ["1: measured: curves, grid, transfer, induction; limit 10"]
     assert_same(tables(study.out, 1), before)
     ask(study)
     assert_same(tables(study.out), before)

@@ -115,8 +115,8 @@ def request(
 
     A run says something of the options that its parts read. Where it says otherwise than before, what was asked before
     is another request: of its parts those that read such an option are no longer shown, unless this run measures them
-    as well; and its tasks and numbers of shots are no longer shown, unless this run names them all. Where it says the
-    same, its parts, tasks and numbers of shots are added to those from before.
+    as well; and if it named tasks or numbers of shots that this run does not name, these are no longer shown, nor any
+    other part of tasks. Where it says the same, its parts, tasks and numbers of shots are added to those from before.
 
     Args:
         spec: What is asked now.
@@ -141,6 +141,8 @@ def request(
     new |= {name: old[name] for name in (silent - said) & old.keys()}
     names = ("tasks", "shots", "unseen")
     apart = bool(tasks and otherwise) and any({*old.get(name, ())} - {*new[name]} for name in names)
+    if apart:
+        kept = [part for part in kept if part == "induction"]
     for name in names:
         if old.get("tasks") and not apart:
             new[name] = list(dict.fromkeys([*old.get(name, []), *new[name]]))
@@ -173,7 +175,13 @@ def _is_part(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     parts, spec, later = parts_asked(one), one["spec"], other["spec"]
     named = all({*spec.get(name, ())} <= {*later[name]} for name in ("tasks", "shots", "unseen"))
     alike = all(spec.get(name) == later[name] for name, read_by in readers().items() if {*read_by} & {*parts})
-    documents = all(known == other[kind].get(task, {}).get("by_shots", {}).get(k)
-                    for kind in ("tasks", "unseen") for task, of_task in one.get(kind, {}).items()
-                    for k, known in of_task.get("by_shots", {}).items())
+    documents = all(_same_documents(known, other[kind].get(task, {}))
+                    for kind in ("tasks", "unseen") for task, known in one.get(kind, {}).items())
     return named and alike and documents and {*parts} <= {*parts_asked(other)}
+
+
+def _same_documents(known: Mapping[str, Any], later: Mapping[str, Any]) -> bool:
+    """Whether a task has the documents that it had; a run that did not look at a split says None of it."""
+    return known["fingerprint"] == later.get("fingerprint") and all(
+        number in (None, later.get("by_shots", {}).get(k, {}).get(name))
+        for k, numbers in known.get("by_shots", {}).items() for name, number in numbers.items())

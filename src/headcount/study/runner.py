@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headcount.errors import OptionError
+from headcount.study.described import parts_asked
 from headcount.study.folder import asked_before, merged, request
 from headcount.study.ledger import Ledger
 from headcount.study.plan import TaskFacts
@@ -75,6 +76,9 @@ def _describe(plan: Plan, ledger: Ledger, command: str, masks: str | None) -> No
     """Write study.json: what was asked, of which model and documents, and how it was measured."""
     with ledger.locked():
         before = plan.check_folder() or {}
+        if before and "parts" not in before:  # an earlier version's: whether it has a head oracle is not said there
+            oracle = any(key.get("component") == "head" for key in ledger.keys("importance"))
+            before = {**before, "parts": [p for p in parts_asked(before) if p != "head_oracle" or oracle]}
         ledger.write_json("study.json", _description(plan, before, command, masks or before.get("masks")))
 
 

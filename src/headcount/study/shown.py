@@ -49,7 +49,7 @@ def told_apart(asked: Sequence[Mapping[str, Any]], shown: int) -> list[str]:
     for number, one in enumerate(asked, 1):
         if number - 1 != shown:
             parts = parts_asked(one)
-            differ = [f"{_measured(one)} alone"] if _measured(one) != _measured(now) else []
+            differ = [f"measured: {_measured(one)}"] if _measured(one) != _measured(now) else []
             differ += [_in_words(name, value) for name, value in one["spec"].items()
                        if value != now["spec"].get(name) and (name in lists or {*read.get(name, ())} & {*parts})]
             lines.append(f"{number}: {'; '.join(differ) or 'other numbers of documents'}")
@@ -58,7 +58,7 @@ def told_apart(asked: Sequence[Mapping[str, Any]], shown: int) -> list[str]:
 
 def _measured(request: Mapping[str, Any]) -> str:
     """What of a study was asked for, in words; curves bring accuracy and importance."""
-    parts = parts_asked(request) if "parts" in request else [p for p in parts_asked(request) if p != "head_oracle"]
+    parts = parts_asked(request)
     brought = CURVES[:-1] if "curve" in parts else ()
     return ", ".join(_SAID.get(part, part) for part in parts if part not in brought)
 
