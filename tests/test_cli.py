@@ -143,6 +143,10 @@ def test_induction_needs_no_tasks(model_folder: Path, tmp_path: Path) -> None:
     assert "Means over 4 texts" in headcount("induction", model_folder, "--seeds", "1", "--out",
                                              tmp_path / "study").stdout, "what was asked for last"
     assert "headcount: --seeds is at least 1" in headcount("induction", model_folder, "--seeds=0").stderr
+    # Short names are those of the verb, and not of what a study measures.
+    study = ("study", model_folder, "--tasks", "icl_plural", "--measure", "induction", "--out", tmp_path / "no")
+    assert "headcount: --induction-seeds is at least 1" in headcount(*study, "--induction-seeds", "0").stderr
+    assert "Unknown option: --seeds" in headcount(*study, "--seeds=2").stderr
 
 
 def test_options_come_from_a_file_too(model_folder: Path, tmp_path: Path) -> None:

@@ -269,7 +269,8 @@ def _report(folder: Path, asked: int | None = None, *, pictures: bool = True) ->
 
 def _short(tokens: Sequence[str]) -> dict[str, str]:
     """The short names of the verb that a command line names, and the options that they stand for."""
-    return next((_SHORT[token] for token in tokens if token in _SHORT), {})
+    verb = next((token for token in tokens if token in {*app}), "")
+    return _SHORT.get(verb, {})
 
 
 def _command() -> str:

@@ -172,7 +172,9 @@ def prepare(
     # Slips in the options are told before anything is loaded.
     if ledger is not None:
         if before is not None and before["spec"].get("dtype") != spec.dtype:
-            _check_dtype(spec.dtype)  # a slip of the pen is no other study
+            from headcount.model.load import dtype_of
+
+            dtype_of(spec.dtype)  # a slip of the pen is no other study
         check_options(spec, before, ledger.folder)
     # Tasks first: they load faster than models, and most slips of the pen are in their options.
     reporter.stage("loading tasks")
@@ -197,12 +199,6 @@ def prepare(
     if ledger is not None:
         ready.check_folder()
     return ready
-
-
-def _check_dtype(name: str) -> None:
-    from headcount.model.load import dtype_of
-
-    dtype_of(name)
 
 
 def _tasks(spec: StudySpec, parts: Sequence[Part]) -> tuple[dict[str, Task], frozenset[str]]:
