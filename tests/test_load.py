@@ -25,7 +25,8 @@ from transformers import (
 from families import CORE, tiny, tokens
 from headcount.errors import HeadcountError, ModelError, OptionError
 from headcount.model.contracts import verify
-from headcount.model.fingerprint import _xors, fingerprint
+from headcount.model.earlier_fingerprint import _xors
+from headcount.model.fingerprint import fingerprint
 from headcount.model.gguf import read_once
 from headcount.model.load import load, wrap
 from headcount.tasks.chat import rendered

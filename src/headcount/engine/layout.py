@@ -26,7 +26,7 @@ from headcount.engine.treemask import TreeMask
 from headcount.model.load import LoadedModel
 
 # Trees and single rows must agree in log-likelihood, in nats: relative to what the type can hold.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.05}
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.05}
 _LONGEST = 24
 _WINDOW = 8
 # Windows that transformers reads from the config whenever it makes a mask, and one that GPT-Neo reads once.
@@ -64,6 +64,9 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     """
     if "position_ids" not in inspect.signature(loaded.model.forward).parameters:
         return Layout(False, "the model takes no position_ids")
+    if str(loaded.model.config._attn_implementation).startswith("flex"):
+        # It takes masks of its own kind, and ends the process where it is given another.
+        return Layout(False, "FlexAttention takes no tree's mask")
     text = loaded.model.config.get_text_config()
     windows = [int(getattr(text, name)) for name in _WINDOWS if _is_window(getattr(text, name, None))]
     fixed = [int(getattr(text, name)) for name in _FIXED_WINDOWS if _is_window(getattr(text, name, None))]
@@ -86,7 +89,7 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     if not differences:
         return Layout(False, f"the model does not take a tree's mask ({refusal})")
     best = min(differences, key=differences.__getitem__)
-    if differences[best] > _TOLERANCE.get(loaded.model.dtype, 1e-3):
+    if differences[best] > TOLERANCE.get(loaded.model.dtype, 1e-3):
         return Layout(False, f"a tree's log-likelihoods differ from single rows' by {differences[best]:.2g}")
     return _agreed(best, differences[best], windows, fixed)
 

@@ -174,8 +174,8 @@ def find_anatomy(model: PreTrainedModel, names: Names = _NAMES) -> Anatomy:
         names: What to look for, where the model is of a family that names its parts otherwise.
 
     Raises:
-        ModelError: If a block has no attention or FFN under these names (state-space and hybrid models have none), or
-            its number of heads does not fit its weights.
+        ModelError: If a block has no attention or FFN under these names (state-space and hybrid models have none), its
+            number of heads does not fit its weights, or layers share a module.
     """
     decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     name, blocks = _child(decoder, names.layers)
@@ -188,7 +188,20 @@ def find_anatomy(model: PreTrainedModel, names: Names = _NAMES) -> Anatomy:
         raise _not_found(decoder, type(decoder).__name__, "list of layers", "layers", names.layers)
     config = getattr(decoder, "config", model.config)
     layers = tuple(_layer(block, f"{name}.{i}", config, i, names) for i, block in enumerate(blocks))
+    _check_apart(layers, name)
     return Anatomy(layers, sum(p.numel() for p in model.parameters()))
+
+
+def _check_apart(layers: tuple[LayerAnatomy, ...], name: str) -> None:
+    """Refuse layers that are one and the same module, or have parts in common: a gate on one acts on the other, too."""
+    for what in ("block", "attention", "out_proj", "ffn_output"):
+        first: dict[int, int] = {}
+        for i, part in enumerate(layers):
+            other = first.setdefault(id(getattr(part, what)), i)
+            if other != i:
+                raise ModelError(f"{name}.{other} and {name}.{i} share a module ({what}): what is removed from one is "
+                                 "removed from the other, so that they cannot be measured as layers of their own; give "
+                                 "each layer a copy")
 
 
 def _layer(block: nn.Module, where: str, config: PreTrainedConfig, index: int, names: Names) -> LayerAnatomy:

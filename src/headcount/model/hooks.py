@@ -56,6 +56,23 @@ def layer_ablated(part: LayerAnatomy, heads: Bool[np.ndarray, " head"], ffn: boo
         yield
 
 
+@contextlib.contextmanager
+def lifted(model: nn.Module) -> Iterator[None]:
+    """Run the model without the gates that are open on it, which come back afterwards; others' hooks stay."""
+    before = [(hooks, dict(hooks)) for module in model.modules()
+              for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    try:
+        for hooks, all_hooks in before:
+            for key, hook in all_hooks.items():
+                if getattr(hook, "__module__", "") == __name__:
+                    del hooks[key]
+        yield
+    finally:
+        for hooks, all_hooks in before:
+            hooks.clear()
+            hooks.update(all_hooks)
+
+
 @dataclass
 class Activations:
     """What the last forward pass put out, layer by layer; inside the graph where gradients were asked for.
