@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from headcount.errors import ModelError
 from headcount.model.anatomy import Anatomy
@@ -26,8 +26,8 @@ Visit = Callable[[int, Tensor, Tensor], None]
 @contextlib.contextmanager
 def eager(model: PreTrainedModel) -> Iterator[None]:
     """Run attention in the implementation that writes its probabilities out; the model gets its own back."""
-    before = model.config._attn_implementation
-    if before in (None, "eager"):
+    before = _implementations(model.config)
+    if _are_eager(before):
         yield
         return
     model.set_attn_implementation("eager")
@@ -35,6 +35,19 @@ def eager(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def _implementations(config: PreTrainedConfig) -> Any:
+    """The implementation of a config and, where it has parts, of each: a multimodal model's text may have another."""
+    parts = {name: told for name in config.sub_configs
+             if (part := getattr(config, name, None)) is not None and (told := _implementations(part)) is not None}
+    return {"": config._attn_implementation, **parts} if parts else config._attn_implementation
+
+
+def _are_eager(implementations: Any) -> bool:
+    if isinstance(implementations, dict):
+        return all(map(_are_eager, implementations.values()))
+    return implementations in (None, "eager")
 
 
 @contextlib.contextmanager
