@@ -102,6 +102,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "kolibri1": {"sliding_window": 4},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "mellum": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "modernbert-decoder": {"local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2,
                            "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2, "rotary_dim": 8,
                            "mlp_layer_types": ["dense", "sparse"], "dense_intermediate_size": 48,
@@ -125,7 +127,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "xlstm": {"hidden_size": 128},
     # Whatever row is the padding token's, transformers fills with zeros when it loads this type.
     "youtu": {**_LATENT, "pad_token_id": None},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 2, "num_key_value_heads": 4},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 2,
+              "num_key_value_heads": 4},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 4, "mamba_d_state": 8,
                "num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
@@ -247,7 +250,7 @@ def find(kind: str, folder: Path) -> Found:
     bad = {what: error for what, error in worst.items() if not error <= TOLERANCE}
     if bad:
         return Found(kind, "wrong", ", ".join(f"{what}: {error:.1e}" for what, error in bad.items()))
-    return Found(kind, "measured", f"{max(worst.values()):.0e}")
+    return Found(kind, "measured", f"{max(worst.values()):.1e}")
 
 
 def _saved(kind: str, folder: Path) -> PreTrainedModel | None:

@@ -90,18 +90,30 @@ def attention_keywords(name: str, model: PreTrainedModel, anatomy: Anatomy) -> d
     """What a model that runs eagerly must be told, so that its attentions hand out their probabilities.
 
     Raises:
-        ModelError: If they do not, whatever it is told.
+        ModelError: If they do not, whatever it is told, or if heads write into several residual streams.
     """
+    entered: list[Tensor] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        entered[:] = [args[0] if args else kwargs["hidden_states"]]
+
     ids = torch.zeros(1, 3, dtype=torch.long, device=device_of(model))
     # Asked last: most models then keep the probabilities of all layers until the end.
     for told in ({}, {"output_attentions": True}):
+        handle = anatomy.layers[0].block.register_forward_pre_hook(enter, with_kwargs=True)
         try:
             with torch.no_grad(), attention_seen(anatomy, lambda layer, z, attention: None):
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **told)
         except ModelError as e:
             failure = e
         else:
+            if entered[0].dim() > ids.dim() + 1:
+                raise ModelError(f"{name} ({model.config.model_type}): its heads write into {entered[0].shape[-2]} "
+                                 "residual streams, of which no single one is what the output layer reads: its "
+                                 "induction heads cannot be measured")
             return told
+        finally:
+            handle.remove()
     raise ModelError(f"{name} ({model.config.model_type}): {failure}, also with eager attention and output_attentions: "
                      "its induction heads cannot be measured")
 
