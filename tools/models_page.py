@@ -73,18 +73,20 @@ with random weights and the kinds of layers that its published checkpoints have,
 * *Measured*: the contracts hold, and these numbers equal the obvious computation on the model that was saved, one
   request a pass and one ablation at a time: log-likelihoods of the full model, without one head, without one FFN and
   without all heads of a layer; the oracle of all heads and FFNs; gradient scores by autograd through all parameters.
-  The number bounds the largest difference, in nats, of scores relative to the largest.
+  The number bounds all differences: in nats, and of gradient scores as a share of the largest.
 * *Refused*: headcount says so in one line, before anything is measured.
 * *Not built small*: transformers itself does not build it here.
 
-Of multimodal models the text alone is read and measured. Encoders that can be given a causal mask were (`is_decoder`).
+Of multimodal models the text alone is read and measured. Encoders that can run as decoders were asked to
+(`is_decoder`). The whole table takes one to two minutes; the tests compare its types with the installed library's, and
+measure some of them again.
 
 | type | class | outcome | reason, or largest difference |
 |---|---|---|---|
 {rows}
 """
 # What stands behind the reason in messages: where was looked, what else to do.
-_REST = re.compile(r": looked for |; only decoder-only|; it has |; fix ")
+_REST = re.compile(r": looked for |; only decoder-only|; it has |\. You can install ")
 
 
 def rows() -> list[str]:
