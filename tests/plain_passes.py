@@ -42,12 +42,12 @@ def plain_scores(loaded: LoadedModel, requests: Sequence[Request]) -> dict[str, 
 
 
 def sees_later_tokens(loaded: LoadedModel, request: Request) -> float:
-    """How far the logits of the first half of a prompt move, relatively, when its last token is another."""
+    """How far the logits before a prompt's last token move, relatively, when that token is another."""
     ids = torch.from_numpy(request.ids)[None].long()
     other = ids.clone()
     other[0, -1] = 4 if ids[0, -1] != 4 else 5
     with torch.no_grad():
-        first, second = (loaded.model(input_ids=x).logits[0, : ids.shape[1] // 2] for x in (ids, other))
+        first, second = (loaded.model(input_ids=x).logits[0, :-1] for x in (ids, other))
     return float((first - second).abs().max() / first.abs().max())
 
 
