@@ -4,7 +4,9 @@ One random tree is scored as a tree and request by request; the two must agree. 
 exceeded by a short probe (4,096 tokens and more), so during the probe the window in the model's config, from which
 transformers makes its masks, is cut to 8 tokens. Three ways of handing the tree's mask over are tried: one mask per
 type of layer, one mask with the window counted in depths, one mask without. A model that agrees with none of them
-(ALiBi reads positions off the column, GPT-Neo keeps its window in a buffer) gets one request a row.
+(ALiBi reads positions off the column, GPT-Neo keeps its window in a buffer) gets one request a row. What modules have
+copied from the config is not cut (windows in buffers, the number of keys that sparse attention chooses): where the tree
+agrees, rows of trees stay within that.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from headcount.model.load import LoadedModel
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.05}
 _LONGEST = 24
 _WINDOW = 8
-# Windows that transformers reads from the config whenever it makes a mask, and one that GPT-Neo reads once.
+# Windows that transformers reads from the config whenever it makes a mask; one that GPT-Neo reads once, and numbers of
+# keys up to which sparse attention chooses none (index_topk) or has one block (MiniMax-M3), read once too.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
-_FIXED_WINDOWS = ("window_size",)
+_FIXED_WINDOWS = ("window_size", "index_topk", "index_block_size")
 # What models raise that know no such mask.
 _REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
 

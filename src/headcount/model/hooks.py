@@ -169,8 +169,9 @@ def _capture_layer(
     gradients: bool,
 ) -> Iterator[torch.utils.hooks.RemovableHandle]:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Several residual streams, where there are such (Hunyuan-4), stand behind the positions.
         hidden = args[0] if args else kwargs["hidden_states"]
-        shapes[index] = (hidden.shape[-3], hidden.shape[-2])
+        shapes[index] = (hidden.shape[0], hidden.shape[1])
 
     def head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         activations.heads[index] = _caught(args[0], (*shapes[index], part.num_heads, part.d_head), gradients)
