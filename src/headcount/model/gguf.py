@@ -7,10 +7,12 @@ whose answers are kept here while a model is loaded.
 What comes out is kept in the user's cache as a folder that transformers loads like any other, so that the next load of
 the same bytes takes a second:
 
-    headcount/gguf/<digest of the file>/<dtype>-transformers-<version>-gguf-<version>/
+    headcount/gguf/<digest of the file>/<dtype>-transformers-<version>-gguf-<version>-proof-<number>/
 
-It is written into a folder beside it and renamed, so that it is whole or not there, and only where it takes no more
-than a tenth of the free space. Whatever fails here costs time alone: the file is dequantised again.
+What is there was proved to hold what the file says (`headcount.model.gguf_proof`); what an earlier version kept lies
+elsewhere, and is removed. It is written into a folder beside it and renamed, so that it is whole or not there, and only
+where it takes no more than a tenth of the free space. Whatever fails here costs time alone: the file is dequantised
+again.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from headcount.errors import ModelError, first_line
 from headcount.model.fingerprint import described, fingerprint, tokenizer_fingerprint
+from headcount.model.gguf_proof import PROOF
 
 # What transformers asks of gguf again and again in one load.
 _ASKED = ("GGUFReader", "get_tensor_name_map")
@@ -69,18 +72,24 @@ class Facts:
 
     Attributes:
         note: What must be said of the weights.
+        reading: What must be said of how the file's own tokenizer reads; empty for most files.
         fingerprint: The model's.
         tokenizer: Its tokenizer's fingerprint, with the chat template and whatever the window.
     """
 
     note: str
+    reading: str
     fingerprint: str
     tokenizer: str
 
     @classmethod
-    def of(cls, note: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Facts:
+    def of(cls, note: str, reading: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Facts:
         """Those of a model that was loaded."""
-        return cls(note, fingerprint(model), tokenizer_fingerprint(tokenizer, 0, chat=True))
+        return cls(note, reading, fingerprint(model), tokenizer_fingerprint(tokenizer, 0, chat=True))
+
+    def notes(self, other_tokenizer: bool) -> tuple[str, ...]:
+        """What must be said beside every result, where the file's own tokenizer is used or another one."""
+        return (self.note,) if other_tokenizer or not self.reading else (self.note, self.reading)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Kept:
             raise ModelError(f"{path} is no readable GGUF file: {first_line(e)}") from e
         versions = "-".join(f"{name}-{importlib.metadata.version(name)}" for name in ("transformers", "gguf"))
         place = user_cache_path("headcount", appauthor=False) / "gguf" / digest
-        return cls(place / f"{str(dtype).removeprefix('torch.')}-{versions}")
+        return cls(place / f"{str(dtype).removeprefix('torch.')}-{versions}-proof-{PROOF}")
 
     def facts(self) -> Facts | None:
         """What is known of the model that is kept; None where none is."""

@@ -40,7 +40,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from headcount.errors import ModelError, OptionError, first_line
-from headcount.model import gguf
+from headcount.model import gguf, gguf_proof
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
 from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint
 from headcount.model.norms import LayerNorms, find_norms
@@ -223,26 +223,27 @@ def _from_gguf(
         Model, tokenizer, notes, and the model's fingerprint.
     """
     dtype = torch.float32 if isinstance(wanted.dtype, str) else wanted.dtype
-    wanted = dataclasses.replace(wanted, dtype=dtype)
+    wanted, other = dataclasses.replace(wanted, dtype=dtype), wanted.tokenizer is not None
     kept = gguf.Kept.of(path, dtype)
     if (facts := kept.facts()) is not None:
         # Where this fails or gives another model, the file itself is read, which raises the user's own errors again.
         with contextlib.suppress(ModelError):
             model, reader = _read(_Source(str(kept.folder), None), wanted)
-            if gguf.Facts.of(facts.note, model, reader) == facts or (
-                    wanted.tokenizer is not None and fingerprint(model) == facts.fingerprint):
+            if gguf.Facts.of(facts.note, facts.reading, model, reader) == facts or (
+                    other and fingerprint(model) == facts.fingerprint):
                 model.name_or_path = model.config.name_or_path = reader.name_or_path = source.place
-                return model, reader, (facts.note,), facts.fingerprint
+                return model, reader, facts.notes(other), facts.fingerprint
     with gguf.read_once(path) as note:
         model, reader = _read(source, wanted)
+        reading = gguf_proof.prove(path, model, None if other else reader)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         # The weights are no longer quantised; with this left on, the model could not be saved.
         quantizer.remove_quantization_config(model)
-    facts = gguf.Facts.of(note, model, reader)
-    if wanted.tokenizer is None:
+    facts = gguf.Facts.of(note, reading, model, reader)
+    if not other:
         kept.keep(facts, model, reader)
-    return model, reader, (note,), facts.fingerprint
+    return model, reader, facts.notes(other), facts.fingerprint
 
 
 def _date(called: re.Match[str]) -> str:
