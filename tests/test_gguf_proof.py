@@ -172,6 +172,24 @@ def test_every_key_of_the_format_is_compared_or_neutral_or_harmless() -> None:
         assert eps in tried({eps: 1e-2})
 
 
+@pytest.mark.parametrize(("arch", "fields"), [
+    ("llama", {"llama.attention.head_count_kv": [2, 4]}), ("phi3", {"tokenizer.ggml.padding_token_id": None}),
+])
+def test_a_file_that_transformers_stumbles_over_is_refused_in_a_line(
+    arch: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write(build(arch), tmp_path / "model.gguf", arch, fields=fields)
+    with pytest.raises(ModelError, match=r"^transformers cannot make a model of model\.gguf: .*$"):
+        load(path, device="cpu")
+
+
+def test_a_tokenizer_that_is_not_read_back_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write(build("gemma3"), tmp_path / "model.gguf", "gemma3", fields={"tokenizer.ggml.unknown_token_id": None})
+    assert load(path, device="cpu").anatomy.heads_per_layer == (4,) * 6
+    assert kept_files.Kept.of(path, torch.float32).facts() is None
+
+
 def test_an_architecture_that_was_never_compared_is_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "granite")
     writer.write_header_to_file()

@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +46,8 @@ _ASKED = ("GGUFReader", "get_tensor_name_map")
 _FACTS = "headcount.json"
 # What a disk that is full, read-only or damaged makes transformers and safetensors raise.
 _FILE_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError)
+# What a file that no model can be made of makes transformers raise beside.
+_ODD_ERRORS = (AssertionError, AttributeError, IndexError, StrictDataclassError)
 # A model that takes more than this share of the free space is not kept.
 _SHARE = 0.1
 # An unfinished folder that is older is of a process that was killed.
@@ -167,9 +170,11 @@ def _reads_back(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     config, reader = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     backends = [getattr(one, "backend_tokenizer", None) for one in (tokenizer, reader)]
     texts = [backend.to_str() if backend is not None else None for backend in backends]
+    if described(config) != described(model.config) or texts[0] != texts[1]:
+        return False
+    # A tokenizer that was read back as another one may not even read.
     marks = [tokenizer_fingerprint(one, 0, chat=True) for one in (tokenizer, reader)]
-    return bool(described(config) == described(model.config) and texts[0] == texts[1] and marks[0] == marks[1]
-                and tokenizer.model_max_length == reader.model_max_length)
+    return bool(marks[0] == marks[1] and tokenizer.model_max_length == reader.model_max_length)
 
 
 @contextlib.contextmanager
@@ -177,7 +182,7 @@ def read_once(path: Path) -> Iterator[str]:
     """While a model is loaded from this file: keep gguf's answers; gives what must be said of the weights.
 
     Raises:
-        ModelError: If the package gguf is not installed, or the file cannot be read.
+        ModelError: If the package gguf is not installed, or the file cannot be read, or no model can be made of it.
     """
     _check_installed(path)
     import gguf
@@ -187,6 +192,8 @@ def read_once(path: Path) -> Iterator[str]:
         for name, answer in before.items():
             setattr(gguf, name, functools.cache(answer))
         yield _note(path)
+    except _ODD_ERRORS as e:
+        raise ModelError(f"transformers cannot make a model of {path.name}: {first_line(e)}") from e
     finally:
         for name, answer in before.items():
             setattr(gguf, name, answer)
