@@ -43,7 +43,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from headcount.errors import ModelError, OptionError, first_line
-from headcount.model import adapters, checkpoint, earlier_fingerprint, gguf, wrappers
+from headcount.model import adapters, checkpoint, earlier_fingerprint, gguf, gguf_proof, wrappers
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
 from headcount.model.fingerprint import (
     KeptDigest,
@@ -271,26 +271,27 @@ def _read(
 def _from_gguf(source: Source, path: Path, wanted: _Wanted) -> _Got:
     """A GGUF file's model, out of the cache where the same bytes were dequantised before."""
     dtype = torch.float32 if isinstance(wanted.dtype, str) else wanted.dtype
-    wanted = dataclasses.replace(wanted, dtype=dtype)
+    wanted, other = dataclasses.replace(wanted, dtype=dtype), wanted.tokenizer is not None
     kept = gguf.Kept.of(path, dtype)
     if (facts := kept.facts()) is not None:
         # Where this fails or gives another model, the file itself is read, which raises the user's own errors again.
         with contextlib.suppress(ModelError):
             model, reader = _read(Source(str(kept.folder), None), wanted)
-            if gguf.Facts.of(facts.note, model, reader) == facts or (
-                    wanted.tokenizer is not None and fingerprint(model) == facts.fingerprint):
+            if gguf.Facts.of(facts.note, facts.reading, model, reader) == facts or (
+                    other and fingerprint(model) == facts.fingerprint):
                 model.name_or_path = model.config.name_or_path = reader.name_or_path = source.place
-                return _Got(model, reader, facts.fingerprint, (facts.note,))
+                return _Got(model, reader, facts.fingerprint, facts.notes(other))
     with gguf.read_once(path) as note:
         model, reader = _read(source, wanted)
+        reading = gguf_proof.prove(path, model, None if other else reader)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         # The weights are no longer quantised; with this left on, the model could not be saved.
         quantizer.remove_quantization_config(model)
-    facts = gguf.Facts.of(note, model, reader)
-    if wanted.tokenizer is None:
+    facts = gguf.Facts.of(note, reading, model, reader)
+    if not other:
         kept.keep(facts, model, reader)
-    return _Got(model, reader, facts.fingerprint, (note,))
+    return _Got(model, reader, facts.fingerprint, facts.notes(other))
 
 
 def _date(called: re.Match[str]) -> str:
