@@ -338,7 +338,7 @@ def _loaded(
         "code": code_of([*map(type, model.modules()), type(model.config), type(tokenizer)]),
         "parameters": anatomy.num_parameters, "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device), "device_map": {k: str(v) for k, v in getattr(model, "hf_device_map", {}).items()},
-        "attn_implementation": model.config._attn_implementation, "torch": torch.__version__,
+        "attn_implementation": model.config.get_text_config()._attn_implementation, "torch": torch.__version__,
         "transformers": transformers.__version__, "notes": list(notes),
     }
     return LoadedModel(name, model, tokenizer, anatomy, known or fingerprint(model), notes, provenance, names=names)
