@@ -300,19 +300,20 @@ def _date(called: re.Match[str]) -> str:
 
 
 def wrap(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model", names: Names | None = None
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, name: str = "model", names: Names | None = None
 ) -> LoadedModel:
     """A model that is in memory already, with its tokenizer; it is put in eval mode.
 
     Args:
-        model: A decoder-only language model of transformers, such as AutoModelForCausalLM gives.
+        model: A decoder-only language model of transformers, such as AutoModelForCausalLM gives; torch.compile and
+            DataParallel around it are taken off.
         tokenizer: The model's own.
         name: What results and pages call it.
         names: Names of the model's parts, where they are not found.
 
     Raises:
-        ModelError: If it is no decoder-only model with attention in every layer and an output layer, or if there is no
-            tokenizer.
+        ModelError: If it is no decoder-only model with attention in every layer and an output layer, if parts of it are
+            compiled, scripted, quantised to integers or an adapter that is not merged, or if there is no tokenizer.
     """
     plain, notes = wrappers.plain(name, model)
     if not callable(tokenizer):
