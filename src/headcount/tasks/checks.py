@@ -157,7 +157,7 @@ class Checks:
         """A document as a shot, as lm-eval's fewshot_context writes it."""
         inner, shots = self.inner, self.inner.fewshot_cfg
         text = inner.doc_to_text(shot, shots.doc_to_text)
-        options = inner.doc_to_choice(shot, shots.doc_to_choice) if shots.doc_to_choice else None
+        options: Any = inner.doc_to_choice(shot, shots.doc_to_choice) if shots.doc_to_choice else None
         if inner.multiple_input:
             text, options = options[text], None
         turns = inner.build_qa_turn(q=text, c=options, a=inner.doc_to_target(shot, shots.doc_to_target),

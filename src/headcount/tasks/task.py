@@ -27,6 +27,7 @@ from headcount.tasks.missing import MISFITS
 from headcount.tasks.origin import Origin, origin_of_shots
 from headcount.tasks.passages import passages
 from headcount.tasks.pool import FEWER, SHOTS, Own, Pool, Shots
+from headcount.tasks.templates import compiled_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -202,22 +203,24 @@ class Task:
         template = functools.partial(rendered, chat) if chat is not None else None
         prompts: list[Prompt] = []
         own = self._papers_draws(split, plain, few_shot) if paper else ((i, shots) for i in range(len(plain)))
-        for doc_id, drawn in own:
-            if limit is not None and len(prompts) >= limit:
-                break
-            if doc_id in used:
-                continue
-            fixed = shots if few_shot.shared else drawn if paper else None
-            with self._sampling(doc_id, () if fixed is not None or not places else places[doc_id], fixed):
-                prompts.append(self._prompt(split, doc_id, *documents[doc_id], num_fewshot, template))
+        with compiled_once():
+            for doc_id, drawn in own:
+                if limit is not None and len(prompts) >= limit:
+                    break
+                if doc_id in used:
+                    continue
+                fixed = shots if few_shot.shared else drawn if paper else None
+                with self._sampling(doc_id, () if fixed is not None or not places else places[doc_id], fixed):
+                    prompts.append(self._prompt(split, doc_id, *documents[doc_id], num_fewshot, template))
         return prompts
 
     def passages(self, split: Split, prompts: Sequence[Prompt]) -> Int[np.ndarray, " doc"]:
         """A number for every document, equal for those that share a passage; whatever the shots before them."""
-        for prompt in prompts:
-            if (split, prompt.doc_id) not in self._texts:
-                plain = self._prompt(split, prompt.doc_id, prompt.doc_id, prompt.doc, 0, None)
-                self._texts[split, prompt.doc_id] = "".join(plain.pairs[plain.gold])
+        with compiled_once():
+            for prompt in prompts:
+                if (split, prompt.doc_id) not in self._texts:
+                    plain = self._prompt(split, prompt.doc_id, prompt.doc_id, prompt.doc, 0, None)
+                    self._texts[split, prompt.doc_id] = "".join(plain.pairs[plain.gold])
         return passages([self._texts[split, prompt.doc_id] for prompt in prompts])
 
     def metrics(self, prompt: Prompt, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
