@@ -172,7 +172,8 @@ def test_a_filtered_pool_knows_its_documents_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gone", ["absent", "null"])
 @pytest.mark.parametrize(("task", "field"), [("boolq", "question"), ("piqa", "goal"), ("multirc", "answer"),
                                              ("rte", "sentence2"), ("copa", "premise"), ("openbookqa", "choices"),
-                                             ("winogrande", "option2"), ("arc_easy", "answerKey"), ("wic", "word")])
+                                             ("winogrande", "option2"), ("arc_easy", "answerKey"), ("wic", "end1"),
+                                             ("wsc", "span2_index"), ("copa", "label")])
 def test_a_missing_field_of_a_task_is_told_by_file_and_line(shared: Path, tmp_path: Path, task: str, field: str,
                                                             gone: str) -> None:
     for split in ("train", "validation"):
@@ -194,11 +195,13 @@ def test_a_missing_field_of_a_task_is_told_by_file_and_line(shared: Path, tmp_pa
 
 
 @pytest.mark.parametrize("text", [
-    '"Q: {{q}}\\nA:"', '"{% if hint %}{{hint}} {% endif %}{{q}}"', '"{% if hint is none %}-{% else %}{{hint}}{% endif %}"',
-    '"{{ hint or \'\' }}{{q}} None"', "!function utils.text",
+    '"Q: {{q}}\\nA:"', '"{% if hint %}{{hint}} {% endif %}{{q}}"', '"{{ hint or \'\' }}{{q}} None"',
+    '"{% if hint is none %}-{% else %}{{hint}}{% endif %}"', "!function utils.text",
+    '"{% if at is none %}{{q}}{% else %}{{q[at:]}}{% endif %}"', '"{% if at %}{{q[at:]}}{% else %}all{% endif %}"',
 ])
 def test_a_missing_field_that_the_prompt_does_without_is_no_error(tmp_path: Path, text: str) -> None:
-    docs = [doc | {"hint": "yes" if i == 1 else None, "never": None} for i, doc in enumerate(rows())]
+    docs = [doc | {"hint": "yes" if i == 1 else None, "never": None, "at": None if i else 3}
+            for i, doc in enumerate(rows())]
     found = mine(tmp_path, docs, docs, utils="def text(doc):\n    return (doc['hint'] or '') + doc['q'] + ' nullify'\n",
                  change=lambda yaml: yaml.replace('"Q: {{q}}\\nA:"', text))
     assert len(found.prompts("evaluation", FewShot(2))) == len(found.prompts("examples")) == 6
@@ -207,7 +210,8 @@ def test_a_missing_field_that_the_prompt_does_without_is_no_error(tmp_path: Path
 @pytest.mark.parametrize(("value", "text", "field"), [
     (None, "{{hint}}", "hint"), (math.nan, "{{hint}}", "hint"), (None, "{{hint|upper}}", "hint"),
     (None, "{{hint[:3]}}", "hint"), (None, "{{'x' + hint}}", "hint"), (None, "{{hint|tojson}}", "hint"),
-    (None, "{{hint ~ ' None'}}", "hint"), (None, "{{ '%.1f' % hint }}", "hint"), (math.nan, "{{ '%.1f' % hint }}", "hint"),
+    (None, "{{hint ~ ' None'}}", "hint"), (None, "{{ '%.1f' % hint }}", "hint"),
+    (math.nan, "{{ '%.1f' % hint }}", "hint"), (None, "{{q[hint:]}}", "hint"), (None, "{{q.split()[:hint]}}", "hint"),
     ([1.5, math.nan], "{{hint[1]}}", "hint[1]"), (["a", None], "{{hint|join}}", "hint[1]"),
     (["a", None], "{{hint}}", "hint[1]"), ({"a": {"b": None}}, "{{hint.a.b}}", "hint.a.b"),
     ({"a": None}, "{{hint.a.b}}", "hint"), ({"a": ["x", None]}, "{{hint}}", "hint.a[1]"),
@@ -224,7 +228,8 @@ def test_a_field_that_the_prompt_needs_is_named(tmp_path: Path, value: object, t
 
 @pytest.mark.parametrize(("part", "field"), [
     ("doc_to_choice: '{{[options[0], options[1], hint]}}'\n", "hint"), ("gen_prefix: '{{hint}}'\n", "hint"),
-    ("description: '{{hint}}'\n", "hint"), ("doc_to_target: '{{hint}}'\n", "hint"), ("doc_to_choice: never\n", "never[1]"),
+    ("description: '{{hint}}'\n", "hint"), ("doc_to_target: '{{hint}}'\n", "hint"),
+    ("doc_to_choice: never\n", "never[1]"),
 ])
 def test_every_part_of_a_prompt_is_looked_at(tmp_path: Path, part: str, field: str) -> None:
     docs = [doc | {"hint": None if i == 2 else str(i % 2), "never": ["x", None if i == 2 else "y"]}
@@ -262,7 +267,7 @@ def test_what_a_definition_makes_of_a_missing_field_is_told(tmp_path: Path) -> N
 
 
 def test_a_prompt_that_is_the_name_of_no_field_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"have no field 'question', which its definition names; they have q, options, g"):
+    with pytest.raises(DataError, match=r"have no field 'question', which its definition names; they have q, o"):
         mine(tmp_path, change=lambda yaml: yaml.replace('"Q: {{q}}\\nA:"', "question"))
 
 
@@ -307,8 +312,30 @@ def test_answers_of_other_kinds_are_taken(tmp_path: Path) -> None:
     several = [doc | {"gold": [i % 2, 1]} for i, doc in enumerate(rows())]
     assert [p.gold for p in mine(tmp_path / "several", several).prompts("evaluation")] == [0, 1] * 3
     several[2]["gold"] = [0, -1]
-    with pytest.raises(DataError, match="validation.jsonl, line 3: the answer is -1"):
+    with pytest.raises(DataError, match=r"validation.jsonl, line 3: the answer is -1"):
         mine(tmp_path / "wrong", several).prompts("evaluation")
+
+
+@pytest.mark.parametrize(("label", "said"), [(-1, "-1"), (2, "2"), ("0", "'0'"), (None, "null")])
+def test_a_label_that_a_definition_takes_for_any_other_is_told(
+    shared: Path, tmp_path: Path, label: object, said: str
+) -> None:
+    """COPA's answer is the second choice unless the label is 0."""
+    docs = [json.loads(line) for line in (shared / "copa" / "train.jsonl").read_text().splitlines()[:6]]
+    write(tmp_path / "copa" / "validation.jsonl", docs)
+    wrong = [doc | {"label": label} if isinstance(label, str) or i == 3 else doc for i, doc in enumerate(docs)]
+    write(tmp_path / "copa" / "train.jsonl", wrong)
+    copa = get_tasks(["copa"], data=tmp_path)["copa"]
+    for split, shots in (("examples", 0), ("evaluation", 5)):
+        with pytest.raises(DataError, match=rf"train.jsonl, line \d: 'label' is {said}, and no option's index"):
+            copa.prompts(split, FewShot(shots))  # type: ignore[arg-type]
+
+
+def test_an_answer_may_depend_on_a_number_that_is_no_label(tmp_path: Path) -> None:
+    target = "doc_to_target: \"{{ options[0] if stars > 3 else options[1] }}\"\n"
+    docs = [doc | {"stars": i, "year": -i} for i, doc in enumerate(rows())]
+    found = mine(tmp_path, docs, docs, change=lambda yaml: yaml.replace("doc_to_target: gold\n", target))
+    assert [p.gold for p in found.prompts("evaluation", FewShot(5))] == [1, 1, 1, 1, 0, 0]
 
 
 def test_the_last_option_is_not_right_where_the_label_is_none(tmp_path: Path) -> None:
@@ -341,7 +368,7 @@ def test_answers_that_are_produced_are_checked_too(tmp_path: Path) -> None:
                     found.prompts(split, FewShot(shots))  # type: ignore[arg-type]
             elif file == "validation":
                 assert len(found.prompts(split, FewShot(shots))) == 6  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="validation.jsonl, line 1: the continuation is a text, not 0"):
+    with pytest.raises(DataError, match=r"validation.jsonl, line 1: the continuation is a text, not 0"):
         mine(tmp_path, change=produced).prompts("evaluation")
 
 

@@ -8,6 +8,7 @@ A task with a metric of its own is asked which option is right.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from headcount.errors import DataError, TaskError, first_line
-from headcount.tasks.answers import wrong_answer
+from headcount.tasks.answers import unknown_label, wrong_answer
 from headcount.tasks.fewshot import Document
 from headcount.tasks.missing import MISFITS, Part, lacking, name, nulls
 from headcount.tasks.origin import Origin
@@ -113,8 +114,10 @@ class Checks:
         if self._is_produced:
             target = inner.doc_to_target(doc)
             return "" if isinstance(target, str) else f"the continuation is a text, not {target!r}"
-        answer = inner.doc_to_text(doc) if inner.multiple_input else inner.doc_to_target(doc)
-        return wrong_answer(answer, inner.doc_to_choice(doc), several=bool(inner.multiple_target))
+        answer = inner.doc_to_text if inner.multiple_input else inner.doc_to_target
+        options = inner.doc_to_choice(doc)
+        return (wrong_answer(answer(doc), options, several=bool(inner.multiple_target))
+                or unknown_label(answer, doc, len(options)))
 
     def _parts(self) -> list[Part]:
         """What an evaluated document's prompt is made of."""
@@ -131,9 +134,19 @@ class Checks:
     def _fields(self, origin: Origin, number: int, doc: Document, parts: Sequence[Part]) -> None:
         """Refuse a document that lacks a field which its prompt needs."""
         row = origin.unprocessed(number) if origin.process is not None else None
-        if field := lacking(parts, doc) or ("" if row is None else lacking(parts, doc, row, origin.made)):
+        asks = self._asks_for_nulls()
+        if field := lacking(parts, doc, asks=asks) or ("" if row is None else lacking(parts, doc, row, origin.made)):
             raise DataError(f"{origin.where(number, doc)}: field {field!r} is missing, null or not a number, and the "
                             f"prompt of task {self.task!r} needs it; give it a value, or leave that document out")
+
+    def _asks_for_nulls(self) -> bool:
+        """Whether the definition has the word None, as `is none` has."""
+        config = self.inner.config
+        for part in (config.doc_to_text, config.doc_to_target, config.doc_to_choice):
+            with contextlib.suppress(TypeError, OSError):
+                if "none" in (inspect.getsource(part) if callable(part) else str(part or "")).lower():
+                    return True
+        return False
 
     def _wrong_shot(self, shot: Document) -> str:
         """What is wrong with a shot's answer, which may have a form of its own (`fewshot_config`)."""
@@ -147,11 +160,17 @@ class Checks:
             return ""
         if not shots.doc_to_choice:
             return ""
-        answer = inner.doc_to_text(shot, shots.doc_to_text) if inner.multiple_input else inner.doc_to_target(
-            shot, shots.doc_to_target)
         # A wrong option that is missing is no part of the shot.
         options = [str(option) for option in inner.doc_to_choice(shot, shots.doc_to_choice)]
-        return wrong_answer(answer, options, several=bool(inner.multiple_target), texts=alike)
+        answer = self._answer_of_shot
+        return (wrong_answer(answer(shot), options, several=bool(inner.multiple_target), texts=alike)
+                or unknown_label(answer, shot, len(options)))
+
+    def _answer_of_shot(self, shot: Document) -> Any:
+        inner, shots = self.inner, self.inner.fewshot_cfg
+        if inner.multiple_input:
+            return inner.doc_to_text(shot, shots.doc_to_text)
+        return inner.doc_to_target(shot, shots.doc_to_target)
 
     def _shot_text(self, shot: Document) -> str:
         """A document as a shot, as lm-eval's fewshot_context writes it."""

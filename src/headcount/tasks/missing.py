@@ -5,10 +5,10 @@ be a template or a function; so it is tried. The null is replaced by a mark, and
 
 - the text with the null is the text with the mark, but for "None" in the mark's place: the null was written there;
 - there is no text with the null, and there is one with the mark: the field was needed;
+- the null is asked for its number as the bound of a slice, where Python takes a null for the text's beginning or end;
 - else the definition looked at the null and did without it, as `{% if hint %}` does.
 
-Only documents with nulls whose text holds "None" (or "null", "nan"), or cannot be made, are tried; others cost nothing
-but a look.
+Only documents with nulls are tried; others cost nothing but a look.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from jinja2.exceptions import TemplateError
 
@@ -37,7 +38,23 @@ _MARKS: tuple[object, ...] = ("~271828182845~", 271828182845)
 _MARK = re.compile(r"['\"]?~?271828182845(?:\.0+)?~?['\"]?")
 # No mark to look for in a text, but a number that is an index of any list.
 _INDEX = 0
+_FAR = 1 << 40
 _BETWEEN = "\x1f"
+
+
+@dataclass(eq=False)
+class _Bound:
+    """What may stand as the bound of a slice, and notes that it did."""
+
+    at: int
+    used: bool = False
+
+    def __index__(self) -> int:
+        self.used = True
+        return self.at
+
+    def __deepcopy__(self, memo: object) -> _Bound:
+        return self
 
 
 def nulls(value: object, field: Field = ()) -> Iterator[Field]:
@@ -59,7 +76,7 @@ def name(field: Field) -> str:
 
 def lacking(
     parts: Sequence[Part], doc: Document, row: Document | None = None,
-    made: Callable[[Document], Document | None] = lambda row: row,
+    made: Callable[[Document], Document | None] = lambda row: row, *, asks: bool = False,
 ) -> str:
     """The name of a field that is missing and that a part of the prompt needs; empty where there is none.
 
@@ -68,13 +85,16 @@ def lacking(
         doc: The document.
         row: What the document may have been made of, where the definition processes its documents.
         made: What the definition makes of such a row.
+        asks: Whether the definition asks for nulls by that name; then slices are its own affair.
     """
     row = doc if row is None else row
     absent = list(nulls(row))
     if not absent:
         return ""
-    plain = [_text(part, doc) for part in parts]
-    suspects = [(part, text) for part, text in zip(parts, plain, strict=True) if text is None or _NOTHING.search(text)]
+    texts = list(zip(parts, [rendered(part, doc) for part in parts], strict=True))
+    if row is doc and not asks and (field := _bound(texts, doc, absent)):
+        return name(field)
+    suspects = [(part, text) for part, text in texts if text is None or _NOTHING.search(text)]
     if not suspects or (row is not doc and not same(made(row), doc)):
         return ""
     for field in absent:
@@ -83,10 +103,30 @@ def lacking(
             if marked is None:
                 continue
             for part, text in suspects:
-                with_mark = _text(part, marked)
+                with_mark = rendered(part, marked)
                 if with_mark is not None and (text is None or (mark in _MARKS and _is_written(text, with_mark))):
                     return name(field)
     return ""
+
+
+def _bound(texts: Sequence[tuple[Part, str | None]], doc: Document, absent: Sequence[Field]) -> Field | None:
+    """The first null that is the bound of a slice."""
+    if not list(_slices(texts, doc, absent)):
+        return None
+    return next((field for field in absent if any(_slices(texts, doc, [field]))), None)
+
+
+def _slices(texts: Sequence[tuple[Part, str | None]], doc: Document, fields: Sequence[Field]) -> Iterator[bool]:
+    """For each part that takes a number in these nulls' place for a slice's bound: whether its text is the same."""
+    for at in (_INDEX, _FAR):
+        bound, marked = _Bound(at), doc
+        for field in fields:
+            marked = _replaced(marked, field, bound)
+        for part, text in texts:
+            with_bound = rendered(part, marked)
+            if bound.used:
+                yield text is not None and text == with_bound
+            bound.used = False
 
 
 def _is_written(plain: str, marked: str) -> bool:
@@ -106,8 +146,8 @@ def _replaced(row: Document, field: Field, value: object) -> Document:
     return replaced
 
 
-def _text(part: Part, doc: Document) -> str | None:
-    """All texts of a part in one; None where the definition does not fit the document."""
+def rendered(part: Part, doc: Document) -> str | None:
+    """All texts of a part of a prompt in one; None where the definition does not fit the document."""
     try:
         return _BETWEEN.join(_leaves(part(copy.deepcopy(dict(doc)))))
     except MISFITS:
