@@ -266,6 +266,16 @@ def test_what_a_definition_makes_of_a_missing_field_is_told(tmp_path: Path) -> N
         found.prompts("evaluation")
 
 
+def test_a_folder_without_validation_documents_tells_its_lines(tmp_path: Path) -> None:
+    docs = [doc | {"gold": -1} for doc in rows()]
+    mine(tmp_path)
+    write(tmp_path / "mine" / "test.jsonl", docs)
+    (tmp_path / "mine" / "validation.jsonl").unlink()
+    (tmp_path / "mine.yaml").write_text(MINE.replace("validation", "test"))
+    with pytest.raises(DataError, match=r"test.jsonl, line 1: the answer is -1"):
+        get_tasks([str(tmp_path / "mine.yaml")], data=tmp_path)["mine"].prompts("evaluation", FewShot(2))
+
+
 def test_a_prompt_that_is_the_name_of_no_field_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"have no field 'question', which its definition names; they have q, o"):
         mine(tmp_path, change=lambda yaml: yaml.replace('"Q: {{q}}\\nA:"', "question"))
@@ -277,6 +287,8 @@ def test_the_first_gap_is_told_where_a_definition_cannot_be_loaded(tmp_path: Pat
     docs[3].pop("q")
     with pytest.raises(DataError, match=r"AttributeError.*validation.jsonl, line 4, lacks 'q'$"):
         mine(tmp_path, docs, utils=utils, more="process_docs: !function utils.made\n")
+    with pytest.raises(DataError, match=r"IndexError.*; compare a document with it, first .*validation.jsonl, line 2$"):
+        mine(tmp_path / "b", ["", *[doc | {"gold": 9} for doc in rows()]])
 
 
 # Answers.

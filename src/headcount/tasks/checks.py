@@ -8,6 +8,7 @@ A task with a metric of its own is asked which option is right.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
@@ -86,8 +87,7 @@ class Checks:
         try:
             yield
         except _WrongError as error:
-            raise DataError(f"{origin.where(number, doc)}: {error} (task {self.task!r}); fix that document"
-                            ) from error.__cause__
+            raise DataError(f"{origin.where(number, doc)}: {error}; fix that document") from error.__cause__
         except MISFITS as error:
             gaps = ", ".join(name(field) for field in itertools.islice(nulls(doc), 3))
             raise DataError(f"{origin.where(number, doc)}: the document does not fit the definition of task "
@@ -134,11 +134,12 @@ class Checks:
     def _fields(self, origin: Origin, number: int, doc: Document, parts: Sequence[Part]) -> None:
         """Refuse a document that lacks a field which its prompt needs."""
         row = origin.unprocessed(number) if origin.process is not None else None
-        asks = self._asks_for_nulls()
-        if field := lacking(parts, doc, asks=asks) or ("" if row is None else lacking(parts, doc, row, origin.made)):
+        field = lacking(parts, doc, asks=lambda: self._asks_for_nulls)
+        if field := field or ("" if row is None else lacking(parts, doc, row, origin.made)):
             raise DataError(f"{origin.where(number, doc)}: field {field!r} is missing, null or not a number, and the "
                             f"prompt of task {self.task!r} needs it; give it a value, or leave that document out")
 
+    @functools.cached_property
     def _asks_for_nulls(self) -> bool:
         """Whether the definition has the word None, as `is none` has."""
         config = self.inner.config

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from headcount.errors import DataError, OptionError, TaskError, UnavailableError, first_line
 from headcount.tasks import catalog, hub
-from headcount.tasks.local import SPLIT_FILES, bare_splits, check_place, first_gap, has_split
+from headcount.tasks.local import SPLIT_FILES, bare_splits, check_place, first_gap, has_split, line_of
 from headcount.tasks.missing import MISFITS
 from headcount.tasks.task import SAME, Protocol, Task
 
@@ -184,9 +184,13 @@ def _load(text: str, name: str, place: Path | None) -> Any:
         if str(error).startswith("Couldn't find cache for"):  # another part of the data set is there
             raise _not_to_be_had(name, error) from error
         where = "the hub's documents lack what" if place is None else "the local files lack what"
-        gap = first_gap(place) if place is not None else ""
+        compare = "compare a document with it"
+        if place is not None:
+            split = "test" if has_split(place, "test") else "validation"
+            path, line = line_of(place, split, 0)
+            compare = first_gap(place) or f"compare a document with it, first {path}, line {line}"
         raise DataError(f"{where} the definition of task {name!r} reads ({type(error).__name__}: "
-                        f"{first_line(error)}); {gap or 'compare a document with it'}") from error
+                        f"{first_line(error)}); {compare}") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -51,8 +51,9 @@ def line_of(place: Path, split: str, number: int) -> tuple[Path, int]:
         number: The document's, counted from 0; blank lines do not count.
     """
     files = _files(place)
-    path = files.get(split, files["validation"])
-    return path, next(itertools.islice(_lines(path, None), number, None))[0]
+    path = files.get(split) or files["validation"]
+    line, _ = next(itertools.islice(_lines(path, None), number, None), (number + 1, None))
+    return path, line
 
 
 def first_gap(place: Path) -> str:

@@ -76,7 +76,7 @@ def name(field: Field) -> str:
 
 def lacking(
     parts: Sequence[Part], doc: Document, row: Document | None = None,
-    made: Callable[[Document], Document | None] = lambda row: row, *, asks: bool = False,
+    made: Callable[[Document], Document | None] = lambda row: row, *, asks: Callable[[], bool] = lambda: False,
 ) -> str:
     """The name of a field that is missing and that a part of the prompt needs; empty where there is none.
 
@@ -92,7 +92,7 @@ def lacking(
     if not absent:
         return ""
     texts = list(zip(parts, [rendered(part, doc) for part in parts], strict=True))
-    if row is doc and not asks and (field := _bound(texts, doc, absent)):
+    if row is doc and not asks() and (field := _bound(texts, doc, absent)):
         return name(field)
     suspects = [(part, text) for part, text in texts if text is None or _NOTHING.search(text)]
     if not suspects or (row is not doc and not same(made(row), doc)):
