@@ -21,7 +21,6 @@ import inspect
 import json
 import os
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,8 @@ from accelerate.utils import align_module_device
 from platformdirs import user_cache_path
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from headcount.sources import digests, own_files
 
 # Neither what the file was called, nor what the weights say better, changes what a model computes.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_commit_hash"}
@@ -105,30 +106,16 @@ def _digest(tensor: Tensor) -> str:
 
 
 def code_of(classes: Iterable[type]) -> list[str]:
-    """Digests of the Python files that define these classes and their bases, but for installed libraries' own.
-
-    Of code that came with a model (below `transformers_modules`) all files of its folder count, since its modules
-    import one another; of other classes the file that they stand in.
-    """
-    found: set[str] = set()
+    """Digests of the Python files that define these classes and what they import, but for installed libraries' own."""
+    files, written = set[Path](), set[str]()
     for cls in dict.fromkeys(base for one in classes for base in one.__mro__):
         file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-        if file is not None and not is_installed(Path(file)):
-            beside = cls.__module__.startswith("transformers_modules.")
-            for path in sorted(Path(file).parent.glob("*.py")) if beside else [Path(file)]:
-                found.add(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}")
-        elif file is None and cls.__module__ != "builtins":  # written in a notebook
+        if file is not None:
+            files.add(Path(file))
+        elif cls.__module__ != "builtins":  # written in a notebook
             with contextlib.suppress(OSError, TypeError):
-                found.add(f"{cls.__qualname__} {hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()}")
-    return sorted(found)
-
-
-def is_installed(path: Path) -> bool:
-    """Whether a Python file is of Python itself or of an installed package, which its version identifies."""
-    places = sysconfig.get_paths()
-    libraries = {Path(places[name]).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    resolved = path.resolve()
-    return any(place in resolved.parents for place in libraries) or "site-packages" in resolved.parts
+                written.add(f"{cls.__qualname__} {hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()}")
+    return sorted([*digests(own_files(files)), *written])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, max_length: int, *, chat: bool) -> str:
