@@ -195,7 +195,7 @@ class Engine:
             progress: Called with the number of tokens after each batch.
 
         Raises:
-            ModelError: If gradients overflow, or memory is too small for one request.
+            ModelError: If memory is too small for one request.
         """
         budget = budget or self.budget()
         packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)

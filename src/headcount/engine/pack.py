@@ -102,7 +102,7 @@ class Batch:
     """Rows padded on the right to one length.
 
     Attributes:
-        ids: Token ids, 0 where padded.
+        ids: Token ids, a row's first where it is padded.
         depths: Position ids.
         ends: Ends of subtrees; `j + 1` where padded.
         lengths: The rows' lengths without padding.
@@ -307,6 +307,8 @@ def _batch(rows: list[Row]) -> Batch:
     ends = np.tile(np.arange(1, width + 1), (len(rows), 1))
     for i, row in enumerate(rows):
         ids[i, : len(row)], depths[i, : len(row)], ends[i, : len(row)] = row.ids, row.depths, row.ends
+        # A token of the row's own: another one's embedding may be no number, and 0 times NaN is NaN.
+        ids[i, len(row) :] = row.ids[0]
     return Batch(
         ids=ids,
         depths=depths,
