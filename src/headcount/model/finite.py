@@ -397,8 +397,9 @@ def _without_masked(logits: Tensor) -> Tensor:
 
 
 def _inputs(model: PreTrainedModel, ids: Int[np.ndarray, " pos"]) -> dict[str, Tensor]:
-    given = torch.from_numpy(np.asarray(ids, np.int64))[None].to(device_of(model))
-    return {"input_ids": given, "attention_mask": torch.ones_like(given)}
+    # With a position of padding, so that the kernel is given a mask: see `headcount.engine.pack`.
+    given = torch.from_numpy(np.append(ids, ids[0]).astype(np.int64))[None].to(device_of(model))
+    return {"input_ids": given, "attention_mask": (torch.arange(given.shape[1]) < len(ids))[None].to(given)}
 
 
 @contextlib.contextmanager
