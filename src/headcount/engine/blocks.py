@@ -61,20 +61,14 @@ class _Caught(Exception):  # noqa: N818
 
 
 def learned(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> list[Block]:
-    """The blocks of a model with the kinds of their outputs, seen in a plain pass of two tokens.
-
-    Where an output projection gives no numbers (NaN equals nothing), numbers are put in their place.
-    """
+    """The blocks of a model with the kinds of their outputs, seen in a plain pass of two tokens."""
     projections: dict[int, Tensor] = {}
     attentions: dict[int, Any] = {}
     outputs: dict[int, Any] = {}
     with contextlib.ExitStack() as hooks:
         for i, part in enumerate(anatomy.layers):
-            def projected(module: nn.Module, args: Any, output: Any, layer: int = i) -> Any:
-                if not torch.isfinite(output).all():
-                    output = torch.linspace(-1, 1, output.numel()).reshape(output.shape).to(output)
+            def projected(module: nn.Module, args: Any, output: Any, layer: int = i) -> None:
                 projections[layer] = output
-                return output
 
             def attended(module: nn.Module, args: Any, output: Any, layer: int = i) -> None:
                 hidden = first(output)
