@@ -4,7 +4,9 @@ One random tree is scored as a tree and request by request; the two must agree. 
 exceeded by a short probe (4,096 tokens and more), so during the probe the window in the model's config, from which
 transformers makes its masks, is cut to 8 tokens. Three ways of handing the tree's mask over are tried: one mask per
 type of layer, one mask with the window counted in depths, one mask without. A model that agrees with none of them
-(ALiBi reads positions off the column, GPT-Neo keeps its window in a buffer) gets one request a row.
+(ALiBi reads positions off the column, GPT-Neo keeps its window in a buffer) gets one request a row. What modules have
+copied from the config is not cut (windows in buffers, the number of keys that sparse attention chooses): where the tree
+agrees, rows of trees stay within that.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from headcount.model.attention import embedded_tokens
 from headcount.model.load import LoadedModel
 
 # Trees and single rows must agree in log-likelihood, in nats: relative to what the type can hold.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.05}
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.05}
 _LONGEST = 24
 _PROBE = Budget(row_tokens=10_000, batch_tokens=10_000)
 _WINDOW = 8
-# Windows that transformers reads from the config whenever it makes a mask, and one that GPT-Neo reads once.
+# Windows that transformers reads from the config whenever it makes a mask; one that GPT-Neo reads once, and numbers of
+# keys up to which sparse attention chooses none (index_topk) or has one block (MiniMax-M3), read once too.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
-_FIXED_WINDOWS = ("window_size",)
+_FIXED_WINDOWS = ("window_size", "index_topk", "index_block_size")
 # What models raise that know no such mask.
 _REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
 
@@ -66,6 +69,9 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     """
     if "position_ids" not in inspect.signature(loaded.model.forward).parameters:
         return Layout(False, "the model takes no position_ids")
+    if str(loaded.model.config._attn_implementation).startswith("flex"):
+        # It takes masks of its own kind, and ends the process where it is given another.
+        return Layout(False, "FlexAttention takes no tree's mask")
     text = loaded.model.config.get_text_config()
     windows = [int(getattr(text, name)) for name in _WINDOWS if _is_window(getattr(text, name, None))]
     fixed = [int(getattr(text, name)) for name in _FIXED_WINDOWS if _is_window(getattr(text, name, None))]
@@ -87,7 +93,7 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     if not differences:
         return Layout(False, f"the model does not take a tree's mask ({refusal})")
     best = min(differences, key=differences.__getitem__)
-    if differences[best] > _TOLERANCE.get(loaded.model.dtype, 1e-3):
+    if differences[best] > TOLERANCE.get(loaded.model.dtype, 1e-3):
         return Layout(False, f"a tree's log-likelihoods differ from single rows' by {differences[best]:.2g}")
     return _agreed(best, differences[best], windows, fixed)
 

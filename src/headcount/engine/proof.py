@@ -1,19 +1,39 @@
-"""Contract 3, on the user's own model: run block by block, sharing between masks, logits are those of the plain pass.
+"""Proof, on the user's own model, that what the engine does with it gives the model's own numbers: contracts 3 and 4.
 
-A model that fails it is measured all the same, one plain pass for each mask. The other two contracts are in
-`headcount.model.contracts`.
+3. Run block by block, sharing between masks, logits are those of the plain pass. A model that fails it is measured all
+   the same, one plain pass for each mask.
+4. Requests are scored as the model scores them. Two random requests of unlike lengths, padded into one batch, go the
+   way that every measurement goes (hooks, masks, gathered positions and all arguments), and their log-likelihoods must
+   equal those of one request at a time through the unmodified model, whose logits are read at all positions: with
+   everything kept, and with all heads and FFNs removed, which must change something. One gradient pass must give heads
+   and FFNs scores, and not 0 to all of them.
+
+The first two contracts are in `headcount.model.contracts`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from jaxtyping import Float
 from transformers import PreTrainedModel
 
+from headcount.engine.encode import Request
+from headcount.engine.forward import plain_loglikelihoods
+from headcount.engine.gradients import example_scores
+from headcount.engine.layout import TOLERANCE
+from headcount.engine.pack import Budget, batches, pack
 from headcount.engine.sweep import Sweep
+from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy
 from headcount.model.contracts import FAILURES, PROBE_TOKENS, ContractResult, probe_tokens, relative_error
 from headcount.model.hooks import ablated
+from headcount.model.load import LoadedModel
+
+_SCORED = "requests are scored as the model scores them"
 
 
 def verify_sweep(model: PreTrainedModel, anatomy: Anatomy) -> ContractResult:
@@ -56,3 +76,103 @@ def _parting(anatomy: Anatomy) -> list[Mask]:
                   full.without_heads(heads), full.without_heads(heads).without_ffns([layer])]
     everywhere = [(layer, 0) for layer, n in enumerate(anatomy.heads_per_layer) if n]
     return [*masks, full.without_heads(everywhere), full.without_ffns(range(0, last + 1, 2))]
+
+
+def verify_scoring(loaded: LoadedModel) -> ContractResult:
+    """Test contract 4: two requests scored by the engine and by the unmodified model, under two masks; one gradient.
+
+    Args:
+        loaded: The model.
+    """
+    tried = "reading its logits at all positions"
+    worst = 0.0
+    try:
+        requests, masks = _requests(loaded), _masks(loaded.anatomy)
+        measured: list[Float[np.ndarray, " request"]] = []
+        for mask, tried in masks:
+            with ablated(loaded.anatomy, mask):
+                expected = _one_at_a_time(loaded, requests)
+                measured.append(_scored(loaded, requests))
+            error = float(np.abs(measured[-1] - expected).max())
+            # What is no number is told where it is measured, with its document.
+            if np.isfinite(expected).all() and not error <= TOLERANCE.get(loaded.model.dtype, 1e-3):
+                return ContractResult(_SCORED, False, error, f"{tried}, log-likelihoods differ by {error:.2g} from "
+                                      "those of one request at a time")
+            worst = max(worst, error if np.isfinite(error) else 0.0)
+        if np.array_equal(measured[0], measured[-1]) and _branches_write(loaded):
+            return ContractResult(_SCORED, False, float("inf"), "without all heads and FFNs the model gives the same "
+                                  "numbers as with them: gates do not act on it")
+        tried = "taking gradients"
+        if wrong := _gradients(loaded, requests):
+            return ContractResult(_SCORED, False, float("inf"), f"{tried}, {wrong}")
+    except FAILURES as failure:
+        return ContractResult(_SCORED, False, float("inf"), f"{tried} failed ({type(failure).__name__}: {failure})")
+    return ContractResult(_SCORED, True, worst, "")
+
+
+def _requests(loaded: LoadedModel) -> list[Request]:
+    """A longer and a shorter request of random tokens."""
+    ids = probe_tokens(loaded.model)[0].cpu().numpy()
+    return [Request(ids[:-1], ids[-3:]), Request(ids[1 : PROBE_TOKENS // 2], ids[PROBE_TOKENS // 2 :][:1])]
+
+
+def _masks(anatomy: Anatomy) -> list[tuple[Mask, str]]:
+    """Masks to be tried, the full model first and nothing at all last, with what is done in words."""
+    nothing = Mask([[False] * n for n in anatomy.heads_per_layer], [False] * anatomy.num_layers)
+    return [(Mask.full(anatomy.heads_per_layer), "scored in a batch"), (nothing, "scored without all heads and FFNs")]
+
+
+@torch.no_grad()
+def _one_at_a_time(loaded: LoadedModel, requests: list[Request]) -> Float[np.ndarray, " request"]:
+    """Log-likelihoods by the unmodified model: no padding, no mask, logits of all positions."""
+    values = []
+    for request in requests:
+        ids = torch.from_numpy(request.ids)[None].to(loaded.device)
+        logits = loaded.model(input_ids=ids, use_cache=False).logits
+        if logits.dim() != 3 or tuple(logits.shape[:2]) != tuple(ids.shape):
+            raise ValueError(f"its logits have the shape {tuple(logits.shape)}, where {ids.shape[1]} positions of one "
+                             "text have to have theirs")
+        logprobs = logits[0].double().log_softmax(-1).cpu().numpy()
+        values.append(sum(logprobs[position, target] for position, target in zip(request.scored, request.targets,
+                                                                                 strict=True)))
+    return np.array(values)
+
+
+def _scored(loaded: LoadedModel, requests: list[Request]) -> Float[np.ndarray, " request"]:
+    """Log-likelihoods as the engine takes them, both requests in one batch."""
+    budget = Budget(batch_tokens=10_000)
+    return plain_loglikelihoods(loaded, batches(pack([[r] for r in requests], budget, trees=False), budget),
+                                len(requests))[0]
+
+
+@torch.no_grad()
+def _branches_write(loaded: LoadedModel) -> bool:
+    """Whether blocks change what they are given at all: where all their weights are 0, nothing can be removed."""
+    seen: list[torch.Tensor] = []
+
+    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, (tuple, list)) else output).detach().clone())
+
+    blocks = [part.block for part in loaded.anatomy.layers]
+    handles = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True), blocks[-1].register_forward_hook(leave)]
+    try:
+        loaded.model(input_ids=probe_tokens(loaded.model), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(seen) != 2 or not torch.equal(seen[0].cpu(), seen[1].reshape(seen[0].shape).cpu())
+
+
+def _gradients(loaded: LoadedModel, requests: list[Request]) -> str:
+    """What is wrong with the scores of one gradient pass; empty if nothing is."""
+    budget = Budget(batch_tokens=10_000)
+    packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
+    try:
+        heads, ffns = example_scores(loaded, packed, len(requests))
+    except ModelError:  # no numbers: told where they are measured, with their document
+        return ""
+    without = "heads" if not heads.any() else "FFNs" if not ffns.any() else ""
+    return f"all {without} have the score 0: no gradient reaches them" if without and _branches_write(loaded) else ""
