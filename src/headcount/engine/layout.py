@@ -69,7 +69,7 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     """
     if "position_ids" not in inspect.signature(loaded.model.forward).parameters:
         return Layout(False, "the model takes no position_ids")
-    if str(loaded.model.config._attn_implementation).startswith("flex"):
+    if str(loaded.model.config.get_text_config()._attn_implementation).startswith("flex"):
         # It takes masks of its own kind, and ends the process where it is given another.
         return Layout(False, "FlexAttention takes no tree's mask")
     text = loaded.model.config.get_text_config()

@@ -5,8 +5,8 @@
 4. Requests are scored as the model scores them. Two random requests of unlike lengths, padded into one batch, go the
    way that every measurement goes (hooks, masks, gathered positions and all arguments), and their log-likelihoods must
    equal those of one request at a time through the unmodified model, whose logits are read at all positions: with
-   everything kept, and with all heads and FFNs removed, which must change something. One gradient pass must give heads
-   and FFNs scores, and not 0 to all of them.
+   everything kept, and with all heads and FFNs removed, which must change something. No position may see the tokens
+   behind it. One gradient pass must give heads and FFNs scores, and not 0 to all of them.
 
 The first two contracts are in `headcount.model.contracts`.
 """
@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from headcount.engine.encode import Request
@@ -102,6 +103,9 @@ def verify_scoring(loaded: LoadedModel) -> ContractResult:
         if np.array_equal(measured[0], measured[-1]) and _branches_write(loaded):
             return ContractResult(_SCORED, False, float("inf"), "without all heads and FFNs the model gives the same "
                                   "numbers as with them: gates do not act on it")
+        tried = "changing its last token"
+        if wrong := _foresight(loaded, requests[0]):
+            return ContractResult(_SCORED, False, float("inf"), wrong)
         tried = "taking gradients"
         if wrong := _gradients(loaded, requests):
             return ContractResult(_SCORED, False, float("inf"), f"{tried}, {wrong}")
@@ -122,20 +126,37 @@ def _masks(anatomy: Anatomy) -> list[tuple[Mask, str]]:
     return [(Mask.full(anatomy.heads_per_layer), "scored in a batch"), (nothing, "scored without all heads and FFNs")]
 
 
-@torch.no_grad()
 def _one_at_a_time(loaded: LoadedModel, requests: list[Request]) -> Float[np.ndarray, " request"]:
     """Log-likelihoods by the unmodified model: no padding, no mask, logits of all positions."""
     values = []
     for request in requests:
-        ids = torch.from_numpy(request.ids)[None].to(loaded.device)
-        logits = loaded.model(input_ids=ids, use_cache=False).logits
-        if logits.dim() != 3 or tuple(logits.shape[:2]) != tuple(ids.shape):
-            raise ValueError(f"its logits have the shape {tuple(logits.shape)}, where {ids.shape[1]} positions of one "
-                             "text have to have theirs")
-        logprobs = logits[0].double().log_softmax(-1).cpu().numpy()
+        logprobs = _logits(loaded, request.ids).log_softmax(-1).numpy()
         values.append(sum(logprobs[position, target] for position, target in zip(request.scored, request.targets,
                                                                                  strict=True)))
     return np.array(values)
+
+
+@torch.no_grad()
+def _logits(loaded: LoadedModel, ids: Int[np.ndarray, " pos"]) -> Float[Tensor, "pos vocabulary"]:
+    """Logits of all positions of one text."""
+    logits = loaded.model(input_ids=torch.from_numpy(ids)[None].to(loaded.device), use_cache=False).logits
+    if logits.dim() != 3 or tuple(logits.shape[:2]) != (1, len(ids)):
+        raise ValueError(f"its logits have the shape {tuple(logits.shape)}, where each of {len(ids)} positions has to "
+                         "have its own")
+    found: Tensor = logits[0].double().cpu()
+    return found
+
+
+def _foresight(loaded: LoadedModel, request: Request) -> str:
+    """Says that positions see later tokens; empty if none does."""
+    other = request.ids.copy()
+    other[-1] = request.ids[0] if request.ids[0] != request.ids[-1] else request.ids[1]
+    before, after = (_logits(loaded, ids)[:-1] for ids in (request.ids, other))
+    error = relative_error(before, after)
+    if not bool(torch.isfinite(before).all()) or error <= max(1e-4, 64 * torch.finfo(loaded.model.dtype).eps):
+        return ""
+    return (f"another last token changes the logits before it (by {error:.1e} of the largest): attention that sees "
+            "later tokens reads the answers that it is to give")
 
 
 def _scored(loaded: LoadedModel, requests: list[Request]) -> Float[np.ndarray, " request"]:
@@ -148,7 +169,7 @@ def _scored(loaded: LoadedModel, requests: list[Request]) -> Float[np.ndarray, "
 @torch.no_grad()
 def _branches_write(loaded: LoadedModel) -> bool:
     """Whether blocks change what they are given at all: where all their weights are 0, nothing can be removed."""
-    seen: list[torch.Tensor] = []
+    seen: list[Tensor] = []
 
     def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone())

@@ -223,7 +223,6 @@ def _blocks(stack: nn.Module, names: Names) -> tuple[str, nn.ModuleList] | None:
     return (name, blocks) if isinstance(blocks, nn.ModuleList) else None
 
 
-
 def _layer(block: nn.Module, where: str, config: PreTrainedConfig, index: int, names: Names) -> LayerAnatomy:
     attention, out_proj = _attention(block, where, names)
     ffn, output = _ffn(block, where, names)

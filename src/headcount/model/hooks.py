@@ -59,8 +59,9 @@ def layer_ablated(part: LayerAnatomy, heads: Bool[np.ndarray, " head"], ffn: boo
 @contextlib.contextmanager
 def lifted(model: nn.Module) -> Iterator[None]:
     """Run the model without the gates that are open on it, which come back afterwards; others' hooks stay."""
-    before = [(hooks, dict(hooks)) for module in model.modules()
-              for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    both = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    before = [(hooks, dict(hooks)) for hooks in both
+              if any(getattr(hook, "__module__", "") == __name__ for hook in hooks.values())]
     try:
         for hooks, all_hooks in before:
             for key, hook in all_hooks.items():
@@ -69,8 +70,10 @@ def lifted(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for hooks, all_hooks in before:
+            # What others have added meanwhile (transformers watches attention so) stays, behind what was there.
+            added = {key: hook for key, hook in hooks.items() if key not in all_hooks}
             hooks.clear()
-            hooks.update(all_hooks)
+            hooks.update(all_hooks | added)
 
 
 @dataclass

@@ -300,19 +300,20 @@ def _date(called: re.Match[str]) -> str:
 
 
 def wrap(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model", names: Names | None = None
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, name: str = "model", names: Names | None = None
 ) -> LoadedModel:
     """A model that is in memory already, with its tokenizer; it is put in eval mode.
 
     Args:
-        model: A decoder-only language model of transformers, such as AutoModelForCausalLM gives.
+        model: A decoder-only language model of transformers, such as AutoModelForCausalLM gives; torch.compile and
+            DataParallel around it are taken off.
         tokenizer: The model's own.
         name: What results and pages call it.
         names: Names of the model's parts, where they are not found.
 
     Raises:
-        ModelError: If it is no decoder-only model with attention in every layer and an output layer, or if there is no
-            tokenizer.
+        ModelError: If it is no decoder-only model with attention in every layer and an output layer, if parts of it are
+            compiled, scripted, quantised to integers or an adapter that is not merged, or if there is no tokenizer.
     """
     plain, notes = wrappers.plain(name, model)
     if not callable(tokenizer):
@@ -338,7 +339,7 @@ def _loaded(
         "code": code_of([*map(type, model.modules()), type(model.config), type(tokenizer)]),
         "parameters": anatomy.num_parameters, "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device), "device_map": {k: str(v) for k, v in getattr(model, "hf_device_map", {}).items()},
-        "attn_implementation": model.config._attn_implementation, "torch": torch.__version__,
+        "attn_implementation": model.config.get_text_config()._attn_implementation, "torch": torch.__version__,
         "transformers": transformers.__version__, "notes": list(notes),
     }
     return LoadedModel(name, model, tokenizer, anatomy, known or fingerprint(model), notes, provenance, names=names)

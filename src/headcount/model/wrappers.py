@@ -46,9 +46,10 @@ def plain(name: str, model: object) -> tuple[PreTrainedModel, tuple[str, ...]]:
 
 
 def hooked(model: nn.Module) -> list[str]:
-    """Names of the modules that carry somebody's hooks on their forward pass."""
+    """Names of the modules that carry somebody's hooks on their forward pass, which are not transformers' own."""
     return [place or type(model).__name__ for place, module in model.named_modules()
-            if module._forward_hooks or module._forward_pre_hooks]
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
 
 
 def _without_wrappers(model: object) -> tuple[object, tuple[str, ...]]:
