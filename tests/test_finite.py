@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import families
 from headcount.engine.engine import Engine
 from headcount.engine.layout import probe
 from headcount.engine.pack import Budget
+from headcount.engine.proof import verify_sweep
 from headcount.errors import ModelError, OptionError, TaskError
 from headcount.masks import Mask, removal_order
 from headcount.measure import finite as refusals
@@ -212,12 +213,9 @@ def test_overflow_is_told_from_damage_with_the_type(task: Task) -> None:
 
 
 def test_overflow_between_parts_is_the_residual_streams(task: Task) -> None:
-    loaded = wrap(families.tiny("llama").to(torch.float16), families.reader())
-    with torch.no_grad():  # 4e4 + 4e4: each branch holds it, their sum does not
-        for name in ("mlp.down_proj", "self_attn.o_proj"):
-            loaded.model.get_parameter(f"model.layers.0.{name}.weight").zero_()
-    for module in (loaded.anatomy.layers[0].out_proj, loaded.anatomy.layers[0].ffn_output):
-        module.register_forward_hook(lambda m, a, y: torch.full_like(y, 4e4))
+    loaded = wrap(families.tiny("llama-bias").to(torch.float16), families.reader())
+    for name in ("mlp.down_proj", "self_attn.o_proj"):  # each branch holds it, their sum does not
+        put(loaded, f"model.layers.0.{name}.bias", EVERY, 4e4)
     with pytest.raises(ModelError, match=r"first in the residual stream of layer 0: .* float16 overflows"):
         evaluate(loaded, task)
 
@@ -390,36 +388,48 @@ def test_sound_models_are_never_traced(task: Task, monkeypatch: pytest.MonkeyPat
     induction_scores(loaded, lengths=[5], seeds=2)
 
 
-@pytest.fixture
-def fault() -> Iterator[tuple[LoadedModel, list[torch.utils.hooks.RemovableHandle]]]:
-    """A sound model on a machine that makes NaN of the word 14."""
+def test_contracts_are_proved_apart_from_numbers(task: Task) -> None:
+    """Where heads and FFNs are does not depend on a damaged weight; what fails all the same is told by its cause."""
     loaded = model()
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.masked_fill((args[0] == 14)[..., None], NAN)
-
-    handles = [loaded.model.get_input_embeddings().register_forward_hook(hook)]
-    yield loaded, handles
-    for handle in handles:
-        handle.remove()
+    put(loaded, "model.layers.1.self_attn.k_proj.weight", (0, 0), NAN)
+    put(loaded, "model.layers.0.mlp.up_proj.weight", (0, 0), INF)
+    assert [result.holds for result in Engine.of(loaded).contracts] == [True] * 3
+    assert torch.isnan(loaded.model.get_parameter("model.layers.1.self_attn.k_proj.weight")).sum() == 1
+    assert not verify_sweep(loaded.model, loaded.anatomy).holds, "NaN is not forgotten over later masks"
+    unfit = wrap(families.tiny("diffllama"), families.reader())
+    put(unfit, "model.layers.0.mlp.up_proj.weight", (0, 0), NAN)
+    with pytest.raises(ModelError, match="cannot be measured: it fails the check"):
+        evaluate(unfit, task)
+    wide = wrap(families.tiny("llama").to(torch.float16), families.reader())
+    scaled(wide, **{f"model__layers__0__mlp__{name}_proj__weight": 1e3 for name in ("up", "gate")})
+    with pytest.raises(ModelError, match=r"document 0 of .*it goes wrong first in L0F.*float16 overflows.*\(dtype\)"):
+        evaluate(wide, task)
+    wide = wrap(families.tiny("llama").to(torch.float16), families.reader())
+    scaled(wide, **{f"model__layers__0__self_attn__{name}_proj__weight": 1e4 for name in "vo"})
+    with pytest.raises(ModelError, match=r"cannot be measured: it fails the check .*for random tokens it gives no "
+                       r"numbers: it goes wrong first in the attention's output projection of layer 0 .*float16 over"):
+        evaluate(wide, task)
 
 
 def test_a_study_keeps_what_it_measured_and_goes_on_when_the_cause_is_gone(
-    task: Task, tmp_path: Path, fault: tuple[LoadedModel, list[torch.utils.hooks.RemovableHandle]]
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first task's documents do not have the word 14, the second's do."""
-    loaded, handles = fault
+    """The first task's documents do not have the word 14, the second's do, of which the machine makes NaN."""
+    loaded, own = model(), nn.Embedding.forward
     for split in ("train", "validation"):
         lines = (tmp_path / "words" / f"{split}.jsonl").read_text().splitlines()[:4]
         (tmp_path / "before").mkdir(exist_ok=True)
         (tmp_path / "before" / f"{split}.jsonl").write_text("\n".join(lines))
     asked = StudySpec("llama", tasks=tuple(str(tmp_path / name) for name in ("before", "words")), shots=(0,),
                       out=tmp_path / "study", fractions=(0.5,))
-    with pytest.raises(ModelError, match=r"document 4 of task 'words' .*it goes wrong first in the embeddings"):
+    with monkeypatch.context() as machine, pytest.raises(
+        ModelError, match=r"document 4 of task 'words' .*it goes wrong first in the embeddings"
+    ):
+        machine.setattr(nn.Embedding, "forward",
+                        lambda self, ids: own(self, ids).masked_fill((ids == 14)[..., None], NAN))
         run_study(asked, loaded=loaded)
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "study" / "entries").iterdir()}
     assert kept, "what was measured before stays"
-    handles.pop().remove()
     run_study(asked, loaded=loaded)
     after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "study" / "entries").iterdir()}
     assert {name: after[name] for name in kept} == kept, "nothing of it is measured again"

@@ -144,6 +144,23 @@ def removed_heads_blank(anatomy: Anatomy, mask: Mask) -> Iterator[bool]:
             weight[gone] = values
 
 
+@contextlib.contextmanager
+def damage_blank(model: nn.Module) -> Iterator[None]:
+    """Zeros for all weights that are NaN or infinite, while the block runs; those that are offloaded stay."""
+    before: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad():
+        for weight in (p.detach() for p in model.parameters() if p.is_floating_point() and p.device.type != "meta"):
+            bad = ~torch.isfinite(weight)
+            if bad.any():
+                before.append((weight, bad, weight[bad]))
+                weight[bad] = 0
+    try:
+        yield
+    finally:
+        for weight, bad, values in before:
+            weight[bad] = values
+
+
 def heads_named(heads: Sequence[tuple[int, int]]) -> str:
     """`L3H5`; of many the first few and how many more."""
     return _listed([str(Head(*head)) for head in heads], "heads")
