@@ -37,7 +37,7 @@ from headcount.engine.forward import (
 from headcount.engine.gradients import ExampleScores, example_scores
 from headcount.engine.layout import Layout, probe
 from headcount.engine.pack import Batch, Budget, Cost, batches, pack
-from headcount.engine.proof import verify_scoring, verify_sweep
+from headcount.engine.proof import numbers_apart, verify_scoring, verify_sweep
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
@@ -107,7 +107,7 @@ class Engine:
     def contracts(self) -> list[ContractResult]:
         """Contracts 1, 2 and 4, proved when first asked for; the last only where the others hold."""
         with lifted(self._loaded.model):
-            found = verify(self._loaded)
+            found = numbers_apart(self._loaded.model, self._loaded.anatomy, verify(self._loaded))
             return [*found, verify_scoring(self._loaded)] if all(result.holds for result in found) else found
 
     def prove(self) -> None:
@@ -123,7 +123,7 @@ class Engine:
                              "its weights on their devices; use more or larger ones, or a smaller dtype") from error
         if failed is not None:
             raise ModelError(f"{self._loaded.name} cannot be measured: it fails the check '{failed.name}' "
-                             f"({failed.detail}); headcount anatomy MODEL --verify shows more")
+                             f"({failed.detail}); headcount anatomy MODEL --verify shows more", fields=("dtype",))
 
     @functools.cached_property
     def sweep_contract(self) -> ContractResult:
@@ -216,7 +216,7 @@ class Engine:
             progress: Called with the number of tokens after each batch.
 
         Raises:
-            ModelError: If gradients overflow, or memory is too small for one request.
+            ModelError: If memory is too small for one request.
         """
         self.prove()
         self._check_ids(requests)

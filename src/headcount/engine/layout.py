@@ -18,18 +18,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from transformers import PreTrainedConfig
 
 from headcount.engine.encode import Request
 from headcount.engine.forward import plain_loglikelihoods
 from headcount.engine.pack import Budget, batches, pack
 from headcount.engine.treemask import TreeMask
+from headcount.model.attention import embedded_tokens
 from headcount.model.load import LoadedModel
 
 # Trees and single rows must agree in log-likelihood, in nats: relative to what the type can hold.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.05}
 _LONGEST = 24
+_PROBE = Budget(row_tokens=10_000, batch_tokens=10_000)
 _WINDOW = 8
 # Windows that transformers reads from the config whenever it makes a mask; one that GPT-Neo reads once, and numbers of
 # keys up to which sparse attention chooses none (index_topk) or has one block (MiniMax-M3), read once too.
@@ -74,17 +76,16 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     windows = [int(getattr(text, name)) for name in _WINDOWS if _is_window(getattr(text, name, None))]
     fixed = [int(getattr(text, name)) for name in _FIXED_WINDOWS if _is_window(getattr(text, name, None))]
     kinds: tuple[TreeMask, ...] = ("by type", "windowed", "plain") if windows else ("plain",)
-    documents = _documents(loaded, np.random.default_rng(seed))
     differences: dict[TreeMask, float] = {}
     refusal = ""
     with _short_windows(loaded):
-        budget = Budget(row_tokens=10_000, batch_tokens=10_000)
-        rows = batches(pack(documents, budget, trees=False), budget)
-        expected, _ = plain_loglikelihoods(loaded, rows, 6)
-        tree = batches(pack(documents, budget), budget)
+        documents, expected = _alone(loaded, seed)
+        if not np.isfinite(expected).all():
+            return Layout(False, "the model's log-likelihoods of random tokens are no numbers")
+        tree = batches(pack(documents, _PROBE), _PROBE)
         for kind in kinds:
             try:
-                in_a_tree, _ = plain_loglikelihoods(loaded, tree, 6, tree_mask=kind)
+                in_a_tree, _ = plain_loglikelihoods(loaded, tree, len(expected), tree_mask=kind)
             except _REFUSALS as error:
                 refusal = type(error).__name__
             else:
@@ -109,12 +110,40 @@ def _agreed(kind: TreeMask, difference: float, windows: Sequence[int], fixed: Se
     return Layout(True, reason, kind, min(unheeded, default=None))
 
 
-def _documents(loaded: LoadedModel, rng: np.random.Generator) -> list[list[Request]]:
+def _alone(loaded: LoadedModel, seed: int) -> tuple[list[list[Request]], Float[np.ndarray, " request"]]:
+    """The probe's documents, and their log-likelihoods request by request.
+
+    Single tokens may have no numbers (a padded vocabulary that is masked out with -inf, a damaged embedding), which
+    tells nothing of layouts: where the first draw meets one, they are left out of a second.
+    """
+    tokens = np.arange(int(loaded.model.config.get_text_config().vocab_size))
+    for _ in range(2):
+        documents = _documents(loaded, np.random.default_rng(seed), tokens)
+        rows = batches(pack(documents, _PROBE, trees=False), _PROBE)
+        expected, _ = plain_loglikelihoods(loaded, rows, sum(map(len, documents)))
+        if np.isfinite(expected).all():
+            break
+        tokens = _with_numbers(loaded, tokens)
+        if not len(tokens):
+            break
+    return documents, expected
+
+
+@torch.no_grad()
+def _with_numbers(loaded: LoadedModel, tokens: Int[np.ndarray, " token"]) -> Int[np.ndarray, " kept"]:
+    """Those of the tokens whose embeddings are numbers, and whose logits are."""
+    known = np.intersect1d(tokens, embedded_tokens(loaded.model))
+    logits = loaded.model(input_ids=torch.from_numpy(known[None, :_LONGEST]).to(loaded.device), use_cache=False).logits
+    return np.intersect1d(known, torch.nonzero(torch.isfinite(logits[0]).all(0)).flatten().cpu().numpy())
+
+
+def _documents(
+    loaded: LoadedModel, rng: np.random.Generator, tokens: Int[np.ndarray, " token"]
+) -> list[list[Request]]:
     longest = min(loaded.max_length, _LONGEST)
-    vocabulary = int(loaded.model.config.get_text_config().vocab_size)
 
     def ids(n: int) -> Int[np.ndarray, " pos"]:
-        return rng.integers(0, vocabulary, n)
+        return tokens[rng.integers(0, len(tokens), n)]
 
     documents = []
     for context in (ids(longest // 2), ids(longest // 3)):

@@ -13,6 +13,8 @@ The first two contracts are in `headcount.model.contracts`.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,15 @@ from headcount.engine.sweep import Sweep
 from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy
-from headcount.model.contracts import FAILURES, PROBE_TOKENS, ContractResult, probe_tokens, relative_error
+from headcount.model.contracts import (
+    FAILURES,
+    PROBE_TOKENS,
+    ContractResult,
+    probe_tokens,
+    relative_error,
+    verify,
+)
+from headcount.model.finite import damage_blank, first_no_number
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel
 
@@ -94,13 +104,16 @@ def verify_scoring(loaded: LoadedModel) -> ContractResult:
             with ablated(loaded.anatomy, mask):
                 expected = _one_at_a_time(loaded, requests)
                 measured.append(_scored(loaded, requests))
-            error = float(np.abs(measured[-1] - expected).max())
+            with np.errstate(invalid="ignore"):  # -inf less -inf: tokens that a model masks out
+                error = float(np.abs(measured[-1] - expected).max())
             # What is no number is told where it is measured, with its document.
-            if np.isfinite(expected).all() and not error <= TOLERANCE.get(loaded.model.dtype, 1e-3):
+            numbers = np.isfinite(expected).all() and np.isfinite(measured[-1]).all()
+            if numbers and not error <= TOLERANCE.get(loaded.model.dtype, 1e-3):
                 return ContractResult(_SCORED, False, error, f"{tried}, log-likelihoods differ by {error:.2g} from "
                                       "those of one request at a time")
             worst = max(worst, error if np.isfinite(error) else 0.0)
-        if np.array_equal(measured[0], measured[-1]) and _branches_write(loaded):
+        same = np.isfinite(measured[0]).any() and np.array_equal(measured[0], measured[-1])
+        if same and _branches_write(loaded):
             return ContractResult(_SCORED, False, float("inf"), "without all heads and FFNs the model gives the same "
                                   "numbers as with them: gates do not act on it")
         tried = "changing its last token"
@@ -112,6 +125,37 @@ def verify_scoring(loaded: LoadedModel) -> ContractResult:
     except FAILURES as failure:
         return ContractResult(_SCORED, False, float("inf"), f"{tried} failed ({type(failure).__name__}: {failure})")
     return ContractResult(_SCORED, True, worst, "")
+
+
+def numbers_apart(
+    model: PreTrainedModel, anatomy: Anatomy, found: Sequence[ContractResult]
+) -> list[ContractResult]:
+    """Contracts 1 and 2 as they were found; where one fails because the model gives no numbers, they are proved apart.
+
+    Where heads and FFNs are does not depend on values. So NaN and infinite weights are zeros meanwhile, and FFNs, which
+    may overflow, are off for contract 2 too, which is about attention. What a damaged part does to a result is told
+    where it is measured; a mask that removes the part is not stopped.
+
+    Args:
+        model: The model.
+        anatomy: Its heads and FFNs.
+        found: What `headcount.model.contracts.verify` gave.
+    """
+    if all(result.holds for result in found):
+        return list(found)
+    try:
+        finding = first_no_number(model, anatomy, probe_tokens(model)[0].cpu().numpy())
+    except FAILURES:  # such a model cannot be traced
+        finding = None
+    if finding is None:
+        return list(found)
+    without_ffns = Mask([[True] * n for n in anatomy.heads_per_layer], [False] * anatomy.num_layers)
+    with damage_blank(model):
+        again = verify(model, anatomy)[:1]  # which takes FFNs away itself
+        with ablated(anatomy, without_ffns):
+            again += verify(model, anatomy)[1:]
+    told = f"for random tokens it gives no numbers: it goes wrong first in {finding.text}"
+    return [result if result.holds else dataclasses.replace(result, detail=told) for result in again]
 
 
 def _requests(loaded: LoadedModel) -> list[Request]:

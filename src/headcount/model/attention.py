@@ -11,8 +11,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from accelerate.utils import align_module_device
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -123,6 +125,14 @@ def device_of(model: PreTrainedModel) -> torch.device:
     embeddings: Any = model.get_input_embeddings()
     device: torch.device = embeddings.weight.device
     return device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
+
+
+def embedded_tokens(model: PreTrainedModel) -> Int[np.ndarray, " token"]:
+    """The ids of tokens whose embeddings are numbers: all but of damaged models."""
+    embeddings: Any = model.get_input_embeddings()
+    with align_module_device(embeddings):
+        rows: Tensor = torch.isfinite(embeddings.weight.detach()).all(-1)
+    return rows.nonzero().flatten().cpu().numpy()
 
 
 @contextlib.contextmanager

@@ -199,8 +199,9 @@ def _identity_error(trace: _Trace, bias: Tensor | None) -> float:
 
 
 def relative_error(a: Float[Tensor, "*_"], b: Float[Tensor, "*_"]) -> float:
-    """The largest difference of two tensors, relative to the largest value in them."""
-    return float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30))
+    """The largest difference of two tensors, relative to the largest value in them; infinite where it is no number."""
+    error = float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30))
+    return float("inf") if error != error else error  # no comparison with NaN holds
 
 
 def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:
@@ -268,7 +269,7 @@ def _slice_error(
         parts = torch.zeros(z.shape[2]) if gradient is None else gradient.float().abs().sum((0, 2, 3)).cpu()
         own = float(parts[h])
         foreign = float(parts[:h].sum() + parts[h + 1 :].sum())
-        errors.append(foreign / (own + foreign) if own > 0 else 1.0)
+        errors.append(foreign / (own + foreign) if own > 0 and foreign < float("inf") else 1.0)
     worst = max(range(len(errors)), key=errors.__getitem__)
     return errors[worst], worst
 
