@@ -35,6 +35,7 @@ from headcount.study.spec import StudySpec
 from headcount.tasks.fewshot import FewShot
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Task
+from headcount.terminal import print_anatomy
 
 NAN, INF = float("nan"), float("inf")
 # Each document's subject is a token that only it has; the first ids are special.
@@ -435,3 +436,14 @@ def test_a_study_keeps_what_it_measured_and_goes_on_when_the_cause_is_gone(
     assert {name: after[name] for name in kept} == kept, "nothing of it is measured again"
     for entry in Ledger(tmp_path / "study").entries("evaluation"):
         assert np.isfinite(entry.table["gold_loglikelihood"]).all()
+
+
+def test_verify_says_that_a_damaged_model_gives_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = model()
+    assert print_anatomy(loaded, verify=True)
+    assert "FAILS" not in capsys.readouterr().out
+    put(loaded, "model.layers.1.mlp.up_proj.weight", (0, 0), float("nan"))
+    assert not print_anatomy(dataclasses.replace(loaded), verify=True)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "FAILS random tokens give numbers" in told
+    assert "model.layers.1.mlp.up_proj.weight" in told

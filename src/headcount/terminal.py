@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from headcount.errors import HeadcountError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -214,6 +216,10 @@ def _print_contracts(loaded: LoadedModel) -> bool:
         _out.print(f"{verdict}  {result.name} (largest error {result.worst_error:.1e}) {result.detail}",
                    highlight=False)
     holds = all(result.holds for result in engine.contracts)
+    if wrong := engine.no_numbers() if holds else "":
+        told = HeadcountError(wrong, fields=("dtype",)).on_command_line()
+        _out.print(f"[red]FAILS[/red]  random tokens give numbers: it goes wrong first in {told}", highlight=False)
+        return False
     if holds:
         _out.print(f"prompts: {engine.layout}", highlight=False)
         _out.print(f"masks: {engine.prove_sweep()}", highlight=False)

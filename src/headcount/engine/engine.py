@@ -42,7 +42,8 @@ from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
-from headcount.model.contracts import ContractResult, verify
+from headcount.model.contracts import ContractResult, probe_tokens, verify
+from headcount.model.finite import first_no_number
 from headcount.model.hooks import ablated, lifted
 from headcount.model.load import LoadedModel
 
@@ -129,6 +130,12 @@ class Engine:
     def sweep_contract(self) -> ContractResult:
         """Contract 3, proved when first asked for: whether the model can be run layer by layer."""
         return verify_sweep(self._loaded.model, self._loaded.anatomy)
+
+    def no_numbers(self) -> str:
+        """Where the model goes wrong with random tokens, and why; empty where it gives numbers."""
+        finding = first_no_number(self._loaded.model, self._loaded.anatomy,
+                                  probe_tokens(self._loaded.model)[0].cpu().numpy())
+        return "" if finding is None else finding.text
 
     @property
     def masks_reason(self) -> str | None:
