@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from headcount.errors import StudyError
+from headcount.study.ledger import REMEDY
 from headcount.study.spec import Part, parts_of
 
 
-def check_description(
-    description: Mapping[str, Any], path: Path, remedy: str = "choose another `out`, or delete that folder"
-) -> None:
+def check_description(description: Mapping[str, Any], path: Path) -> None:
     """Refuse a study.json that lacks what every version wrote, or holds another type there.
 
     Raises:
         StudyError: With the file and the field.
     """
     def damaged(what: str) -> StudyError:
-        return StudyError(f"{path} is damaged ({what}); {remedy}", fields=("out",))
+        return StudyError(f"{path} is damaged ({what}); {REMEDY}", fields=("out",))
 
     for name in ("spec", "model", "tasks"):
         if not isinstance(description.get(name), dict):

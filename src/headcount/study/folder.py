@@ -27,6 +27,7 @@ def previous(ledger: Ledger) -> dict[str, Any] | None:
 
     Raises:
         StudyError: If the folder (or one that it lies in) is a file or cannot be written to, or holds something else.
+            Where only study.json is gone, the entries are found by their names, and the folder counts as new.
     """
     there = next(place for place in (ledger.folder, *ledger.folder.absolute().parents) if place.exists())
     if not there.is_dir():
@@ -34,7 +35,7 @@ def previous(ledger: Ledger) -> dict[str, Any] | None:
     if not os.access(there, os.W_OK):
         raise StudyError(f"{there} cannot be written to; choose another `out`", fields=("out",))
     description = ledger.read_json("study.json")
-    if description is None and ledger.folder.is_dir() and any(
+    if description is None and ledger.folder.is_dir() and not ledger.is_begun() and any(
             not f.name.startswith(".") for f in ledger.folder.iterdir()):
         raise StudyError(f"{ledger.folder} is not empty and holds no study; choose another `out`", fields=("out",))
     if description is not None:

@@ -80,6 +80,7 @@ class Plan:
         jobs: All jobs of what was asked, in an order in which they can be done.
         ledger: The folder's entries; None where no folder was named.
         other_orders: Says that the folder's curves follow other scores than those asked for; empty where they do not.
+        damaged: Names of the folder's damaged entries; they count as not done.
     """
 
     spec: StudySpec
@@ -92,6 +93,7 @@ class Plan:
     jobs: tuple[PlannedJob, ...]
     ledger: Ledger | None = None
     other_orders: str = ""
+    damaged: tuple[str, ...] = ()
 
     def is_done(self, planned: PlannedJob) -> bool:
         """Whether a job has an entry of its own."""
@@ -195,7 +197,8 @@ def prepare(
         facts.append(_facts(loaded, task, spec, splits[task.name], budget, unseen=task.name in unseen))
     jobs = plan(spec, loaded.identity, loaded.anatomy.heads_per_layer, facts, parts, through_norms=bool(loaded.norms))
     ready = Plan(spec, loaded, tasks, unseen, tuple(facts), budget, parts, tuple(jobs), ledger,
-                 other_orders(spec, before) if "curve" in parts else "")
+                 other_orders(spec, before) if "curve" in parts else "",
+                 tuple(ledger.damaged()) if ledger is not None else ())
     if ledger is not None:
         ready.check_folder()
     return ready
