@@ -35,6 +35,7 @@ from headcount.study.plausible import implausible
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 # Raised when what an entry holds, or how it is computed, changes so that old entries must not be re-used.
 FORMAT = 2
@@ -264,12 +265,13 @@ class Ledger:
             return Entry(job, info, pd.DataFrame(), version)
         weighed = b"" if seal.KEY in content else hashlib.sha256(data).digest()
         unknown = weighed != b"" and weighed not in self._weighed
-        table = _rows(data) if rows or unknown else pd.DataFrame()
+        table = _rows(data) if rows or unknown else None
         if unknown:
             self._weighed[weighed] = implausible(job, info, table)
         if damage := self._weighed.get(weighed):
             raise _DamagedError(damage)
-        return Entry(job, info, table, version)
+        return Entry(job, info, table.to_pandas(ignore_metadata=True) if table is not None and rows else pd.DataFrame(),
+                     version)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one of the folder's JSON files with its digest, replacing an older one in one step."""
@@ -355,12 +357,11 @@ def _content(data: bytes) -> dict[str, Any]:
     return content
 
 
-def _rows(data: bytes) -> pd.DataFrame:
+def _rows(data: bytes) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(pa.BufferReader(data)) as file:
         table = file.read(use_threads=False)
     table.validate(full=True)
-    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
-    return frame
+    return table
