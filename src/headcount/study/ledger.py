@@ -22,6 +22,7 @@ import json
 import os
 import re
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,10 +142,13 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock", timeout=_PATIENCE)
         try:
-            lock.acquire()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of another kind of lock, which is as good
+                lock.acquire()
         except Timeout as error:
             raise StudyError(f"another process has held {self.folder / '.lock'} for {_PATIENCE:.0f} s, as one that was "
-                             "stopped (Ctrl-Z) does; let it go on or end it, then run this again") from error
+                             "stopped (Ctrl-Z) does; let it go on or end it (if there is none, delete that file), then "
+                             "run this again") from error
         except NotImplementedError:
             pass
         except OSError as error:
