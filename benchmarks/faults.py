@@ -185,8 +185,8 @@ def kills(work: Callable[[Ledger], None], entries: Iterable[Entry], number: int,
             found["killed" if ended else "undisturbed"] += 1
             found["damaged"] += len(Ledger(folder).damaged())
             of_folder += 1
-            if of_folder == _KILLS_OF_A_FOLDER or found["killed"] == number:
-                found["lost"] += _wait(_start(work, folder)) != 0 or not _same(whole, folder)
+            if not ended or of_folder == _KILLS_OF_A_FOLDER or found["killed"] == number:
+                found["lost"] += (ended and _wait(_start(work, folder)) != 0) or not _same(whole, folder)
                 shutil.rmtree(folder)
                 folder, of_folder = Path(scratch) / str(found.total()), 0
     return Kills(found["killed"], found["undisturbed"], found["damaged"], found["lost"])
@@ -197,7 +197,7 @@ def _killed(work: Callable[[Ledger], None], folder: Path, drawn: random.Random, 
     chosen = drawn.choice(_SIGNALS)
     if drawn.random() < 0.5:
         where, name = drawn.choice(_WRITES)
-        left, after = drawn.randint(1, 8), drawn.random() < 0.5
+        left, after = drawn.randint(1, 5), drawn.random() < 0.5
         return _wait(_start(work, folder, lambda: _arm(where, name, left, chosen, after=after))) != 0
     process = _start(work, folder)
     time.sleep(drawn.uniform(0, takes))
@@ -223,13 +223,18 @@ def _arm(where: Any, name: str, number: int, chosen: signal.Signals, *, after: b
 
 
 def _start(work: Callable[[Ledger], None], folder: Path, before: Callable[[], None] = lambda: None) -> int:
-    """Do the work in a process of its own; returns its number."""
+    """Do the work in a process of its own; returns its number once it has begun."""
+    begun, begin = os.pipe()
     process = os.fork()
     if process:
+        os.close(begin)
+        os.read(begun, 1)
+        os.close(begun)
         return process
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.close(begin)
         before()
         work(Ledger(folder))
         code = 0
