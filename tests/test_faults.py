@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -205,3 +206,16 @@ def test_a_damaged_description_is_told_and_entries_are_counted(tmp_path: Path, d
     found = check(tmp_path)
     assert (found.whole, found.holds) == (7, False)
     assert "delete this one file" in found.description
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("anatomy", {}), ("anatomy", {"heads_per_layer": "x"}), ("unseen", None), ("unseen", {"a": 5}), ("asked", None),
+    ("asked", []), ("budget", "x"), ("budget", {"device": "cpu"}), ("commands", 5),
+    ("tasks", {"red": {"fingerprint": 1}}),
+])
+def test_a_description_without_a_digest_is_of_the_right_form(tmp_path: Path, name: str, value: object) -> None:
+    ledger = Ledger(synthetic.write(tmp_path, tasks=("red",), shots=(5,)))
+    known = ledger.read_json("study.json") or {}
+    (tmp_path / "study.json").write_text(json.dumps({**known, name: value}))
+    with pytest.raises(StudyError, match=rf"study\.json is damaged \({name}.*delete this one file"):
+        hc.open_study(tmp_path)
