@@ -13,6 +13,7 @@ import pytest
 import faults
 import headcount as hc
 import synthetic_study as synthetic
+from headcount import terminal
 from headcount.analysis.study import TABLES
 from headcount.cli import main
 from headcount.errors import StudyError
@@ -99,7 +100,7 @@ def test_a_run_that_is_killed_goes_on(measured: tuple[Plan, Ledger]) -> None:
 
 
 def test_what_is_damaged_is_measured_again_and_told(
-    measured: tuple[Plan, Ledger], copied: tuple[Plan, Ledger]
+    measured: tuple[Plan, Ledger], copied: tuple[Plan, Ledger], capsys: pytest.CaptureFixture[str],
 ) -> None:
     """An order and a curve by it: the order comes first, and both are as they were."""
     plan, ledger = copied
@@ -110,6 +111,8 @@ def test_what_is_damaged_is_measured_again_and_told(
         damage(path)
     ready = prepare(plan.spec, loaded=plan.loaded)
     assert set(ready.damaged) == {path.name for path in paths}
+    terminal.print_damaged(ready.damaged)
+    assert "2 entries of this folder are damaged and count as not done" in capsys.readouterr().out
     assert [ledger.path(job.key) for job in ready.todo()] == [*reversed(paths)]
     run(ready)
     assert ledger.damaged() == []
@@ -139,7 +142,7 @@ def test_a_description_that_is_lost_while_a_study_runs_is_written_again(copied: 
     assert hc.open_study(ledger.folder).curves()["accuracy"].notna().all()
 
 
-def test_the_page_is_written_without_what_is_damaged(tmp_path: Path) -> None:
+def test_the_page_is_written_without_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ledger = Ledger(synthetic.write(tmp_path, tasks=("red",), shots=(5,)))
     assert not [c for c in cautions(hc.open_study(tmp_path)) if "entr" in c]
     full = next(e for e in ledger.entries("evaluation") if e.job["curve"] == {"order": "none"})
@@ -154,11 +157,13 @@ def test_the_page_is_written_without_what_is_damaged(tmp_path: Path) -> None:
         path.write_bytes(whole)
     for path in ledger.entries_folder.iterdir():
         damage(path)
-    (ledger.entries_folder / "importance-copy (1).parquet").write_bytes(b"")
+    (ledger.entries_folder / "importance-copy (1) [red].parquet").write_bytes(b"")
     told = list(cautions(hc.open_study(tmp_path)))
     assert told[0].startswith("7 entries are damaged and left out (")
-    assert told[1] == "1 file among the entries is none and is ignored: importance-copy (1).parquet."
-    assert write_page(hc.open_study(tmp_path))[0].exists()
+    assert told[1] == "1 file among the entries is none and is ignored: importance-copy (1) [red].parquet."
+    page, _ = write_page(hc.open_study(tmp_path))
+    terminal.print_summary(hc.open_study(tmp_path), page)
+    assert "[red].parquet" in capsys.readouterr().out
 
 
 def test_what_cannot_be_verified_is_counted(tmp_path: Path) -> None:

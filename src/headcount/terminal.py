@@ -350,7 +350,7 @@ def print_summary(study: Study, report: Path) -> None:
     if told:
         _out.print("\nBefore you rely on this:", highlight=False)
         for sentence in told:
-            _out.print(f"- {sentence}", highlight=False)
+            _out.print(f"- {sentence}", highlight=False, markup=False)  # names of files may look like markup
     if others := study.other_requests:
         _out.print(f"\nThis folder was also asked for other things; headcount report {study.folder} --asked NUMBER "
                    "shows one of them:", highlight=False)

@@ -43,7 +43,7 @@ FORMAT = 2
 Job = Mapping[str, Any]
 # What an entry's JSON holds; those of earlier versions lack the digest, and nothing else.
 _KEYS = {"format", "job", "info"}
-_NAME = re.compile(r"(\w+)-[0-9a-f]{24}\.parquet")
+_NAME = re.compile(r"([a-z_]+)-[0-9a-f]{24}\.parquet")
 # What to do about a study.json that is damaged: the names of entries say all that a study needs to find them.
 REMEDY = ("put back a copy of it, or delete this one file and run the study's command again: what is measured is found "
           "again")
@@ -216,7 +216,9 @@ class Ledger:
 
     def foreign(self) -> list[str]:
         """Names of what lies among the entries and is none: copies under other names, what killed processes left."""
-        return [name for name in self._names() if not _NAME.fullmatch(name)]
+        # A name may hold bytes that are no text.
+        return [os.fsencode(name).decode(errors="backslashreplace") for name in self._names()
+                if not _NAME.fullmatch(name)]
 
     def is_begun(self) -> bool:
         """Whether anything has the name of an entry, damaged or not."""
