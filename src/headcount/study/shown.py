@@ -138,9 +138,14 @@ def named_jobs(description: Mapping[str, Any]) -> dict[str, Job]:
         StudyError: If the saved options are none.
     """
     cut, model = description["spec"].get("masks_per_job", StudySpec.masks_per_job), description["model"]["fingerprint"]
+    # An earlier version said one number of documents for all numbers of shots.
+    shots = description["spec"]["shots"]
+    known = {kind: {name: {"by_shots": {str(k): task for k in shots}, **task}
+                    for name, task in description.get(kind, {}).items()} for kind in ("tasks", "unseen")}
     # Whether gradients were taken through norms is the model's matter, which is not at hand: both.
     return {name_of(job): job for norms in (False, True)
-            for job in _jobs(description, parts_asked(description), model, masks_per_job=cut, through_norms=norms)}
+            for job in _jobs({**description, **known}, parts_asked(description), model, masks_per_job=cut,
+                             through_norms=norms)}
 
 
 def _jobs(
