@@ -37,7 +37,7 @@ from headcount.analysis.study import TABLES, open_study
 from headcount.errors import HeadcountError
 from headcount.report.cautions import cautions
 from headcount.study import runner
-from headcount.study.ledger import Entry, Ledger, job_id
+from headcount.study.ledger import FORMAT, Entry, Ledger, job_id
 from headcount.study.plan import PlannedJob
 from headcount.study.prepare import Plan, prepare
 from headcount.study.spec import StudySpec
@@ -88,7 +88,7 @@ class Kills:
 def earlier(entry: Entry) -> bytes:
     """The entry as earlier versions wrote it: without a digest."""
     out, rows = pa.BufferOutputStream(), pa.Table.from_pandas(entry.table, preserve_index=False)
-    content = {"format": entry.format, "job": entry.job, "info": entry.info}
+    content = {"format": FORMAT, "job": entry.job, "info": entry.info}
     with pq.ParquetWriter(out, rows.schema.remove_metadata(), compression="zstd", store_schema=False) as file:
         file.write_table(rows.replace_schema_metadata(None))
         file.add_key_value_metadata({"headcount": json.dumps(content)})

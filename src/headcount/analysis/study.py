@@ -54,7 +54,7 @@ from headcount.analysis.transfer import TRANSFER, transfer_table, unshown
 from headcount.errors import StudyError
 from headcount.study.described import check_description
 from headcount.study.jobs import Done, Evaluation, ImportanceJob, InductionScores, Job, job_from
-from headcount.study.ledger import FORMAT, Found, Ledger, is_left_over
+from headcount.study.ledger import Found, Ledger, is_left_over
 from headcount.study.shown import Shown, told_apart
 from headcount.study.spec import scores_of
 
@@ -281,7 +281,7 @@ class Study:
     @property
     def unverified(self) -> tuple[int, int]:
         """How many whole entries have no digest, since an earlier version wrote them; and how many are whole."""
-        whole = [found for found in self._found if not found.damage]
+        whole = [found for found in self._found if found.entry is not None]
         return sum(not found.verified for found in whole), len(whole)
 
     @property
@@ -343,7 +343,7 @@ class Study:
         known: list[Done[Job]] = []
         self.unknown_entries = 0
         for found in self._found:
-            if (entry := found.entry) is None or entry.format != FORMAT:
+            if (entry := found.entry) is None:
                 continue
             try:
                 known.append(Done(job_from(entry.job), entry.info, entry.table))

@@ -14,7 +14,7 @@ from typing import Any
 from headcount.errors import HeadcountError, StudyError
 from headcount.study.described import check_description
 from headcount.study.jobs import job_from
-from headcount.study.ledger import FORMAT, Found, Ledger, is_left_over
+from headcount.study.ledger import Found, Ledger, is_left_over
 from headcount.study.shown import named_jobs
 
 
@@ -82,14 +82,14 @@ def check(folder: str | Path) -> Checked:
                              fields=("out",))
         wrong = "study.json is not there; the study's command writes it anew and finds what is measured"
     found = list(ledger.scan(rows=False))
-    whole = [one for one in found if one.entry is not None and one.entry.format == FORMAT]
-    damaged = [one for one in found if one.entry is None]
+    whole = [one for one in found if one.entry is not None]
+    damaged = [one for one in found if one.damage]
     # Planning takes a while; most jobs tell their own names.
     planned = _planned_titles(description) if any(one.job is None for one in damaged) else {}
     others = ledger.foreign()
     return Checked(
         Path(folder), sum(one.verified for one in whole), sum(not one.verified for one in whole),
-        len(found) - len(whole) - len(damaged),
+        sum(one.other_format for one in found),
         tuple(Damaged(one.name, one.damage, _title(one) or planned.get(one.name, "")) for one in damaged),
         tuple(name for name in others if not is_left_over(name)), tuple(filter(is_left_over, others)), wrong,
         _commands(description))

@@ -71,13 +71,11 @@ class Entry:
         job: What was asked.
         info: What else is known of it: masks, counts, versions.
         table: The result's rows.
-        format: Of the version that wrote it.
     """
 
     job: Job
     info: Mapping[str, Any]
     table: pd.DataFrame
-    format: int = FORMAT
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,11 @@ class Found:
     Attributes:
         name: Of the file.
         damage: Why it is not believed; empty where it is.
-        entry: What it holds; None where it is damaged, its table empty where rows were not asked for.
+        entry: What it holds; None where it is damaged or of another format, its table empty where rows were not asked
+            for.
         verified: Whether all its bytes are proved by its digest; entries of earlier versions have none.
         job: What it says it answers for, where its name proves that, damaged or not; else None.
+        other_format: Whether another version wrote it in a format that is not read here.
     """
 
     name: str
@@ -97,6 +97,7 @@ class Found:
     entry: Entry | None = None
     verified: bool = False
     job: Job | None = None
+    other_format: bool = False
 
 
 def is_left_over(name: str) -> bool:
@@ -128,7 +129,7 @@ class Ledger:
     def has(self, job: Job) -> bool:
         """Whether the job is done: its entry is there and believed."""
         path = self.path(job)
-        return path.exists() and not self._look(path, rows=False).damage
+        return path.exists() and self._look(path, rows=False).entry is not None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -195,19 +196,19 @@ class Ledger:
     def keys(self, kind: str | None = None) -> Iterator[Job]:
         """What whole entries of this version answer for, without their tables."""
         for found in self.scan(kind, rows=False):
-            if found.entry is not None and found.entry.format == FORMAT:
+            if found.entry is not None:
                 yield found.entry.job
 
     def entries(self, kind: str | None = None) -> Iterator[Entry]:
         """All entries, or those of one kind, by file name; damaged ones and other versions' are passed over."""
         for found in self.scan(kind):
-            if found.entry is not None and found.entry.format == FORMAT:
+            if found.entry is not None:
                 yield found.entry
 
     def descriptions(self, kind: str | None = None) -> Iterator[tuple[Job, Mapping[str, Any]]]:
         """Job and info of the same entries; their tables, which may be large, are not read."""
         for found in self.scan(kind, rows=False):
-            if found.entry is not None and found.entry.format == FORMAT:
+            if found.entry is not None:
                 yield found.entry.job, found.entry.info
 
     def damaged(self) -> list[str]:
@@ -232,8 +233,8 @@ class Ledger:
             raise StudyError(f"the entry {path} is not there; run its study again, which measures it")
         found = self._look(path, rows=True)
         if found.entry is None:
-            raise StudyError(f"the entry {path} is damaged ({found.damage}); run its study again, which measures it "
-                             "anew")
+            why = found.damage or "another version wrote it in its own format"
+            raise StudyError(f"the entry {path} is damaged ({why}); run its study again, which measures it anew")
         return found.entry
 
     def _look(self, path: Path, *, rows: bool) -> Found:
@@ -251,6 +252,8 @@ class Ledger:
             proved = job
             if verified and not seal.is_whole(data):
                 raise _DamagedError("its bytes are not those that were written: they do not have its digest")
+            if content["format"] != FORMAT:
+                return Found(path.name, verified=verified, job=proved, other_format=True)
             entry = self._entry(data, content, rows=rows)
         except _DamagedError as damage:
             return Found(path.name, str(damage), job=proved)
@@ -266,9 +269,7 @@ class Ledger:
         """The entry that these bytes hold; without a digest, if what it holds fits its job."""
         import pandas as pd
 
-        job, info, version = content["job"], content["info"], content["format"]
-        if version != FORMAT:  # its rows mean something else
-            return Entry(job, info, pd.DataFrame(), version)
+        job, info = content["job"], content["info"]
         weighed = b"" if seal.KEY in content else hashlib.sha256(data).digest()
         unknown = weighed != b"" and weighed not in self._weighed
         table = _rows(data) if rows or unknown else None
@@ -276,8 +277,7 @@ class Ledger:
             self._weighed[weighed] = implausible(job, info, table)
         if damage := self._weighed.get(weighed):
             raise _DamagedError(damage)
-        return Entry(job, info, table.to_pandas(ignore_metadata=True) if table is not None and rows else pd.DataFrame(),
-                     version)
+        return Entry(job, info, table.to_pandas(ignore_metadata=True) if table is not None and rows else pd.DataFrame())
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one of the folder's JSON files with its digest, replacing an older one in one step."""
