@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Imported only where a GGUF file is read; the error there names the extra.
-OPTIONAL = {"gguf": "demo"}
+# Imported only where a GGUF file or an adapter is read; the error there names the extra.
+OPTIONAL = {"gguf": "demo", "peft": "peft"}
 
 
 def imported() -> dict[str, set[str]]:

@@ -69,23 +69,24 @@ def test_everything_is_found_out_once_and_when_it_is_needed(
         own = getattr(room, name)
         monkeypatch.setattr(room, name, lambda *args: done.append(name) or own(*args))
 
-    for room, name in ((engines, "probe"), (engines, "verify"), (engines, "verify_sweep"), (budgets, "measure_cost")):
+    for room, name in ((engines, "probe"), (engines, "verify"), (engines, "verify_scoring"), (engines, "verify_sweep"),
+                       (budgets, "measure_cost")):
         watched(room, name)
     engine = Engine.of(loaded)
     full = Mask.full(loaded.anatomy.heads_per_layer)
     assert done == []
     packed = engine.pack(documents(), Budget())
-    assert (done, packed.num_requests, packed.layout) == (["probe"], 6, engine.layout)
+    proved = ["verify", "verify_scoring", "probe"]
+    assert (done, packed.num_requests, packed.layout) == (proved, 6, engine.layout)
     engine.loglikelihoods(packed)
     engine.gradients([d[0] for d in documents()], budget=Budget())
-    assert done == ["probe"]
+    assert done == proved
     engine.loglikelihoods(packed, [full, full.without_ffns([0])])
-    assert done == ["probe", "verify_sweep"]
+    assert done == [*proved, "verify_sweep"]
     engine.budget(100)
     engine.pack(documents())
-    assert done == ["probe", "verify_sweep", "measure_cost"]
     assert all(contract.holds for contract in [*engine.contracts, *engine.contracts, engine.sweep_contract])
-    assert done == ["probe", "verify_sweep", "measure_cost", "verify"]
+    assert done == [*proved, "verify_sweep", "measure_cost"]
 
 
 def test_requests_may_be_packed_before_or_not(loaded: LoadedModel) -> None:

@@ -13,6 +13,7 @@ import pytest
 import faults
 import headcount as hc
 import synthetic_study as synthetic
+import tiny
 from headcount import terminal
 from headcount.analysis.study import TABLES
 from headcount.cli import main
@@ -224,3 +225,17 @@ def test_a_description_without_a_digest_is_of_the_right_form(tmp_path: Path, nam
     (tmp_path / "study.json").write_text(json.dumps({**known, name: value}))
     with pytest.raises(StudyError, match=rf"study\.json is damaged \({name}.*delete this one file"):
         hc.open_study(tmp_path)
+
+
+def test_without_its_description_entries_say_which_model_a_study_is_of(
+    measured: tuple[Plan, Ledger], tmp_path: Path
+) -> None:
+    """Those of an earlier version know it by another name."""
+    plan, ledger = measured[0], Ledger(tmp_path / "study")
+    for entry in measured[1].entries():
+        if entry.job.get("curve", {}).get("order") == "none" or entry.job.get("method") == "gradient":
+            ledger.write({**entry.job, "model": plan.loaded.earlier_identity}, entry.table, entry.info)
+    asked = dataclasses.replace(plan.spec, out=ledger.folder)
+    assert prepare(asked, loaded=plan.loaded, parts=("evaluate", "heads")).todo() == []
+    with pytest.raises(StudyError, match=r"holds entries of another model, and no study\.json"):
+        prepare(asked, loaded=tiny.loaded("opt"), parts=("evaluate", "heads"))

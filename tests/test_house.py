@@ -15,9 +15,9 @@ from headcount.report import cautions
 from headcount.report.page import QUESTIONS
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "headcount"
-ROOT = {"__init__", "__main__", "errors", "masks", "results", "cli", "terminal"}
+ROOT = {"__init__", "__main__", "errors", "masks", "results", "sources", "cli", "terminal"}
 # Everything may use these.
-SHARED = {"errors", "masks", "results"}
+SHARED = {"errors", "masks", "results", "sources"}
 # Which rooms a room may use, itself left out; of a room in part, its files.
 ARROWS = {
     "stats": set(),

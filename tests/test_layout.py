@@ -48,12 +48,12 @@ def test_trees_are_used_where_they_are_right(family: str) -> None:
 
 
 def test_the_page_of_models_is_up_to_date() -> None:
-    """docs/models.md says what is found; `make models` writes it."""
+    """The families of docs/models.md are what is found; `make models` writes it. For classes: test_every_class.py."""
     root = Path(__file__).resolve().parents[1]
     spec = importlib.util.spec_from_file_location("models_page", root / "tools" / "models_page.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (root / "docs" / "models.md").read_text(encoding="utf-8") == module.page()
+    assert (root / "docs" / "models.md").read_text(encoding="utf-8").startswith(module.families())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral", "olmo3", "llama4", "gpt_oss", "qwen2-window"])

@@ -25,7 +25,8 @@ from transformers import (
 from families import CORE, tiny, tokens
 from headcount.errors import HeadcountError, ModelError, OptionError
 from headcount.model.contracts import verify
-from headcount.model.fingerprint import _xors, fingerprint
+from headcount.model.earlier_fingerprint import _xors
+from headcount.model.fingerprint import fingerprint
 from headcount.model.gguf import read_once
 from headcount.model.load import load, wrap
 from headcount.tasks.chat import rendered
@@ -266,8 +267,9 @@ def test_gguf_asks_for_its_package(monkeypatch, tmp_path):
 
 
 def test_smollm2(smollm2, tmp_path):
-    assert smollm2.notes == ("weights dequantised from Q4_1",)
-    assert smollm2.provenance["notes"] == ["weights dequantised from Q4_1"]
+    assert smollm2.notes[0] == "weights dequantised from Q4_1"
+    assert "splits text into words by GPT-2's rule" in smollm2.notes[1]
+    assert smollm2.provenance["notes"] == list(smollm2.notes)
     assert smollm2.anatomy.heads_per_layer == (9,) * 30
     assert {part.num_kv_heads for part in smollm2.anatomy.layers} == {3}
     assert smollm2.model.dtype == torch.float32

@@ -133,7 +133,7 @@ def test_halves_hold_what_the_batch_held(drawn: list[list[tuple[list[int], int]]
             assert width == part.lengths.max()
             own = batch.ids[offset : offset + len(part.lengths)]
             assert (part.ids == own[:, :width]).all()
-            assert not own[:, width:].any()
+            assert (own[:, width:] == own[:, :1]).all(), "padded with the row's own first token"
             seen += [(part.requests[i], part.rows[i] + offset, part.positions[i], part.targets[i])
                      for i in range(len(part.targets))]
             offset += len(part.lengths)

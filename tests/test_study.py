@@ -343,14 +343,14 @@ def test_a_check_that_memory_is_too_small_for_says_so(tmp_path: Path, monkeypatc
         prepare(spec(tmp_path), loaded=dataclasses.replace(tiny.loaded("llama")))
 
 
-def test_documents_that_equal_shared_shots_are_counted_out(tmp_path: Path) -> None:
-    """The plan counts what is measured, where documents stand in the data more than once."""
+def test_documents_that_serve_as_shared_shots_are_counted_out(tmp_path: Path) -> None:
+    """The plan counts what is measured, where documents stand in the data more than once: each is itself alone."""
     asked = spec(tmp_path, shots=(1,), shared_shots=True, limit=None, importance_limit=100)
     path = tmp_path / "data" / "piqa" / "train.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2] * 4))
     folder = run_study(asked, loaded=tiny.loaded("llama"), parts=("heads",))
     (found,) = (e for e in Ledger(folder).entries("importance"))
-    assert found.job["documents"] == found.info["num_examples"] == 4
-    path.write_text(path.read_text().splitlines(keepends=True)[0] * 4)
-    with pytest.raises(OptionError, match="all 4 documents of task 'piqa' are shots"):
+    assert found.job["documents"] == found.info["num_examples"] == 7
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(OptionError, match="all 1 documents of task 'piqa' are shots"):
         prepare(dataclasses.replace(asked, out=tmp_path / "other"), loaded=tiny.loaded("llama"), parts=("heads",))

@@ -99,6 +99,9 @@ def test_fingerprints_depend_on_documents(tmp_path: Path) -> None:
     assert get_tasks(["piqa"], data=tmp_path / "c")["piqa"].fingerprint != one
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def in_another_process(name: str, folder: Path) -> str:
     """The task's fingerprint as a process of its own has it."""
     code = ("import sys; from headcount.tasks.load import get_tasks; "
@@ -121,6 +124,24 @@ def test_fingerprints_of_definitions_with_functions_are_equal_in_every_process(t
     assert in_another_process(str(definition), tmp_path) == here
     utils.write_text(utils.read_text().replace("Do: ", "Please: "))
     assert in_another_process(str(definition), tmp_path) != here
+
+
+def test_fingerprints_depend_on_what_functions_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_task(tmp_path)
+    for name, text in (("wording", "from asking import ASK\n"), ("asking", "ASK = 'Do: '\n"), ("other", "A = 1\n"),
+                       ("utils", "import json\nfrom wording import ASK\n\n\ndef doc_to_text(doc):\n"
+                                 "    return ASK + doc['goal']\n")):
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "mine.yaml").write_text(
+        "task: piqa\noutput_type: multiple_choice\ntraining_split: train\nvalidation_split: validation\n"
+        "doc_to_text: !function utils.doc_to_text\ndoc_to_target: label\ndoc_to_choice: '{{[sol1, sol2]}}'\n"
+        "metric_list: [{metric: acc}]\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT / 'src'}")
+    first = in_another_process(str(tmp_path / "mine.yaml"), tmp_path)
+    (tmp_path / "other.py").write_text("A = 2\n")
+    assert in_another_process(str(tmp_path / "mine.yaml"), tmp_path) == first
+    (tmp_path / "asking.py").write_text("ASK = 'Please: '\n")
+    assert in_another_process(str(tmp_path / "mine.yaml"), tmp_path) != first
 
 
 def test_fingerprints_depend_on_what_a_partial_function_is_given() -> None:

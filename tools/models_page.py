@@ -1,10 +1,15 @@
-"""docs/models.md, from the tiny models that the tests go through: `python tools/models_page.py` writes it."""
+"""docs/models.md, from the tiny models that the tests go through: `python tools/models_page.py` writes it.
+
+The page has two parts: the families of the tests' table, and every type of model that transformers loads as a causal
+language model (`tests/every_class.py`), with what headcount made of it on this run.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -14,6 +19,9 @@ import transformers
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_ROOT / "tests"))
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from every_class import TYPES, Found, find
 from families import FAMILIES, HYBRIDS, UNFIT, hybrid, kernels, probed, third_contract, tiny
 from headcount.engine.engine import Engine
 from headcount.engine.layout import Layout
@@ -53,7 +61,32 @@ heads and one FFN.
 | family | reason given |
 |---|---|
 {refused}
+
 """
+_CLASSES = """\
+## Every decoder class
+
+These are all {types} types of model that transformers {version} loads as a causal language model. Each was built small
+with random weights and the kinds of layers that its published checkpoints have, saved, and loaded from that folder
+(`tests/every_class.py`; {counts}).
+
+* *Measured*: the contracts hold, and these numbers equal the obvious computation on the model that was saved, one
+  request a pass and one ablation at a time: log-likelihoods of the full model, without one head, without one FFN and
+  without all heads of a layer; the oracle of all heads and FFNs; gradient scores by autograd through all parameters.
+  The number bounds all differences: in nats, and of gradient scores as a share of the largest.
+* *Refused*: headcount says so in one line, before anything is measured.
+* *Not built small*: transformers itself does not build it here.
+
+Of multimodal models the text alone is read and measured. Encoders that can run as decoders were asked to
+(`is_decoder`). The whole table takes one to two minutes; the tests compare its types with the installed library's, and
+measure some of them again.
+
+| type | class | outcome | reason, or largest difference |
+|---|---|---|---|
+{rows}
+"""
+# What stands behind the reason in messages: where was looked, what else to do.
+_REST = re.compile(r": looked for |; only decoder-only|; it has |\. You can install ")
 
 
 def rows() -> list[str]:
@@ -87,9 +120,32 @@ def refused() -> list[str]:
     return found
 
 
-def page() -> str:
-    """The whole page."""
+def families() -> str:
+    """The first part of the page: the tests' table of families."""
     return _HEAD.format(version=transformers.__version__, rows="\n".join(rows()), refused="\n".join(refused()))
+
+
+def classes() -> str:
+    """The second part of the page: every type; it takes minutes."""
+    found = []
+    for kind in TYPES:
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(find(kind, Path(folder)))
+    outcomes = [one.outcome for one in found]
+    counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(sorted(outcomes)))
+    return _CLASSES.format(types=len(TYPES), version=transformers.__version__, counts=counts,
+                           rows="\n".join(map(class_row, found)))
+
+
+def class_row(found: Found) -> str:
+    """A type's line of the table."""
+    # Which head or block is the worst, and the last digits, depend on the machine.
+    said = re.sub(r"\bL\d+H\d+\b|\bblock \d+\b", lambda m: "a head" if m[0][0] == "L" else "a block", found.detail)
+    said = _REST.split(said.removeprefix(f"it ({found.kind}): "))[0]
+    if found.outcome == "measured":
+        said = next(f"{bound:.0e}" for bound in (1e-6, 1e-5, 1e-4) if float(found.detail) <= bound)
+    outcome = f"**{found.outcome}**" if found.outcome == "wrong" else found.outcome
+    return f"| {found.kind} | {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[found.kind]} | {outcome} | {said.replace('|', '/')} |"
 
 
 def _ffns(anatomy: Anatomy) -> str:
@@ -114,4 +170,4 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    (_ROOT / "docs" / "models.md").write_text(page(), encoding="utf-8")
+    (_ROOT / "docs" / "models.md").write_text(families() + classes(), encoding="utf-8")

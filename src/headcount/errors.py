@@ -67,6 +67,9 @@ class StudyError(HeadcountError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, or the error's name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    """The first line of another library's message, with what it announces, or the error's name where it has none."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said[:300]

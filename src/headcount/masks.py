@@ -143,7 +143,14 @@ def removal_order(*scores: Float[np.ndarray, " component"]) -> list[int]:
 
     Args:
         scores: The first decides; each further one breaks ties of those before it.
+
+    Raises:
+        OptionError: If a score is NaN or infinite: it has no place in an order.
     """
+    for one in scores:
+        if len(wrong := np.flatnonzero(~np.isfinite(one))):
+            raise OptionError(f"no order can be made of scores of which {len(wrong)} of {len(one)} are no numbers (the "
+                              f"first at position {wrong[0]}): leave these components out, or score all of them")
     keys = [_rounded(s) for s in scores]
     return sorted(range(len(keys[0])), key=lambda i: (*(k[i] for k in keys), i))
 

@@ -226,9 +226,11 @@ def _print_contracts(loaded: LoadedModel) -> bool:
         verdict = "[green]holds[/green]" if result.holds else "[red]FAILS[/red]"
         _out.print(f"{verdict}  {result.name} (largest error {result.worst_error:.1e}) {result.detail}",
                    highlight=False)
-    _out.print(f"prompts: {engine.layout}", highlight=False)
-    _out.print(f"masks: {engine.prove_sweep()}", highlight=False)
-    return all(result.holds for result in engine.contracts)
+    holds = all(result.holds for result in engine.contracts)
+    if holds:
+        _out.print(f"prompts: {engine.layout}", highlight=False)
+        _out.print(f"masks: {engine.prove_sweep()}", highlight=False)
+    return holds
 
 
 def print_checked(checked: Checked) -> None:

@@ -181,7 +181,7 @@ def _bytes_per_token(loaded: LoadedModel) -> tuple[float, float]:
 
 def _bytes_per_pair(loaded: LoadedModel) -> int:
     """About what two positions of a row take: the mask, and every head's scores where the kernel writes them out."""
-    eager = loaded.model.config._attn_implementation == "eager"
+    eager = loaded.model.config.get_text_config()._attn_implementation == "eager"
     return loaded.model.dtype.itemsize * (3 * max(loaded.anatomy.heads_per_layer) if eager else 2)
 
 
@@ -204,7 +204,7 @@ def device_key(loaded: LoadedModel) -> str:
     return ", ".join(map(str, (
         name, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", loaded.model.config.model_type,
         f"{anatomy.num_layers} x {max(anatomy.heads_per_layer)} x {anatomy.layers[0].d_model}", loaded.model.dtype,
-        loaded.model.config._attn_implementation)))
+        loaded.model.config.get_text_config()._attn_implementation)))
 
 
 def _file() -> Path:

@@ -2,8 +2,10 @@
 
 The engine owns what must be found out about a model before it can be run well, and finds each out when it is first
 needed: how prompts are laid out (`probe`, when they are first packed), what rows and batches cost on the device (timed
-when a budget is wanted and none is given), whether the model can be run layer by layer (contract 3, proved when more
-than one mask is first swept), and whether heads and FFNs are where the anatomy says (contracts 1 and 2, when asked).
+when a budget is wanted and none is given), and whether the model can be run layer by layer (contract 3, proved when
+more than one mask is first swept). Before all that it proves that heads and FFNs are where the anatomy says (contracts
+1 and 2) and that requests are scored as the model scores them (contract 4): nothing is measured on a model that fails
+one of these, whoever asks.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,13 +37,13 @@ from headcount.engine.forward import (
 from headcount.engine.gradients import ExampleScores, example_scores
 from headcount.engine.layout import Layout, probe
 from headcount.engine.pack import Batch, Budget, Cost, batches, pack
-from headcount.engine.proof import verify_sweep
+from headcount.engine.proof import numbers_apart, verify_scoring, verify_sweep
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
-from headcount.errors import OptionError
+from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
 from headcount.model.contracts import ContractResult, verify
-from headcount.model.hooks import ablated
+from headcount.model.hooks import ablated, lifted
 from headcount.model.load import LoadedModel
 
 
@@ -98,12 +100,30 @@ class Engine:
     @functools.cached_property
     def layout(self) -> Layout:
         """How this model's requests are laid out, found out by `probe`."""
+        self.prove()
         return probe(self._loaded)
 
     @functools.cached_property
     def contracts(self) -> list[ContractResult]:
-        """Contracts 1 and 2, proved when first asked for: whether heads and FFNs are where the anatomy says."""
-        return verify(self._loaded)
+        """Contracts 1, 2 and 4, proved when first asked for; the last only where the others hold."""
+        with lifted(self._loaded.model):
+            found = numbers_apart(self._loaded.model, self._loaded.anatomy, verify(self._loaded))
+            return [*found, verify_scoring(self._loaded)] if all(result.holds for result in found) else found
+
+    def prove(self) -> None:
+        """Prove, once, that this model is measured right.
+
+        Raises:
+            ModelError: If a contract fails, or memory is too small for the proof.
+        """
+        try:
+            failed = next((result for result in self.contracts if not result.holds), None)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"memory is too small to check {self._loaded.name}: gradients of one short pass need all "
+                             "its weights on their devices; use more or larger ones, or a smaller dtype") from error
+        if failed is not None:
+            raise ModelError(f"{self._loaded.name} cannot be measured: it fails the check '{failed.name}' "
+                             f"({failed.detail}); headcount anatomy MODEL --verify shows more", fields=("dtype",))
 
     @functools.cached_property
     def sweep_contract(self) -> ContractResult:
@@ -153,6 +173,7 @@ class Engine:
             OptionError: If trees are asked for that this model does not take.
         """
         layout = self.layout
+        self._check_ids([request for requests in requests_by_document for request in requests])
         if trees and not layout.trees:
             raise OptionError(f"this model's prompts cannot be laid out as trees: {layout.reason}")
         if trees is not None:
@@ -195,11 +216,25 @@ class Engine:
             progress: Called with the number of tokens after each batch.
 
         Raises:
-            ModelError: If gradients overflow, or memory is too small for one request.
+            ModelError: If memory is too small for one request.
         """
+        self.prove()
+        self._check_ids(requests)
         budget = budget or self.budget()
         packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
         return example_scores(self._loaded, packed, len(requests), progress)
+
+    def _check_ids(self, requests: Sequence[Request]) -> None:
+        """Refuse tokens that the model has no embedding for."""
+        embeddings: Any = self._loaded.model.get_input_embeddings()
+        rows = int(embeddings.weight.shape[0])
+        for request in requests:
+            beyond = [int(i) for i in (*request.ids, *request.targets) if i >= rows] if max(
+                request.ids.max(), request.targets.max()) >= rows else []
+            if beyond:
+                token = self._loaded.tokenizer.decode([beyond[0]])
+                raise ModelError(f"the tokenizer writes {token[:40]!r} as token {beyond[0]}, and {self._loaded.name} "
+                                 f"has embeddings of {rows} tokens: the tokenizer is not this model's")
 
     def speed(self, packed: Packed) -> neighbours.Speed:
         """How fast packed requests go through the full model, and how busy others kept the cores meanwhile."""

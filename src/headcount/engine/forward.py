@@ -157,6 +157,7 @@ class Sums:
             for i in masks:
                 np.add.at(total[i], batch.requests, values)
                 np.minimum.at(greedy[i], batch.requests, hits)
+        greedy[np.isnan(total)] = 0  # the largest of logits that are no numbers is any
         return total, greedy
 
 

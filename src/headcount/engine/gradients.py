@@ -37,7 +37,6 @@ from torch import Tensor
 from headcount.engine.forward import Progress, Told, in_memory, scored_only
 from headcount.engine.pack import Batch
 from headcount.engine.treemask import model_inputs
-from headcount.errors import ModelError
 from headcount.model.circuits import parts_behind_norm
 from headcount.model.devices import on_device
 from headcount.model.hooks import Activations, captured, frozen
@@ -55,7 +54,7 @@ class ExampleScores(NamedTuple):
 def example_scores(
     loaded: LoadedModel, packed: Sequence[Batch], num_examples: int, progress: Progress | None = None
 ) -> ExampleScores:
-    """Scores of all heads and FFNs for every example.
+    """Scores of all heads and FFNs for every example; whether they are numbers is the caller's to look at.
 
     Args:
         loaded: The model.
@@ -64,7 +63,7 @@ def example_scores(
         progress: Called with the number of tokens after each batch.
 
     Raises:
-        ModelError: If gradients overflow, or memory is too small for one example.
+        ModelError: If memory is too small for one example.
     """
     heads = np.zeros((2, num_examples, loaded.anatomy.num_heads))
     ffns = np.zeros((2, num_examples, loaded.anatomy.num_layers))
@@ -75,9 +74,6 @@ def example_scores(
     # Only now copied to the host: each copy waits for the device.
     for examples, (of_heads, of_ffns) in measured:
         heads[:, examples], ffns[:, examples] = of_heads.cpu().double().numpy(), of_ffns.cpu().double().numpy()
-    if not np.isfinite(heads).all() or not np.isfinite(ffns).all():
-        raise ModelError(f"gradients overflow in {str(loaded.model.dtype).removeprefix('torch.')}: use the type "
-                         "bfloat16 or float32 (`dtype`)", fields=("dtype",))
     return ExampleScores(heads, ffns)
 
 
@@ -130,7 +126,8 @@ def _ffn_parts(
 def _reduce(
     products: Float[Tensor, "batch pos component"], real: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "score batch component"]:
-    weight = real.to(products)[..., None]
-    position = (products.abs() * weight).sum(1) / weight.sum(1)
-    example = (products * weight).sum(1).abs()
+    # Written, not multiplied: what stands on padding need not be a number.
+    products = products.masked_fill(~real[..., None], 0)
+    position = products.abs().sum(1) / real.to(products).sum(1)[:, None]
+    example = products.sum(1).abs()
     return torch.stack([position, example])

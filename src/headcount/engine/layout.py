@@ -4,7 +4,9 @@ One random tree is scored as a tree and request by request; the two must agree. 
 exceeded by a short probe (4,096 tokens and more), so during the probe the window in the model's config, from which
 transformers makes its masks, is cut to 8 tokens. Three ways of handing the tree's mask over are tried: one mask per
 type of layer, one mask with the window counted in depths, one mask without. A model that agrees with none of them
-(ALiBi reads positions off the column, GPT-Neo keeps its window in a buffer) gets one request a row.
+(ALiBi reads positions off the column, GPT-Neo keeps its window in a buffer) gets one request a row. What modules have
+copied from the config is not cut (windows in buffers, the number of keys that sparse attention chooses): where the tree
+agrees, rows of trees stay within that.
 """
 
 from __future__ import annotations
@@ -16,22 +18,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from transformers import PreTrainedConfig
 
 from headcount.engine.encode import Request
 from headcount.engine.forward import plain_loglikelihoods
 from headcount.engine.pack import Budget, batches, pack
 from headcount.engine.treemask import TreeMask
+from headcount.model.attention import embedded_tokens
 from headcount.model.load import LoadedModel
 
 # Trees and single rows must agree in log-likelihood, in nats: relative to what the type can hold.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.05}
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.05}
 _LONGEST = 24
+_PROBE = Budget(row_tokens=10_000, batch_tokens=10_000)
 _WINDOW = 8
-# Windows that transformers reads from the config whenever it makes a mask, and one that GPT-Neo reads once.
+# Windows that transformers reads from the config whenever it makes a mask; one that GPT-Neo reads once, and numbers of
+# keys up to which sparse attention chooses none (index_topk) or has one block (MiniMax-M3), read once too.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
-_FIXED_WINDOWS = ("window_size",)
+_FIXED_WINDOWS = ("window_size", "index_topk", "index_block_size")
 # What models raise that know no such mask.
 _REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
 
@@ -64,21 +69,23 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     """
     if "position_ids" not in inspect.signature(loaded.model.forward).parameters:
         return Layout(False, "the model takes no position_ids")
+    if str(loaded.model.config.get_text_config()._attn_implementation).startswith("flex"):
+        # It takes masks of its own kind, and ends the process where it is given another.
+        return Layout(False, "FlexAttention takes no tree's mask")
     text = loaded.model.config.get_text_config()
     windows = [int(getattr(text, name)) for name in _WINDOWS if _is_window(getattr(text, name, None))]
     fixed = [int(getattr(text, name)) for name in _FIXED_WINDOWS if _is_window(getattr(text, name, None))]
     kinds: tuple[TreeMask, ...] = ("by type", "windowed", "plain") if windows else ("plain",)
-    documents = _documents(loaded, np.random.default_rng(seed))
     differences: dict[TreeMask, float] = {}
     refusal = ""
     with _short_windows(loaded):
-        budget = Budget(row_tokens=10_000, batch_tokens=10_000)
-        rows = batches(pack(documents, budget, trees=False), budget)
-        expected, _ = plain_loglikelihoods(loaded, rows, 6)
-        tree = batches(pack(documents, budget), budget)
+        documents, expected = _alone(loaded, seed)
+        if not np.isfinite(expected).all():
+            return Layout(False, "the model's log-likelihoods of random tokens are no numbers")
+        tree = batches(pack(documents, _PROBE), _PROBE)
         for kind in kinds:
             try:
-                in_a_tree, _ = plain_loglikelihoods(loaded, tree, 6, tree_mask=kind)
+                in_a_tree, _ = plain_loglikelihoods(loaded, tree, len(expected), tree_mask=kind)
             except _REFUSALS as error:
                 refusal = type(error).__name__
             else:
@@ -86,7 +93,7 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     if not differences:
         return Layout(False, f"the model does not take a tree's mask ({refusal})")
     best = min(differences, key=differences.__getitem__)
-    if differences[best] > _TOLERANCE.get(loaded.model.dtype, 1e-3):
+    if differences[best] > TOLERANCE.get(loaded.model.dtype, 1e-3):
         return Layout(False, f"a tree's log-likelihoods differ from single rows' by {differences[best]:.2g}")
     return _agreed(best, differences[best], windows, fixed)
 
@@ -103,12 +110,40 @@ def _agreed(kind: TreeMask, difference: float, windows: Sequence[int], fixed: Se
     return Layout(True, reason, kind, min(unheeded, default=None))
 
 
-def _documents(loaded: LoadedModel, rng: np.random.Generator) -> list[list[Request]]:
+def _alone(loaded: LoadedModel, seed: int) -> tuple[list[list[Request]], Float[np.ndarray, " request"]]:
+    """The probe's documents, and their log-likelihoods request by request.
+
+    Single tokens may have no numbers (a padded vocabulary that is masked out with -inf, a damaged embedding), which
+    tells nothing of layouts: where the first draw meets one, they are left out of a second.
+    """
+    tokens = np.arange(int(loaded.model.config.get_text_config().vocab_size))
+    for _ in range(2):
+        documents = _documents(loaded, np.random.default_rng(seed), tokens)
+        rows = batches(pack(documents, _PROBE, trees=False), _PROBE)
+        expected, _ = plain_loglikelihoods(loaded, rows, sum(map(len, documents)))
+        if np.isfinite(expected).all():
+            break
+        tokens = _with_numbers(loaded, tokens)
+        if not len(tokens):
+            break
+    return documents, expected
+
+
+@torch.no_grad()
+def _with_numbers(loaded: LoadedModel, tokens: Int[np.ndarray, " token"]) -> Int[np.ndarray, " kept"]:
+    """Those of the tokens whose embeddings are numbers, and whose logits are."""
+    known = np.intersect1d(tokens, embedded_tokens(loaded.model))
+    logits = loaded.model(input_ids=torch.from_numpy(known[None, :_LONGEST]).to(loaded.device), use_cache=False).logits
+    return np.intersect1d(known, torch.nonzero(torch.isfinite(logits[0]).all(0)).flatten().cpu().numpy())
+
+
+def _documents(
+    loaded: LoadedModel, rng: np.random.Generator, tokens: Int[np.ndarray, " token"]
+) -> list[list[Request]]:
     longest = min(loaded.max_length, _LONGEST)
-    vocabulary = int(loaded.model.config.get_text_config().vocab_size)
 
     def ids(n: int) -> Int[np.ndarray, " pos"]:
-        return rng.integers(0, vocabulary, n)
+        return tokens[rng.integers(0, len(tokens), n)]
 
     documents = []
     for context in (ids(longest // 2), ids(longest // 3)):

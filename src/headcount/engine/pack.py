@@ -27,6 +27,8 @@ from headcount.errors import OptionError
 
 # Lengths of rows that are tried: from one step to the next about 1.4 times as long.
 _SHORTEST, _STEP = 64, 2**0.5
+# So many numbers of single precision are in the longest vector registers.
+_VECTOR = 16
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Batch:
     """Rows padded on the right to one length.
 
     Attributes:
-        ids: Token ids, 0 where padded.
+        ids: Token ids, a row's first where it is padded.
         depths: Position ids.
         ends: Ends of subtrees; `j + 1` where padded.
         lengths: The rows' lengths without padding.
@@ -302,11 +304,17 @@ def _cheapest(lengths: Int[np.ndarray, " row"], limit: int, cost: Cost) -> list[
 
 def _batch(rows: list[Row]) -> Batch:
     width = max(len(r) for r in rows)
+    # Without any padding rows pass no mask, and torch's kernel for that case makes zeros of a head whose queries or
+    # keys are NaN, on a CPU and in rows that do not fill a vector register. NaN must stay NaN.
+    if not rows[0].is_tree and width < _VECTOR and all(len(r) == width for r in rows):
+        width += 1
     ids = np.zeros((len(rows), width), np.int64)
     depths = np.zeros_like(ids)
     ends = np.tile(np.arange(1, width + 1), (len(rows), 1))
     for i, row in enumerate(rows):
         ids[i, : len(row)], depths[i, : len(row)], ends[i, : len(row)] = row.ids, row.depths, row.ends
+        # A token of the row's own: another one's embedding may be no number, and 0 times NaN is NaN.
+        ids[i, len(row) :] = row.ids[0]
     return Batch(
         ids=ids,
         depths=depths,

@@ -1,19 +1,50 @@
-"""Contract 3, on the user's own model: run block by block, sharing between masks, logits are those of the plain pass.
+"""Proof, on the user's own model, that what the engine does with it gives the model's own numbers: contracts 3 and 4.
 
-A model that fails it is measured all the same, one plain pass for each mask. The other two contracts are in
-`headcount.model.contracts`.
+3. Run block by block, sharing between masks, logits are those of the plain pass. A model that fails it is measured all
+   the same, one plain pass for each mask.
+4. Requests are scored as the model scores them. Two random requests of unlike lengths, padded into one batch, go the
+   way that every measurement goes (hooks, masks, gathered positions and all arguments), and their log-likelihoods must
+   equal those of one request at a time through the unmodified model, whose logits are read at all positions: with
+   everything kept, and with all heads and FFNs removed, which must change something. No position may see the tokens
+   behind it. One gradient pass must give heads and FFNs scores, and not 0 to all of them.
+
+The first two contracts are in `headcount.model.contracts`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from headcount.engine.encode import Request
+from headcount.engine.forward import plain_loglikelihoods
+from headcount.engine.gradients import example_scores
+from headcount.engine.layout import TOLERANCE
+from headcount.engine.pack import Budget, batches, pack
 from headcount.engine.sweep import Sweep
+from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy
-from headcount.model.contracts import FAILURES, PROBE_TOKENS, ContractResult, probe_tokens, relative_error
+from headcount.model.contracts import (
+    FAILURES,
+    PROBE_TOKENS,
+    ContractResult,
+    probe_tokens,
+    relative_error,
+    verify,
+)
+from headcount.model.finite import damage_blank, first_no_number
 from headcount.model.hooks import ablated
+from headcount.model.load import LoadedModel
+
+_SCORED = "requests are scored as the model scores them"
 
 
 def verify_sweep(model: PreTrainedModel, anatomy: Anatomy) -> ContractResult:
@@ -56,3 +87,157 @@ def _parting(anatomy: Anatomy) -> list[Mask]:
                   full.without_heads(heads), full.without_heads(heads).without_ffns([layer])]
     everywhere = [(layer, 0) for layer, n in enumerate(anatomy.heads_per_layer) if n]
     return [*masks, full.without_heads(everywhere), full.without_ffns(range(0, last + 1, 2))]
+
+
+def verify_scoring(loaded: LoadedModel) -> ContractResult:
+    """Test contract 4: two requests scored by the engine and by the unmodified model, under two masks; one gradient.
+
+    Args:
+        loaded: The model.
+    """
+    tried = "reading its logits at all positions"
+    worst = 0.0
+    try:
+        requests, masks = _requests(loaded), _masks(loaded.anatomy)
+        measured: list[Float[np.ndarray, " request"]] = []
+        for mask, tried in masks:
+            with ablated(loaded.anatomy, mask):
+                expected = _one_at_a_time(loaded, requests)
+                measured.append(_scored(loaded, requests))
+            with np.errstate(invalid="ignore"):  # -inf less -inf: tokens that a model masks out
+                error = float(np.abs(measured[-1] - expected).max())
+            # What is no number is told where it is measured, with its document.
+            numbers = np.isfinite(expected).all() and np.isfinite(measured[-1]).all()
+            if numbers and not error <= TOLERANCE.get(loaded.model.dtype, 1e-3):
+                return ContractResult(_SCORED, False, error, f"{tried}, log-likelihoods differ by {error:.2g} from "
+                                      "those of one request at a time")
+            worst = max(worst, error if np.isfinite(error) else 0.0)
+        same = np.isfinite(measured[0]).any() and np.array_equal(measured[0], measured[-1])
+        if same and _branches_write(loaded):
+            return ContractResult(_SCORED, False, float("inf"), "without all heads and FFNs the model gives the same "
+                                  "numbers as with them: gates do not act on it")
+        tried = "changing its last token"
+        if wrong := _foresight(loaded, requests[0]):
+            return ContractResult(_SCORED, False, float("inf"), wrong)
+        tried = "taking gradients"
+        if wrong := _gradients(loaded, requests):
+            return ContractResult(_SCORED, False, float("inf"), f"{tried}, {wrong}")
+    except FAILURES as failure:
+        return ContractResult(_SCORED, False, float("inf"), f"{tried} failed ({type(failure).__name__}: {failure})")
+    return ContractResult(_SCORED, True, worst, "")
+
+
+def numbers_apart(
+    model: PreTrainedModel, anatomy: Anatomy, found: Sequence[ContractResult]
+) -> list[ContractResult]:
+    """Contracts 1 and 2 as they were found; where one fails because the model gives no numbers, they are proved apart.
+
+    Where heads and FFNs are does not depend on values. So NaN and infinite weights are zeros meanwhile, and FFNs, which
+    may overflow, are off for contract 2 too, which is about attention. What a damaged part does to a result is told
+    where it is measured; a mask that removes the part is not stopped.
+
+    Args:
+        model: The model.
+        anatomy: Its heads and FFNs.
+        found: What `headcount.model.contracts.verify` gave.
+    """
+    if all(result.holds for result in found):
+        return list(found)
+    try:
+        finding = first_no_number(model, anatomy, probe_tokens(model)[0].cpu().numpy())
+    except FAILURES:  # such a model cannot be traced
+        finding = None
+    if finding is None:
+        return list(found)
+    without_ffns = Mask([[True] * n for n in anatomy.heads_per_layer], [False] * anatomy.num_layers)
+    with damage_blank(model):
+        again = verify(model, anatomy)[:1]  # which takes FFNs away itself
+        with ablated(anatomy, without_ffns):
+            again += verify(model, anatomy)[1:]
+    told = f"for random tokens it gives no numbers: it goes wrong first in {finding.text}"
+    return [result if result.holds else dataclasses.replace(result, detail=told) for result in again]
+
+
+def _requests(loaded: LoadedModel) -> list[Request]:
+    """A longer and a shorter request of random tokens."""
+    ids = probe_tokens(loaded.model)[0].cpu().numpy()
+    return [Request(ids[:-1], ids[-3:]), Request(ids[1 : PROBE_TOKENS // 2], ids[PROBE_TOKENS // 2 :][:1])]
+
+
+def _masks(anatomy: Anatomy) -> list[tuple[Mask, str]]:
+    """Masks to be tried, the full model first and nothing at all last, with what is done in words."""
+    nothing = Mask([[False] * n for n in anatomy.heads_per_layer], [False] * anatomy.num_layers)
+    return [(Mask.full(anatomy.heads_per_layer), "scored in a batch"), (nothing, "scored without all heads and FFNs")]
+
+
+def _one_at_a_time(loaded: LoadedModel, requests: list[Request]) -> Float[np.ndarray, " request"]:
+    """Log-likelihoods by the unmodified model: no padding, no mask, logits of all positions."""
+    values = []
+    for request in requests:
+        logprobs = _logits(loaded, request.ids).log_softmax(-1).numpy()
+        values.append(sum(logprobs[position, target] for position, target in zip(request.scored, request.targets,
+                                                                                 strict=True)))
+    return np.array(values)
+
+
+@torch.no_grad()
+def _logits(loaded: LoadedModel, ids: Int[np.ndarray, " pos"]) -> Float[Tensor, "pos vocabulary"]:
+    """Logits of all positions of one text."""
+    logits = loaded.model(input_ids=torch.from_numpy(ids)[None].to(loaded.device), use_cache=False).logits
+    if logits.dim() != 3 or tuple(logits.shape[:2]) != (1, len(ids)):
+        raise ValueError(f"its logits have the shape {tuple(logits.shape)}, where each of {len(ids)} positions has to "
+                         "have its own")
+    found: Tensor = logits[0].double().cpu()
+    return found
+
+
+def _foresight(loaded: LoadedModel, request: Request) -> str:
+    """Says that positions see later tokens; empty if none does."""
+    other = request.ids.copy()
+    other[-1] = request.ids[0] if request.ids[0] != request.ids[-1] else request.ids[1]
+    before, after = (_logits(loaded, ids)[:-1] for ids in (request.ids, other))
+    error = relative_error(before, after)
+    if not bool(torch.isfinite(before).all()) or error <= max(1e-4, 64 * torch.finfo(loaded.model.dtype).eps):
+        return ""
+    return (f"another last token changes the logits before it (by {error:.1e} of the largest): attention that sees "
+            "later tokens reads the answers that it is to give")
+
+
+def _scored(loaded: LoadedModel, requests: list[Request]) -> Float[np.ndarray, " request"]:
+    """Log-likelihoods as the engine takes them, both requests in one batch."""
+    budget = Budget(batch_tokens=10_000)
+    return plain_loglikelihoods(loaded, batches(pack([[r] for r in requests], budget, trees=False), budget),
+                                len(requests))[0]
+
+
+@torch.no_grad()
+def _branches_write(loaded: LoadedModel) -> bool:
+    """Whether blocks change what they are given at all: where all their weights are 0, nothing can be removed."""
+    seen: list[Tensor] = []
+
+    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, (tuple, list)) else output).detach().clone())
+
+    blocks = [part.block for part in loaded.anatomy.layers]
+    handles = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True), blocks[-1].register_forward_hook(leave)]
+    try:
+        loaded.model(input_ids=probe_tokens(loaded.model), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(seen) != 2 or not torch.equal(seen[0].cpu(), seen[1].reshape(seen[0].shape).cpu())
+
+
+def _gradients(loaded: LoadedModel, requests: list[Request]) -> str:
+    """What is wrong with the scores of one gradient pass; empty if nothing is."""
+    budget = Budget(batch_tokens=10_000)
+    packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
+    try:
+        heads, ffns = example_scores(loaded, packed, len(requests))
+    except ModelError:  # no numbers: told where they are measured, with their document
+        return ""
+    without = "heads" if not heads.any() else "FFNs" if not ffns.any() else ""
+    return f"all {without} have the score 0: no gradient reaches them" if without and _branches_write(loaded) else ""

@@ -139,7 +139,8 @@ def _ratio(
     mean = logits.sum(-1, keepdim=True) / torch.arange(1, len(view) + 1, device=logits.device)[:, None]
     raised = logits.sub_(mean).relu_().mul_(view)
     own, total = raised.gather(-1, attended[..., None])[..., 0], raised.sum(-1)
-    return torch.where(total > floor * largest, own / total, 0)
+    # Asked this way round, NaN stays NaN.
+    return torch.where(total <= floor * largest, 0, own / total)
 
 
 def _view(logits: Float[Tensor, "head pos pos"]) -> Tensor:

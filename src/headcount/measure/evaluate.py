@@ -7,6 +7,7 @@ masks, and log-likelihoods become lm-eval's metrics (`score`).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from headcount.engine.encode import encode
+from headcount.engine.encode import Request, encode
 from headcount.engine.engine import Engine, Packed
 from headcount.engine.forward import Progress, columns_of
 from headcount.engine.pack import Batch, Budget
-from headcount.errors import ModelError, OptionError, TaskError
+from headcount.errors import OptionError, TaskError
 from headcount.masks import Mask
+from headcount.measure.finite import finite_likelihoods
+from headcount.model.finite import mask_named
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations
 from headcount.tasks.fewshot import LM_EVAL_SEED, FewShot
@@ -39,6 +42,7 @@ class Prepared:
         passages: Which documents share a passage: equal numbers.
         truncated: How many requests lost their beginning.
         columns: The first so many logits decide (protocol "paper"); None: all.
+        split: Which documents these are.
     """
 
     task: Task
@@ -49,6 +53,7 @@ class Prepared:
     passages: Int[np.ndarray, " doc"]
     truncated: int
     columns: int | None = None
+    split: Split = "evaluation"
 
     @property
     def tokens(self) -> int:
@@ -59,6 +64,22 @@ class Prepared:
     def batches(self) -> tuple[Batch, ...]:
         """What the model reads."""
         return self.packed.batches
+
+    def of_document(self, prompt: Prompt) -> str:
+        """What a document is called in messages."""
+        return document_named(self.task.name, self.num_fewshot, self.split, prompt.doc_id)
+
+    def named(self, request: int) -> str:
+        """What a request's log-likelihood is called in messages."""
+        document = int(np.searchsorted(np.cumsum(self.counts), request, side="right"))
+        option = request - sum(self.counts[:document])
+        return f"the log-likelihood of option {option} of {self.of_document(self.prompts[document])}"
+
+
+def document_named(task: str, num_fewshot: int, split: Split, doc_id: int) -> str:
+    """What a document is called in messages: its number in its split, from 0, task and shots."""
+    examples = "" if split == "evaluation" else ", importance examples"
+    return f"document {doc_id} of task {task!r} ({num_fewshot} shots{examples})"
 
 
 def evaluate(
@@ -111,33 +132,42 @@ def prepare(
 ) -> Prepared:
     """Build, encode and pack a task's prompts; the options are those of `evaluate`."""
     prompts = task.prompts(split, few_shot, chat=loaded.chat)
-    try:
-        requests = encode(loaded.tokenizer, [pair for p in prompts for pair in p.pairs], loaded.max_length,
-                          apart=task.protocol == "paper")
-    except TaskError as error:
-        raise TaskError(f"task {task.name!r}: {error}") from error
+    requests = _encoded(loaded, task, prompts)
     counts = [len(p.pairs) for p in prompts]
     by_document = [requests[end - n : end] for n, end in zip(counts, np.cumsum(counts), strict=True)]
     packed = Engine.of(loaded).pack(by_document, budget, trees)
     return Prepared(task, few_shot.num_fewshot, tuple(prompts), tuple(counts), packed, task.passages(split, prompts),
-                    sum(r.truncated for r in requests), columns_of(loaded) if task.protocol == "paper" else None)
+                    sum(r.truncated for r in requests), columns_of(loaded) if task.protocol == "paper" else None,
+                    split)
+
+
+def _encoded(loaded: LoadedModel, task: Task, prompts: Sequence[Prompt]) -> list[Request]:
+    """All requests of these documents, one after another."""
+    try:
+        return encode(loaded.tokenizer, [pair for p in prompts for pair in p.pairs], loaded.max_length,
+                      apart=task.protocol == "paper")
+    except TaskError as error:
+        raise TaskError(f"task {task.name!r}: {error}") from error
 
 
 def score(
     loaded: LoadedModel, prepared: Prepared, masks: Sequence[Mask], *, progress: Progress | None = None
 ) -> Evaluations:
-    """Run prepared prompts under each mask and turn log-likelihoods into the task's metric."""
+    """Run prepared prompts under each mask and turn log-likelihoods into the task's metric.
+
+    Raises:
+        ModelError: If a log-likelihood is no number, with document, mask and the part of the model.
+        TaskError: If a metric of the task is none.
+    """
     likelihoods = Engine.of(loaded).loglikelihoods(prepared.packed, masks, columns=prepared.columns, progress=progress)
-    for mask, values in zip(masks, likelihoods.loglikelihoods, strict=True):
-        if bad := int((~np.isfinite(values)).sum()):
-            raise ModelError(f"{bad} of {len(values)} log-likelihoods of task {prepared.task.name!r} are no numbers "
-                             f"under {mask}: they overflow in {str(loaded.model.dtype).removeprefix('torch.')}: use "
-                             "the type bfloat16 or float32 (`dtype`)", fields=("dtype",))
+    likelihoods = finite_likelihoods(
+        loaded, likelihoods, masks, prepared.packed, lambda: _encoded(loaded, prepared.task, prepared.prompts),
+        prepared.named, columns=prepared.columns)
     splits = np.cumsum(prepared.counts)[:-1]
     rows = [
-        [_score_document(prepared.task, *one) for one in zip(
+        [_score_document(prepared, mask, *one) for one in zip(
             prepared.prompts, np.split(values, splits), np.split(greedy, splits), strict=True)]
-        for values, greedy in zip(likelihoods.loglikelihoods, likelihoods.greedy, strict=True)
+        for mask, values, greedy in zip(masks, likelihoods.loglikelihoods, likelihoods.greedy, strict=True)
     ]
     metric, task = prepared.task.metric, prepared.task
     extra = {name for row in rows for one in row for name in one.metrics} - {metric}
@@ -210,11 +240,18 @@ class _Scored(NamedTuple):
 
 
 def _score_document(
-    task: Task, prompt: Prompt, loglikelihoods: Float[np.ndarray, " option"], greedy: Int[np.ndarray, " option"]
+    prepared: Prepared, mask: Mask, prompt: Prompt, loglikelihoods: Float[np.ndarray, " option"],
+    greedy: Int[np.ndarray, " option"],
 ) -> _Scored:
     results = [(float(x), bool(g)) for x, g in zip(loglikelihoods, greedy, strict=True)]
     options = loglikelihoods[: prompt.num_options]
     gold = float(options[prompt.gold])
     others = np.delete(options, prompt.gold)
     margin = gold - float(others.max()) if len(others) else float("nan")
-    return _Scored(task.metrics(prompt, results), gold, margin, int(np.argmax(options)))
+    metrics = prepared.task.metrics(prompt, results)
+    if wrong := {name: value for name, value in metrics.items() if not math.isfinite(value)}:
+        name, value = next(iter(wrong.items()))
+        where = " ".join(filter(None, (prepared.of_document(prompt), mask_named(mask))))
+        raise TaskError(f"the metric {name!r} of {where} is {value:g}, though all its log-likelihoods are numbers: "
+                        "change the function of the task's definition that computes it, or leave that metric out there")
+    return _Scored(metrics, gold, margin, int(np.argmax(options)))

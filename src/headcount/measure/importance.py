@@ -21,10 +21,12 @@ from headcount.engine.encode import Request, encode
 from headcount.engine.engine import Engine
 from headcount.engine.forward import Progress
 from headcount.engine.pack import Budget
-from headcount.errors import OptionError
+from headcount.errors import ModelError, OptionError
 from headcount.masks import Component, Mask, all_heads, removal_order
-from headcount.measure.evaluate import prepare, score
+from headcount.measure.evaluate import document_named, prepare, score
+from headcount.measure.finite import finite_gradients
 from headcount.measure.resampling import halves, resampled, standard_error
+from headcount.model.finite import mask_named
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations, Importance, Score
 from headcount.tasks.fewshot import LM_EVAL_SEED, FewShot
@@ -141,7 +143,9 @@ def gradient_importance(
     prompts = task.prompts("examples", few_shot, chat=loaded.chat)
     paper = task.protocol == "paper"
     requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length, apart=paper)
-    heads, ffns = Engine.of(loaded).gradients(requests, budget=budget, progress=progress)
+    heads, ffns = finite_gradients(
+        loaded, Engine.of(loaded).gradients(requests, budget=budget, progress=progress), requests,
+        lambda i: document_named(task.name, few_shot.num_fewshot, "examples", prompts[i].doc_id))
     if paper:
         heads[0] *= paper_weights(requests, loaded.anatomy.heads_per_layer)
 
@@ -219,6 +223,7 @@ def oracle_importance(
 
 def oracle_from(measured: Evaluations, component: Component = "ffn") -> Importance:
     """Oracle importance from evaluations whose first mask is the full model and all others lack one head (FFN) each."""
+    _check_numbers(measured)
     n, counts = len(measured.doc_ids), measured.masks[0].heads_per_layer
     places = {tuple(head): i for i, head in enumerate(all_heads(counts))}
     where = [places[tuple(*mask.heads_removed)] if component == "head" else int(*mask.ffns_removed)
@@ -234,6 +239,14 @@ def oracle_from(measured: Evaluations, component: Component = "ffn") -> Importan
         scores={"accuracy": lost(measured.correct), "gold_loglikelihood": lost(measured.gold_loglikelihood)},
         owners=np.arange(n) if measured.passages is None else measured.passages, doc_ids=measured.doc_ids,
         truncated=measured.truncated)
+
+
+def _check_numbers(measured: Evaluations) -> None:
+    for what, values in ((measured.metric, measured.correct), ("gold log-likelihood", measured.gold_loglikelihood)):
+        for mask, document in np.argwhere(~np.isfinite(values))[:1]:
+            raise ModelError(f"the {what} of document {measured.doc_ids[document]} of task {measured.task!r} "
+                             f"({measured.num_fewshot} shots) {mask_named(measured.masks[mask])} is no number, and so "
+                             "would be the importance: measure it again")
 
 
 def order_of(importance: Importance, score: Score | None = None) -> list[int]:

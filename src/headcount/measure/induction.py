@@ -38,6 +38,7 @@ from torch import Tensor
 from headcount.engine.forward import Progress
 from headcount.errors import ModelError, OptionError
 from headcount.measure.copying import Reading, paper_copying, sound_copying
+from headcount.measure.finite import finite_induction
 from headcount.model.attention import attention_keywords, attention_seen, eager
 from headcount.model.circuits import ov_copying
 from headcount.model.devices import doubled
@@ -83,8 +84,8 @@ def induction_scores(
 
     Raises:
         OptionError: If an option is out of range, or no length fits.
-        ModelError: If the model hands out no attention probabilities, memory is too small for one text, or numbers
-            overflow.
+        ModelError: If the model hands out no attention probabilities, memory is too small for one text, or a score is
+            no number.
     """
     texts, notes = _drawn(loaded, lengths, repeats, seeds, seed, protocol)
     with eager(loaded.model):
@@ -266,9 +267,8 @@ def _measured(
             scores[kinds, batch] = _halved(work, ids).numpy()
             if progress is not None:
                 progress(ids.numel())
-    if not np.isfinite(scores).all():
-        raise ModelError(f"attention overflows in {str(loaded.model.dtype).removeprefix('torch.')}: use the type "
-                         "bfloat16 or float32 (`dtype`)", fields=("dtype",))
+    finite_induction(loaded, scores, _KINDS,
+                     lambda kind, i: texts.drawn([i], repeated=_KINDS[kind] != "copying")[0].numpy())
     return scores
 
 

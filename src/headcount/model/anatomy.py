@@ -52,9 +52,9 @@ class Names:
 
     layers: tuple[str, ...] = ("layers", "h", "blocks")
     attention: tuple[str, ...] = ("self_attn", "attn", "attention", "self_attention", "norm_attn_norm.attn")
-    out_proj: tuple[str, ...] = ("o_proj", "out_proj", "dense", "c_proj")
+    out_proj: tuple[str, ...] = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
     ffn: tuple[str, ...] = ("mlp", "ffn", "feed_forward", "block_sparse_moe")
-    down_proj: tuple[str, ...] = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2")
+    down_proj: tuple[str, ...] = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "Wo")
 
 
 _NAMES = Names()
@@ -174,21 +174,53 @@ def find_anatomy(model: PreTrainedModel, names: Names = _NAMES) -> Anatomy:
         names: What to look for, where the model is of a family that names its parts otherwise.
 
     Raises:
-        ModelError: If a block has no attention or FFN under these names (state-space and hybrid models have none), or
-            its number of heads does not fit its weights.
+        ModelError: If a block has no attention or FFN under these names (state-space and hybrid models have none), its
+            number of heads does not fit its weights, or layers share a module.
     """
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    name, blocks = _child(decoder, names.layers)
-    if blocks is None:
-        # Llama-4's text model is not found by transformers' own look-up, which then hands the whole model back.
-        for child in decoder.children():
-            if isinstance(_child(child, names.layers)[1], nn.ModuleList):
-                decoder, (name, blocks) = child, _child(child, names.layers)
-    if not isinstance(blocks, nn.ModuleList):
-        raise _not_found(decoder, type(decoder).__name__, "list of layers", "layers", names.layers)
+    decoder, name, blocks = _decoder(model, names)
     config = getattr(decoder, "config", model.config)
     layers = tuple(_layer(block, f"{name}.{i}", config, i, names) for i, block in enumerate(blocks))
+    _check_apart(layers, name)
     return Anatomy(layers, sum(p.numel() for p in model.parameters()))
+
+
+
+def _check_apart(layers: tuple[LayerAnatomy, ...], name: str) -> None:
+    """Refuse layers that are one and the same module, or have parts in common: a gate on one acts on the other, too."""
+    for what in ("block", "attention", "out_proj", "ffn_output"):
+        first: dict[int, int] = {}
+        for i, part in enumerate(layers):
+            other = first.setdefault(id(getattr(part, what)), i)
+            if other != i:
+                raise ModelError(f"{name}.{other} and {name}.{i} share a module ({what}): what is removed from one is "
+                                 "removed from the other, so that they cannot be measured as layers of their own; give "
+                                 "each layer a copy")
+
+
+def _decoder(model: PreTrainedModel, names: Names) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The decoder, and its list of blocks with the list's name."""
+    found: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    # ModernBERT's decoder calls its output layer the decoder. Llama-4's text model is not found by transformers' own
+    # look-up, which then hands the whole model back.
+    for outer in (found, model.base_model):
+        own = _blocks(outer, names)
+        if own is not None:
+            return outer, *own
+        inner = [(name, child, blocks) for name, child in outer.named_children()
+                 if (blocks := _blocks(child, names)) is not None]
+        if len(inner) > 1:
+            told = ", ".join(f"{name} ({type(stack).__name__})" for name, stack, _ in inner)
+            raise ModelError(f"{type(outer).__name__} has several stacks of layers ({told}): only a model whose layers "
+                             "follow one another in one stack can be measured")
+        if inner:
+            _, stack, found_in = inner[0]
+            return stack, *found_in
+    raise _not_found(found, type(found).__name__, "list of layers", "layers", names.layers)
+
+
+def _blocks(stack: nn.Module, names: Names) -> tuple[str, nn.ModuleList] | None:
+    name, blocks = _child(stack, names.layers)
+    return (name, blocks) if isinstance(blocks, nn.ModuleList) else None
 
 
 def _layer(block: nn.Module, where: str, config: PreTrainedConfig, index: int, names: Names) -> LayerAnatomy:

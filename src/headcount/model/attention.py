@@ -11,10 +11,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from accelerate.utils import align_module_device
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from headcount.errors import ModelError
 from headcount.model.anatomy import Anatomy
@@ -26,8 +28,8 @@ Visit = Callable[[int, Tensor, Tensor], None]
 @contextlib.contextmanager
 def eager(model: PreTrainedModel) -> Iterator[None]:
     """Run attention in the implementation that writes its probabilities out; the model gets its own back."""
-    before = model.config._attn_implementation
-    if before in (None, "eager"):
+    before = _implementations(model.config)
+    if _are_eager(before):
         yield
         return
     model.set_attn_implementation("eager")
@@ -35,6 +37,19 @@ def eager(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def _implementations(config: PreTrainedConfig) -> Any:
+    """The implementation of a config and, where it has parts, of each: a multimodal model's text may have another."""
+    parts = {name: told for name in config.sub_configs
+             if (part := getattr(config, name, None)) is not None and (told := _implementations(part)) is not None}
+    return {"": config._attn_implementation, **parts} if parts else config._attn_implementation
+
+
+def _are_eager(implementations: Any) -> bool:
+    if isinstance(implementations, dict):
+        return all(map(_are_eager, implementations.values()))
+    return implementations in (None, "eager")
 
 
 @contextlib.contextmanager
@@ -77,18 +92,30 @@ def attention_keywords(name: str, model: PreTrainedModel, anatomy: Anatomy) -> d
     """What a model that runs eagerly must be told, so that its attentions hand out their probabilities.
 
     Raises:
-        ModelError: If they do not, whatever it is told.
+        ModelError: If they do not, whatever it is told, or if heads write into several residual streams.
     """
+    entered: list[Tensor] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        entered[:] = [args[0] if args else kwargs["hidden_states"]]
+
     ids = torch.zeros(1, 3, dtype=torch.long, device=device_of(model))
     # Asked last: most models then keep the probabilities of all layers until the end.
     for told in ({}, {"output_attentions": True}):
+        handle = anatomy.layers[0].block.register_forward_pre_hook(enter, with_kwargs=True)
         try:
             with torch.no_grad(), attention_seen(anatomy, lambda layer, z, attention: None):
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **told)
         except ModelError as e:
             failure = e
         else:
+            if entered[0].dim() > ids.dim() + 1:
+                raise ModelError(f"{name} ({model.config.model_type}): its heads write into {entered[0].shape[-2]} "
+                                 "residual streams, of which no single one is what the output layer reads: its "
+                                 "induction heads cannot be measured")
             return told
+        finally:
+            handle.remove()
     raise ModelError(f"{name} ({model.config.model_type}): {failure}, also with eager attention and output_attentions: "
                      "its induction heads cannot be measured")
 
@@ -98,6 +125,14 @@ def device_of(model: PreTrainedModel) -> torch.device:
     embeddings: Any = model.get_input_embeddings()
     device: torch.device = embeddings.weight.device
     return device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
+
+
+def embedded_tokens(model: PreTrainedModel) -> Int[np.ndarray, " token"]:
+    """The ids of tokens whose embeddings are numbers: all but of damaged models."""
+    embeddings: Any = model.get_input_embeddings()
+    with align_module_device(embeddings):
+        rows: Tensor = torch.isfinite(embeddings.weight.detach()).all(-1)
+    return rows.nonzero().flatten().cpu().numpy()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ W_U W_O W_V W_E, vocabulary x vocabulary, as sum(Re l) / sum(|l|): 1 for a head 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.attention import Visit, attention_seen, device_of, fed, one_logit
 from headcount.model.devices import doubled
+from headcount.model.finite import damaged, heads_named, is_finite
 from headcount.model.hooks import ablated
 from headcount.model.norms import find_norms, zeros
 
@@ -268,6 +270,10 @@ def ov_copying(
     """
     size = anatomy.layers[0].d_model
     turned = ends.entry.T @ _token_products(model) @ ends.exit.T
+    if not is_finite(turned):
+        ends_of = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+        raise ModelError("the OV copying score reads the embeddings and the output layer of all tokens, and not all of "
+                         f"them are numbers{_blamed(ends_of, model)}")
     tests = torch.randn(_TESTS, size, generator=torch.Generator().manual_seed(0)).to(turned)
     wide = doubled(turned[:0])
     small = [wide.new_zeros(p.num_heads, p.d_head, p.d_head) for p in anatomy.layers]
@@ -293,8 +299,18 @@ def ov_copying(
         straight[layer] = _parallel(seen, told_of[layer]) <= _TOLERANCE.get(model.dtype, _COARSE)
 
     _probe(model, anatomy, torch.cat([tests, -tests]).to(model.dtype), told, check)
+    for layer, matrices in enumerate(small):
+        if bad := torch.nonzero(~torch.isfinite(matrices).flatten(1).all(1)).flatten().tolist():
+            raise ModelError(f"the OV circuit of {heads_named([(layer, h) for h in bad])} is no number"
+                             f"{_blamed([anatomy.layers[layer].attention], model)}")
     scores = [torch.where(ok.cpu(), _copying_of(s.cpu()), torch.nan) for s, ok in zip(small, straight, strict=True)]
     return scores, [ok.cpu() for ok in straight]
+
+
+def _blamed(modules: Iterable[nn.Module], model: PreTrainedModel) -> str:
+    names = damaged(modules, model)
+    return (f": {', '.join(names[:3])} are NaN or infinite; the checkpoint is damaged: download or convert it again"
+            if names else ": leave induction heads out")
 
 
 def _values(part: LayerAnatomy, z: Tensor, attention: Tensor) -> Float[Tensor, "row head d_head"]:

@@ -199,12 +199,20 @@ def _identity_error(trace: _Trace, bias: Tensor | None) -> float:
 
 
 def relative_error(a: Float[Tensor, "*_"], b: Float[Tensor, "*_"]) -> float:
-    """The largest difference of two tensors, relative to the largest value in them."""
-    return float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30))
+    """The largest difference of two tensors, relative to the largest value in them; infinite where it is no number."""
+    error = float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30))
+    return float("inf") if error != error else error  # no comparison with NaN holds
 
 
 def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:
     name = "a head's slice depends on its own attention alone"
+    try:
+        return _slices(name, model, anatomy, ids)
+    except FAILURES as failure:
+        return ContractResult(name, False, float("inf"), f"its attention cannot be looked at ({failure})")
+
+
+def _slices(name: str, model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:
     with eager(model), frozen(model), torch.enable_grad(), _differentiable(model):
         with _projected(anatomy) as projected:
             attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
@@ -221,7 +229,19 @@ def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "bat
             if not error <= worst:
                 worst, where = error, f"L{layer}H{head}"
     return ContractResult(name, worst == 0, worst, "" if worst == 0 else f"{where} is not a head of its own: the "
-                          "number of heads or the output projection is wrong, or the model mixes its heads before it")
+                          "number of heads or the output projection is wrong, or the model mixes its heads before it"
+                          f"{_removed_before(anatomy)}")
+
+
+def _removed_before(anatomy: Anatomy) -> str:
+    """Says that layers were built for other numbers of heads than the config's, as where heads were removed already."""
+    for layer, part in enumerate(anatomy.layers):
+        said = getattr(part.attention, "head_dim", None)
+        width = part.num_heads * part.d_head
+        if isinstance(said, int) and said > 0 and width % said == 0 and width // said != part.num_heads:
+            return (f"; layer {layer} holds {width // said} heads of {said}, the config says {part.num_heads}: have "
+                    "heads been removed from it?")
+    return ""
 
 
 @contextlib.contextmanager
@@ -249,7 +269,7 @@ def _slice_error(
         parts = torch.zeros(z.shape[2]) if gradient is None else gradient.float().abs().sum((0, 2, 3)).cpu()
         own = float(parts[h])
         foreign = float(parts[:h].sum() + parts[h + 1 :].sum())
-        errors.append(foreign / (own + foreign) if own > 0 else 1.0)
+        errors.append(foreign / (own + foreign) if own > 0 and foreign < float("inf") else 1.0)
     worst = max(range(len(errors)), key=errors.__getitem__)
     return errors[worst], worst
 

@@ -1,41 +1,64 @@
-"""What identifies a model: a hash of its config, its weights and their types; and one of how it reads text."""
+"""What identifies a model: a hash of everything that its numbers depend on.
+
+A model's fingerprint covers its class and config, every byte of its weights and persistent buffers with their names,
+shapes and types (SHA-256, so that no two changes cancel), and the Python code of classes that are no installed
+library's (remote code, a user's own). A tokenizer's covers its own serialisation, which holds vocabulary, merges,
+normalizer and all other rules, and what Python adds to it.
+
+The digest of weights that lie in files is kept in the user's cache, under path, size, time of change and inode of every
+file that they are read from, so that the bytes are hashed once:
+
+    headcount/weights/<hash of these and of what else decides the tensors>
+
+Weights in memory are hashed each time. Both are of the same tensors: a model has one fingerprint, wherever it is.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+import transformers
 from accelerate.utils import align_module_device
-from jaxtyping import Shaped, UInt64
-from torch import Tensor
+from platformdirs import user_cache_path
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from headcount.sources import digests, own_files
 
 # Neither what the file was called, nor what the weights say better, changes what a model computes.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_commit_hash"}
-_SAMPLED = 64
-# So many 64-bit numbers stay in a core's cache.
-_CACHED = 32_768
-# Text of many kinds: what a tokenizer makes of it tells its rules apart where vocabularies are equal.
+# Text of many kinds: it shows what a tokenizer's Python code does with text, which its serialisation does not hold.
 _PROBE = "The  cat's 3,141 naïve\n\tdéjà-vu 日本語 🙂 is_it(x) -> Answer: yes"
+# Marks identities of this kind; those of earlier versions have no mark (`headcount.model.earlier_fingerprint`).
+KIND = "2-"
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """64 hexadecimal digits that are equal for equal config, weights and dtypes.
+def identity_of(model: str, tokenizer: str) -> str:
+    """The identity of a model that reads text with a tokenizer, from the fingerprints of both."""
+    return f"{KIND}{model}-{tokenizer}"
 
-    Every parameter and persistent buffer goes in with name, shape, dtype, the exclusive-or of the bits of each of its
-    rows and columns, and 64 evenly spaced values; weights that were offloaded are fetched, a module at a time.
+
+def fingerprint(model: PreTrainedModel, weights: str | None = None) -> str:
+    """64 hexadecimal digits that are equal for equal config, weights, types and code.
+
+    Args:
+        model: The model; of weights that were offloaded a module is fetched at a time.
+        weights: What `weights_digest` gives for it, where that is known.
     """
-    digest = hashlib.sha256(f"{type(model).__name__} {described(model.config)}".encode())
-    for prefix, module in model.named_modules():
-        with align_module_device(module), torch.no_grad():
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for name, tensor in own:
-                if name not in module._non_persistent_buffers_set:
-                    digest.update(f"{prefix}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                    digest.update(_content(tensor))
-    return digest.hexdigest()
+    parts = [type(model).__name__, described(model.config), weights or weights_digest(model),
+             *code_of([*map(type, model.modules()), type(model.config)])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def described(config: PreTrainedConfig) -> str:
@@ -43,36 +66,60 @@ def described(config: PreTrainedConfig) -> str:
     return json.dumps({k: v for k, v in config.to_dict().items() if k not in _VOLATILE}, sort_keys=True, default=str)
 
 
-def _content(tensor: Tensor) -> bytes:
-    if tensor.numel() == 0:
-        return b""
-    if tensor.device.type not in ("cpu", "cuda"):
-        tensor = tensor.cpu()
-    if tensor.element_size() == 1:
-        # The hash knows no 8-bit floats.
-        tensor = tensor.contiguous().view(torch.uint8)
-    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-    spaced = torch.linspace(0, tensor.numel() - 1, _SAMPLED, dtype=torch.float64).long().to(tensor.device)
-    parts = (*_xors(rows), rows.reshape(-1)[spaced].double())
-    return b"".join(p.cpu().numpy().tobytes() for p in parts)
+def weights_digest(model: PreTrainedModel) -> str:
+    """64 hexadecimal digits of all bytes of all parameters and persistent buffers, with names, shapes and types."""
+    modules = list(model.named_modules())
+    offloaded = any(p.device.type == "meta" for p in model.parameters())
+    # Hashing lets other threads run; fetching offloaded weights is left to one.
+    with ThreadPoolExecutor(1 if offloaded else min(8, os.cpu_count() or 1)) as pool:
+        of_modules = list(pool.map(_of_module, modules))
+    return hashlib.sha256("\n".join(line for lines in of_modules for line in lines).encode()).hexdigest()
 
 
-def _xors(rows: Shaped[Tensor, "row column"]) -> tuple[UInt64[Tensor, " column"], UInt64[Tensor, " row"]]:
-    """The exclusive-or of the bits of each column, and of each row, all taken as 64-bit numbers."""
-    if rows.device.type != "cpu" or not rows.is_floating_point():
-        return torch.hash_tensor(rows, 0), torch.hash_tensor(rows, 1)
-    # The same, where torch takes seven times as long for the columns of an embedding.
-    step = max(1, _CACHED // rows.shape[1])
-    columns, own = np.zeros(rows.shape[1], np.uint64), np.empty(len(rows), np.uint64)
-    for start in range(0, len(rows), step):
-        bits = rows[start : start + step].detach().double().numpy().view(np.uint64)
-        columns ^= np.bitwise_xor.reduce(bits, axis=0)
-        own[start : start + step] = np.bitwise_xor.reduce(bits, axis=1)
-    return torch.from_numpy(columns), torch.from_numpy(own)
+def _of_module(named: tuple[str, nn.Module]) -> list[str]:
+    """One line for each tensor of a module's own: name, shape, type and digest."""
+    prefix, module = named
+    with align_module_device(module), torch.no_grad():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        return [f"{prefix}.{name}{part} {tuple(tensor.shape)} {tensor.dtype} {_digest(tensor)}"
+                for name, whole in own if name not in module._non_persistent_buffers_set
+                for part, tensor in _plain(whole)]
+
+
+def _plain(tensor: Tensor, part: str = "") -> Iterator[tuple[str, Tensor]]:
+    """A tensor as plain ones: quantised weights are several (packed numbers, scales, ...)."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name), f"{part}.{name}")
+        return
+    yield part, tensor
+    state = getattr(tensor, "quant_state", None)  # bitsandbytes' 4-bit weights
+    beside = {**vars(tensor), **(state.as_dict(packed=False) if state is not None else {})}
+    for name, value in sorted(beside.items()):
+        if isinstance(value, Tensor) and name != "grad":
+            yield f"{part}.{name}", value
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
+
+
+def code_of(classes: Iterable[type]) -> list[str]:
+    """Digests of the Python files that define these classes and what they import, but for installed libraries' own."""
+    files, written = set[Path](), set[str]()
+    for cls in dict.fromkeys(base for one in classes for base in one.__mro__):
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        if file is not None:
+            files.add(Path(file))
+        elif cls.__module__ != "builtins":  # written in a notebook
+            with contextlib.suppress(OSError, TypeError):
+                written.add(f"{cls.__qualname__} {hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()}")
+    return sorted([*digests(own_files(files)), *written])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, max_length: int, *, chat: bool) -> str:
-    """16 hexadecimal digits that are equal for tokenizers that read alike: vocabulary, rules, special tokens, window.
+    """32 hexadecimal digits that are equal for tokenizers that read alike.
 
     Args:
         tokenizer: The model's.
@@ -80,6 +127,55 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, max_length: int, *
         chat: Whether its chat template is used, and so counts.
     """
     ids = [list(tokenizer(_PROBE, add_special_tokens=special)["input_ids"]) for special in (True, False)]
-    known = [sorted(tokenizer.get_vocab().items()), ids, tokenizer.bos_token_id, tokenizer.eos_token_id, max_length,
-             tokenizer.chat_template if chat else None]
-    return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()[:16]
+    known = [type(tokenizer).__name__, _serialised(tokenizer), ids, tokenizer.bos_token_id, tokenizer.eos_token_id,
+             max_length, tokenizer.chat_template if chat else None, code_of([type(tokenizer)])]
+    return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()[:32]
+
+
+def _serialised(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """All rules of a tokenizer as it writes them itself."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # It says also what the last call wanted, which the next call sets anew.
+        backend.no_truncation()
+        backend.no_padding()
+        return hashlib.sha256(backend.to_str().encode()).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            tokenizer.save_vocabulary(folder)
+        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
+    added = {i: str(token) for i, token in sorted(tokenizer.added_tokens_decoder.items())}
+    return [files, added, sorted(tokenizer.get_vocab().items())]
+
+
+class KeptDigest:
+    """Where the digest of weights that lie in files is kept between processes.
+
+    Args:
+        files: All files that the weights are read from.
+        decides: What else decides which tensors come of them: config, types, versions.
+    """
+
+    def __init__(self, files: Sequence[Path], decides: Sequence[str]) -> None:
+        stats = [(str(path.resolve()), (s := path.stat()).st_size, s.st_mtime_ns, s.st_ino) for path in sorted(files)]
+        self._key = hashlib.sha256(json.dumps([stats, *decides, transformers.__version__]).encode()).hexdigest()
+        self._path = user_cache_path("headcount", appauthor=False) / "weights" / self._key
+
+    def read(self) -> str | None:
+        """The digest; None where it is not kept, or damaged."""
+        try:
+            digest, check = self._path.read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            return None
+        return digest if check == self._check(digest) else None
+
+    def write(self, digest: str) -> None:
+        """Keep a digest; where that cannot be done, it is taken again the next time."""
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, encoding="ascii", delete=False) as file:
+                file.write(f"{digest} {self._check(digest)}\n")
+            Path(file.name).replace(self._path)
+
+    def _check(self, digest: str) -> str:
+        return hashlib.sha256(f"{self._key} {digest}".encode()).hexdigest()

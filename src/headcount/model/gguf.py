@@ -7,10 +7,12 @@ whose answers are kept here while a model is loaded.
 What comes out is kept in the user's cache as a folder that transformers loads like any other, so that the next load of
 the same bytes takes a second:
 
-    headcount/gguf/<digest of the file>/<dtype>-transformers-<version>-gguf-<version>/
+    headcount/gguf/<digest of the file>/<dtype>-transformers-<version>-gguf-<version>-proof-<number>/
 
-It is written into a folder beside it and renamed, so that it is whole or not there, and only where it takes no more
-than a tenth of the free space. Whatever fails here costs time alone: the file is dequantised again.
+What is there was proved to hold what the file says (`headcount.model.gguf_proof`); what an earlier version kept lies
+elsewhere, and is removed. It is written into a folder beside it and renamed, so that it is whole or not there, and only
+where it takes no more than a tenth of the free space. Whatever fails here costs time alone: the file is dequantised
+again.
 """
 
 from __future__ import annotations
@@ -30,18 +32,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from headcount.errors import ModelError, first_line
 from headcount.model.fingerprint import described, fingerprint, tokenizer_fingerprint
+from headcount.model.gguf_proof import PROOF
 
 # What transformers asks of gguf again and again in one load.
 _ASKED = ("GGUFReader", "get_tensor_name_map")
 _FACTS = "headcount.json"
 # What a disk that is full, read-only or damaged makes transformers and safetensors raise.
 _FILE_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError)
+# What a file that no model can be made of makes transformers raise beside.
+_ODD_ERRORS = (AssertionError, AttributeError, IndexError, StrictDataclassError)
 # A model that takes more than this share of the free space is not kept.
 _SHARE = 0.1
 # An unfinished folder that is older is of a process that was killed.
@@ -69,18 +75,24 @@ class Facts:
 
     Attributes:
         note: What must be said of the weights.
+        reading: What must be said of how the file's own tokenizer reads; empty for most files.
         fingerprint: The model's.
         tokenizer: Its tokenizer's fingerprint, with the chat template and whatever the window.
     """
 
     note: str
+    reading: str
     fingerprint: str
     tokenizer: str
 
     @classmethod
-    def of(cls, note: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Facts:
+    def of(cls, note: str, reading: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Facts:
         """Those of a model that was loaded."""
-        return cls(note, fingerprint(model), tokenizer_fingerprint(tokenizer, 0, chat=True))
+        return cls(note, reading, fingerprint(model), tokenizer_fingerprint(tokenizer, 0, chat=True))
+
+    def notes(self, other_tokenizer: bool) -> tuple[str, ...]:
+        """What must be said beside every result, where the file's own tokenizer is used or another one."""
+        return (self.note,) if other_tokenizer or not self.reading else (self.note, self.reading)
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class Kept:
             raise ModelError(f"{path} is no readable GGUF file: {first_line(e)}") from e
         versions = "-".join(f"{name}-{importlib.metadata.version(name)}" for name in ("transformers", "gguf"))
         place = user_cache_path("headcount", appauthor=False) / "gguf" / digest
-        return cls(place / f"{str(dtype).removeprefix('torch.')}-{versions}")
+        return cls(place / f"{str(dtype).removeprefix('torch.')}-{versions}-proof-{PROOF}")
 
     def facts(self) -> Facts | None:
         """What is known of the model that is kept; None where none is."""
@@ -158,9 +170,11 @@ def _reads_back(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     config, reader = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     backends = [getattr(one, "backend_tokenizer", None) for one in (tokenizer, reader)]
     texts = [backend.to_str() if backend is not None else None for backend in backends]
+    if described(config) != described(model.config) or texts[0] != texts[1]:
+        return False
+    # A tokenizer that was read back as another one may not even read.
     marks = [tokenizer_fingerprint(one, 0, chat=True) for one in (tokenizer, reader)]
-    return bool(described(config) == described(model.config) and texts[0] == texts[1] and marks[0] == marks[1]
-                and tokenizer.model_max_length == reader.model_max_length)
+    return bool(marks[0] == marks[1] and tokenizer.model_max_length == reader.model_max_length)
 
 
 @contextlib.contextmanager
@@ -168,7 +182,7 @@ def read_once(path: Path) -> Iterator[str]:
     """While a model is loaded from this file: keep gguf's answers; gives what must be said of the weights.
 
     Raises:
-        ModelError: If the package gguf is not installed, or the file cannot be read.
+        ModelError: If the package gguf is not installed, or the file cannot be read, or no model can be made of it.
     """
     _check_installed(path)
     import gguf
@@ -178,6 +192,8 @@ def read_once(path: Path) -> Iterator[str]:
         for name, answer in before.items():
             setattr(gguf, name, functools.cache(answer))
         yield _note(path)
+    except _ODD_ERRORS as e:
+        raise ModelError(f"transformers cannot make a model of {path.name}: {first_line(e)}") from e
     finally:
         for name, answer in before.items():
             setattr(gguf, name, answer)

@@ -56,6 +56,26 @@ def layer_ablated(part: LayerAnatomy, heads: Bool[np.ndarray, " head"], ffn: boo
         yield
 
 
+@contextlib.contextmanager
+def lifted(model: nn.Module) -> Iterator[None]:
+    """Run the model without the gates that are open on it, which come back afterwards; others' hooks stay."""
+    both = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    before = [(hooks, dict(hooks)) for hooks in both
+              if any(getattr(hook, "__module__", "") == __name__ for hook in hooks.values())]
+    try:
+        for hooks, all_hooks in before:
+            for key, hook in all_hooks.items():
+                if getattr(hook, "__module__", "") == __name__:
+                    del hooks[key]
+        yield
+    finally:
+        for hooks, all_hooks in before:
+            # What others have added meanwhile (transformers watches attention so) stays, behind what was there.
+            added = {key: hook for key, hook in hooks.items() if key not in all_hooks}
+            hooks.clear()
+            hooks.update(all_hooks | added)
+
+
 @dataclass
 class Activations:
     """What the last forward pass put out, layer by layer; inside the graph where gradients were asked for.
@@ -152,8 +172,9 @@ def _capture_layer(
     gradients: bool,
 ) -> Iterator[torch.utils.hooks.RemovableHandle]:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Several residual streams, where there are such (Hunyuan-4), stand behind the positions.
         hidden = args[0] if args else kwargs["hidden_states"]
-        shapes[index] = (hidden.shape[-3], hidden.shape[-2])
+        shapes[index] = (hidden.shape[0], hidden.shape[1])
 
     def head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         activations.heads[index] = _caught(args[0], (*shapes[index], part.num_heads, part.d_head), gradients)

@@ -1,9 +1,12 @@
-"""Models by name: a hub id, a local folder, a GGUF file, or `smollm2`.
+"""The door for models: by name (a hub id, a local folder, a GGUF file, `smollm2`), or in memory.
 
 The kind of model is checked before any weight is read: from the config, then on a skeleton without weights (PyTorch's
 meta device), so that an encoder-decoder or a hybrid is refused in seconds, not after a download. Loading itself is
-transformers' own. GGUF files are dequantised by it, which `notes` say, and the next time read out of the user's cache
-(`headcount.model.gguf`). A checkpoint that lacks weights is refused, where transformers would fill in random ones.
+transformers' own; afterwards the model must have got exactly what its files hold (`headcount.model.checkpoint`,
+`headcount.model.gguf`), and an adapter is merged (`headcount.model.adapters`). Of a model in memory, wrappers that
+gates do not reach through are taken off or refused (`headcount.model.wrappers`). Every way in ends in `_loaded`, with
+the same provenance and fingerprint. That the model then is measured right is proved by its engine
+(`headcount.engine.proof`), when it is first used.
 """
 
 from __future__ import annotations
@@ -17,15 +20,15 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError  # of checkpoints that torch refuses
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import (
@@ -40,21 +43,30 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from headcount.errors import ModelError, OptionError, first_line
-from headcount.model import gguf
+from headcount.model import adapters, checkpoint, earlier_fingerprint, gguf, gguf_proof, wrappers
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
-from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint
+from headcount.model.fingerprint import (
+    KeptDigest,
+    code_of,
+    described,
+    fingerprint,
+    identity_of,
+    tokenizer_fingerprint,
+    weights_digest,
+)
 from headcount.model.norms import LayerNorms, find_norms
-from headcount.tasks import hub
+from headcount.model.source import TRUST, Source, failure, find
 
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
 _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
 # What Llama 3's template writes where it is told no date, and how a template asks for today's.
 _DATE = datetime.date(2024, 7, 26)
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-_TRUST = "read it, then pass `trust_remote_code=True`"
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-# What transformers and its parts raise for files that are absent, damaged or of another kind, or too large.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+# What transformers and its parts raise for files that are absent, damaged or of another kind, or too large; and for
+# configs whose values do not go together.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError,
+                TypeError, AttributeError, AssertionError, ArithmeticError, IndexError, UnpicklingError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +104,14 @@ class LoadedModel:
     def identity(self) -> str:
         """The fingerprints of model and tokenizer: equal where equal text gives equal numbers."""
         reading = tokenizer_fingerprint(self.tokenizer, self.max_length, chat=self.apply_chat_template)
-        return f"{self.fingerprint}-{reading}"
+        return identity_of(self.fingerprint, reading)
+
+    @functools.cached_property
+    def earlier_identity(self) -> str:
+        """The identity by which earlier versions know this model: their folders go on by it."""
+        reading = earlier_fingerprint.tokenizer_fingerprint(self.tokenizer, self.max_length,
+                                                            chat=self.apply_chat_template)
+        return f"{earlier_fingerprint.fingerprint(self.model)}-{reading}"
 
     @functools.cached_property
     def norms(self) -> Mapping[int, LayerNorms]:
@@ -121,15 +140,6 @@ class LoadedModel:
         said = getattr(self.tokenizer, "model_max_length", None)
         # transformers writes int(1e30) for "unset".
         return int(said) if said is not None and said < int(1e30) else _WINDOW
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a model's files are: the first argument of `from_pretrained`, and its keywords."""
-
-    place: str
-    gguf: Path | None
-    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -183,29 +193,73 @@ def load(
     wanted = _Wanted(str(name), dtype_of(dtype), _placement(device, device_map), attn_implementation, trust_remote_code,
                      tokenizer, names or Names(), apply_chat_template)
     with _quiet():
-        source = _find(wanted.name, revision)
-        notes: tuple[str, ...] = ()
-        known: str | None = None
-        if source.gguf is None:
-            model, reader = _read(source, wanted)
-        else:
-            model, reader, notes, known = _from_gguf(source, source.gguf, wanted)
+        source = find(wanted.name, revision)
+        got = _from_folder(source, wanted) if source.gguf is None else _from_gguf(source, source.gguf, wanted)
+        reader, notes = got.tokenizer, got.notes
         if apply_chat_template and _TODAY.search(template := reader.get_chat_template()):
             reader.chat_template = _TODAY.sub(_date, template)
             notes = (*notes, f"where the chat template writes today's date it is given {_DATE:%d %B %Y}")
     told = {"source": source.place if source.gguf is None else str(source.gguf), "revision": revision,
-            "commit": _commit(source), "trust_remote_code": trust_remote_code,
+            "commit": source.commit, "adapter": got.adapter, "trust_remote_code": trust_remote_code,
             "apply_chat_template": apply_chat_template}
-    loaded = _loaded(wanted.name, model, reader, wanted.names, notes, told, known)
+    loaded = _loaded(wanted.name, got.model, reader, wanted.names, notes, told, got.fingerprint)
     return dataclasses.replace(loaded, apply_chat_template=apply_chat_template)
 
 
-def _read(source: _Source, wanted: _Wanted) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@dataclass(frozen=True)
+class _Got:
+    """What was read from files.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        fingerprint: The model's.
+        notes: What must be said of it.
+        adapter: What was merged into it, as plain JSON.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+    adapter: Mapping[str, object] | None = None
+
+
+def _from_folder(source: Source, wanted: _Wanted) -> _Got:
+    """The model of a folder or hub id; of an adapter, its base with the adapter merged."""
+    adapter = source.adapter()
+    if adapter is None:
+        model, reader = _read(source, wanted)
+        return _Got(model, reader, _fingerprint(model, source.files))
+    adapters.check_installed(adapter)
+    base = find(adapter.base, adapter.base_revision)
+    if base.gguf is not None or base.adapter() is not None:
+        raise ModelError(f"the base of the adapter in {adapter.place}, {adapter.base}, is no whole model of "
+                         "transformers: merge it first, and write its folder into the adapter's config")
+    model, reader = _read(base, wanted, source if source.has_tokenizer else None)
+    model = adapters.merged(model, adapter, source.revision)
+    return _Got(model, reader, _fingerprint(model, [*base.files, *source.files]), (adapter.note,),
+                dataclasses.asdict(adapter))
+
+
+def _fingerprint(model: PreTrainedModel, files: Sequence[Path]) -> str:
+    """A model's fingerprint; the digest of weights is that which is kept for these files, if any."""
+    kept = KeptDigest(files, [type(model).__name__, described(model.config), str(model.dtype)])
+    digest = kept.read() if files else None
+    if digest is None:
+        digest = weights_digest(model)
+        kept.write(digest)
+    return fingerprint(model, digest)
+
+
+def _read(
+    source: Source, wanted: _Wanted, of_tokenizer: Source | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer; what can be refused without the weights is refused before they are read."""
     common = {**source.keywords, "trust_remote_code": wanted.trust_remote_code}
     config = _config(wanted.name, source, common)
-    _check_kind(wanted.name, config, wanted.names, wanted.trust_remote_code)
-    reader = _tokenizer(wanted.name, source, wanted.tokenizer, common)
+    _check_kind(config, wanted)
+    reader = _tokenizer(wanted.name, of_tokenizer or source, wanted)
     if wanted.apply_chat_template and not reader.chat_template:
         raise ModelError(f"the tokenizer of {wanted.name} has no chat template: leave out "
                          "`apply_chat_template`", fields=("apply_chat_template",))
@@ -214,35 +268,30 @@ def _read(source: _Source, wanted: _Wanted) -> tuple[PreTrainedModel, PreTrained
     return _model(wanted.name, source, options), reader
 
 
-def _from_gguf(
-    source: _Source, path: Path, wanted: _Wanted
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...], str]:
-    """A GGUF file's model, out of the cache where the same bytes were dequantised before.
-
-    Returns:
-        Model, tokenizer, notes, and the model's fingerprint.
-    """
+def _from_gguf(source: Source, path: Path, wanted: _Wanted) -> _Got:
+    """A GGUF file's model, out of the cache where the same bytes were dequantised before."""
     dtype = torch.float32 if isinstance(wanted.dtype, str) else wanted.dtype
-    wanted = dataclasses.replace(wanted, dtype=dtype)
+    wanted, other = dataclasses.replace(wanted, dtype=dtype), wanted.tokenizer is not None
     kept = gguf.Kept.of(path, dtype)
     if (facts := kept.facts()) is not None:
         # Where this fails or gives another model, the file itself is read, which raises the user's own errors again.
         with contextlib.suppress(ModelError):
-            model, reader = _read(_Source(str(kept.folder), None), wanted)
-            if gguf.Facts.of(facts.note, model, reader) == facts or (
-                    wanted.tokenizer is not None and fingerprint(model) == facts.fingerprint):
+            model, reader = _read(Source(str(kept.folder), None), wanted)
+            if gguf.Facts.of(facts.note, facts.reading, model, reader) == facts or (
+                    other and fingerprint(model) == facts.fingerprint):
                 model.name_or_path = model.config.name_or_path = reader.name_or_path = source.place
-                return model, reader, (facts.note,), facts.fingerprint
+                return _Got(model, reader, facts.fingerprint, facts.notes(other))
     with gguf.read_once(path) as note:
         model, reader = _read(source, wanted)
+        reading = gguf_proof.prove(path, model, None if other else reader)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         # The weights are no longer quantised; with this left on, the model could not be saved.
         quantizer.remove_quantization_config(model)
-    facts = gguf.Facts.of(note, model, reader)
-    if wanted.tokenizer is None:
+    facts = gguf.Facts.of(note, reading, model, reader)
+    if not other:
         kept.keep(facts, model, reader)
-    return model, reader, (note,), facts.fingerprint
+    return _Got(model, reader, facts.fingerprint, facts.notes(other))
 
 
 def _date(called: re.Match[str]) -> str:
@@ -251,37 +300,29 @@ def _date(called: re.Match[str]) -> str:
 
 
 def wrap(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model", names: Names | None = None
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, name: str = "model", names: Names | None = None
 ) -> LoadedModel:
     """A model that is in memory already, with its tokenizer; it is put in eval mode.
 
     Args:
-        model: A decoder-only language model of transformers, such as AutoModelForCausalLM gives.
+        model: A decoder-only language model of transformers, such as AutoModelForCausalLM gives; torch.compile and
+            DataParallel around it are taken off.
         tokenizer: The model's own.
         name: What results and pages call it.
         names: Names of the model's parts, where they are not found.
 
     Raises:
-        ModelError: If it is no decoder-only model with attention in every layer and an output layer, or if there is no
-            tokenizer.
+        ModelError: If it is no decoder-only model with attention in every layer and an output layer, if parts of it are
+            compiled, scripted, quantised to integers or an adapter that is not merged, or if there is no tokenizer.
     """
-    _check_parts(name, model, tokenizer)
-    _check_config(name, model.config)
-    return _loaded(name, model, tokenizer, names or Names(), (), {"source": "memory"})
-
-
-def _check_parts(name: str, model: object, tokenizer: object) -> None:
-    """Refuse what is no model that gives logits, or no tokenizer."""
-    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
-        raise ModelError(f"wrap takes a language model of transformers, not a {type(model).__name__}: pass what "
-                         "AutoModelForCausalLM.from_pretrained gives")
+    plain, notes = wrappers.plain(name, model)
     if not callable(tokenizer):
         raise ModelError(f"wrap needs the tokenizer of {name}, not {tokenizer!r}: pass what "
                          "AutoTokenizer.from_pretrained gives")
-    outputs: Any = getattr(model, "get_output_embeddings", lambda: model)
-    if getattr(model, "base_model", None) is model and outputs() is None:
-        raise ModelError(f"{name} is a {type(model).__name__}, which has no output layer and gives no logits: load it "
-                         "with AutoModelForCausalLM, then wrap that")
+    _check_config(name, plain.config)
+    told = {"source": "memory", "revision": None, "commit": None, "adapter": None, "trust_remote_code": False,
+            "apply_chat_template": False}
+    return _loaded(name, plain, tokenizer, names or Names(), notes, told)
 
 
 def _loaded(
@@ -289,17 +330,32 @@ def _loaded(
     told: Mapping[str, object], known: str | None = None,
 ) -> LoadedModel:
     """What the measurements need to know of a model; its fingerprint is taken unless it is known."""
+    _check_output(name, model)
     model.eval()  # type: ignore[no-untyped-call]
     anatomy = find_anatomy(model, names)
     notes = (*notes, *_tokenizer_notes(tokenizer))
     provenance = {
         "name": name, **told, "model_type": model.config.model_type, "class": type(model).__name__,
+        "code": code_of([*map(type, model.modules()), type(model.config), type(tokenizer)]),
         "parameters": anatomy.num_parameters, "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device), "device_map": {k: str(v) for k, v in getattr(model, "hf_device_map", {}).items()},
-        "attn_implementation": model.config._attn_implementation, "torch": torch.__version__,
+        "attn_implementation": model.config.get_text_config()._attn_implementation, "torch": torch.__version__,
         "transformers": transformers.__version__, "notes": list(notes),
     }
     return LoadedModel(name, model, tokenizer, anatomy, known or fingerprint(model), notes, provenance, names=names)
+
+
+def _check_output(name: str, model: PreTrainedModel) -> None:
+    """Refuse what gives no logits, or by no module: scored positions are picked before the output layer."""
+    layer: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if isinstance(layer, torch.nn.Module):
+        return
+    if getattr(model, "base_model", None) is model:
+        raise ModelError(f"{name} is a {type(model).__name__}, which has no output layer and gives no logits: load it "
+                         "with AutoModelForCausalLM, then wrap that")
+    raise ModelError(f"{name} ({type(model).__name__}) computes its logits without an output layer that is a module of "
+                     "its own (get_output_embeddings gives none), so that scored positions cannot be picked before it: "
+                     "such models cannot be measured")
 
 
 def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -317,7 +373,8 @@ def dtype_of(name: str) -> str | torch.dtype:
         OptionError: If there is none of this name.
     """
     dtype = getattr(torch, name, None)
-    if name == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    # Numbers of 8 bits are how weights are stored, not what is computed with.
+    if name == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         return dtype or name
     raise OptionError(f"unknown `dtype` {name!r}: use auto, float32, bfloat16 or float16", fields=("dtype",))
 
@@ -343,40 +400,11 @@ def _placement(device: str | None, device_map: str | None) -> str:
     return device
 
 
-def _find(name: str, revision: str | None) -> _Source:
-    path = Path(name).expanduser()
-    if name == "smollm2" and not path.exists():
-        path = gguf.smollm2()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"there is no GGUF file {name}: check the path")
-        _check_revision(name, revision)
-        return _Source(str(path.parent), path, {"gguf_file": path.name})
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"the folder {name} holds no config.json: name the folder that save_pretrained wrote, or "
-                             "a GGUF file in it")
-        _check_revision(name, revision)
-        return _Source(str(path), None)
-    if path.is_file():
-        raise ModelError(f"{name} is a file, but not a GGUF file: name the model's folder")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise ModelError(f"there is no folder {name}: check the path")
-    hub.answers()
-    return _Source(name, None, {} if revision is None else {"revision": revision})
-
-
-def _check_revision(name: str, revision: str | None) -> None:
-    if revision is not None:
-        raise OptionError(f"`revision` ({revision}) is a version on the hub, and {name} lies on this disk: leave it "
-                          "out", fields=("revision",))
-
-
-def _config(name: str, source: _Source, common: Mapping[str, Any]) -> PreTrainedConfig:
+def _config(name: str, source: Source, common: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **common)
     except _LOAD_ERRORS as e:
-        raise _failure(name, source, e) from e
+        raise failure(name, source, e) from e
     return config
 
 
@@ -386,84 +414,54 @@ def _check_config(name: str, config: PreTrainedConfig) -> None:
                          "be measured: name a model such as facebook/opt-125m")
 
 
-def _check_kind(name: str, config: PreTrainedConfig, names: Names, trust_remote_code: bool) -> None:
+def _check_kind(config: PreTrainedConfig, wanted: _Wanted) -> None:
     """Refuse what cannot be measured, before its weights are read."""
+    name = wanted.name
     _check_config(name, config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-            if trust_remote_code:
+            if wanted.trust_remote_code:
                 return
-            raise ModelError(f"{name} comes with its own code: {_TRUST}", fields=("trust_remote_code=True",))
+            raise ModelError(f"{name} comes with its own code: {TRUST}", fields=("trust_remote_code=True",))
         raise ModelError(f"{name} is of type {config.model_type}, which transformers does not load as a causal "
                          "language model: name a decoder-only model such as facebook/opt-125m")
     with torch.device("meta"):
         try:
-            skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            skeleton = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation=wanted.attn_implementation)
         except _LOAD_ERRORS as e:
             raise ModelError(f"the config of {name} does not describe a whole model: {first_line(e)}") from e
     try:
-        find_anatomy(skeleton, names)
+        find_anatomy(skeleton, wanted.names)
     except ModelError as e:
         raise ModelError(f"{name} ({config.model_type}): {e}") from e
 
 
-def _commit(source: _Source) -> str | None:
-    """The hub's commit that the files are of, told by the folder they lie in; None for files not from the hub."""
-    if source.gguf is not None or Path(source.place).is_dir():
-        return None
-    file = try_to_load_from_cache(source.place, "config.json", revision=source.keywords.get("revision"))
-    return Path(file).parent.name if isinstance(file, str) else None
-
-
-def _tokenizer(
-    name: str, source: _Source, other: str | None, common: Mapping[str, Any]
-) -> PreTrainedTokenizerBase:
+def _tokenizer(name: str, source: Source, wanted: _Wanted) -> PreTrainedTokenizerBase:
+    trust = {"trust_remote_code": wanted.trust_remote_code}
     try:
-        if other is not None:
-            return AutoTokenizer.from_pretrained(other, trust_remote_code=common["trust_remote_code"])
-        return AutoTokenizer.from_pretrained(source.place, **common)
+        if wanted.tokenizer is not None:
+            return AutoTokenizer.from_pretrained(wanted.tokenizer, **trust)
+        return AutoTokenizer.from_pretrained(source.place, **source.keywords, **trust)
     except _LOAD_ERRORS as e:
-        raise ModelError(f"no tokenizer can be loaded from {other or name} ({first_line(e)}): put its files "
+        raise ModelError(f"no tokenizer can be loaded from {wanted.tokenizer or name} ({first_line(e)}): put its files "
                          "beside the model's, or in Python name one with load(..., tokenizer=FOLDER_OR_HUB_ID)") from e
 
 
-def _model(name: str, source: _Source, options: Mapping[str, Any]) -> PreTrainedModel:
+def _model(name: str, source: Source, options: Mapping[str, Any]) -> PreTrainedModel:
     try:
-        # With output_loading_info it returns a pair, which transformers' annotations do not know.
-        pair: Any = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True, **options)
+        # With output_loading_info it returns a pair, which transformers' annotations do not know. Sizes that do not
+        # match are told there, too, where transformers' own error would name none.
+        pair: Any = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True,
+                                                         ignore_mismatched_sizes=True, **options)
     except torch.OutOfMemoryError as e:
         raise ModelError(f"{name} does not fit on {options['device_map']}: use a smaller dtype, or "
                          "`device_map='auto'`, which offloads", fields=("device_map='auto'",)) from e
     except _LOAD_ERRORS as e:
-        raise _failure(name, source, e) from e
+        raise failure(name, source, e) from e
     model: PreTrainedModel = pair[0]
-    absent = sorted(pair[1]["missing_keys"])
-    if absent:
-        raise ModelError(f"{name} lacks {len(absent)} of the model's weights (the first is {absent[0]}): the "
-                         "checkpoint is of another class of model, or not whole")
+    checkpoint.check(name, model, pair[1], source.folder)
     return model
-
-
-def _failure(name: str, source: _Source, error: BaseException) -> ModelError:
-    chain, link = [error], error
-    while (link := link.__cause__ or link.__context__) is not None and link not in chain:  # type: ignore[assignment]
-        chain.append(link)
-    if "trust_remote_code" in str(error):
-        return ModelError(f"{name} comes with its own code: {_TRUST}", fields=("trust_remote_code=True",))
-    if source.gguf is not None or Path(source.place).is_dir():
-        return ModelError(f"{name} cannot be loaded: {first_line(error)}")
-    if any(isinstance(e, GatedRepoError) for e in chain):
-        return ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`")
-    if any(isinstance(e, RevisionNotFoundError) for e in chain):
-        return ModelError(f"{name} has no revision {source.keywords.get('revision')!r} on the hub: check "
-                          "`revision`", fields=("revision",))
-    if any(isinstance(e, (RepositoryNotFoundError, HFValidationError)) for e in chain):
-        return ModelError(f"{name} is neither a local folder nor a model on the hub: check the name, or log in with "
-                          "`hf auth login` if it is private")
-    if any(isinstance(e, OSError) for e in chain):
-        return ModelError(f"{name} is no local folder, and the hub has not given it: {first_line(error)} Check the "
-                          "name and the network, or name a local folder, a GGUF file, or smollm2")
-    return ModelError(f"{name} cannot be loaded: {first_line(error)}")
 
 
 @contextlib.contextmanager

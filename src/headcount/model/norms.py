@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import align_module_device
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headcount.model.anatomy import Anatomy, LayerAnatomy
-from headcount.model.attention import device_of
+from headcount.model.attention import device_of, embedded_tokens
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,32 @@ class LayerNorms:
 
 
 def find_norms(model: PreTrainedModel, anatomy: Anatomy) -> dict[int, LayerNorms]:
-    """Norms on branches' output, by layer, for layers that have any; one pass of three tokens tells."""
+    """Norms on branches' output, by layer, for layers that have any; one pass of three tokens tells.
+
+    NaN equals nothing: where the first tokens give no numbers, the first whose embeddings are numbers are taken.
+    """
+    first = np.arange(3)
+    found, numbers = _found(model, anatomy, first)
+    if not numbers and not np.array_equal(known := embedded_tokens(model)[:3], first) and len(known):
+        found, _ = _found(model, anatomy, known)
+    return found
+
+
+def _found(
+    model: PreTrainedModel, anatomy: Anatomy, tokens: Int[np.ndarray, " pos"]
+) -> tuple[dict[int, LayerNorms], bool]:
+    """The norms, and whether the pass of these tokens gave numbers."""
     by_layer: list[tuple[list[nn.Module], list[nn.Module]]] = [([], []) for _ in anatomy.layers]
     with contextlib.ExitStack() as hooks:
         for part, (attention, ffn) in zip(anatomy.layers, by_layer, strict=True):
             for handle in (*_watch(part, part.out_proj, attention), *_watch(part, part.ffn_output, ffn)):
                 hooks.callback(handle.remove)
-        ids = torch.arange(3, device=device_of(model))[None]
+        ids = torch.from_numpy(tokens)[None].to(device_of(model))
         with torch.no_grad():
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     layers = [LayerNorms(*(next(iter(norm), None) for norm in layer)) for layer in by_layer]
-    return {i: layer for i, layer in enumerate(layers) if layer != LayerNorms()}
+    numbers = not bool(torch.isnan(logits).any())
+    return {i: layer for i, layer in enumerate(layers) if layer != LayerNorms()}, numbers
 
 
 def _watch(

@@ -1,6 +1,7 @@
 """What stands in a study's folder already, and whether a study may go on there.
 
-A folder belongs to one model, one protocol and one set of seeds: options whose metadata say that they bind. Everything
+A folder belongs to one model, one protocol and one set of seeds: options whose metadata say that they bind. Options
+that decide how the model is loaded bind by what they lead to: its fingerprint, type and attention kernel. Everything
 else belongs to jobs. A run adds to what was asked before, or, where it says otherwise, is a request of its own
 (`request`); all requests are kept in a list.
 """
@@ -11,13 +12,19 @@ import dataclasses
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headcount.errors import StudyError
 from headcount.study.described import check_description, parts_asked
 from headcount.study.ledger import Ledger
 from headcount.study.spec import ModelSpec, Part, StudySpec, fields_that, readers, scores_of
 
+if TYPE_CHECKING:
+    from headcount.model.load import LoadedModel
+
+# Names under which different ones are different for sure; others may stand for one of these.
+_TYPES = ("float32", "bfloat16", "float16")
+_KERNELS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 # What a run was asked, and what it knew then of tasks.
 ASKED = ("spec", "parts", "tasks", "unseen")
 
@@ -44,7 +51,7 @@ def previous(ledger: Ledger) -> dict[str, Any] | None:
 
 
 def check_options(spec: StudySpec, before: Mapping[str, Any] | None, folder: Path) -> None:
-    """Refuse other options than the folder's, of those that bind it.
+    """Refuse other options than the folder's, of those that bind it; of those that load the model, what differs surely.
 
     Raises:
         StudyError: Which names the option.
@@ -57,8 +64,16 @@ def check_options(spec: StudySpec, before: Mapping[str, Any] | None, folder: Pat
         # An option that a folder does not know came after it: it was measured as by default.
         was = known.get(name, defaults[name])
         if was != asked[name]:
-            raise StudyError(f"{folder} holds another study (`{name}` was {was}, is {asked[name]}); choose another "
-                             "`out`, or give the same options", fields=(name, "out"))
+            raise _another(folder, name, was, asked[name])
+    for name, sure in (("dtype", _TYPES), ("attn_implementation", _KERNELS)):
+        was = before["model"].get(name)
+        if was in sure and asked[name] in sure and was != asked[name]:
+            raise _another(folder, name, was, asked[name])
+
+
+def _another(folder: Path, name: str, was: object, now: object) -> StudyError:
+    return StudyError(f"{folder} holds another study (`{name}` was {was}, is {now}); choose another `out`, or give the "
+                      "same options", fields=(name, "out"))
 
 
 def other_orders(spec: StudySpec, before: Mapping[str, Any] | None) -> str:
@@ -80,11 +95,42 @@ def other_orders(spec: StudySpec, before: Mapping[str, Any] | None) -> str:
             f"{now['ffn']}, are measured beside them and shown instead")
 
 
+def check_model(loaded: LoadedModel, before: Mapping[str, Any] | None, ledger: Ledger) -> str:
+    """Refuse another model than the folder's, whichever options led to it; gives the identity that its entries have.
+
+    A folder of an earlier version goes on by the identity of that version. From then on it holds the present one, too,
+    which is compared as well. Where study.json is gone, the entries say which model it was.
+
+    Raises:
+        StudyError: Which names what differs.
+    """
+    from headcount.model.fingerprint import KIND
+
+    folder = ledger.folder
+    if before is None:
+        models = {str(job.get("model")) for job, _ in ledger.descriptions()}
+        if not models or loaded.identity in models:
+            return loaded.identity
+        if loaded.earlier_identity in models:
+            return loaded.earlier_identity
+        raise StudyError(f"{folder} holds entries of another model, and no study.json; choose another `out`",
+                         fields=("out",))
+    known = before["model"]
+    for name in ("dtype", "attn_implementation"):
+        if known.get(name) not in (None, loaded.provenance[name]):
+            raise _another(folder, name, known[name], loaded.provenance[name])
+    named: str = known["fingerprint"]
+    own = loaded.identity if named.startswith(KIND) else loaded.earlier_identity
+    if named != own or known.get("identity", loaded.identity) != loaded.identity:
+        raise StudyError(f"{folder} holds a study of another model ({known.get('name')}, other weights, type, code or "
+                         "tokenizer); choose another `out`", fields=("out",))
+    return own
+
+
 def check_data(
-    spec: StudySpec, before: Mapping[str, Any] | None, model: str, tasks: Mapping[str, str], unseen: Collection[str],
-    folder: Path,
+    spec: StudySpec, before: Mapping[str, Any] | None, tasks: Mapping[str, str], unseen: Collection[str], folder: Path,
 ) -> None:
-    """Refuse another model, or other documents, than the folder's; both by fingerprint.
+    """Refuse other documents than the folder's, by fingerprint.
 
     The split that importance is measured on is part of a task's fingerprint: with another one everything is measured
     anew, beside what is there.
@@ -94,9 +140,6 @@ def check_data(
     """
     if before is None:
         return
-    if before["model"]["fingerprint"] != model:
-        raise StudyError(f"{folder} holds a study of another model ({before['model'].get('name')}, other weights, "
-                         "type or tokenizer); choose another `out`", fields=("out",))
     same_split = before["spec"].get("examples_split", "train") == spec.examples_split
     for name, fingerprint in tasks.items():
         if name in unseen and name in before["tasks"]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from headcount.errors import ModelError, OptionError, StudyError
-from headcount.study.folder import check_data, check_options, other_orders, previous
+from headcount.study.folder import check_data, check_model, check_options, other_orders, previous
 from headcount.study.jobs import Evaluation, job_from
 from headcount.study.ledger import Ledger
 from headcount.study.plan import PlannedJob, TaskFacts, missing, plan, reads
@@ -72,6 +72,7 @@ class Plan:
     Attributes:
         spec: What was asked.
         loaded: The model.
+        identity: What entries know it by: the model's own, or in a folder of an earlier version that version's.
         tasks: By name, unseen ones at the end.
         unseen: Names of tasks that are only pruned by others' orders.
         facts: What the planner knew of each task.
@@ -85,6 +86,7 @@ class Plan:
 
     spec: StudySpec
     loaded: LoadedModel
+    identity: str
     tasks: Mapping[str, Task]
     unseen: frozenset[str]
     facts: tuple[TaskFacts, ...]
@@ -124,8 +126,9 @@ class Plan:
             raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
         before = previous(self.ledger)
         check_options(self.spec, before, self.ledger.folder)
-        check_data(self.spec, before, self.loaded.identity, {f.name: f.fingerprint for f in self.facts}, self.unseen,
-                   self.ledger.folder)
+        if check_model(self.loaded, before, self.ledger) != self.identity:
+            raise StudyError(f"{self.ledger.folder} was begun by another version meanwhile; run the same command again")
+        check_data(self.spec, before, {f.name: f.fingerprint for f in self.facts}, self.unseen, self.ledger.folder)
         return before
 
     def speed(self) -> Speed:
@@ -188,15 +191,16 @@ def prepare(
             for split in splits[task.name]:
                 task.prompts(split, _few_shot(spec, k, 1))
     reporter.stage(f"loading {spec.model}")
-    loaded = _proved(loaded or _load(spec), spec, parts)
+    loaded = _proved(_unchanged(loaded) if loaded is not None else _load(spec), spec, parts)
+    identity = loaded.identity if ledger is None else check_model(loaded, before, ledger)
     reporter.stage("timing rows and batches")
     budget = _budget(loaded, spec, before)
     facts: list[TaskFacts] = []
     for task in tasks.values():
         reporter.stage("planning", len(facts), len(tasks))
         facts.append(_facts(loaded, task, spec, splits[task.name], budget, unseen=task.name in unseen))
-    jobs = plan(spec, loaded.identity, loaded.anatomy.heads_per_layer, facts, parts, through_norms=bool(loaded.norms))
-    ready = Plan(spec, loaded, tasks, unseen, tuple(facts), budget, parts, tuple(jobs), ledger,
+    jobs = plan(spec, identity, loaded.anatomy.heads_per_layer, facts, parts, through_norms=bool(loaded.norms))
+    ready = Plan(spec, loaded, identity, tasks, unseen, tuple(facts), budget, parts, tuple(jobs), ledger,
                  other_orders(spec, before) if "curve" in parts else "",
                  tuple(ledger.damaged()) if ledger is not None else ())
     if ledger is not None:
@@ -267,23 +271,27 @@ def _load(spec: StudySpec) -> LoadedModel:
                 revision=spec.revision, apply_chat_template=spec.apply_chat_template)
 
 
+def _unchanged(loaded: LoadedModel) -> LoadedModel:
+    """Refuse a model in memory that is not what its fingerprint says: entries answer for the latter."""
+    from headcount.model.fingerprint import fingerprint
+    from headcount.model.wrappers import hooked
+
+    if hooks := hooked(loaded.model):
+        raise ModelError(f"{loaded.name} carries forward hooks ({', '.join(hooks[:3])}), which a study's entries could "
+                         "not tell it from the model without them: remove them, or measure with evaluate() instead")
+    if fingerprint(loaded.model) != loaded.fingerprint:
+        raise ModelError(f"the weights or config of {loaded.name} have been changed since it was loaded: wrap it again "
+                         "(wrap(loaded.model, loaded.tokenizer)), so that a study knows it as it is now")
+    return loaded
+
+
 def _proved(loaded: LoadedModel, spec: StudySpec, parts: Sequence[Part]) -> LoadedModel:
     """Nothing is measured on a model whose heads and FFNs are not where they seem to be."""
-    import torch
-
     from headcount.engine.engine import Engine
 
     if loaded.apply_chat_template != spec.apply_chat_template:
         raise OptionError("the model that was passed and the options differ in apply_chat_template; give the same")
-    try:
-        contracts = Engine.of(loaded).contracts
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"memory is too small to check {loaded.name}: gradients of one short pass need all its "
-                         "weights on their devices; use more or larger ones, or a smaller dtype") from error
-    for contract in contracts:
-        if not contract.holds:
-            raise ModelError(f"{loaded.name} cannot be measured: it fails the check '{contract.name}' "
-                             f"({contract.detail}); headcount anatomy MODEL --verify shows more")
+    Engine.of(loaded).prove()
     if "induction" in parts:
         from headcount.measure.induction import check
 

@@ -104,7 +104,7 @@ def _description(plan: Plan, before: Mapping[str, Any], command: str, masks: str
         "tasks": tasks,
         "unseen": unseen,
         "asked": asked_before(before or None, {**asked, **named}),
-        "model": {**plan.loaded.provenance, "fingerprint": plan.loaded.identity},
+        "model": {**plan.loaded.provenance, "fingerprint": plan.identity, "identity": plan.loaded.identity},
         "anatomy": {"heads_per_layer": list(anatomy.heads_per_layer), "parameters": anatomy.num_parameters,
                     "parameters_per_head": [anatomy.parameters_per_head(i) for i in layers],
                     "parameters_per_ffn": [anatomy.parameters_per_ffn(i) for i in layers]},

@@ -1,8 +1,9 @@
 """What was asked: frozen dataclasses that are the command line's options, the TOML file and the saved provenance.
 
 An option is written once: its name, type, range, default and help (the string below it), and in the field's metadata
-what it means for a study's folder: whether it binds, so that all entries of a folder share it; whether the list grows
-from run to run; which parts of a study read it. What parts read belongs to jobs: with other values other jobs are
+what it means for a study's folder: whether it binds, so that all entries of a folder share it; whether it decides how
+the model is loaded, so that what was loaded is compared and not how it was asked for; whether the list grows from run
+to run; which parts of a study read it. What parts read belongs to jobs: with other values other jobs are
 measured, and the rest is kept.
 
 Values are checked by pydantic, field by field, when a spec is made; what pydantic finds is told in one line.
@@ -24,8 +25,10 @@ Measured: TypeAlias = Literal["curves", "grid", "transfer", "induction"]
 # What of a study can be asked for by itself. The oracle of heads is: of a large model it costs hundreds of evaluations.
 Part: TypeAlias = Literal["evaluate", "heads", "ffns", "curve", "head_oracle", "grid", "transfer", "induction"]
 CURVES: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
-# What an option means for a folder: all its entries share it; the list grows from run to run.
+# What an option means for a folder: all its entries share it, or the model that comes of it; the list grows from run to
+# run.
 BINDS = {"binds": True}
+LOADS = {"loads": True}
 GROWS = {"grows": True}
 # Where things lie and how work is cut up; by other means the same is asked.
 MEANS = {"means": True}
@@ -55,7 +58,7 @@ class ModelSpec:
 
     _: KW_ONLY
 
-    dtype: str = field(default="auto", metadata=BINDS)
+    dtype: str = field(default="auto", metadata=LOADS)
     """Type of the weights, as in transformers: auto, float32, bfloat16, float16."""
 
     device: str | None = field(default=None, metadata=MEANS)
@@ -64,13 +67,13 @@ class ModelSpec:
     device_map: str | None = field(default=None, metadata=MEANS)
     """How the model is split over devices, as in transformers (auto, balanced, ...)."""
 
-    attn_implementation: str | None = field(default=None, metadata=BINDS)
+    attn_implementation: str | None = field(default=None, metadata=LOADS)
     """Attention kernel, as in transformers (sdpa, eager)."""
 
-    revision: str | None = field(default=None, metadata=BINDS)
+    revision: str | None = field(default=None, metadata=LOADS)
     """Branch, tag or commit of a hub model."""
 
-    trust_remote_code: bool = field(default=False, metadata=BINDS)
+    trust_remote_code: bool = field(default=False, metadata=LOADS)
     """Run code that comes with the model."""
 
     apply_chat_template: bool = field(default=False, metadata=BINDS)
@@ -291,7 +294,7 @@ def scores_of(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fields_that(spec: type, mark: str) -> tuple[str, ...]:
-    """The names of a spec's fields whose metadata have a mark: "binds", "grows" or "means"."""
+    """The names of a spec's fields whose metadata have a mark: "binds", "loads", "grows" or "means"."""
     return tuple(f.name for f in dataclasses.fields(spec) if f.metadata.get(mark))
 
 

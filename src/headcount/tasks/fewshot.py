@@ -1,13 +1,12 @@
-"""Which documents are prompted and how many shots stand before each: what is asked, and how shots are drawn.
+"""Which documents are prompted and how many shots stand before each: what is asked, and how the paper's code draws.
 
-Shots are drawn as lm-eval draws them, but never the document itself, or (protocol "paper") as the paper's code draws
-them.
+Under protocol "sound" shots are drawn as lm-eval draws them, but never the document itself (`headcount.tasks.pool`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,37 +50,9 @@ class FewShot:
         return self.num_fewshot if self.shared else 0
 
 
-@dataclass(frozen=True, eq=False)
-class Shots:
-    """Stands in for lm-eval's sampler: gives fixed shots, or lm-eval's own draw without one document.
-
-    lm-eval leaves a document out of its own shots only where both come from the test split by name. Here another takes
-    its place, drawn apart, so that all other documents keep the shots that lm-eval gives them.
-
-    Attributes:
-        shots: The fixed shots; empty where lm-eval draws.
-        excluded: The document that must not be among the shots.
-        doc_id: Its position in its split, the seed of the draw apart.
-        sampler: lm-eval's own sampler.
-    """
-
-    shots: Sequence[Document]
-    excluded: Document | None
-    doc_id: int
-    sampler: Any
-
-    def sample(self, n: int, eval_doc: Document | None = None) -> Sequence[Document]:
-        """So many shots for a document."""
-        drawn = list(self.shots[:n] or self.sampler.sample(n, eval_doc=eval_doc))
-        if self.excluded is None or self.excluded not in drawn:
-            return drawn
-        kept = [doc for doc in drawn if doc != self.excluded]
-        others = [doc for doc in self.sampler.df if doc != self.excluded and doc not in kept]
-        return [*kept, *random.Random(self.doc_id).sample(others, n - len(kept))]  # noqa: S311
-
-
 def papers_draws(
-    documents: Sequence[Document], pool: Sequence[Document], few_shot: FewShot, *, evaluated: bool, excluding: bool
+    documents: Sequence[Document], pool: Sequence[Document], few_shot: FewShot, places: Sequence[Collection[int]], *,
+    evaluated: bool, excluding: bool,
 ) -> Iterator[tuple[int, Sequence[Document]]]:
     """Positions of documents in the order of the paper's code, each with its shots.
 
@@ -94,9 +65,10 @@ def papers_draws(
         pool: What shots are drawn from.
         few_shot: How many are drawn for each document (none where they are shared), and the seed. With lm-eval's seed,
             the default, shots of evaluated documents are drawn on from where the shuffle ended.
+        places: Where each document stands in the pool.
         evaluated: Whether the documents are evaluated, or scored.
         excluding: Whether one shot more is drawn, and what equals the document taken out: where there are no training
-            documents.
+            documents. A document with a NaN equals nothing in the paper's code; here it is known by its place, too.
     """
     rnd, order = random.Random(SHUFFLE_SEED), list(range(len(documents)))  # noqa: S311
     if evaluated:
@@ -105,9 +77,10 @@ def papers_draws(
         rnd = random.Random(few_shot.seed)  # noqa: S311
     num_fewshot = few_shot.num_fewshot - few_shot.num_shared
     for position in order:
-        drawn = [pool[i] for i in rnd.sample(range(len(pool)), num_fewshot + excluding)] if num_fewshot else []
-        kept = [shot for shot in drawn if shot != documents[position]] if excluding else drawn
-        yield position, kept[:num_fewshot]
+        drawn = rnd.sample(range(len(pool)), num_fewshot + excluding) if num_fewshot else []
+        if excluding:
+            drawn = [i for i in drawn if i not in places[position] and pool[i] != documents[position]]
+        yield position, [pool[i] for i in drawn[:num_fewshot]]
 
 
 def questions_together(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headcount.sources import digests, own_files
 from headcount.tasks.fewshot import Document
 
 # Where the documents lay, and what the caller chooses; none of it changes what a document asks.
@@ -23,12 +24,19 @@ def fingerprint(
     """24 hexadecimal digits that are equal for equal definitions, variants and documents, in whatever process.
 
     Args:
-        definition: lm-eval's configuration of the task. Its functions count by their source, see `_source`.
+        definition: lm-eval's configuration of the task. Its functions count by their source, see `_source`, and by the
+            files that this imports, but for installed libraries' own.
         variant: What else changes the prompts.
         splits: All documents.
     """
     config = {key: value for key, value in definition.items() if key not in _VOLATILE}
-    digest = hashlib.sha256(json.dumps([config, *variant], sort_keys=True, default=_source).encode())
+    files: set[Path] = set()
+    known = json.dumps([config, *variant], sort_keys=True, default=functools.partial(_source, files=files))
+    digest = hashlib.sha256(known.encode())
+    # Files that functions stand in are in there. What these import was not looked at by earlier versions, and changes
+    # nothing where there is none.
+    if imported := {path: text for path, text in own_files(files).items() if path not in {f.resolve() for f in files}}:
+        digest.update("\n".join(["", *digests(imported)]).encode())
     for split in sorted(splits):
         digest.update(f"\n{split}\n".encode())
         for doc in splits[split]:
@@ -36,8 +44,10 @@ def fingerprint(
     return digest.hexdigest()[:24]
 
 
-def _source(value: object) -> Any:
+def _source(value: object, files: set[Path]) -> Any:
     """What stands for a value that JSON has no form for: of a function its file's text too, for the helpers it calls.
+
+    The file is put into `files`.
 
     A function's repr would not do: it holds an address, so that no other process could go on with a study.
     """
@@ -47,5 +57,8 @@ def _source(value: object) -> Any:
         return str(value)
     name = str(getattr(value, "__qualname__", type(value).__qualname__))
     with contextlib.suppress(TypeError, OSError):
-        return [name, inspect.getsource(value), Path(inspect.getfile(value)).read_text(encoding="utf-8")]
+        file = Path(inspect.getfile(value))
+        told = [name, inspect.getsource(value), file.read_text(encoding="utf-8")]
+        files.add(file)
+        return told
     return name

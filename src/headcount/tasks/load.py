@@ -16,8 +16,9 @@ from lm_eval.tasks import TaskManager
 
 from headcount.errors import DataError, OptionError, TaskError, UnavailableError, first_line
 from headcount.tasks import catalog, hub
-from headcount.tasks.local import SPLIT_FILES, bare_splits, check_place, has_split
-from headcount.tasks.task import MISFITS, SAME, Protocol, Task
+from headcount.tasks.local import SPLIT_FILES, bare_splits, check_place, first_gap, has_split, line_of
+from headcount.tasks.missing import MISFITS
+from headcount.tasks.task import SAME, Protocol, Task
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,8 @@ def _get_task(name: str, data: Path | None, examples_split: str, protocol: Proto
     text = yaml.safe_dump(config, sort_keys=False)
     if place is not None:
         text += "custom_dataset: !function headcount.tasks.local.local_dataset\n"
-    inner = _load(text, task_name, local=place is not None)
-    file = place if place is not None and place.is_file() else None
-    return Task(task_name, inner, notes(inner, place, examples_split), examples_split, protocol, file)
+    inner = _load(text, task_name, place)
+    return Task(task_name, inner, notes(inner, place, examples_split), examples_split, protocol, place)
 
 
 def _place(name: str, data: Path | None) -> Path | None:
@@ -160,12 +160,12 @@ def _place(name: str, data: Path | None) -> Path | None:
     return data / name if data is not None and (data / name).is_dir() else None
 
 
-def _load(text: str, name: str, *, local: bool) -> Any:
+def _load(text: str, name: str, place: Path | None) -> Any:
     loggers = [logging.getLogger(library) for library in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)  # what they warn of here is what was asked for
-    if not local:
+    if place is None:
         hub.answers()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -183,9 +183,14 @@ def _load(text: str, name: str, *, local: bool) -> Any:
     except MISFITS as error:
         if str(error).startswith("Couldn't find cache for"):  # another part of the data set is there
             raise _not_to_be_had(name, error) from error
-        where = "the local files lack what" if local else "the hub's documents lack what"
+        where = "the hub's documents lack what" if place is None else "the local files lack what"
+        compare = "compare a document with it"
+        if place is not None:
+            split = "test" if has_split(place, "test") else "validation"
+            path, line = line_of(place, split, 0)
+            compare = first_gap(place) or f"compare a document with it, first {path}, line {line}"
         raise DataError(f"{where} the definition of task {name!r} reads ({type(error).__name__}: "
-                        f"{first_line(error)}); compare a document's fields with it") from error
+                        f"{first_line(error)}); {compare}") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,29 +1,33 @@
 """One task: its documents, prompts, gold answers and metrics, which are lm-eval's own.
 
 What is added here: all documents can share their shots; prompts can be built for training documents too, and a document
-is never among its own shots; and the variants of the paper's code (protocol "paper"): its order of documents and its
-draws of shots; only WSC's positive training documents; and a question of MultiRC counts as right when all its answers
-are judged right.
+is never among its own shots; documents that do not fit are refused (`headcount.tasks.checks`); and the variants of the
+paper's code (protocol "paper"): its order of documents and its draws of shots; only WSC's positive training documents;
+and a question of MultiRC counts as right when all its answers are judged right.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Int
-from jinja2.exceptions import TemplateError
 
-from headcount.errors import DataError, OptionError, TaskError
+from headcount.errors import DataError, OptionError, TaskError, first_line
 from headcount.tasks.chat import rendered
-from headcount.tasks.fewshot import Document, FewShot, Shots, papers_draws, questions_together
+from headcount.tasks.checks import METRICS, NUMBERS, Checks, check_definition
+from headcount.tasks.fewshot import Document, FewShot, papers_draws, questions_together
 from headcount.tasks.fingerprint import fingerprint as fingerprint_of
+from headcount.tasks.missing import MISFITS
+from headcount.tasks.origin import Origin, origin_of_shots
 from headcount.tasks.passages import passages
+from headcount.tasks.pool import FEWER, SHOTS, Own, Pool, Shots
+from headcount.tasks.templates import compiled_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,14 +36,9 @@ SAME = "importance is measured on the documents that are evaluated, so that prun
 Split = Literal["evaluation", "examples"]
 Protocol = Literal["sound", "paper"]
 SPLITS: tuple[Split, ...] = ("evaluation", "examples")
-_FEWER = "ask for fewer shots with `num_fewshot`"
-_SHOTS = {"num_fewshot": "--shots"}
-_METRICS = ("acc", "em", "exact_match")
-_NUMBERS = (int, float, np.number, np.bool_)
-# What a definition raises on documents that it was not written for.
-MISFITS = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError, TemplateError)
-# The paper's variants: which training documents there are, and which documents are one question.
-_TRAINING: dict[str, Callable[[Document], bool]] = {"wsc": lambda doc: doc["label"] == 1}
+# The paper's variants: which training documents there are, and which documents are one question. WSC's are those with
+# label 1; one of neither label stays, to be refused where it is used.
+_TRAINING: dict[str, Callable[[Document], bool]] = {"wsc": lambda doc: doc["label"] != 0}
 _QUESTIONS: dict[str, Callable[[Document], Hashable]] = {
     "multirc": lambda doc: (doc["idx"]["paragraph"], doc["idx"]["question"])}
 
@@ -75,30 +74,33 @@ class Task:
         notes: What a reader of the results must know, such as a split that stands in for another.
         protocol: "sound", or "paper" for what the paper's code does otherwise.
         question: Under protocol "paper", the question that a document belongs to, where all answers must be right.
-        file: The user's file that all documents come from, where it is a single one.
+        place: The user's folder or file that all documents come from, where they are local.
     """
 
     def __init__(
         self, name: str, inner: Any, notes: Sequence[str] = (), examples_split: str = "train",
-        protocol: Protocol = "sound", file: Path | None = None,
+        protocol: Protocol = "sound", place: Path | None = None,
     ) -> None:
         self.name = name
         self.inner = inner
         self.notes = tuple(notes)
         self.examples_split = examples_split
         self.protocol: Protocol = protocol
-        self.file = file
+        self.place = place
         kind = inner.OUTPUT_TYPE
         if kind not in ("multiple_choice", "loglikelihood"):
             raise TaskError(f"task {name!r} is a {kind} task; headcount scores multiple_choice and loglikelihood tasks")
         metrics = list(inner.aggregation())
-        self.metric = next((m for m in _METRICS if m in metrics), metrics[0])
+        self.metric = next((m for m in METRICS if m in metrics), metrics[0])
         paper = protocol == "paper"
         self.question = _QUESTIONS.get(name) if paper else None
         self._is_training = _TRAINING.get(name) if paper else None
         self._texts: dict[tuple[Split, int], str] = {}
-        if self._is_training is not None:
-            inner.sampler.replace_df([doc for doc in inner.sampler.df if self._is_training(doc)])
+        self._places: dict[Split, list[frozenset[int]]] = {}
+        self._checks = Checks(name, inner, self.metric)
+        self._checked_shots: set[int] = set()
+        check_definition(name, inner)
+        self._pool = self._pool_of_shots()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -132,10 +134,18 @@ class Task:
         Raises:
             TaskError: If the task has no documents for this.
         """
+        return [doc for _, doc in self._numbered(split)]
+
+    def _numbered(self, split: Split) -> list[tuple[int, Document]]:
+        """A split's documents, each with its number in lm-eval's split."""
         if split == "evaluation":
-            return list(self.inner.eval_docs)
-        docs = {"train": self.inner.training_docs, "validation": self.inner.validation_docs,
-                "test": self.inner.test_docs}[self.examples_split]()
+            return list(enumerate(self.inner.eval_docs))
+        try:
+            docs = {"train": self.inner.training_docs, "validation": self.inner.validation_docs,
+                    "test": self.inner.test_docs}[self.examples_split]()
+        except MISFITS as error:
+            raise DataError(f"the {self.examples_split} documents of task {self.name!r} do not fit its definition "
+                            f"({type(error).__name__}: {first_line(error)}); compare their fields with it") from error
         if docs is None:
             has = [s for s, there in (("train", self.inner.has_training_docs()),
                                       ("validation", self.inner.has_validation_docs()),
@@ -143,25 +153,23 @@ class Task:
             choices = [f"examples_split={split!r}" for split in has]
             raise TaskError(f"task {self.name!r} has no {self.examples_split} split to measure importance on; "
                             f"{self._remedy(choices)}", fields=choices)
-        return [doc for doc in docs if self._is_training is None or self._is_training(doc)]
+        return [(i, doc) for i, doc in enumerate(docs) if self._is_training is None or self._is_training(doc)]
 
     def _remedy(self, choices: Sequence[str]) -> str:
         """What can be done where the split of examples is missing, and there are these."""
         split = (f"choose {' or '.join(f'`{choice}`' for choice in choices)}"
                  f"{f' (then {SAME})' if len(choices) == 1 else ''}")
-        if self.file is None:
+        if self.place is None or not self.place.is_file():
             return split
         return ("put training documents apart, in a folder with train.jsonl and validation.jsonl, and name that folder "
-                f"instead of {self.file.name}; or {split}")
+                f"instead of {self.place.name}; or {split}")
 
     def size(self, split: Split, few_shot: FewShot = FewShot()) -> int:
         """How many documents a split offers when those that serve as shared shots are left out; whatever the limit."""
         documents = self.documents(split)
-        shots = self._shared_shots(few_shot)
-        left = sum(doc not in shots for doc in documents)
+        left = len(documents) - len(self._used(split, documents, self._shared_shots(few_shot)))
         if left < 1:
-            raise OptionError(f"all {len(documents)} documents of task {self.name!r} are shots; {_FEWER}",
-                              fields=_SHOTS)
+            raise OptionError(f"all {len(documents)} documents of task {self.name!r} are shots; {FEWER}", fields=SHOTS)
         return left
 
     def prompts(
@@ -180,32 +188,39 @@ class Task:
 
         Raises:
             OptionError: If there are too few documents to draw the shots from.
+            DataError: If a document or a shot does not fit the definition: a field is missing that its prompt needs, or
+                its answer is none of its options.
         """
         num_fewshot, limit = few_shot.num_fewshot, few_shot.limit
-        documents = self.documents(split)
+        documents = self._numbered(split)
+        plain = [doc for _, doc in documents]
+        places = self._in_pool(split, plain) if num_fewshot > 0 else []
         paper = self.protocol == "paper"
-        own_pool = num_fewshot > 0 and not paper and self._drawn_from(documents)
-        excludes = not self.inner.has_training_docs() if paper else own_pool or self._lm_eval_excludes
+        excludes = not self.inner.has_training_docs() if paper else any(places) or self._lm_eval_excludes
         self._check_pool(num_fewshot, excluding=not few_shot.shared and excludes)
         shots = self._shared_shots(few_shot)
+        used = self._used(split, plain, shots)
         template = functools.partial(rendered, chat) if chat is not None else None
         prompts: list[Prompt] = []
-        own = self._papers_draws(split, documents, few_shot) if paper else (
-            (doc_id, ()) for doc_id in range(len(documents)))
-        for doc_id, drawn in own:
-            if limit is not None and len(prompts) >= limit:
-                break
-            if (doc := documents[doc_id]) not in shots:
-                with self._sampling(drawn or shots, doc if own_pool else None, doc_id):
-                    prompts.append(self._prompt(doc_id, doc, num_fewshot, template))
+        own = self._papers_draws(split, plain, few_shot) if paper else ((i, shots) for i in range(len(plain)))
+        with compiled_once():
+            for doc_id, drawn in own:
+                if limit is not None and len(prompts) >= limit:
+                    break
+                if doc_id in used:
+                    continue
+                fixed = shots if few_shot.shared else drawn if paper else None
+                with self._sampling(doc_id, () if fixed is not None or not places else places[doc_id], fixed):
+                    prompts.append(self._prompt(split, doc_id, *documents[doc_id], num_fewshot, template))
         return prompts
 
     def passages(self, split: Split, prompts: Sequence[Prompt]) -> Int[np.ndarray, " doc"]:
         """A number for every document, equal for those that share a passage; whatever the shots before them."""
-        for prompt in prompts:
-            if (split, prompt.doc_id) not in self._texts:
-                plain = self._prompt(prompt.doc_id, prompt.doc, 0, None)
-                self._texts[split, prompt.doc_id] = "".join(plain.pairs[plain.gold])
+        with compiled_once():
+            for prompt in prompts:
+                if (split, prompt.doc_id) not in self._texts:
+                    plain = self._prompt(split, prompt.doc_id, prompt.doc_id, prompt.doc, 0, None)
+                    self._texts[split, prompt.doc_id] = "".join(plain.pairs[plain.gold])
         return passages([self._texts[split, prompt.doc_id] for prompt in prompts])
 
     def metrics(self, prompt: Prompt, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
@@ -216,42 +231,30 @@ class Task:
             results: Log-likelihood in nats, and whether greedy decoding gives it, of every pair.
         """
         scores = self.inner.process_results(prompt.doc, list(results))
-        return {name: float(value) for name, value in scores.items() if isinstance(value, _NUMBERS)}
+        return {name: float(value) for name, value in scores.items() if isinstance(value, NUMBERS)}
 
     def _prompt(
-        self, doc_id: int, doc: Document, num_fewshot: int, template: Callable[..., str] | None
+        self, split: Split, doc_id: int, number: int, doc: Document, num_fewshot: int,
+        template: Callable[..., str] | None,
     ) -> Prompt:
         chat = {"apply_chat_template": template is not None, "chat_template": template}
-        try:
+        origin = self._origin(split)
+        self._checks.evaluated(origin, number, doc)
+        with self._checks.fitting(origin, number, doc):
             context = self.inner.fewshot_context(doc, num_fewshot, gen_prefix=self.inner.doc_to_prefix(doc),
                                                  fewshot_as_multiturn=template is not None, **chat)
             built = self.inner.construct_requests(doc=doc, ctx=context, metadata=(self.name, doc_id, 1), **chat)
             pairs = tuple(tuple(i.args[:2]) for i in (built if isinstance(built, list) else [built]))
             options = len(pairs) // (2 if "acc_mutual_info" in self.inner.aggregation() else 1)
-            return Prompt(doc_id, doc, pairs, self._gold(doc, options, len(pairs)), options)
-        except MISFITS as error:
-            raise DataError(f"document {doc_id} of task {self.name!r} does not fit the task's definition "
-                            f"({type(error).__name__}: {error}); fix that document") from error
-
-    def _gold(self, doc: Document, options: int, pairs: int) -> int:
-        """The option which scores when it alone wins, asked of the task's own metric."""
-        for i in range(options):
-            results = [(0.0, True) if j == i else (-1e4, False) for j in range(pairs)]
-            score = self.inner.process_results(doc, results).get(self.metric)
-            if not isinstance(score, _NUMBERS):
-                raise TaskError(f"task {self.name!r} measures {', '.join(self.inner.aggregation())}; headcount needs a "
-                                f"metric that gives each document a number, such as {' or '.join(_METRICS)}")
-            if score == 1:
-                return i
-        raise ValueError("no option is right")
+            return Prompt(doc_id, doc, pairs, self._checks.gold(doc, options, len(pairs)), options)
 
     def _papers_draws(
         self, split: Split, documents: Sequence[Document], few_shot: FewShot
     ) -> Iterable[tuple[int, Sequence[Document]]]:
         """Documents in the order, and with the shots, of the paper's code."""
-        pool = self.inner.sampler.fewshot_docs() if few_shot.num_fewshot else []
-        draws = papers_draws(documents, pool, few_shot, evaluated=split == "evaluation",
-                             excluding=not self.inner.has_training_docs())
+        pool = self._pool.documents if few_shot.num_fewshot else []
+        draws = papers_draws(documents, pool, few_shot, self._in_pool(split, documents),
+                             evaluated=split == "evaluation", excluding=not self.inner.has_training_docs())
         question = self.question if split == "evaluation" else None
         return draws if question is None else questions_together(draws, lambda i: question(documents[i]))
 
@@ -264,36 +267,69 @@ class Task:
         shots: Sequence[Document] = self.inner.sampler.sample(few_shot.num_shared)
         return shots
 
+    def _used(self, split: Split, documents: Sequence[Document], shots: Sequence[Document]) -> Collection[int]:
+        """Which documents of a split serve as shared shots."""
+        if not shots:
+            return ()
+        positions = {self._pool.position(shot) for shot in shots}
+        return {i for i, places in enumerate(self._in_pool(split, documents)) if positions & places}
+
     def _check_pool(self, num_fewshot: int, *, excluding: bool) -> None:
         if num_fewshot == 0:
             return
-        size = len(self._pool)
+        size = len(self._pool.documents)
         if num_fewshot + excluding > size:
             raise OptionError(f"{num_fewshot} shots cannot be drawn from the {size} few-shot documents of task "
-                              f"{self.name!r}; {_FEWER}", fields=_SHOTS)
-
-    def _drawn_from(self, documents: Sequence[Document]) -> bool:
-        """Whether the shots are drawn from these documents (the first one tells: splits do not overlap in part)."""
-        return bool(documents) and documents[0] in self._pool
+                              f"{self.name!r}; {FEWER}", fields=SHOTS)
 
     @property
     def _lm_eval_excludes(self) -> bool:
         """Whether lm-eval draws one shot more, to leave out the document itself, wherever the document comes from."""
         return bool(self.inner.fewshot_cfg.split == self.inner.config.test_split)
 
-    @property
-    def _pool(self) -> Sequence[Document]:
-        """The documents that shots are drawn from."""
+    def _pool_of_shots(self) -> Pool:
+        """The documents that lm-eval's sampler draws from, each made one that equals itself alone."""
         sampler = getattr(self.inner, "sampler", None)
-        return sampler.df if sampler is not None else []
+        if sampler is None:
+            return Pool([], [])
+        kept = [(i, Own(doc)) for i, doc in enumerate(sampler.df)
+                if self._is_training is None or self._is_training(doc)]
+        pool = Pool([doc for _, doc in kept], [i for i, _ in kept])
+        sampler.replace_df(list(pool.documents))
+        return pool
+
+    def _in_pool(self, split: Split, documents: Sequence[Document]) -> list[frozenset[int]]:
+        """Where each document of a split stands among those that shots are drawn from."""
+        if split not in self._places:
+            one, other = self._origin(split), origin_of_shots(self.name, self.inner, self.place)
+            of_its_split = one.rows is not None and one.rows is other.rows
+            self._places[split] = self._pool.places(documents, of_its_split=of_its_split)
+        return self._places[split]
+
+    def _origin(self, split: Split) -> Origin:
+        config = self.inner.config
+        name = {"train": config.training_split, "validation": config.validation_split,
+                "test": config.test_split}[self.examples_split]
+        if split == "evaluation":
+            name = config.test_split if self.inner.has_test_docs() else config.validation_split
+        return Origin(self.name, name, self.inner.dataset[name], config.process_docs, self.place)
+
+    def _check_shot(self, shot: Document) -> None:
+        position = self._pool.position(shot)
+        if position is not None and position not in self._checked_shots:
+            origin = origin_of_shots(self.name, self.inner, self.place)
+            self._checks.shot(origin, self._pool.numbers[position], shot)
+            self._checked_shots.add(position)
 
     @contextlib.contextmanager
-    def _sampling(self, shots: Sequence[Document], excluded: Document | None, doc_id: int) -> Iterator[None]:
+    def _sampling(self, doc_id: int, own: Collection[int], fixed: Sequence[Document] | None) -> Iterator[None]:
+        """Let lm-eval draw a document's shots from here."""
         original = getattr(self.inner, "sampler", None)
-        if shots or excluded is not None:
-            self.inner.sampler = Shots(shots, excluded, doc_id, original)
+        if original is None:
+            yield
+            return
+        self.inner.sampler = Shots(self._pool, original, self._check_shot, doc_id, own, fixed)
         try:
             yield
         finally:
-            if original is not None:
-                self.inner.sampler = original
+            self.inner.sampler = original

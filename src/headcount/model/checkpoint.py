@@ -1,0 +1,166 @@
+"""What a checkpoint holds against what the model got: nothing may be missing, left over, or of another shape.
+
+transformers fills in weights that are missing with random ones, and drops those that the class has no place for: biases
+that the config turns off, layers beyond its number of layers, an adapter that is not merged, scales of a quantisation
+that it does not know. Each changes what is measured. So both are refused by name, but for tensors that no logit depends
+on; these are told by their names and contents, with the reason, in `_HARMLESS`. (Of some that a class declares itself,
+such as the layers of multi-token prediction, transformers does not tell.)
+
+Rotary frequencies that an old checkpoint holds are dropped by transformers, too: they must be those that the model
+computes from its config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headcount.errors import ModelError
+
+_ROTARY = re.compile(r"rotary_emb\.inv_freq$")
+# Old checkpoints hold them in half precision.
+_ROTARY_ERROR = 0.01
+
+
+class _Kind(NamedTuple):
+    """Tensors that may be left over: told by name, and by content where the name alone says too little."""
+
+    name: re.Pattern[str]
+    content: Callable[[Tensor], bool]
+    reason: str
+
+
+def _is_causal_mask(tensor: Tensor) -> bool:
+    """Ones in a lower triangle."""
+    square = tensor.reshape(tensor.shape[-2:]) if tensor.dim() >= 2 and tensor.shape[:-2].numel() == 1 else None
+    return square is not None and bool((square == torch.ones_like(square).tril()).all())
+
+
+_HARMLESS = (
+    _Kind(re.compile(r"\.(attn|attention)\.bias$"), _is_causal_mask,
+          "the causal mask, which earlier versions of transformers saved (GPT-2, GPT-Neo, GPT-J, CodeGen)"),
+    _Kind(re.compile(r"\.(attn|attention)\.masked_bias$"), lambda tensor: tensor.numel() == 1,
+          "the number that stood at masked places, saved by earlier versions of transformers"),
+    _Kind(_ROTARY, lambda tensor: True, "rotary frequencies, which are compared apart"),
+    _Kind(re.compile(r"(^|\.)position_ids$"), lambda tensor: not tensor.is_floating_point(),
+          "the numbers of positions, saved by earlier versions of transformers"),
+    _Kind(re.compile(r"(^|\.)v_head\.summary\.(weight|bias)$"), lambda tensor: True,
+          "TRL's value head, which reads the last hidden state and which no logit depends on"),
+    _Kind(re.compile(r"\._extra_state$"), lambda tensor: True, "TransformerEngine's notes on its 8-bit scales"),
+)
+
+
+def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Path | None) -> None:
+    """Refuse a model that did not get exactly what its checkpoint holds.
+
+    Args:
+        name: The model, as the user named it.
+        model: As it was loaded, with sizes that do not match ignored.
+        told: What `from_pretrained` tells of loading.
+        folder: Where the checkpoint's files lie; None where that is not known (nothing is then known to be harmless).
+
+    Raises:
+        ModelError: Which names the tensors.
+    """
+    missing, wrong = sorted(told["missing_keys"]), sorted(told["mismatched_keys"])
+    if wrong:
+        first, there, here = wrong[0]
+        raise ModelError(f"{name} holds {_some(len(wrong), 'tensor')} of other sizes than its config says (the first "
+                         f"is {first}: {_size(there)} in the checkpoint, {_size(here)} by config.json): the config is "
+                         "of another model")
+    if missing:
+        raise ModelError(f"{name} lacks {len(missing)} of the model's weights (the first is {missing[0]}): the "
+                         "checkpoint is of another class of model, or not whole")
+    left = sorted(told["unexpected_keys"])
+    held = _tensors(folder) if left or _rotary(model) else {}
+    if left := [key for key in left if not _is_harmless(key, held)]:
+        raise ModelError(f"{name} holds {_some(len(left), 'tensor')} that {type(model).__name__} has no place for with "
+                         f"this config (the first is {left[0]}): without them it would be another model; correct its "
+                         "config.json, or load it with transformers yourself and pass it to wrap")
+    _check_rotary(name, model, held)
+
+
+def _some(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _size(shape: Any) -> str:
+    return " x ".join(map(str, shape))
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A tensor in a file, read when it is looked at."""
+
+    path: Path
+    name: str
+
+    def read(self) -> Tensor:
+        """Its content."""
+        if self.path.suffix == ".safetensors":
+            with safe_open(self.path, "pt") as file:
+                tensor: Tensor = file.get_tensor(self.name)
+                return tensor
+        held: Tensor = _unpickled(self.path)[self.name]
+        return held
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    held: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return held
+
+
+def _tensors(folder: Path | None) -> dict[str, _Held]:
+    """All tensors of a folder's files, by the names that they have there."""
+    if folder is None:
+        return {}
+    if paths := sorted(folder.glob("*.safetensors")):
+        names = [(path, name) for path in paths for name in _names(path)]
+    else:
+        names = [(path, name) for path in sorted(folder.glob("pytorch_model*.bin"))
+                 for name, value in _unpickled(path).items() if isinstance(value, Tensor)]
+    return {name: _Held(path, name) for path, name in names}
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def _is_harmless(key: str, held: Mapping[str, _Held]) -> bool:
+    kind = next((kind for kind in _HARMLESS if kind.name.search(key)), None)
+    # The model's class may put a prefix before the checkpoint's names, or take one off.
+    name = next((name for name in held if name == key or key.endswith(f".{name}") or name.endswith(f".{key}")), None)
+    return kind is not None and name is not None and kind.content(held[name].read())
+
+
+def _rotary(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The rotary frequencies that a model computed from its config."""
+    return {name: buffer for name, buffer in model.named_buffers() if _ROTARY.search(name)}
+
+
+def _check_rotary(name: str, model: PreTrainedModel, held: Mapping[str, _Held]) -> None:
+    own = [frequencies.float().cpu() for frequencies in _rotary(model).values()]
+    for key, one in held.items():
+        if own and _ROTARY.search(key):
+            there = one.read().float()
+            expected = [mine for mine in [*own, *_unscaled(model, len(there))] if mine.shape == there.shape]
+            errors = [float(((there - mine) / mine).abs().max()) for mine in expected]
+            if not min(errors, default=1.0) <= _ROTARY_ERROR:
+                raise ModelError(f"{name} holds other rotary frequencies ({key}) than its config says: correct "
+                                 "rope_theta or rope_scaling in its config.json")
+
+
+def _unscaled(model: PreTrainedModel, number: int) -> list[Tensor]:
+    """Frequencies without the scaling that the config adds: earlier versions saved these, and scaled positions."""
+    said = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    bases = {one["rope_theta"] for one in (said, *said.values()) if isinstance(one, Mapping) and "rope_theta" in one}
+    return [1 / base ** (torch.arange(number) / number) for base in bases]

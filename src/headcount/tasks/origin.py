@@ -1,0 +1,81 @@
+"""Where a document comes from: the line of a local file, or its number in a split of a data set.
+
+A definition may process its documents before they are used (`process_docs`), and may leave some out or change their
+order. A document is of the row with its number if that row, processed alone, gives the document; else the row is not
+known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from headcount.tasks.fewshot import Document
+from headcount.tasks.local import line_of
+from headcount.tasks.missing import MISFITS
+from headcount.tasks.pool import same
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where the documents of one split come from.
+
+    Attributes:
+        task: The task's name.
+        split: lm-eval's name of the split; None for documents that stand in the definition.
+        rows: What the data set holds of the split.
+        process: What the definition makes of a data set, None where it takes it as it is.
+        place: The local folder or file that the task's documents come from, if they do.
+    """
+
+    task: str
+    split: str | None
+    rows: Any
+    process: Callable[[Any], Any] | None
+    place: Path | None
+
+    def unprocessed(self, number: int) -> Document | None:
+        """The row with a document's number, which it was made of unless documents were left out or moved."""
+        row: Document | None = self.rows[number] if self.rows is not None and number < len(self.rows) else None
+        return row
+
+    def made(self, row: Document) -> Document | None:
+        """The document that the definition makes of a row, None where it makes none."""
+        if self.process is None:
+            return row
+        try:
+            made: Sequence[Document] = list(self.process(datasets.Dataset.from_list([dict(row)])))
+        except (*MISFITS, NotImplementedError):
+            return None
+        return made[0] if len(made) == 1 else None
+
+    def where(self, number: int, doc: Document) -> str:
+        """A document's file and line, or its number and the split's name, as an error begins with it."""
+        if self.split is None:
+            return f"shot {number} of the definition of task {self.task!r}"
+        row = self.unprocessed(number)
+        if self.place is not None and row is not None and same(self.made(row), doc):
+            path, line = line_of(self.place, self.split, number)
+            return f"{path}, line {line}"
+        return f"document {number} of the {self.split} split of task {self.task!r}"
+
+
+def origin_of_shots(task: str, inner: Any, place: Path | None) -> Origin:
+    """Where the documents come from that shots are drawn from, as lm-eval chooses them.
+
+    Args:
+        task: The task's name.
+        inner: lm-eval's own task.
+        place: The local folder or file that its documents come from, if they do.
+    """
+    config, shots = inner.config, inner.fewshot_cfg
+    if shots.split is not None:
+        return Origin(task, shots.split, inner.dataset[shots.split], shots.process_docs, place)
+    if shots.samples is not None:
+        return Origin(task, None, None, None, place)
+    split = config.training_split or config.validation_split or config.test_split
+    return Origin(task, split, inner.dataset[split], config.process_docs, place)

@@ -1,0 +1,579 @@
+"""The door for models: what a checkpoint, an adapter or a wrapper would change without a word is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import families
+import tiny
+from headcount.engine.engine import Engine
+from headcount.engine.proof import verify_scoring
+from headcount.errors import ModelError
+from headcount.masks import Mask
+from headcount.measure.evaluate import evaluate
+from headcount.measure.importance import ffn_importance, head_importance
+from headcount.model import fingerprint as fingerprints
+from headcount.model.anatomy import find_anatomy
+from headcount.model.checkpoint import check
+from headcount.model.earlier_fingerprint import fingerprint as earlier_fingerprint
+from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint, weights_digest
+from headcount.model.load import LoadedModel, load, wrap
+from headcount.tasks.load import get_tasks
+from headcount.tasks.task import Task
+
+Change = Callable[[dict[str, Tensor]], None]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that is what it says."""
+    folder = tmp_path_factory.mktemp("models") / "whole"
+    tiny.model("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return get_tasks(["piqa"], data=tiny.write_task(tmp_path_factory.mktemp("data")))["piqa"]
+
+
+def changed(whole: Path, folder: Path, config: dict[str, Any] | None = None, weights: Change | None = None) -> Path:
+    """A copy of a checkpoint with another config or other tensors."""
+    shutil.copytree(whole, folder)
+    if config is not None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    if weights is not None:
+        tensors = load_file(folder / "model.safetensors")
+        weights(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def biases(tensors: dict[str, Tensor]) -> None:
+    tensors.update({f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(32) for i in range(3)})
+
+
+def lora(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(4, 32)
+
+
+def scales(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.2.mlp.up_proj.weight_scale"] = torch.ones(1)
+
+
+def no_mask(tensors: dict[str, Tensor]) -> None:
+    """Named as the causal masks of earlier versions, and none."""
+    tensors["model.layers.0.attn.bias"] = torch.ones(32)
+
+
+def frequencies(factor: float) -> Change:
+    own = tiny.model("llama").model.rotary_emb.inv_freq
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = own * factor
+
+    return add
+
+
+@pytest.mark.parametrize(("config", "weights", "said"), [
+    ({"num_hidden_layers": 2}, None, "holds 9 tensors that LlamaForCausalLM has no place for .* model.layers.2"),
+    ({"num_hidden_layers": 4}, None, "lacks 9 of the model's weights .* model.layers.3"),
+    ({"intermediate_size": 64}, None, "of other sizes .*down_proj.weight: 32 x 48 in the checkpoint, 32 x 64 by"),
+    ({"vocab_size": 300}, None, "of other sizes .*lm_head.weight"),
+    (None, biases, "holds 3 tensors .* model.layers.0.self_attn.q_proj.bias"),
+    (None, lora, "holds 1 tensor .*lora_A.default.weight"),
+    (None, scales, "holds 1 tensor .*up_proj.weight_scale"),
+    (None, no_mask, "holds 1 tensor .*attn.bias"),
+    (None, frequencies(2.0), "holds other rotary frequencies .*inv_freq"),
+    ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, frequencies(1.0), "other rotary frequencies"),
+])
+def test_a_checkpoint_that_differs_from_its_model_is_refused_by_name(
+    whole: Path, tmp_path: Path, config: dict[str, Any] | None, weights: Change | None, said: str
+) -> None:
+    with pytest.raises(ModelError, match=said):
+        load(changed(whole, tmp_path / "m", config, weights), device="cpu")
+
+
+def mask_buffer(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
+    tensors["model.layers.0.attn.masked_bias"] = torch.tensor(-1e4)
+    tensors["v_head.summary.weight"] = torch.ones(1, 32)
+
+
+@pytest.mark.parametrize(("config", "weights"), [
+    (None, mask_buffer), (None, frequencies(1.0)),
+    # Earlier versions saved frequencies without the scaling.
+    ({"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}}, frequencies(1.0)),
+])
+def test_what_no_logit_depends_on_may_be_left_over(
+    whole: Path, tmp_path: Path, config: dict[str, Any] | None, weights: Change
+) -> None:
+    left = load(changed(whole, tmp_path / "left", config, weights), device="cpu")
+    assert left.fingerprint == load(changed(whole, tmp_path / "plain", config), device="cpu").fingerprint
+
+
+def test_nothing_is_harmless_where_the_files_are_not_known() -> None:
+    told = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": {"h.0.attn.bias"}}
+    with pytest.raises(ModelError, match=r"h\.0\.attn\.bias"):
+        check("m", tiny.model("llama"), told, None)
+
+
+def test_odd_configs_end_in_one_line(whole: Path, tmp_path: Path) -> None:
+    for i, (config, said) in enumerate([
+        ({"pad_token_id": 10**6}, "Padding_idx"), ({"num_attention_heads": 3}, "not a multiple"),
+        ({"num_key_value_heads": 0}, "zero"), ({"use_cache": 1}, "expected bool"), ({"dtype": "float7"}, "float7"),
+    ]):
+        with pytest.raises(ModelError, match=said) as told:
+            load(changed(whole, tmp_path / str(i), config), device="cpu")
+        assert "\n" not in str(told.value)
+
+
+def test_a_kernel_that_is_asked_for_wins_over_the_configs(whole: Path, tmp_path: Path) -> None:
+    folder = changed(whole, tmp_path / "m", {"attn_implementation": "flash_attention_2"})
+    assert load(folder, device="cpu", attn_implementation="sdpa").provenance["attn_implementation"] == "sdpa"
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def adapted(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model with an adapter that is not merged, and the folder of the adapter alone."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
+                             task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(whole), config)
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    model.save_pretrained(folder)
+    return model.eval(), folder
+
+
+def test_an_adapter_is_merged_into_its_base(whole: Path, adapted: tuple[Any, Path]) -> None:
+    model, folder = adapted
+    base, loaded = load(whole, device="cpu"), load(folder, device="cpu")
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        own, expected, without = (m(ids).logits for m in (loaded.model, model, base.model))
+    torch.testing.assert_close(own, expected, atol=1e-4, rtol=0)
+    assert (own - without).abs().max() > 0.1
+    assert loaded.anatomy.table() == base.anatomy.table(), "a head's parameters count once"
+    assert loaded.fingerprint == wrap(copy.deepcopy(model).merge_and_unload(), tiny.tokenizer()).fingerprint
+    assert loaded.fingerprint != base.fingerprint
+    assert loaded.provenance["adapter"] == {"place": str(folder), "base": str(whole), "base_revision": None,
+                                            "kind": "LORA"}
+    assert any("LORA adapter" in note for note in loaded.notes)
+
+
+def test_an_adapter_without_peft_is_refused(adapted: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headcount.model.adapters.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"headcount\[peft\]"):
+        load(adapted[1], device="cpu")
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(whole: Path, adapted: tuple[Any, Path], tmp_path: Path) -> None:
+    both = changed(whole, tmp_path / "both")
+    for file in adapted[1].iterdir():
+        shutil.copy(file, both)
+    with pytest.raises(ModelError, match="nothing says whether the one contains the other"):
+        load(both, device="cpu")
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    ({"target_modules": ["q_proj"]}, "does not fit .* 18 of its tensors have no counterpart"),
+    ({"target_modules": ["q_proj", "v_proj", "o_proj", "down_proj", "k_proj"]}, "does not fit .* 6 of its tensors"),
+    ({"base_model_name_or_path": None}, "does not say which model it belongs to"),
+    ({"base_model_name_or_path": "/nowhere/at/all"}, "there is no folder"),
+    ({"peft_type": "NOTHING"}, "cannot be merged"),
+])
+def test_an_adapter_that_does_not_fit_is_refused(
+    adapted: tuple[Any, Path], tmp_path: Path, config: dict[str, Any], said: str
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapted[1], folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(ModelError, match=said):
+        load(folder, device="cpu")
+
+
+def test_adapters_in_memory_that_are_not_merged_are_refused(adapted: tuple[Any, Path]) -> None:
+    for model in (adapted[0], adapted[0].base_model.model):
+        with pytest.raises(ModelError, match=r"adapter that is not merged .* merge_and_unload\(\)"):
+            wrap(model, tiny.tokenizer())
+
+
+# Gates that do not act
+
+
+def values(loaded: LoadedModel, task: Task) -> list[np.ndarray]:
+    """What a task's measurements are of the model, under masks together and one alone, and importance."""
+    full = Mask.full(loaded.anatomy.heads_per_layer)
+    nothing = Mask([[False] * 4] * 3, [False] * 3)
+    masks = [full, full.without_heads([(0, 0), (1, 2)]), nothing]
+    return [evaluate(loaded, task, masks, limit=3).gold_loglikelihood,
+            evaluate(loaded, task, [nothing], limit=3).gold_loglikelihood,
+            head_importance(loaded, task, limit=3).scores["example"]]
+
+
+def outside(model: PreTrainedModel) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model: PreTrainedModel) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def by_forward(model: PreTrainedModel) -> Any:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def in_parallel(model: PreTrainedModel) -> Any:
+    return nn.DataParallel(outside(model))
+
+
+@pytest.mark.parametrize("how", [outside, in_place, by_forward, in_parallel])
+def test_compiled_models_are_measured_as_they_were_before(task: Task, how: Callable[[PreTrainedModel], Any]) -> None:
+    torch._dynamo.reset()
+    model = how(tiny.model("llama"))
+    with torch.no_grad():
+        model(torch.arange(8)[None])  # compiled without any gate
+    loaded = wrap(model, tiny.tokenizer())
+    assert any("torch.compile is taken off" in note for note in loaded.notes)
+    assert loaded.fingerprint == wrap(tiny.model("llama"), tiny.tokenizer()).fingerprint
+    for own, expected in zip(values(loaded, task), values(tiny.loaded("llama"), task), strict=True):
+        np.testing.assert_allclose(own, expected, atol=1e-5)
+
+
+def part_compiled(model: PreTrainedModel) -> PreTrainedModel:
+    model.model.layers[1].compile(backend="eager")
+    return model
+
+
+def part_traced(model: PreTrainedModel) -> PreTrainedModel:
+    model.model.layers[1].mlp = torch.jit.trace(model.model.layers[1].mlp, torch.randn(1, 3, 32))
+    return model
+
+
+def integers(model: PreTrainedModel) -> PreTrainedModel:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    return model.to("meta")
+
+
+@pytest.mark.parametrize(("how", "said"), [
+    (part_compiled, r"model\.layers\.1 of model is compiled by itself"),
+    (part_traced, r"model\.layers\.1\.mlp of model is scripted or traced"),
+    (integers, r"q_proj of model is quantised to integers"),
+    (on_meta, "has no weights"),
+])
+@pytest.mark.filterwarnings("ignore")
+def test_parts_that_gates_do_not_reach_through_are_refused(
+    how: Callable[[PreTrainedModel], PreTrainedModel], said: str
+) -> None:
+    with pytest.raises(ModelError, match=said):
+        wrap(how(tiny.model("llama")), tiny.tokenizer())
+
+
+def test_a_mask_that_changes_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that was recorded once gives its numbers again, whatever hooks are there."""
+    loaded = wrap(tiny.model("llama"), tiny.tokenizer())
+    plain, known = type(loaded.model).forward, {}
+
+    def recorded(self: PreTrainedModel, input_ids: Tensor, **keywords: Any) -> Any:
+        key = tuple(input_ids.reshape(-1).tolist())
+        if key not in known:
+            known[key] = plain(self, input_ids=input_ids, **keywords)
+        return known[key]
+
+    monkeypatch.setattr(type(loaded.model), "forward", recorded)
+    result = verify_scoring(loaded)
+    assert not result.holds, result
+
+
+def test_layers_of_zeros_need_not_change_anything() -> None:
+    model = tiny.model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    assert verify_scoring(wrap(model, tiny.tokenizer())).holds
+
+
+# Shared and pruned modules
+
+
+def test_layers_that_share_a_module_are_refused() -> None:
+    model = tiny.model("llama")
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(ModelError, match=r"layers\.0 and layers\.1 share a module \(block\)"):
+        wrap(model, tiny.tokenizer())
+    model = tiny.model("llama")
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(ModelError, match=r"layers\.0 and layers\.2 share a module \(ffn_output\)"):
+        find_anatomy(model)
+
+
+def cut(model: PreTrainedModel, layer: int, heads: int) -> None:
+    """Keep the first heads of a layer of four, with their two KV groups' first ones."""
+    attention = model.model.layers[layer].self_attn
+    d, groups = attention.head_dim, heads // 2
+    for name, width in (("q_proj", heads * d), ("k_proj", groups * d), ("v_proj", groups * d)):
+        old = getattr(attention, name)
+        new = nn.Linear(old.in_features, width, bias=False)
+        new.weight.data = old.weight.data[:width].clone()
+        setattr(attention, name, new)
+    new = nn.Linear(heads * d, attention.o_proj.out_features, bias=False)
+    new.weight.data = attention.o_proj.weight.data[:, : heads * d].clone()
+    attention.o_proj = new
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (1,)])
+def test_models_whose_heads_were_removed_already_are_refused_everywhere(task: Task, layers: tuple[int, ...]) -> None:
+    def pruned() -> LoadedModel:
+        model = tiny.model("llama")
+        for layer in layers:
+            cut(model, layer, 2)
+        return wrap(model, tiny.tokenizer())
+
+    for measure in (lambda m: evaluate(m, task, limit=2), lambda m: head_importance(m, task, limit=2),
+                    lambda m: ffn_importance(m, task, limit=2)):
+        with pytest.raises(ModelError, match=f"layer {layers[0]} holds 2 heads of 8, the config says 4"):
+            measure(pruned())
+
+
+# What verify holds runs
+
+
+class Odd(LlamaForCausalLM):
+    """A Llama that does one thing otherwise, as a model with code of its own may."""
+
+    what = ""
+
+    def forward(self, input_ids: Tensor | None = None, **keywords: Any) -> Any:
+        if self.what == "refuses a mask" and keywords.get("attention_mask") is not None:
+            raise TypeError("no attention_mask, please")
+        if self.what == "detached":
+            with torch.no_grad():
+                return super().forward(input_ids=input_ids, **keywords)
+        out = super().forward(input_ids=input_ids, **keywords)
+        if self.what == "last":
+            out.logits = out.logits[:, -1:]
+        elif self.what == "tuple":
+            return (out.logits,)
+        elif self.what == "flat":
+            out.logits = out.logits.reshape(-1, out.logits.shape[-1])
+        elif self.what == "mixed":
+            out.logits = out.logits - out.logits.mean(0, keepdim=True).mean(1, keepdim=True)
+        elif self.what == "twice":
+            self.model(input_ids=input_ids, **{k: v for k, v in keywords.items() if k != "output_attentions"})
+        return out
+
+
+def odd(what: str) -> Odd:
+    torch.manual_seed(0)
+    plain = tiny.model("llama")
+    model = Odd(plain.config)
+    model.load_state_dict(plain.state_dict())
+    model.what = what
+    return model.eval()
+
+
+@pytest.mark.parametrize(("what", "said"), [
+    ("last", "its logits have the shape"),
+    ("flat", "its logits have the shape"),
+    ("tuple", "'tuple' object"),
+    ("refuses a mask", "no attention_mask, please"),
+    ("detached", "taking gradients|cannot be looked at"),
+    ("mixed", "differ by"),
+])
+def test_what_fails_only_when_it_is_measured_fails_the_proof(task: Task, what: str, said: str) -> None:
+    loaded = wrap(odd(what), tiny.tokenizer())
+    assert not all(result.holds for result in Engine(loaded).contracts)
+    for measure in (evaluate, head_importance, ffn_importance):
+        with pytest.raises(ModelError, match=said) as told:
+            measure(loaded, task, limit=2)
+        assert "\n" not in str(told.value)
+
+
+def test_an_output_layer_that_is_no_module_is_refused() -> None:
+    model = odd("")
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ModelError, match="without an output layer that is a module"):
+        wrap(model, tiny.tokenizer())
+
+
+def test_attention_that_sees_later_tokens_is_refused() -> None:
+    model = families.tiny("gemma3")
+    assert verify_scoring(wrap(model, families.reader())).holds
+    model.config.use_bidirectional_attention = True
+    result = verify_scoring(wrap(model, families.reader()))
+    assert "later tokens" in result.detail, result
+
+
+def test_tokens_without_an_embedding_are_named(task: Task) -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2))
+    loaded = wrap(model, tiny.tokenizer())
+    for measure in (evaluate, head_importance, ffn_importance):
+        with pytest.raises(ModelError, match=r"as token .* embeddings of 300 tokens"):
+            measure(loaded, task, limit=2)
+
+
+def test_a_model_is_proved_once(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, asked = tiny.loaded("llama", seed=3), []
+    monkeypatch.setattr("headcount.engine.engine.verify", lambda model: asked.append(1) or [])
+    for measure in (evaluate, head_importance, ffn_importance):
+        measure(loaded, task, limit=2)
+    assert asked == [1]
+
+
+# Identity
+
+
+def negated_rows(model: PreTrainedModel) -> None:
+    model.model.embed_tokens.weight[10:110] *= -1
+
+
+def one_bit(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.down_proj.weight.view(torch.int32)[7, 11] ^= 1
+
+
+def swapped_rows(model: PreTrainedModel) -> None:
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight[[5, 9]] = weight[[9, 5]].clone()
+
+
+@pytest.mark.parametrize("change", [negated_rows, one_bit, swapped_rows])
+def test_no_change_of_weights_cancels(change: Callable[[PreTrainedModel], None]) -> None:
+    model = tiny.model("llama")
+    before = fingerprint(model)
+    assert before == fingerprint(tiny.model("llama"))
+    with torch.no_grad():
+        change(model)
+    assert fingerprint(model) != before
+
+
+def test_earlier_fingerprints_are_what_they_were() -> None:
+    """Folders of earlier versions go on by them: this one was taken by the version before."""
+    model = families.tiny("gpt2")
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.copy_((torch.arange(parameter.numel()) % (7 + number) - 3).reshape(parameter.shape) / 8)
+    assert earlier_fingerprint(model)[:16] == "e985810c109ee59a"
+
+
+def test_the_digest_of_files_is_kept_until_they_change(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    counted: list[int] = []
+
+    def counting(model: PreTrainedModel) -> str:
+        counted.append(1)
+        return weights_digest(model)
+
+    monkeypatch.setattr("headcount.model.load.weights_digest", counting)
+    folder = changed(whole, tmp_path / "m")
+    first, again = (load(folder, device="cpu").fingerprint for _ in range(2))
+    assert (first, counted) == (again, [1])
+    assert first == fingerprint(tiny.model("llama")), "the same in memory"
+    assert load(folder, device="cpu", dtype="bfloat16").fingerprint != first
+    tensors = load_file(folder / "model.safetensors")
+    negated = {name: -x if "down_proj" in name else x for name, x in tensors.items()}
+    save_file(negated, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(folder, device="cpu").fingerprint != first
+    assert len(counted) == 3
+    for kept in (tmp_path / "cache" / "headcount" / "weights").iterdir():
+        kept.write_text("0" * 64 + " " + "0" * 64)
+    assert load(folder, device="cpu").fingerprint not in (first, "0" * 64), "damaged"
+    assert len(counted) == 4
+
+
+def lower(rules: dict[str, Any]) -> None:
+    rules["normalizer"] = {"type": "Lowercase"}
+
+
+def fewer_merges(rules: dict[str, Any]) -> None:
+    whole_words = ("Ġcapital", "Ġcats", "Ġred")
+    rules["model"]["merges"] = [m for m in rules["model"]["merges"]
+                                if "".join(m if isinstance(m, list) else m.split(" ")) not in whole_words]
+
+
+def replaced(rules: dict[str, Any]) -> None:
+    rules["normalizer"] = {"type": "Replace", "pattern": {"String": "stop"}, "content": "go"}
+
+
+@pytest.mark.parametrize("change", [lower, fewer_merges, replaced])
+def test_a_tokenizer_is_known_by_all_its_rules(
+    whole: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    folder = changed(whole, tmp_path / "m")
+    file = folder / "tokenizer.json"
+    rules = json.loads(file.read_text(encoding="utf-8"))
+    change(rules)
+    file.write_text(json.dumps(rules), encoding="utf-8")
+    one, other = load(whole, device="cpu"), load(folder, device="cpu")
+    assert one.fingerprint == other.fingerprint
+    assert one.identity != other.identity
+
+
+def test_calls_of_a_tokenizer_do_not_change_its_fingerprint() -> None:
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    before = tokenizer_fingerprint(tokenizer, 10, chat=False)
+    tokenizer(["a", "b c d e"], truncation=True, max_length=2, padding="max_length")
+    assert tokenizer_fingerprint(tokenizer, 10, chat=False) == before
+
+
+def test_code_that_comes_with_a_model_is_part_of_it(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    folder = changed(whole, tmp_path / "m", {"model_type": "own", "architectures": ["Own"], "auto_map": auto})
+
+    def with_code(factor: float) -> LoadedModel:
+        (folder / "scale.py").write_text(f"FACTOR = {factor}\n")
+        (folder / "own.py").write_text(
+            "from transformers import LlamaConfig, LlamaForCausalLM\nfrom .scale import FACTOR\n"
+            "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+            "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+            "    def forward(self, *args, **keywords):\n        out = super().forward(*args, **keywords)\n"
+            "        out.logits = out.logits * FACTOR\n        return out\n")
+        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+            del sys.modules[name]
+        return load(folder, device="cpu", trust_remote_code=True)
+
+    one, again, other = with_code(1.0), with_code(1.0), with_code(0.5)
+    assert one.fingerprint == again.fingerprint
+    assert one.fingerprint != other.fingerprint
+    assert [line.partition(" ")[0] for line in one.provenance["code"]] == ["own.py", "scale.py"]
+
+
+def test_provenance_says_the_same_things_whichever_way_a_model_came(whole: Path, adapted: tuple[Any, Path]) -> None:
+    ways = [load(whole, device="cpu"), load(adapted[1], device="cpu"), wrap(tiny.model("llama"), tiny.tokenizer())]
+    assert len({tuple(way.provenance) for way in ways}) == 1
+    assert ways[0].fingerprint == ways[2].fingerprint
+    assert fingerprints.KIND in ways[0].identity
+    assert dataclasses.replace(ways[0]).identity == ways[0].identity
