@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check parity bench models tables format clean
+.PHONY: help setup demo test check parity bench models tables faults format clean
 
 help:
 	@echo "make demo    measure SmolLM2-135M on the embedded word tasks and write headcount-demo/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench   time SmolLM2's measurements against the obvious way and write docs/performance.md"
 	@echo "make models  write docs/models.md from the table of families that the tests go through"
 	@echo "make tables  write docs/tables.md from the declarations of a study's tables"
+	@echo "make faults  flip bits of a small study's entries and kill its runs: nothing is believed, nothing is lost"
 	@echo "make format  let ruff fix what it can"
 
 setup: $(VENV)/.ready
@@ -48,6 +49,9 @@ models: setup
 
 tables: setup
 	$(BIN)/python tools/tables_page.py
+
+faults: setup
+	$(BIN)/python benchmarks/faults.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -69,6 +69,7 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
         reporter.stage("timing the model")
         todo = plan.todo()
         speed = plan.speed() if todo else Speed()
+    terminal.print_damaged(plan.damaged)
     if plan.other_orders and todo:
         terminal.print_note(plan.other_orders)
     if dry_run:
@@ -186,6 +187,24 @@ def report(folder: Path, *, asked: int | None = None, skip_pictures: bool = Fals
 
 
 @app.command
+def check(folder: Path) -> None:
+    """Prove a study folder's entries by their checksums: which are whole, which damaged, and what is measured again.
+
+    The exit code is 1 where anything is damaged. Entries of earlier versions have no checksum and are unverified.
+
+    Args:
+        folder: The study folder, as --out named it.
+    """
+    from headcount import terminal
+    from headcount.study.check import check as checked
+
+    found = checked(folder)
+    terminal.print_checked(found)
+    if not found.holds:
+        raise SystemExit(1)
+
+
+@app.command
 def anatomy(spec: Annotated[ModelSpec, Parameter(name="*")], *, verify: bool = False) -> None:
     """A model's heads, KV groups, FFNs and their parameters.
 
@@ -247,6 +266,7 @@ def _measured(spec: StudySpec, part: Part) -> Iterator[tuple[Study, Asked]]:
             from headcount.study.runner import run
 
             plan = prepare(chosen, parts=(part,), reporter=reporter)
+            terminal.print_damaged(plan.damaged)
             opened = open_study(run(plan, reporter=reporter, command=_command()))
         yield opened, terminal.Asked(list(plan.tasks), chosen.shots)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from headcount.engine.neighbours import Speed
     from headcount.masks import Component
     from headcount.model.load import LoadedModel
+    from headcount.study.check import Checked
     from headcount.study.plan import PlannedJob
     from headcount.study.prepare import Plan
     from headcount.tasks.load import TaskDescription
@@ -109,6 +111,17 @@ def reporter() -> Iterator[Bar]:
 def print_note(text: str) -> None:
     """One thing to know before something begins."""
     _out.print(f"note: {text}", highlight=False)
+
+
+def print_damaged(names: Sequence[str]) -> None:
+    """That entries of a folder are damaged, and measured again if they are asked for; nothing where there are none."""
+    from headcount.report.words import few
+
+    if names:
+        one = len(names) == 1
+        print_note(f"{len(names)} {'entry' if one else 'entries'} of this folder {'is' if one else 'are'} damaged and "
+                   f"{'counts' if one else 'count'} as not done ({few(names)}): what is asked for of "
+                   f"{'it' if one else 'them'} is measured again; headcount check says why")
 
 
 def print_plan(plan: Plan) -> None:
@@ -226,6 +239,31 @@ def _print_contracts(loaded: LoadedModel) -> bool:
     return holds
 
 
+def print_checked(checked: Checked) -> None:
+    """Which entries of a folder are whole, which are damaged and why, and what to do."""
+    from headcount.report.words import few
+
+    out = functools.partial(_out.print, highlight=False, markup=False, soft_wrap=True)
+    out(f"{checked.folder}: {checked.whole} whole, {checked.unverified} unverified, {len(checked.damaged)} damaged")
+    if checked.description:
+        out(checked.description)
+    for one in checked.damaged:
+        out(f"damaged: {one.name} ({one.title or 'of what, cannot be told'}): {one.reason}")
+    if checked.unverified:
+        out("unverified: of an earlier version, which wrote no checksums; nothing speaks against them")
+    if checked.other_versions:
+        out(f"not read: {checked.other_versions} of another version's format")
+    if checked.foreign:
+        out(f"no entries, and ignored: {', '.join(checked.foreign)}")
+    if checked.left_over:
+        out(f"left by processes that were killed while they wrote, and ignored: {few(checked.left_over)}")
+    if not checked.holds:
+        out("what is damaged is measured again when the same command is run again"
+            + ("; this folder's commands:" if checked.commands else ""))
+        for command in checked.commands:
+            out(f"  {command}")
+
+
 def print_accuracy(study: Study, asked: Asked) -> None:
     """The full model's accuracy per task and number of shots."""
     from headcount.analysis.rows import labelled
@@ -320,7 +358,7 @@ def print_summary(study: Study, report: Path) -> None:
     if told:
         _out.print("\nBefore you rely on this:", highlight=False)
         for sentence in told:
-            _out.print(f"- {sentence}", highlight=False)
+            _out.print(f"- {sentence}", highlight=False, markup=False)  # names of files may look like markup
     if others := study.other_requests:
         _out.print(f"\nThis folder was also asked for other things; headcount report {study.folder} --asked NUMBER "
                    "shows one of them:", highlight=False)

@@ -54,7 +54,7 @@ from headcount.analysis.transfer import TRANSFER, transfer_table, unshown
 from headcount.errors import StudyError
 from headcount.study.described import check_description
 from headcount.study.jobs import Done, Evaluation, ImportanceJob, InductionScores, Job, job_from
-from headcount.study.ledger import Ledger
+from headcount.study.ledger import Found, Ledger, is_left_over
 from headcount.study.shown import Shown, told_apart
 from headcount.study.spec import scores_of
 
@@ -117,9 +117,11 @@ class Study:
         self._tables: dict[str, pd.DataFrame] = {}
         description = self._ledger.read_json("study.json")
         if description is None:
-            raise StudyError(f"{folder} holds no study (no study.json); name the folder given to `out`",
+            raise StudyError(f"{folder} has entries, but no study.json; run the study's command again, which writes "
+                             "that file anew and finds what is measured" if self._ledger.is_begun() else
+                             f"{folder} holds no study (no study.json); name the folder given to `out`",
                              fields=("out",))
-        check_description(description, folder / "study.json", "put back a copy of that file")
+        check_description(description, folder / "study.json")
         requests = len(description.get("asked", [{}]))
         if asked is not None and (not isinstance(asked, int) or not 1 <= asked <= requests):
             raise StudyError(f"{folder} was asked for one thing only; leave out `asked`" if requests == 1 else
@@ -271,6 +273,22 @@ class Study:
         """By which other scores curves in this folder remove heads or FFNs; they are not shown."""
         return frames.hidden_scores((entry.job for entry in self._all_entries), self.ordering_scores)
 
+    @property
+    def damaged(self) -> list[str]:
+        """Names of damaged entries, which are left out of all tables."""
+        return [found.name for found in self._found if found.damage]
+
+    @property
+    def unverified(self) -> tuple[int, int]:
+        """How many whole entries have no digest, since an earlier version wrote them; and how many are whole."""
+        whole = [found for found in self._found if found.entry is not None]
+        return sum(not found.verified for found in whole), len(whole)
+
+    @property
+    def foreign(self) -> list[str]:
+        """Names of files that lie among the entries and are none; what killed processes left is not among them."""
+        return [name for name in self._ledger.foreign() if not is_left_over(name)]
+
     @functools.cached_property
     def unshown(self) -> dict[str, int]:
         """How many measured points of "grid" and "transfer" their tables leave out."""
@@ -324,12 +342,18 @@ class Study:
         """What the folder holds, whether it is shown or not; what is described in unknown words is counted."""
         known: list[Done[Job]] = []
         self.unknown_entries = 0
-        for entry in self._ledger.entries():
+        for found in self._found:
+            if (entry := found.entry) is None:
+                continue
             try:
                 known.append(Done(job_from(entry.job), entry.info, entry.table))
             except StudyError:
                 self.unknown_entries += 1
         return known
+
+    @functools.cached_property
+    def _found(self) -> list[Found]:
+        return list(self._ledger.scan())
 
     @functools.cached_property
     def _entries(self) -> _Entries:

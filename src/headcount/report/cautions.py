@@ -28,6 +28,7 @@ def truncations(study: Study, tasks: Sequence[str] | None = None, shots: Sequenc
 def cautions(study: Study) -> Iterator[str]:
     """What a reader must know before believing a figure."""
     spec = study.spec
+    yield from _of_entries(study)
     yield from (f"Model: {note}." for note in study.model.get("notes", ()))
     if spec.get("protocol") == "paper":
         other = ["FFN oracles on the reported documents, the last layer's heads by another denominator, text encoded "
@@ -59,6 +60,22 @@ def cautions(study: Study) -> Iterator[str]:
         points = "1 measured point" if n == 1 else f"{n} measured points"
         yield (f"Of the {what} {points} {'is' if n == 1 else 'are'} not shown: of fewer documents than others, or what "
                "it would be compared with is not measured.")
+
+
+def _of_entries(study: Study) -> Iterator[str]:
+    """What of the folder's entries cannot be believed, or not be checked."""
+    if n := len(study.damaged):
+        are = "entry is damaged and" if n == 1 else "entries are damaged and"
+        yield (f"{n} {are} left out ({words.few(study.damaged)}), and so may be what rests on "
+               f"{'it' if n == 1 else 'them'}: run the study's command again, which measures "
+               f"{'it' if n == 1 else 'them'} anew.")
+    unverified, whole = study.unverified
+    if unverified:
+        of = "The only entry is" if whole == 1 else f"{unverified} of {whole} entries are"
+        yield (f"{of} of an earlier version, which wrote no checksums: a bit that was damaged since cannot be found.")
+    if n := len(study.foreign):
+        yield (f"{words.number_of(n, 'file')} among the entries {'is none and is' if n == 1 else 'are none and are'} "
+               f"ignored: {words.few(study.foreign)}.")
 
 
 def _of_orders(study: Study) -> Iterator[str]:

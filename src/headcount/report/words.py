@@ -36,6 +36,11 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
 
 
+def few(names: Sequence[str], most: int = 3) -> str:
+    """Names, or where they are many the first of them and how many more there are: `a, b, c and 4 more`."""
+    return listed(names) if len(names) <= most + 1 else f"{', '.join(names[:most])} and {len(names) - most} more"
+
+
 def millions(n: float | int) -> str:
     """Parameters as people say them: 3.1 M, 2.4 B."""
     return f"{n / 1e9:.1f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"

@@ -2,24 +2,86 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from headcount.errors import StudyError
+from headcount.study.ledger import REMEDY
 from headcount.study.spec import Part, parts_of
 
 
-def check_description(
-    description: Mapping[str, Any], path: Path, remedy: str = "choose another `out`, or delete that folder"
-) -> None:
+class _Shots(TypedDict, total=False):
+    documents: int | None
+    examples: int | None
+    shared_shots: bool
+
+
+class _Task(TypedDict, total=False):
+    fingerprint: Required[str]
+    metric: str
+    documents: int | None
+    examples: int | None
+    by_shots: dict[str, _Shots]
+    constant_answer: float | None
+    constant_places: list[int] | None
+    notes: list[str]
+
+
+class _Request(TypedDict, total=False):
+    spec: dict[str, Any]
+    parts: list[str]
+    tasks: dict[str, _Task]
+    unseen: dict[str, _Task]
+
+
+class _Anatomy(TypedDict, total=False):
+    heads_per_layer: Required[list[int]]
+    parameters: int
+    parameters_per_head: list[int]
+    parameters_per_ffn: list[int]
+
+
+class _Cost(TypedDict):
+    batch: float
+    doubled: float
+
+
+class _Budget(TypedDict):
+    device: str
+    batch_tokens: int
+    gradient_tokens: int
+    longest_row: int
+    cost: _Cost
+
+
+class _Description(_Request, total=False):
+    """What of study.json is read; everything but the first of its parts came later or may be absent."""
+
+    asked: Annotated[list[_Request], Field(min_length=1)]
+    anatomy: _Anatomy
+    budget: _Budget | None
+    commands: list[str]
+    masks: str | None
+
+
+@functools.cache
+def _adapter() -> Any:
+    return TypeAdapter(_Description)
+
+
+def check_description(description: Mapping[str, Any], path: Path) -> None:
     """Refuse a study.json that lacks what every version wrote, or holds another type there.
 
     Raises:
         StudyError: With the file and the field.
     """
     def damaged(what: str) -> StudyError:
-        return StudyError(f"{path} is damaged ({what}); {remedy}", fields=("out",))
+        return StudyError(f"{path} is damaged ({what}); {REMEDY}", fields=("out",))
 
     for name in ("spec", "model", "tasks"):
         if not isinstance(description.get(name), dict):
@@ -35,6 +97,11 @@ def check_description(
     for task, known in description["tasks"].items():
         if not isinstance(known, dict) or not isinstance(known.get("fingerprint"), str):
             raise damaged(f"tasks.{task}.fingerprint is no text")
+    try:
+        _adapter().validate_python(dict(description), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise damaged(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def parts_asked(request: Mapping[str, Any]) -> list[Part]:

@@ -34,6 +34,7 @@ def previous(ledger: Ledger) -> dict[str, Any] | None:
 
     Raises:
         StudyError: If the folder (or one that it lies in) is a file or cannot be written to, or holds something else.
+            Where only study.json is gone, the entries are found by their names, and the folder counts as new.
     """
     there = next(place for place in (ledger.folder, *ledger.folder.absolute().parents) if place.exists())
     if not there.is_dir():
@@ -41,7 +42,7 @@ def previous(ledger: Ledger) -> dict[str, Any] | None:
     if not os.access(there, os.W_OK):
         raise StudyError(f"{there} cannot be written to; choose another `out`", fields=("out",))
     description = ledger.read_json("study.json")
-    if description is None and ledger.folder.is_dir() and any(
+    if description is None and ledger.folder.is_dir() and not ledger.is_begun() and any(
             not f.name.startswith(".") for f in ledger.folder.iterdir()):
         raise StudyError(f"{ledger.folder} is not empty and holds no study; choose another `out`", fields=("out",))
     if description is not None:
@@ -94,19 +95,26 @@ def other_orders(spec: StudySpec, before: Mapping[str, Any] | None) -> str:
             f"{now['ffn']}, are measured beside them and shown instead")
 
 
-def check_model(loaded: LoadedModel, before: Mapping[str, Any] | None, folder: Path) -> str:
+def check_model(loaded: LoadedModel, before: Mapping[str, Any] | None, ledger: Ledger) -> str:
     """Refuse another model than the folder's, whichever options led to it; gives the identity that its entries have.
 
     A folder of an earlier version goes on by the identity of that version. From then on it holds the present one, too,
-    which is compared as well.
+    which is compared as well. Where study.json is gone, the entries say which model it was.
 
     Raises:
         StudyError: Which names what differs.
     """
     from headcount.model.fingerprint import KIND
 
+    folder = ledger.folder
     if before is None:
-        return loaded.identity
+        models = {str(job.get("model")) for job, _ in ledger.descriptions()}
+        if not models or loaded.identity in models:
+            return loaded.identity
+        if loaded.earlier_identity in models:
+            return loaded.earlier_identity
+        raise StudyError(f"{folder} holds entries of another model, and no study.json; choose another `out`",
+                         fields=("out",))
     known = before["model"]
     for name in ("dtype", "attn_implementation"):
         if known.get(name) not in (None, loaded.provenance[name]):

@@ -81,6 +81,7 @@ class Plan:
         jobs: All jobs of what was asked, in an order in which they can be done.
         ledger: The folder's entries; None where no folder was named.
         other_orders: Says that the folder's curves follow other scores than those asked for; empty where they do not.
+        damaged: Names of the folder's damaged entries; they count as not done.
     """
 
     spec: StudySpec
@@ -94,6 +95,7 @@ class Plan:
     jobs: tuple[PlannedJob, ...]
     ledger: Ledger | None = None
     other_orders: str = ""
+    damaged: tuple[str, ...] = ()
 
     def is_done(self, planned: PlannedJob) -> bool:
         """Whether a job has an entry of its own."""
@@ -124,7 +126,7 @@ class Plan:
             raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
         before = previous(self.ledger)
         check_options(self.spec, before, self.ledger.folder)
-        if check_model(self.loaded, before, self.ledger.folder) != self.identity:
+        if check_model(self.loaded, before, self.ledger) != self.identity:
             raise StudyError(f"{self.ledger.folder} was begun by another version meanwhile; run the same command again")
         check_data(self.spec, before, {f.name: f.fingerprint for f in self.facts}, self.unseen, self.ledger.folder)
         return before
@@ -190,7 +192,7 @@ def prepare(
                 task.prompts(split, _few_shot(spec, k, 1))
     reporter.stage(f"loading {spec.model}")
     loaded = _proved(_unchanged(loaded) if loaded is not None else _load(spec), spec, parts)
-    identity = loaded.identity if ledger is None else check_model(loaded, before, ledger.folder)
+    identity = loaded.identity if ledger is None else check_model(loaded, before, ledger)
     reporter.stage("timing rows and batches")
     budget = _budget(loaded, spec, before)
     facts: list[TaskFacts] = []
@@ -199,7 +201,8 @@ def prepare(
         facts.append(_facts(loaded, task, spec, splits[task.name], budget, unseen=task.name in unseen))
     jobs = plan(spec, identity, loaded.anatomy.heads_per_layer, facts, parts, through_norms=bool(loaded.norms))
     ready = Plan(spec, loaded, identity, tasks, unseen, tuple(facts), budget, parts, tuple(jobs), ledger,
-                 other_orders(spec, before) if "curve" in parts else "")
+                 other_orders(spec, before) if "curve" in parts else "",
+                 tuple(ledger.damaged()) if ledger is not None else ())
     if ledger is not None:
         ready.check_folder()
     return ready

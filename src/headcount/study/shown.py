@@ -120,21 +120,50 @@ class Shown:
 
 def _planned(description: Mapping[str, Any], parts: Sequence[Any]) -> dict[Job, set[Step]]:
     """What was asked for, each question with its steps."""
+    planned: dict[Job, set[Step]] = {}
+    # In one piece, however it was cut into jobs.
+    for job in _jobs(description, parts, "", masks_per_job=10**9):
+        steps = steps_of(job.masks) if isinstance(job, Evaluation) else ()
+        planned.setdefault(_question(job), set()).update(steps or ("",))
+    return planned
+
+
+def named_jobs(description: Mapping[str, Any]) -> dict[str, Job]:
+    """The jobs of a request by the names of their entries, as if nothing of it had been measured before.
+
+    Args:
+        description: study.json, with one of its requests.
+
+    Raises:
+        StudyError: If the saved options are none.
+    """
+    cut, model = description["spec"].get("masks_per_job", StudySpec.masks_per_job), description["model"]["fingerprint"]
+    # An earlier version said one number of documents for all numbers of shots.
+    shots = description["spec"]["shots"]
+    known = {kind: {name: {"by_shots": {str(k): task for k in shots}, **task}
+                    for name, task in description.get(kind, {}).items()} for kind in ("tasks", "unseen")}
+    # Whether gradients were taken through norms is the model's matter, which is not at hand: both.
+    return {name_of(job): job for norms in (False, True)
+            for job in _jobs({**description, **known}, parts_asked(description), model, masks_per_job=cut,
+                             through_norms=norms)}
+
+
+def _jobs(
+    description: Mapping[str, Any], parts: Sequence[Any], model: str, *, masks_per_job: int,
+    through_norms: bool = False,
+) -> list[Job]:
+    """What was asked for, planned again from what was saved."""
     names = {f.name for f in dataclasses.fields(StudySpec)} - {*fields_that(StudySpec, "means")}
     options: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
                                for name, value in description["spec"].items() if name in names}
     try:
-        # In one piece, however it was cut into jobs.
-        spec = StudySpec("", **options, masks_per_job=10**9)
+        spec = StudySpec("", **options, masks_per_job=masks_per_job)
     except (OptionError, TypeError) as error:
         raise StudyError(f"study.json holds options that are none: {error}") from error
     facts = [_facts(name, known, spec.shots, unseen=unseen) for unseen, kind in ((False, "tasks"), (True, "unseen"))
              for name, known in description.get(kind, {}).items()]
-    planned: dict[Job, set[Step]] = {}
-    for one in plan(spec, "", description["anatomy"]["heads_per_layer"], facts, parts):
-        steps = steps_of(one.job.masks) if isinstance(one.job, Evaluation) else ()
-        planned.setdefault(_question(one.job), set()).update(steps or ("",))
-    return planned
+    heads = description["anatomy"]["heads_per_layer"]
+    return [one.job for one in plan(spec, model, heads, facts, parts, through_norms=through_norms)]
 
 
 def _facts(name: str, known: Mapping[str, Any], shots: Sequence[int], *, unseen: bool) -> TaskFacts:

@@ -1,0 +1,134 @@
+"""A study folder checked: which entries are whole, which are damaged and what they were of. Nothing is written.
+
+What a damaged entry was of stands in it, where its name proves that part. Where it does not, all that the folder was
+asked for is planned again from study.json, and the planned job of the same name is it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headcount.errors import HeadcountError, StudyError
+from headcount.study.described import check_description
+from headcount.study.jobs import job_from
+from headcount.study.ledger import Found, Ledger, is_left_over
+from headcount.study.shown import named_jobs
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """An entry that is not believed.
+
+    Attributes:
+        name: Of the file.
+        reason: Why.
+        title: What it was of, in a few words; empty where that cannot be told.
+    """
+
+    name: str
+    reason: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found in a study folder.
+
+    Attributes:
+        folder: The folder.
+        whole: How many entries are proved by their digest.
+        unverified: How many have none, since an earlier version wrote them; nothing speaks against them.
+        other_versions: How many entries another version wrote, which this one does not read.
+        damaged: The damaged ones.
+        foreign: Names of files among the entries that are none.
+        left_over: Names of what killed processes left there.
+        description: What is wrong with study.json; empty where nothing is.
+        commands: By which the folder was measured, as far as study.json can be read.
+    """
+
+    folder: Path
+    whole: int
+    unverified: int
+    other_versions: int
+    damaged: tuple[Damaged, ...]
+    foreign: tuple[str, ...]
+    left_over: tuple[str, ...]
+    description: str
+    commands: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damaged and not self.description
+
+
+def check(folder: str | Path) -> Checked:
+    """Look at every file of a study folder.
+
+    Args:
+        folder: The folder, as `out` named it.
+
+    Raises:
+        StudyError: If it holds no study.
+    """
+    ledger = Ledger(folder)
+    description, wrong = _description(ledger)
+    if description is None and not wrong:
+        if not ledger.is_begun():
+            raise StudyError(f"{folder} holds no study (no study.json, no entries); name the folder given to `out`",
+                             fields=("out",))
+        wrong = "study.json is not there; the study's command writes it anew and finds what is measured"
+    found = list(ledger.scan(rows=False))
+    whole = [one for one in found if one.entry is not None]
+    damaged = [one for one in found if one.damage]
+    # Planning takes a while; most jobs tell their own names.
+    planned = _planned_titles(description) if any(one.job is None for one in damaged) else {}
+    others = ledger.foreign()
+    return Checked(
+        Path(folder), sum(one.verified for one in whole), sum(not one.verified for one in whole),
+        sum(one.other_format for one in found),
+        tuple(Damaged(one.name, one.damage, _title(one) or planned.get(one.name, "")) for one in damaged),
+        tuple(name for name in others if not is_left_over(name)), tuple(filter(is_left_over, others)), wrong,
+        _commands(description))
+
+
+def _description(ledger: Ledger) -> tuple[dict[str, Any] | None, str]:
+    """study.json, None where it is not there or damaged; and what is wrong with it."""
+    try:
+        description = ledger.read_json("study.json")
+        if description is not None:
+            check_description(description, ledger.folder / "study.json")
+    except StudyError as error:
+        return None, str(error)
+    return description, ""
+
+
+def _title(found: Found) -> str:
+    try:
+        return "" if found.job is None else job_from(found.job).title
+    except StudyError:
+        return ""
+
+
+def _planned_titles(description: dict[str, Any] | None) -> dict[str, str]:
+    """By names of files, what the jobs are called that the folder was asked for."""
+    titles: dict[str, str] = {}
+    for request in _requests(description):
+        try:
+            titles |= {f"{job.kind}-{name}.parquet": job.title for name, job in named_jobs(request).items()}
+        except HeadcountError:  # what an earlier version wrote may not be enough to plan with
+            continue
+    return titles
+
+
+def _requests(description: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if description is not None:
+        yield from ({**description, **one} for one in description.get("asked", [{}]))
+
+
+def _commands(description: dict[str, Any] | None) -> tuple[str, ...]:
+    commands = (description or {}).get("commands", ())
+    return tuple(command for command in commands if isinstance(command, str)) if isinstance(commands, list) else ()
