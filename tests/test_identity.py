@@ -15,6 +15,8 @@ import tiny
 from headcount.analysis.study import open_study
 from headcount.errors import HeadcountError, ModelError, StudyError
 from headcount.model.load import LoadedModel, load
+from headcount.report.cautions import cautions
+from headcount.study import worker
 from headcount.study.prepare import prepare
 from headcount.study.runner import run_study
 from headcount.study.spec import StudySpec
@@ -148,3 +150,18 @@ def test_a_folder_that_went_on_tells_models_apart_as_a_new_one(
     run_study(asked, parts=("evaluate",))
     with pytest.raises(HeadcountError, match="a study of another model"):
         prepare(negated)
+
+
+def test_versions_that_differ_between_entries_are_named(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = spec(tmp_path, folder)
+    run_study(asked, parts=("evaluate",))
+    assert not any("same versions" in caution for caution in cautions(open_study(asked.out)))
+    now = worker.versions()
+    monkeypatch.setattr(worker, "versions", lambda: now | {"torch": "9.9", "lm_eval": "9.8"})
+    run_study(asked, parts=("evaluate", "heads"))
+    (told,) = [caution for caution in cautions(open_study(asked.out)) if "same versions" in caution]
+    assert f"torch {now['torch']} and 9.9" in told
+    assert f"lm_eval {now['lm_eval']} and 9.8" in told
+    assert "transformers" not in told

@@ -278,6 +278,17 @@ class Study:
         """Names of damaged entries, which are left out of all tables."""
         return [found.name for found in self._found if found.damage]
 
+    @functools.cached_property
+    def versions_apart(self) -> dict[str, list[str]]:
+        """Packages of which what is shown was measured with several versions, and these."""
+        shown = [entry.info for entries in self._entries for entry in entries]
+        seen: dict[str, set[str]] = {}
+        for info in shown:
+            known = info.get("versions")
+            for package, version in (known if isinstance(known, dict) else {}).items():
+                seen.setdefault(package, set()).add(str(version))
+        return {package: sorted(versions) for package, versions in seen.items() if len(versions) > 1}
+
     @property
     def unverified(self) -> tuple[int, int]:
         """How many whole entries have no digest, since an earlier version wrote them; and how many are whole."""

@@ -29,6 +29,9 @@ def cautions(study: Study) -> Iterator[str]:
     """What a reader must know before believing a figure."""
     spec = study.spec
     yield from _of_entries(study)
+    if apart := study.versions_apart:
+        named = "; ".join(f"{package} {' and '.join(versions)}" for package, versions in sorted(apart.items()))
+        yield f"Not all was measured with the same versions, which may give other numbers: {named}."
     yield from (f"Model: {note}." for note in study.model.get("notes", ()))
     if spec.get("protocol") == "paper":
         other = ["FFN oracles on the reported documents, the last layer's heads by another denominator, text encoded "

@@ -67,7 +67,7 @@ def run(plan: Plan, *, reporter: Reporter | None = None, command: str = "") -> P
         reporter.job(planned.title)
         result = worker.entry(planned, ledger.read_need)
         ledger.write(planned.key, result.table, result.info)
-    # Contract 3 is proved by the first job that swept several masks; a description that was lost meanwhile is mended.
+    # Contract 3 is proved by the first job that swept several masks; a description that was lost is written anew.
     if engine.masks_reason is not None or not (ledger.folder / "study.json").exists():
         _describe(plan, ledger, command, engine.masks_reason)
     return ledger.folder
