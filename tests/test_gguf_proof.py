@@ -179,7 +179,8 @@ def test_a_file_that_transformers_stumbles_over_is_refused_in_a_line(
     arch: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     path = write(build(arch), tmp_path / "model.gguf", arch, fields=fields)
-    with pytest.raises(ModelError, match=r"^transformers cannot make a model of model\.gguf: .*$"):
+    said = r"^[^\n]*model\.gguf (cannot be loaded|does not describe a whole model): [^\n]*$"
+    with pytest.raises(ModelError, match=said):
         load(path, device="cpu")
 
 
