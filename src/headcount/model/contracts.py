@@ -239,8 +239,8 @@ def _removed_before(anatomy: Anatomy) -> str:
         said = getattr(part.attention, "head_dim", None)
         width = part.num_heads * part.d_head
         if isinstance(said, int) and said > 0 and width % said == 0 and width // said != part.num_heads:
-            return (f"; layer {layer} holds {width // said} heads of {said}, the config says {part.num_heads}: have "
-                    "heads been removed from it?")
+            return (f"; layer {layer} holds {width // said} heads of {said}, the config says {part.num_heads} "
+                    "(were heads removed before, or are they named otherwise there?)")
     return ""
 
 
