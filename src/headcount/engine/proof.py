@@ -45,6 +45,8 @@ from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel
 
 _SCORED = "requests are scored as the model scores them"
+# With so many tokens both requests begin.
+_SAME = 3
 
 
 def verify_sweep(model: PreTrainedModel, anatomy: Anatomy) -> ContractResult:
@@ -98,27 +100,28 @@ def verify_scoring(loaded: LoadedModel) -> ContractResult:
     tried = "reading its logits at all positions"
     worst = 0.0
     try:
-        requests, masks = _requests(loaded), _masks(loaded.anatomy)
-        measured: list[Float[np.ndarray, " request"]] = []
-        for mask, tried in masks:
+        requests, measured = _requests(loaded), list[float]()
+        for mask, tried in _masks(loaded.anatomy):
+            # The unmodified model: no padding, no mask, logits of all positions. Without anything, one text will do.
+            alone = requests if mask.is_full else requests[:1]
             with ablated(loaded.anatomy, mask):
-                expected = _one_at_a_time(loaded, requests)
-                measured.append(_scored(loaded, requests))
+                logits = [_logits(loaded, request.ids) for request in alone]
+                scored = _scored(loaded, requests)[: len(alone)]
+            expected = np.array([_of_targets(*one) for one in zip(alone, logits, strict=True)])
+            if mask.is_full and (wrong := _foresight(logits[0], logits[1], loaded.model.dtype)):
+                return ContractResult(_SCORED, False, float("inf"), wrong)
             with np.errstate(invalid="ignore"):  # -inf less -inf: tokens that a model masks out
-                error = float(np.abs(measured[-1] - expected).max())
+                error = float(np.abs(scored - expected).max())
             # What is no number is told where it is measured, with its document.
-            numbers = np.isfinite(expected).all() and np.isfinite(measured[-1]).all()
+            numbers = np.isfinite(expected).all() and np.isfinite(scored).all()
             if numbers and not error <= TOLERANCE.get(loaded.model.dtype, 1e-3):
                 return ContractResult(_SCORED, False, error, f"{tried}, log-likelihoods differ by {error:.2g} from "
                                       "those of one request at a time")
             worst = max(worst, error if np.isfinite(error) else 0.0)
-        same = np.isfinite(measured[0]).any() and np.array_equal(measured[0], measured[-1])
-        if same and _branches_write(loaded):
+            measured.append(float(scored[0]))
+        if np.isfinite(measured[0]) and measured[0] == measured[-1] and _branches_write(loaded):
             return ContractResult(_SCORED, False, float("inf"), "without all heads and FFNs the model gives the same "
                                   "numbers as with them: gates do not act on it")
-        tried = "changing its last token"
-        if wrong := _foresight(loaded, requests[0]):
-            return ContractResult(_SCORED, False, float("inf"), wrong)
         tried = "taking gradients"
         if wrong := _gradients(loaded, requests):
             return ContractResult(_SCORED, False, float("inf"), f"{tried}, {wrong}")
@@ -159,25 +162,16 @@ def numbers_apart(
 
 
 def _requests(loaded: LoadedModel) -> list[Request]:
-    """A longer and a shorter request of random tokens."""
+    """A longer and a shorter request of random tokens, which begin with the same ones."""
     ids = probe_tokens(loaded.model)[0].cpu().numpy()
-    return [Request(ids[:-1], ids[-3:]), Request(ids[1 : PROBE_TOKENS // 2], ids[PROBE_TOKENS // 2 :][:1])]
+    other = ids[_SAME + 1 :][ids[_SAME + 1 :] != ids[_SAME]][:1]
+    return [Request(ids[:-1], ids[-3:]), Request(np.concatenate([ids[:_SAME], other]), ids[:1])]
 
 
 def _masks(anatomy: Anatomy) -> list[tuple[Mask, str]]:
     """Masks to be tried, the full model first and nothing at all last, with what is done in words."""
     nothing = Mask([[False] * n for n in anatomy.heads_per_layer], [False] * anatomy.num_layers)
     return [(Mask.full(anatomy.heads_per_layer), "scored in a batch"), (nothing, "scored without all heads and FFNs")]
-
-
-def _one_at_a_time(loaded: LoadedModel, requests: list[Request]) -> Float[np.ndarray, " request"]:
-    """Log-likelihoods by the unmodified model: no padding, no mask, logits of all positions."""
-    values = []
-    for request in requests:
-        logprobs = _logits(loaded, request.ids).log_softmax(-1).numpy()
-        values.append(sum(logprobs[position, target] for position, target in zip(request.scored, request.targets,
-                                                                                 strict=True)))
-    return np.array(values)
 
 
 @torch.no_grad()
@@ -191,17 +185,22 @@ def _logits(loaded: LoadedModel, ids: Int[np.ndarray, " pos"]) -> Float[Tensor, 
     return found
 
 
-def _foresight(loaded: LoadedModel, request: Request) -> str:
-    """Says that positions see later tokens; empty if none does."""
-    other = request.ids.copy()
-    other[-1] = request.ids[0] if request.ids[0] != request.ids[-1] else request.ids[1]
-    before, after = (_logits(loaded, ids)[:-1] for ids in (request.ids, other))
+def _of_targets(request: Request, logits: Float[Tensor, "pos vocabulary"]) -> float:
+    """A request's log-likelihood, from logits of all its positions."""
+    logprobs = logits.log_softmax(-1)
+    return float(sum(logprobs[position, target] for position, target in zip(request.scored, request.targets,
+                                                                            strict=True)))
+
+
+def _foresight(one: Float[Tensor, "_ vocabulary"], other: Float[Tensor, "_ vocabulary"], dtype: torch.dtype) -> str:
+    """Says that positions see later tokens, from logits of two texts that begin alike; empty if they do not."""
+    before, after = one[:_SAME], other[:_SAME]
     known = torch.isfinite(before).all(0) & torch.isfinite(after).all(0)  # a model may mask tokens out with -inf
     error = relative_error(before[:, known], after[:, known]) if known.any() else 0.0
-    if error <= max(1e-4, 64 * torch.finfo(loaded.model.dtype).eps):
+    if error <= max(1e-4, 8 * torch.finfo(dtype).eps):
         return ""
-    return (f"another last token changes the logits before it (by {error:.1e} of the largest): attention that sees "
-            "later tokens reads the answers that it is to give")
+    return (f"what follows a text changes its logits (by {error:.1e} of the largest): attention that sees later tokens "
+            "reads the answers that it is to give")
 
 
 def _scored(loaded: LoadedModel, requests: list[Request]) -> Float[np.ndarray, " request"]:

@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from headcount.errors import ModelError, first_line
-from headcount.model.fingerprint import described, fingerprint, tokenizer_fingerprint
+from headcount.model.fingerprint import described, tokenizer_fingerprint
 from headcount.model.gguf_proof import PROOF
 
 # What transformers asks of gguf again and again in one load.
@@ -86,9 +86,9 @@ class Facts:
     tokenizer: str
 
     @classmethod
-    def of(cls, note: str, reading: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Facts:
-        """Those of a model that was loaded."""
-        return cls(note, reading, fingerprint(model), tokenizer_fingerprint(tokenizer, 0, chat=True))
+    def of(cls, note: str, reading: str, model: str, tokenizer: PreTrainedTokenizerBase) -> Facts:
+        """Those of a model that was loaded, and has this fingerprint."""
+        return cls(note, reading, model, tokenizer_fingerprint(tokenizer, 0, chat=True))
 
     def notes(self, other_tokenizer: bool) -> tuple[str, ...]:
         """What must be said beside every result, where the file's own tokenizer is used or another one."""

@@ -276,9 +276,10 @@ def _from_gguf(source: Source, path: Path, wanted: _Wanted) -> _Got:
     if (facts := kept.facts()) is not None:
         # Where this fails or gives another model, the file itself is read, which raises the user's own errors again.
         with contextlib.suppress(ModelError):
-            model, reader = _read(Source(str(kept.folder), None), wanted)
-            if gguf.Facts.of(facts.note, facts.reading, model, reader) == facts or (
-                    other and fingerprint(model) == facts.fingerprint):
+            inside = Source(str(kept.folder))
+            model, reader = _read(inside, wanted)
+            own = _fingerprint(model, inside.files)
+            if gguf.Facts.of(facts.note, facts.reading, own, reader) == facts or (other and own == facts.fingerprint):
                 model.name_or_path = model.config.name_or_path = reader.name_or_path = source.place
                 return _Got(model, reader, facts.fingerprint, facts.notes(other))
     with gguf.read_once(path) as note:
@@ -288,7 +289,7 @@ def _from_gguf(source: Source, path: Path, wanted: _Wanted) -> _Got:
     if quantizer is not None:
         # The weights are no longer quantised; with this left on, the model could not be saved.
         quantizer.remove_quantization_config(model)
-    facts = gguf.Facts.of(note, reading, model, reader)
+    facts = gguf.Facts.of(note, reading, fingerprint(model), reader)
     if not other:
         kept.keep(facts, model, reader)
     return _Got(model, reader, facts.fingerprint, facts.notes(other))
