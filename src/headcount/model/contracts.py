@@ -90,8 +90,12 @@ def probe_tokens(model: PreTrainedModel) -> Int[Tensor, "batch pos"]:
 
 @dataclass
 class _Trace:
-    """A block's input and output; its norms in the order they ran, with input and output; other branches' output."""
+    """A block's input and output; its norms in the order they ran, with input and output; other branches' output.
 
+    `times` tells how often the block ran in the pass; tensors are those of the last time.
+    """
+
+    times: int
     entered: Tensor
     left: Tensor
     norms: list[tuple[Tensor, Tensor]]
@@ -108,6 +112,9 @@ def _identity(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch 
         # A gate at a wrong place can leave shapes that do not fit.
         return ContractResult(name, False, float("inf"), "a block does not even run so: a head or FFN of it is not "
                               f"where the anatomy says ({failure})")
+    if again := [f"block {i} runs {trace.times} times" for i, trace in sorted(traces.items()) if trace.times > 1]:
+        return ContractResult(name, False, float("inf"), f"{again[0]} in one pass: what is removed from it is removed "
+                              "each time, so that such layers cannot be measured")
     worst, where = 0.0, -1
     for i, part in enumerate(anatomy.layers):
         error = _identity_error(traces[i], _bias(part.out_proj)) if i in traces else float("inf")
@@ -146,7 +153,7 @@ def _trace_block(
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         out = output[0] if isinstance(output, (tuple, list)) else output
-        traces[index] = _Trace(entered[-1], out.clone(), norms, others)
+        traces[index] = _Trace(len(entered), entered[-1], out.clone(), norms, others)
 
     def beside(module: nn.Module, args: Any, output: Tensor) -> None:
         others.append(output.clone())

@@ -351,7 +351,7 @@ def _check_output(name: str, model: PreTrainedModel) -> None:
     layer: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if isinstance(layer, torch.nn.Module):
         return
-    if getattr(model, "base_model", None) is model:
+    if model.base_model_prefix and model.base_model is model:
         raise ModelError(f"{name} is a {type(model).__name__}, which has no output layer and gives no logits: load it "
                          "with AutoModelForCausalLM, then wrap that")
     raise ModelError(f"{name} ({type(model).__name__}) computes its logits without an output layer that is a module of "
