@@ -390,13 +390,12 @@ class Odd(LlamaForCausalLM):
         return out
 
 
-def odd(what: str) -> Odd:
-    torch.manual_seed(0)
-    plain = tiny.model("llama")
+def odd(what: str) -> LoadedModel:
+    plain = families.tiny("llama")
     model = Odd(plain.config)
     model.load_state_dict(plain.state_dict())
     model.what = what
-    return model.eval()
+    return wrap(model.eval(), families.reader())
 
 
 @pytest.mark.parametrize(("what", "said"), [
@@ -409,8 +408,8 @@ def odd(what: str) -> Odd:
     ("twice", "block 0 runs 2 times in one pass"),
 ])
 def test_what_fails_only_when_it_is_measured_fails_the_proof(task: Task, what: str, said: str) -> None:
-    loaded = wrap(odd(what), tiny.tokenizer())
-    assert not all(result.holds for result in Engine(loaded).contracts)
+    loaded = odd(what)
+    assert not all(result.holds for result in Engine.of(loaded).contracts)
     for measure in (evaluate, head_importance, ffn_importance):
         with pytest.raises(ModelError, match=said) as told:
             measure(loaded, task, limit=2)
@@ -418,10 +417,10 @@ def test_what_fails_only_when_it_is_measured_fails_the_proof(task: Task, what: s
 
 
 def test_an_output_layer_that_is_no_module_is_refused() -> None:
-    model = odd("")
+    model = odd("").model
     model.get_output_embeddings = lambda: None
     with pytest.raises(ModelError, match="without an output layer that is a module"):
-        wrap(model, tiny.tokenizer())
+        wrap(model, families.reader())
 
 
 def test_attention_that_sees_later_tokens_is_refused() -> None:
@@ -578,3 +577,10 @@ def test_provenance_says_the_same_things_whichever_way_a_model_came(whole: Path,
     assert ways[0].fingerprint == ways[2].fingerprint
     assert fingerprints.KIND in ways[0].identity
     assert dataclasses.replace(ways[0]).identity == ways[0].identity
+
+
+def test_code_of_headcount_itself_is_no_part_of_a_users_class() -> None:
+    names = [line.partition(" ")[0] for line in fingerprints.code_of([Odd])]
+    assert "test_door.py" in names
+    assert "tiny.py" in names
+    assert "fingerprint.py" not in names

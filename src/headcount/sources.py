@@ -39,7 +39,7 @@ def digests(texts: dict[Path, str]) -> list[str]:
 
 
 def is_installed(path: Path) -> bool:
-    """Whether a Python file is of Python itself or of an installed package, which its version identifies."""
+    """Whether a Python file is of Python itself, of an installed package or of headcount: its version identifies it."""
     resolved = path.resolve()
     return bool({*resolved.parents} & _libraries()) or "site-packages" in resolved.parts
 
@@ -47,7 +47,8 @@ def is_installed(path: Path) -> bool:
 @functools.cache  # of this interpreter, which does not move
 def _libraries() -> frozenset[Path]:
     places = sysconfig.get_paths()
-    return frozenset(Path(places[name]).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    own = Path(__file__).resolve().parent  # which may be installed in place
+    return frozenset({own, *(Path(places[name]).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))})
 
 
 def _imported(path: Path, text: str) -> Iterator[Path]:
