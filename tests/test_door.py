@@ -257,7 +257,7 @@ def test_compiled_models_are_measured_as_they_were_before(task: Task, how: Calla
     with torch.no_grad():
         model(torch.arange(8)[None])  # compiled without any gate
     loaded = wrap(model, tiny.tokenizer())
-    assert any("torch.compile is taken off" in note for note in loaded.notes)
+    assert any("torch.compile" in note and "taken off" in note for note in loaded.notes)
     assert loaded.fingerprint == wrap(tiny.model("llama"), tiny.tokenizer()).fingerprint
     for own, expected in zip(values(loaded, task), values(tiny.loaded("llama"), task), strict=True):
         np.testing.assert_allclose(own, expected, atol=1e-5)
@@ -584,3 +584,15 @@ def test_code_of_headcount_itself_is_no_part_of_a_users_class() -> None:
     assert "test_door.py" in names
     assert "tiny.py" in names
     assert "fingerprint.py" not in names
+
+
+@pytest.mark.parametrize("part", ["headcount.model.contracts._slices", "headcount.engine.proof.plain_loglikelihoods"])
+def test_memory_that_is_too_small_for_the_proof_is_told_as_that(
+    task: Task, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def too_large(*arguments: object, **keywords: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(part, too_large)
+    with pytest.raises(ModelError, match="memory is too small to check"):
+        evaluate(wrap(families.tiny("llama"), families.reader()), task, limit=2)

@@ -88,9 +88,9 @@ def test_damaged_weights_are_named_with_part_and_document(task: Task, what: str)
     parameter, where, value, part, many = DAMAGE[what]
     put(loaded, parameter, where, value)
     for measure, result in ((lambda: evaluate(loaded, task), "the log-likelihood of option 0 of document 0 of task "
-                             "'words' (0 shots) is "),
+                             "'words' (0-shot) is "),
                             (lambda: gradient_importance(loaded, task, FewShot()), "the gradient score of document 0 "
-                             "of task 'words' (0 shots, importance examples) is no number for L")):
+                             "of task 'words' (0-shot, importance examples) is no number for L")):
         with pytest.raises(ModelError) as caught:
             measure()
         message = str(caught.value)
@@ -176,7 +176,7 @@ def test_what_a_mask_removes_may_be_damaged(task: Task) -> None:
         assert torch.equal(parameter.nan_to_num(9), before[name].nan_to_num(9)), f"{name} comes back"
     with pytest.raises(ModelError, match="is nan without L1H3, L0F; it goes wrong first in L0H0: the weights"):
         evaluate(loaded, task, [gone, full(loaded).without_heads([(1, 3)]).without_ffns([0])])
-    with pytest.raises(ModelError, match=r"document 0 of task 'words' \(0 shots, importance examples\) is nan; "):
+    with pytest.raises(ModelError, match=r"document 0 of task 'words' \(0-shot, importance examples\) is nan; "):
         oracle_importance(loaded, task, FewShot())
 
 
@@ -447,3 +447,15 @@ def test_verify_says_that_a_damaged_model_gives_no_numbers(capsys: pytest.Captur
     told = " ".join(capsys.readouterr().out.split())
     assert "FAILS random tokens give numbers" in told
     assert "model.layers.1.mlp.up_proj.weight" in told
+
+
+def test_weights_that_do_not_fit_into_float16_are_no_damage(task: Task) -> None:
+    plain = families.tiny("llama")
+    with torch.no_grad():
+        plain.model.layers[1].mlp.up_proj.weight[0] = 1e6
+    loaded = wrap(plain.half(), families.reader())
+    with pytest.raises(ModelError, match=r"do not fit into float16: use the type bfloat16 or float32"):
+        evaluate(loaded, task)
+    put(loaded, "model.layers.1.mlp.up_proj.weight", (0, 0), NAN)
+    with pytest.raises(ModelError, match="the checkpoint is damaged"):
+        evaluate(loaded, task)

@@ -35,13 +35,15 @@ _HEAD = """\
 
 `make models` writes this page from the table of tiny random models that the tests cover (`tests/families.py`), with
 transformers {version}. No family has code of its own. Heads and FFNs are looked up under five short lists of names, and
-two contracts prove on the loaded model that the look-up is right.
+contracts prove on the loaded model that the look-up is right.
 
 * *Identity*: with all heads and FFNs off, every block hands its input on, plus the bias of the output projection.
 * *Head slice*: what a head writes depends on its own attention alone.
+* *Scoring*: requests in a padded batch, with hooks, get the log-likelihoods that the unmodified model gives each of
+  them alone, with everything kept and with nothing kept; no position sees later tokens; gradients reach heads and FFNs.
 
 A family that is not listed here works if the contracts hold on it (`headcount anatomy MODEL --verify`). A model that
-fails one of them is refused before anything is measured, with the name of the block. A third contract, *sweep*, says
+fails one of them is refused before anything is measured, with the name of the block. Another contract, *sweep*, says
 that the model can be run layer by layer, so that masks share the layers before their first difference. A model that
 fails it runs one forward pass for each mask.
 

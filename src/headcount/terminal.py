@@ -257,7 +257,7 @@ def print_checked(checked: Checked) -> None:
         out(f"no entries, and ignored: {', '.join(checked.foreign)}")
     if checked.left_over:
         out(f"left by processes that were killed while they wrote, and ignored: {few(checked.left_over)}")
-    if not checked.holds:
+    if checked.damaged:
         out("what is damaged is measured again when the same command is run again"
             + ("; this folder's commands:" if checked.commands else ""))
         for command in checked.commands:

@@ -29,7 +29,6 @@ from headcount.engine.gradients import example_scores
 from headcount.engine.layout import TOLERANCE
 from headcount.engine.pack import Budget, batches, pack
 from headcount.engine.sweep import Sweep
-from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy
 from headcount.model.contracts import (
@@ -73,6 +72,8 @@ def verify_sweep(model: PreTrainedModel, anatomy: Anatomy) -> ContractResult:
                     error = relative_error(logits.cpu().double(), expected.cpu().double())
                     if not error <= worst:
                         worst, where = error, f"{masks[i]}"
+    except torch.OutOfMemoryError:  # says nothing of the model
+        raise
     except FAILURES as failure:
         return ContractResult(name, False, float("inf"), f"blocks cannot be called by themselves ({failure})")
     holds = worst <= max(1e-5, 16 * torch.finfo(model.dtype).eps)
@@ -125,6 +126,8 @@ def verify_scoring(loaded: LoadedModel) -> ContractResult:
         tried = "taking gradients"
         if wrong := _gradients(loaded, requests):
             return ContractResult(_SCORED, False, float("inf"), f"{tried}, {wrong}")
+    except torch.OutOfMemoryError:  # says nothing of the model
+        raise
     except FAILURES as failure:
         return ContractResult(_SCORED, False, float("inf"), f"{tried} failed ({type(failure).__name__}: {failure})")
     return ContractResult(_SCORED, True, worst, "")
@@ -235,9 +238,6 @@ def _gradients(loaded: LoadedModel, requests: list[Request]) -> str:
     """What is wrong with the scores of one gradient pass; empty if nothing is."""
     budget = Budget(batch_tokens=10_000)
     packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
-    try:
-        heads, ffns = example_scores(loaded, packed, len(requests))
-    except ModelError:  # no numbers: told where they are measured, with their document
-        return ""
+    heads, ffns = example_scores(loaded, packed, len(requests))
     without = "heads" if not heads.any() else "FFNs" if not ffns.any() else ""
     return f"all {without} have the score 0: no gradient reaches them" if without and _branches_write(loaded) else ""

@@ -79,7 +79,7 @@ class Prepared:
 def document_named(task: str, num_fewshot: int, split: Split, doc_id: int) -> str:
     """What a document is called in messages: its number in its split, from 0, task and shots."""
     examples = "" if split == "evaluation" else ", importance examples"
-    return f"document {doc_id} of task {task!r} ({num_fewshot} shots{examples})"
+    return f"document {doc_id} of task {task!r} ({num_fewshot}-shot{examples})"
 
 
 def evaluate(

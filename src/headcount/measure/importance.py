@@ -244,9 +244,10 @@ def oracle_from(measured: Evaluations, component: Component = "ffn") -> Importan
 def _check_numbers(measured: Evaluations) -> None:
     for what, values in ((measured.metric, measured.correct), ("gold log-likelihood", measured.gold_loglikelihood)):
         for mask, document in np.argwhere(~np.isfinite(values))[:1]:
+            under = mask_named(measured.masks[mask])
             raise ModelError(f"the {what} of document {measured.doc_ids[document]} of task {measured.task!r} "
-                             f"({measured.num_fewshot} shots) {mask_named(measured.masks[mask])} is no number, and so "
-                             "would be the importance: measure it again")
+                             f"({measured.num_fewshot}-shot){under and f' {under}'} is no number, and so would be the "
+                             "importance: headcount evaluate says where it comes from")
 
 
 def order_of(importance: Importance, score: Score | None = None) -> list[int]:

@@ -74,17 +74,18 @@ def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Pa
     if wrong:
         first, there, here = wrong[0]
         raise ModelError(f"{name} holds {_some(len(wrong), 'tensor')} of other sizes than its config says (the first "
-                         f"is {first}: {_size(there)} in the checkpoint, {_size(here)} by config.json): the config is "
-                         "of another model")
+                         f"is {first}: {_size(there)} in the checkpoint, {_size(here)} by config.json): put back the "
+                         "config.json that belongs to these weights")
     if missing:
         raise ModelError(f"{name} lacks {len(missing)} of the model's weights (the first is {missing[0]}): the "
-                         "checkpoint is of another class of model, or not whole")
+                         "checkpoint is of another class of model, or not whole; download it again, or name the model "
+                         "that it belongs to")
     left = sorted(told["unexpected_keys"])
     held = _tensors(folder) if left or _rotary(model) else {}
     if left := [key for key in left if not _is_harmless(key, held)]:
         raise ModelError(f"{name} holds {_some(len(left), 'tensor')} that {type(model).__name__} has no place for with "
-                         f"this config (the first is {left[0]}): without them it would be another model; correct its "
-                         "config.json, or load it with transformers yourself and pass it to wrap")
+                         f"this config, and drops (the first is {left[0]}): put back the config.json that belongs to "
+                         "these weights; to measure what is left without them, load it with transformers and wrap it")
     _check_rotary(name, model, held)
 
 

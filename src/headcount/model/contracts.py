@@ -10,7 +10,8 @@
    gradient of slice h, the part of every other head is exactly 0, and its own is not. For this the model runs eager
    attention, a few tokens long, and gets its own kernel back.
 
-The third contract, that the model can be run layer by layer, is of the engine (`headcount.engine.proof`).
+Contracts 3 and 4, that the model can be run layer by layer and that requests are scored as it scores them, are of the
+engine (`headcount.engine.proof`).
 
 Shapes are not tested: a gate at the wrong place has the right shape (the FFN module's output on BLOOM and MPT).
 """
@@ -108,6 +109,8 @@ def _identity(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch 
     try:
         with torch.no_grad(), ablated(anatomy, nothing), _traced(anatomy) as traces:
             model(input_ids=ids, use_cache=False)
+    except torch.OutOfMemoryError:  # says nothing of the model
+        raise
     except FAILURES as failure:
         # A gate at a wrong place can leave shapes that do not fit.
         return ContractResult(name, False, float("inf"), "a block does not even run so: a head or FFN of it is not "
@@ -215,6 +218,8 @@ def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "bat
     name = "a head's slice depends on its own attention alone"
     try:
         return _slices(name, model, anatomy, ids)
+    except torch.OutOfMemoryError:  # says nothing of the model
+        raise
     except FAILURES as failure:
         return ContractResult(name, False, float("inf"), f"its attention cannot be looked at ({failure})")
 

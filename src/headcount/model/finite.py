@@ -203,6 +203,11 @@ def _why(
 ) -> Finding:
     """The cause at a place; `narrower` tells whether less narrow a type would have done, None where it cannot tell."""
     broken = damaged(place.blamed, model) or damaged(_outside(model, anatomy), model)
+    if broken and not _holds_nan((*place.blamed, *_outside(model, anatomy))) and _is_narrow(model.dtype):
+        name = str(model.dtype).removeprefix("torch.")
+        return Finding(f"{place.where}: weights are infinite there, in {_listed(broken, 'tensors')}, as numbers are that "
+                       f"do not fit into {name}: use the type bfloat16 or float32 (`dtype`); if they are infinite in "
+                       "those, too, the checkpoint is damaged", ("dtype",))
     if broken:
         return Finding(f"{place.where}: the weights themselves are NaN or infinite there, in "
                        f"{_listed(broken, 'tensors')}; the checkpoint is damaged: download or convert it again")
@@ -214,9 +219,23 @@ def _why(
                    "(such as 0/0 in a norm); leave out what is named, or repair the model's code")
 
 
+def _is_narrow(dtype: torch.dtype) -> bool:
+    """Whether numbers of ordinary size overflow in a type, as in float16."""
+    return torch.finfo(dtype).max < torch.finfo(torch.bfloat16).max
+
+
+def _holds_nan(modules: Iterable[nn.Module]) -> bool:
+    for module in (inner for outer in modules for inner in outer.modules()):
+        with align_module_device(module), torch.no_grad():
+            if any(bool(torch.isnan(p).any()) for p in module.parameters(recurse=False)
+                   if p.is_floating_point() and p.device.type != "meta"):
+                return True
+    return False
+
+
 def _overflow(place: _Place, dtype: torch.dtype) -> Finding:
     name = str(dtype).removeprefix("torch.")
-    if torch.finfo(dtype).max < torch.finfo(torch.bfloat16).max:
+    if _is_narrow(dtype):
         return Finding(f"{place.where}: all weights there are numbers, but {name} overflows (its largest number is "
                        f"{torch.finfo(dtype).max:.6g}): use the type bfloat16 or float32 (`dtype`)", ("dtype",))
     return Finding(f"{place.where}: all weights there are numbers, but {name} overflows beyond "

@@ -232,7 +232,11 @@ def _from_folder(source: Source, wanted: _Wanted) -> _Got:
         model, reader = _read(source, wanted)
         return _Got(model, reader, _fingerprint(model, source.files))
     adapters.check_installed(adapter)
-    base = find(adapter.base, adapter.base_revision)
+    try:
+        base = find(adapter.base, adapter.base_revision)
+    except (ModelError, OptionError) as e:
+        raise ModelError(f"the base of the adapter in {adapter.place}, {adapter.base}, is not to be had ({e}): correct "
+                         f"base_model_name_or_path in its {adapters.CONFIG}") from e
     if base.gguf is not None or base.adapter() is not None:
         raise ModelError(f"the base of the adapter in {adapter.place}, {adapter.base}, is no whole model of "
                          "transformers: merge it first, and write its folder into the adapter's config")
@@ -374,9 +378,11 @@ def dtype_of(name: str) -> str | torch.dtype:
         OptionError: If there is none of this name.
     """
     dtype = getattr(torch, name, None)
-    # Numbers of 8 bits are how weights are stored, not what is computed with.
     if name == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         return dtype or name
+    if isinstance(dtype, torch.dtype):
+        raise OptionError(f"`dtype` {name} is no type that a model is computed in: use auto, float32, bfloat16 or "
+                          "float16", fields=("dtype",))
     raise OptionError(f"unknown `dtype` {name!r}: use auto, float32, bfloat16 or float16", fields=("dtype",))
 
 

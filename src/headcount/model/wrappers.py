@@ -53,21 +53,23 @@ def hooked(model: nn.Module) -> list[str]:
 
 
 def _without_wrappers(model: object) -> tuple[object, tuple[str, ...]]:
-    compiled = False
+    compiled, parallel = False, False
     while True:
         inner: Any = getattr(model, "_orig_mod", None)
         if inner is not None:
             model, compiled = inner, True
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
+            model, parallel = model.module, True
         elif isinstance(model, nn.Module) and _is_compiled(model):
             # Compiled in place: a copy of the outer module, with the same parts, is not.
+            model.eval()
             model, compiled = copy.copy(model), True
             model._compiled_call_impl = None
             model.__dict__.pop("forward", None)
         else:
             break
-    return model, ("torch.compile is taken off: the model is measured as it was before",) if compiled else ()
+    taken = [name for name, there in (("torch.compile", compiled), ("data parallelism", parallel)) if there]
+    return model, (f"{' and '.join(taken)} taken off: the model is measured as it was before",) if taken else ()
 
 
 def _check_module(name: str, place: str, module: nn.Module) -> None:

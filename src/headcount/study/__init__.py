@@ -2,6 +2,7 @@
 
 Here live `spec` (options), `masksets` and `jobs` (what is measured, typed), `plan` (which jobs, at what cost),
 `prepare` (everything that must be known first), `worker` (one job done), `runner` (all of them, saved), and of the
-folder `ledger`, `codec`, `described`, `folder` and `shown`. What comes in is a model, tasks and options; measure and
-engine do the computing, and only `prepare`, `worker` and `runner` call them: the rest is read without torch.
+folder `ledger` (with `seal` and `plausible`), `codec`, `described`, `folder`, `shown` and `check`. What comes in is a
+model, tasks and options; measure and engine do the computing, and only `prepare`, `worker` and `runner` call them: the
+rest is read without torch.
 """

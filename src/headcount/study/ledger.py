@@ -46,7 +46,7 @@ _KEYS = {"format", "job", "info"}
 _NAME = re.compile(r"([a-z_]+)-[0-9a-f]{24}\.parquet")
 # What to do about a study.json that is damaged: the names of entries say all that a study needs to find them.
 REMEDY = ("put back a copy of it, or delete this one file and run the study's command again: what is measured is found "
-          "again")
+          "again (what was asked for earlier is forgotten)")
 # How long another process may decide what the folder is a study of, in seconds.
 _PATIENCE = 60.0
 # What a file system says that knows no locks.
@@ -233,7 +233,10 @@ class Ledger:
             raise StudyError(f"the entry {path} is not there; run its study again, which measures it")
         found = self._look(path, rows=True)
         if found.entry is None:
-            why = found.damage or "another version wrote it in its own format"
+            if found.other_format:
+                raise StudyError(f"another version wrote the entry {path} in a format of its own; run its study again, "
+                                 "which measures it for this version")
+            why = found.damage
             raise StudyError(f"the entry {path} is damaged ({why}); run its study again, which measures it anew")
         return found.entry
 

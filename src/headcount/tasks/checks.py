@@ -136,7 +136,7 @@ class Checks:
         row = origin.unprocessed(number) if origin.process is not None else None
         field = lacking(parts, doc, asks=lambda: self._asks_for_nulls)
         if field := field or ("" if row is None else lacking(parts, doc, row, origin.made)):
-            raise DataError(f"{origin.where(number, doc)}: field {field!r} is missing, null or not a number, and the "
+            raise DataError(f"{origin.where(number, doc)}: field {field!r} is missing, null or NaN, and the "
                             f"prompt of task {self.task!r} needs it; give it a value, or leave that document out")
 
     @functools.cached_property

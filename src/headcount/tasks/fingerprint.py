@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headcount.sources import digests, own_files
+from headcount.code_files import digests, own_files
 from headcount.tasks.fewshot import Document
 
 # Where the documents lay, and what the caller chooses; none of it changes what a document asks.
