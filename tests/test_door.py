@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import families
 import tiny
+from headcount.engine.encode import Request
 from headcount.engine.engine import Engine
+from headcount.engine.pack import Budget
 from headcount.engine.proof import verify_scoring
 from headcount.errors import ModelError
 from headcount.masks import Mask
@@ -385,6 +387,8 @@ class Odd(LlamaForCausalLM):
             out.logits = out.logits.reshape(-1, out.logits.shape[-1])
         elif self.what == "mixed":
             out.logits = out.logits - out.logits.mean(0, keepdim=True).mean(1, keepdim=True)
+        elif self.what == "rounded":
+            out.logits = out.logits.round(decimals=3)
         elif self.what == "twice":
             self.model(input_ids=input_ids)
         return out
@@ -414,6 +418,28 @@ def test_what_fails_only_when_it_is_measured_fails_the_proof(task: Task, what: s
         with pytest.raises(ModelError, match=said) as told:
             measure(loaded, task, limit=2)
         assert "\n" not in str(told.value)
+
+
+def test_gradients_are_proved_where_they_are_wanted(task: Task) -> None:
+    loaded = odd("rounded")
+    assert np.isfinite(evaluate(loaded, task, limit=2).gold_loglikelihood).all()
+    assert np.isfinite(ffn_importance(loaded, task, limit=2).scores["gold_loglikelihood"]).all()
+    with pytest.raises(ModelError, match="'gradients reach heads and FFNs' .all heads have the score 0"):
+        head_importance(loaded, task, limit=2)
+
+
+def test_texts_that_switch_rotary_frequencies_for_others_are_refused() -> None:
+    model = families.tiny("llama")
+    loaded = wrap(model, families.reader())
+    model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 6, "rope_theta": 1e4}
+    ids = np.arange(10, 20)
+    short, long = Request(ids[:4], ids[4:5]), Request(ids[:9], ids[9:10])
+    engine = Engine.of(loaded)
+    for alike in ([short], [long]):
+        assert engine.pack([alike], Budget(), trees=False).num_requests == 1
+    for work in (lambda: engine.pack([[short, long]], Budget()), lambda: engine.gradients([short, long])):
+        with pytest.raises(ModelError, match="texts of 4 to 9 tokens"):
+            work()
 
 
 def test_an_output_layer_that_is_no_module_is_refused() -> None:
@@ -596,3 +622,54 @@ def test_memory_that_is_too_small_for_the_proof_is_told_as_that(
     monkeypatch.setattr(part, too_large)
     with pytest.raises(ModelError, match="memory is too small to check"):
         evaluate(wrap(families.tiny("llama"), families.reader()), task, limit=2)
+
+
+def test_layers_that_a_class_ignores_by_their_number_are_refused(whole: Path, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
+    folder = changed(whole, tmp_path / "m", {"num_hidden_layers": 2})
+    with pytest.raises(ModelError, match=r"holds a layer beyond the 2 of its config .*model\.layers\.2"):
+        load(folder, device="cpu")
+
+    def predicts(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.2.eh_proj.weight"] = torch.ones(2)
+
+    assert load(changed(folder, tmp_path / "mtp", weights=predicts), device="cpu").anatomy.num_layers == 2
+
+
+def twice(tensors: dict[str, Tensor]) -> None:
+    tensors["layers.0.mlp.down_proj.weight"] = 5 * tensors["model.layers.0.mlp.down_proj.weight"]
+
+
+def whole_numbers(tensors: dict[str, Tensor]) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = (tensors[name] * 100).round().to(torch.int8)
+
+
+@pytest.mark.parametrize(("config", "weights", "said"), [
+    (None, twice, "two tensors for one parameter, layers.0.mlp.down_proj.weight and model.layers.0"),
+    (None, whole_numbers, "holds whole numbers for model.layers.0.mlp.down_proj.weight"),
+    ({"quantization_config": {"quant_method": "foo", "bits": 4}}, None, "names a quantisation .foo. that"),
+])
+def test_weights_that_are_not_what_they_seem_are_refused(
+    whole: Path, tmp_path: Path, config: dict[str, Any] | None, weights: Change | None, said: str
+) -> None:
+    with pytest.raises(ModelError, match=said):
+        load(changed(whole, tmp_path / "m", config, weights), device="cpu")
+
+
+def test_an_adapter_that_merging_changes_is_refused(tmp_path: Path) -> None:
+    """The matrix of embeddings is the output layer's, too: merged, an adapter of one adapts both."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    tied = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                        num_attention_heads=4, tie_word_embeddings=True, bos_token_id=1,
+                                        eos_token_id=2))
+    tied.save_pretrained(tmp_path / "base")
+    families.reader().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM",
+                             init_lora_weights=False)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="the merged model computes something else"):
+        load(tmp_path / "adapter", device="cpu")

@@ -260,7 +260,7 @@ def test_a_norm_of_nothing_is_neither_damage_nor_overflow(task: Task) -> None:
     put(loaded, "model.embed_tokens.weight", 62, 0.0)  # the first option of the third document
     nothing = Mask([[False] * 4] * 2, [False] * 2)
     evaluate(loaded, task)
-    with pytest.raises(ModelError, match=r"option 0 of document 2 of task 'words' \(0 shots\) is nan without L0H0, "
+    with pytest.raises(ModelError, match=r"option 0 of document 2 of task 'words' \(0-shot\) is nan without L0H0, "
                        r"L0H1, L0H2 and 5 more heads, L0F, L1F; it goes wrong first in the norm model.norm: all "
                        r"weights there are numbers, and it is no overflow, since a wider type gives none either"):
         evaluate(loaded, task, [full(loaded), nothing])
@@ -318,7 +318,7 @@ def test_a_metric_that_is_no_number_is_refused(task: Task, monkeypatch: pytest.M
 
         with monkeypatch.context() as patch:
             patch.setattr(task.inner, "process_results", worse)
-            with pytest.raises(TaskError, match=rf"the metric 'acc' of document 2 of task 'words' \(0 shots\) without "
+            with pytest.raises(TaskError, match=rf"the metric 'acc' of document 2 of task 'words' \(0-shot\) without "
                                rf"L1F is {value:g}, though"):
                 evaluate(loaded, task, [full(loaded).without_ffns([1])])
 
@@ -329,7 +329,7 @@ def test_no_importance_is_made_of_measurements_that_are_no_numbers(task: Task) -
     for field in ("correct", "gold_loglikelihood"):
         values = getattr(measured, field).copy()
         values[2, 4] = NAN
-        with pytest.raises(ModelError, match=r"of document 4 of task 'words' \(0 shots\) without L1F is no number"):
+        with pytest.raises(ModelError, match=r"of document 4 of task 'words' \(0-shot\) without L1F is no number"):
             oracle_from(dataclasses.replace(measured, **{field: values}))
 
 

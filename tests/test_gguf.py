@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from families import tiny
 from headcount.errors import ModelError
 from headcount.model import gguf
+from headcount.model.fingerprint import fingerprint
 from headcount.model.gguf import Facts, Kept
 from headcount.model.load import load
 from test_load import tokenizer
@@ -55,7 +56,7 @@ def test_a_gguf_file_is_dequantised_once(tmp_path: Path, monkeypatch: pytest.Mon
     weights["model.norm.weight"][5] += 1
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert load("smollm2", device="cpu").fingerprint == direct.fingerprint
-    assert Kept(folder).facts() == Facts.of(*direct.notes, direct.model, direct.tokenizer)
+    assert Kept(folder).facts() == Facts.of(*direct.notes, fingerprint(direct.model), direct.tokenizer)
     assert torch.equal(load_file(folder / "model.safetensors")["model.norm.weight"], direct.model.model.norm.weight)
 
 
@@ -63,7 +64,7 @@ def kept(folder: Path) -> Kept:
     """A tiny model, kept as if it came from a GGUF file."""
     place = Kept(folder / "digest" / "float32-transformers-2-gguf-1")
     model, reader = tiny("llama"), tokenizer()
-    place.keep(Facts.of("a note", "", model, reader), model, reader)
+    place.keep(Facts.of("a note", "", fingerprint(model), reader), model, reader)
     return place
 
 
@@ -105,7 +106,7 @@ def test_writing_a_model_leaves_it_as_it_was(tmp_path: Path) -> None:
     model, reader = tiny("llama"), tokenizer()
     before = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     place = Kept(tmp_path / "digest" / "float32")
-    place.keep(Facts.of("", "", model, reader), model, reader)
+    place.keep(Facts.of("", "", fingerprint(model), reader), model, reader)
     assert place.facts() is not None
     assert json.dumps(model.config.to_dict(), sort_keys=True, default=str) == before
 

@@ -224,11 +224,14 @@ def _print_contracts(loaded: LoadedModel) -> bool:
     from headcount.engine.engine import Engine
 
     engine = Engine.of(loaded)
-    for result in engine.contracts:
+    results = list(engine.contracts)
+    if all(result.holds for result in results):
+        results.append(engine.gradient_contract)
+    for result in results:
         verdict = "[green]holds[/green]" if result.holds else "[red]FAILS[/red]"
         _out.print(f"{verdict}  {result.name} (largest error {result.worst_error:.1e}) {result.detail}",
                    highlight=False)
-    holds = all(result.holds for result in engine.contracts)
+    holds = all(result.holds for result in results)
     if wrong := engine.no_numbers() if holds else "":
         told = HeadcountError(wrong, fields=("dtype",)).on_command_line()
         _out.print(f"[red]FAILS[/red]  random tokens give numbers: it goes wrong first in {told}", highlight=False)

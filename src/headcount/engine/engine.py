@@ -4,8 +4,8 @@ The engine owns what must be found out about a model before it can be run well, 
 needed: how prompts are laid out (`probe`, when they are first packed), what rows and batches cost on the device (timed
 when a budget is wanted and none is given), and whether the model can be run layer by layer (contract 3, proved when
 more than one mask is first swept). Before all that it proves that heads and FFNs are where the anatomy says (contracts
-1 and 2) and that requests are scored as the model scores them (contract 4): nothing is measured on a model that fails
-one of these, whoever asks.
+1 and 2) and that requests are scored as the model scores them (contract 4), and before gradients that these reach heads
+and FFNs (contract 5): nothing is measured on a model that fails one of these, whoever asks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from headcount.engine.forward import (
 from headcount.engine.gradients import ExampleScores, example_scores
 from headcount.engine.layout import Layout, probe
 from headcount.engine.pack import Batch, Budget, Cost, batches, pack
-from headcount.engine.proof import numbers_apart, verify_scoring, verify_sweep
+from headcount.engine.proof import numbers_apart, verify_gradients, verify_scoring, verify_sweep
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
@@ -111,14 +111,25 @@ class Engine:
             found = numbers_apart(self._loaded.model, self._loaded.anatomy, verify(self._loaded))
             return [*found, verify_scoring(self._loaded)] if all(result.holds for result in found) else found
 
-    def prove(self) -> None:
+    @functools.cached_property
+    def gradient_contract(self) -> ContractResult:
+        """Contract 5, proved when first asked for: whether gradients reach heads and FFNs."""
+        with lifted(self._loaded.model):
+            return verify_gradients(self._loaded)
+
+    def prove(self, *, gradients: bool = False) -> None:
         """Prove, once, that this model is measured right.
+
+        Args:
+            gradients: Whether gradients are wanted, too.
 
         Raises:
             ModelError: If a contract fails, or memory is too small for the proof.
         """
         try:
             failed = next((result for result in self.contracts if not result.holds), None)
+            if failed is None and gradients and not self.gradient_contract.holds:
+                failed = self.gradient_contract
         except torch.OutOfMemoryError as error:
             raise ModelError(f"memory is too small to check {self._loaded.name}: gradients of one short pass need all "
                              "its weights on their devices; use more or larger ones, or a smaller dtype") from error
@@ -180,7 +191,9 @@ class Engine:
             OptionError: If trees are asked for that this model does not take.
         """
         layout = self.layout
-        self._check_ids([request for requests in requests_by_document for request in requests])
+        requests = [request for requests in requests_by_document for request in requests]
+        self._check_ids(requests)
+        self._check_lengths(requests)
         if trees and not layout.trees:
             raise OptionError(f"this model's prompts cannot be laid out as trees: {layout.reason}")
         if trees is not None:
@@ -225,8 +238,9 @@ class Engine:
         Raises:
             ModelError: If memory is too small for one request.
         """
-        self.prove()
+        self.prove(gradients=True)
         self._check_ids(requests)
+        self._check_lengths(requests)
         budget = budget or self.budget()
         packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
         return example_scores(self._loaded, packed, len(requests), progress)
@@ -242,6 +256,21 @@ class Engine:
                 token = self._loaded.tokenizer.decode([beyond[0]])
                 raise ModelError(f"the tokenizer writes {token[:40]!r} as token {beyond[0]}, and {self._loaded.name} "
                                  f"has embeddings of {rows} tokens: the tokenizer is not this model's")
+
+    def _check_lengths(self, requests: Sequence[Request]) -> None:
+        """Refuse texts of which some switch the model's rotary frequencies: they do so for the whole batch (longrope)."""
+        config = self._loaded.model.config.get_text_config()
+        said = getattr(config, "rope_parameters", None) or {}
+        kinds = [one for one in (said, *said.values()) if isinstance(one, dict) and one.get("rope_type") == "longrope"]
+        lengths = [len(request.ids) for request in requests]
+        for kind in kinds:
+            switch = kind.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None)
+            if switch and lengths and min(lengths) <= switch < max(lengths):
+                raise ModelError(f"{self._loaded.name} reads texts of more than {switch} tokens with other rotary "
+                                 "frequencies (longrope), and shorter ones in the same batch, too; here are texts of "
+                                 f"{min(lengths)} to {max(lengths)} tokens: take fewer shots, or tasks whose texts are "
+                                 "all on one side")
 
     def speed(self, packed: Packed) -> neighbours.Speed:
         """How fast packed requests go through the full model, and how busy others kept the cores meanwhile."""

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from headcount.errors import ModelError, first_line
+from headcount.model.attention import device_of
 
 CONFIG = "adapter_config.json"
 # Files that hold a whole model's weights, and not an adapter's.
@@ -99,23 +102,39 @@ def merged(model: PreTrainedModel, adapter: Adapter, revision: str | None) -> Pr
         revision: The adapter's revision on the hub.
 
     Raises:
-        ModelError: If the adapter cannot be read, does not fit the base, or is of a kind that is no part of weights.
+        ModelError: If the adapter cannot be read, does not fit the base, is of a kind that is no part of weights, or
+            the merged model does not compute what base and adapter do.
     """
     from peft import PeftModel
 
     keywords: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         adapted = PeftModel.from_pretrained(model, adapter.place, **keywords)
+        if not hasattr(adapted, "merge_and_unload"):
+            raise ModelError(f"the adapter of {adapter.place} is of type {adapter.kind}, which is no part of a model's "
+                             "weights: only adapters that can be merged, such as LoRA, are measured")
         # Said only by loading once more; the first time it is a warning.
         loaded = adapted.load_adapter(adapter.place, "default", **keywords)
         if lost := [*loaded.missing_keys, *loaded.unexpected_keys]:
             raise ModelError(f"the adapter of {adapter.place} does not fit {adapter.base}: {len(lost)} of its tensors "
                              f"have no counterpart (the first is {lost[0]}); name the base that it was trained on in "
                              f"its {CONFIG}")
-        if not hasattr(adapted, "merge_and_unload"):
-            raise ModelError(f"the adapter of {adapter.place} is of type {adapter.kind}, which is no part of a model's "
-                             "weights: only adapters that can be merged, such as LoRA, are measured")
+        expected = _logits(adapted, model)
         whole: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+        error = float((_logits(whole, whole) - expected).abs().max() / expected.abs().max())
+        if not error <= max(1e-3, 8 * torch.finfo(whole.dtype).eps):
+            raise ModelError(f"the adapter of {adapter.place} cannot be merged into {adapter.base}: the merged model "
+                             f"computes something else (by {error:.1e} of the largest logit), as where one of two tied "
+                             "matrices is adapted; merge it in a base whose output layer is untied")
     except _LOAD_ERRORS as e:
         raise ModelError(f"the adapter of {adapter.place} cannot be merged into {adapter.base}: {first_line(e)}") from e
     return whole
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, base: PreTrainedModel) -> Tensor:
+    """Logits of a few tokens, by a model or by an adapter around it."""
+    embeddings: Any = base.get_input_embeddings()
+    ids = torch.arange(2, min(18, int(embeddings.weight.shape[0])))[None].to(device_of(base))
+    logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return logits.double().cpu()

@@ -3,8 +3,9 @@
 transformers fills in weights that are missing with random ones, and drops those that the class has no place for: biases
 that the config turns off, layers beyond its number of layers, an adapter that is not merged, scales of a quantisation
 that it does not know. Each changes what is measured. So both are refused by name, but for tensors that no logit depends
-on; these are told by their names and contents, with the reason, in `_HARMLESS`. (Of some that a class declares itself,
-such as the layers of multi-token prediction, transformers does not tell.)
+on; these are told by their names and contents, with the reason, in `_HARMLESS`. Of what a class declares to be left
+over transformers does not tell: there the names in the files are looked at, for layers beyond the config's that do not
+predict further tokens, and for two names of one parameter. Whole numbers are no weights without a quantisation.
 
 Rotary frequencies that an old checkpoint holds are dropped by transformers, too: they must be those that the model
 computes from its config.
@@ -26,6 +27,10 @@ from transformers import PreTrainedModel
 from headcount.errors import ModelError
 
 _ROTARY = re.compile(r"rotary_emb\.inv_freq$")
+# A layer's number in a tensor's name, and what tells layers that predict further tokens from those of the model.
+_LAYER = re.compile(r"^(.*?\b(?:layers|h|blocks))\.(\d+)\.")
+_PREDICTION = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\b|\bmtp\b")
+_WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
 # Old checkpoints hold them in half precision.
 _ROTARY_ERROR = 0.01
 
@@ -81,12 +86,49 @@ def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Pa
                          "checkpoint is of another class of model, or not whole; download it again, or name the model "
                          "that it belongs to")
     left = sorted(told["unexpected_keys"])
-    held = _tensors(folder) if left or _rotary(model) else {}
+    held = _tensors(folder)
     if left := [key for key in left if not _is_harmless(key, held)]:
         raise ModelError(f"{name} holds {_some(len(left), 'tensor')} that {type(model).__name__} has no place for with "
                          f"this config, and drops (the first is {left[0]}): put back the config.json that belongs to "
                          "these weights; to measure what is left without them, load it with transformers and wrap it")
+    _check_hidden(name, model, held)
+    _check_numbers(name, model, held)
     _check_rotary(name, model, held)
+
+
+def _check_hidden(name: str, model: PreTrainedModel, held: Mapping[str, _Held]) -> None:
+    """Refuse whole layers that the class ignores by their number, and two tensors for one parameter."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    beyond: dict[str, list[str]] = {}
+    for key in held:
+        found = _LAYER.search(key)
+        if found and isinstance(layers, int) and int(found[2]) >= layers:
+            beyond.setdefault(f"{found[1]}.{found[2]}", []).append(key)
+    for keys in beyond.values():
+        if not any(_PREDICTION.search(key) for key in keys):
+            raise ModelError(f"{name} holds a layer beyond the {layers} of its config (its first tensor is {keys[0]}), "
+                             "which transformers drops: put back the config.json that belongs to these weights")
+    first: dict[str, str] = {}
+    for key in held:
+        other = first.setdefault(key.removeprefix(f"{model.base_model_prefix}."), key)
+        if other != key:
+            raise ModelError(f"{name} holds two tensors for one parameter, {other} and {key}: leave one of them out")
+
+
+def _check_numbers(name: str, model: PreTrainedModel, held: Mapping[str, _Held]) -> None:
+    """Refuse whole numbers where weights are fractions, and a quantisation that nobody undoes."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    said = getattr(model.config, "quantization_config", None)
+    if said is not None:
+        method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", said)
+        raise ModelError(f"the config of {name} names a quantisation ({method}) that transformers does not apply: its "
+                         "weights would be taken as they lie there; load it with its own library, and wrap it")
+    floating = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for key, one in held.items():
+        if one.is_whole and {key, f"{model.base_model_prefix}.{key}"} & floating:
+            raise ModelError(f"{name} holds whole numbers for {key}, as a quantised checkpoint does, and its config "
+                             "says no quantisation: put back the config.json that belongs to these weights")
 
 
 def _some(number: int, what: str) -> str:
@@ -99,10 +141,11 @@ def _size(shape: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """A tensor in a file, read when it is looked at."""
+    """A tensor in a file, read when it is looked at; whether it holds whole numbers is known before."""
 
     path: Path
     name: str
+    is_whole: bool
 
     def read(self) -> Tensor:
         """Its content."""
@@ -124,16 +167,16 @@ def _tensors(folder: Path | None) -> dict[str, _Held]:
     if folder is None:
         return {}
     if paths := sorted(folder.glob("*.safetensors")):
-        names = [(path, name) for path in paths for name in _names(path)]
+        held = [one for path in paths for one in _in_safetensors(path)]
     else:
-        names = [(path, name) for path in sorted(folder.glob("pytorch_model*.bin"))
-                 for name, value in _unpickled(path).items() if isinstance(value, Tensor)]
-    return {name: _Held(path, name) for path, name in names}
+        held = [_Held(path, name, not value.is_floating_point()) for path in sorted(folder.glob("pytorch_model*.bin"))
+                for name, value in _unpickled(path).items() if isinstance(value, Tensor)]
+    return {one.name: one for one in held}
 
 
-def _names(path: Path) -> list[str]:
+def _in_safetensors(path: Path) -> list[_Held]:
     with safe_open(path, "pt") as file:
-        return list(file.keys())
+        return [_Held(path, name, str(file.get_slice(name).get_dtype()) in _WHOLE) for name in file.keys()]  # noqa: SIM118
 
 
 def _is_harmless(key: str, held: Mapping[str, _Held]) -> bool:

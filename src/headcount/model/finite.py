@@ -205,9 +205,9 @@ def _why(
     broken = damaged(place.blamed, model) or damaged(_outside(model, anatomy), model)
     if broken and not _holds_nan((*place.blamed, *_outside(model, anatomy))) and _is_narrow(model.dtype):
         name = str(model.dtype).removeprefix("torch.")
-        return Finding(f"{place.where}: weights are infinite there, in {_listed(broken, 'tensors')}, as numbers are that "
-                       f"do not fit into {name}: use the type bfloat16 or float32 (`dtype`); if they are infinite in "
-                       "those, too, the checkpoint is damaged", ("dtype",))
+        return Finding(f"{place.where}: weights are infinite there, in {_listed(broken, 'tensors')}, as numbers are "
+                       f"that do not fit into {name}: use the type bfloat16 or float32 (`dtype`); if they are infinite "
+                       "in those, too, the checkpoint is damaged", ("dtype",))
     if broken:
         return Finding(f"{place.where}: the weights themselves are NaN or infinite there, in "
                        f"{_listed(broken, 'tensors')}; the checkpoint is damaged: download or convert it again")

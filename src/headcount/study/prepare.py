@@ -291,7 +291,8 @@ def _proved(loaded: LoadedModel, spec: StudySpec, parts: Sequence[Part]) -> Load
 
     if loaded.apply_chat_template != spec.apply_chat_template:
         raise OptionError("the model that was passed and the options differ in apply_chat_template; give the same")
-    Engine.of(loaded).prove()
+    # FFNs may be ordered by gradients, and both scores are always kept.
+    Engine.of(loaded).prove(gradients=bool({*parts} - {"evaluate", "head_oracle", "induction"}))
     if "induction" in parts:
         from headcount.measure.induction import check
 

@@ -29,6 +29,8 @@ def wrong_answer(answer: object, options: Sequence[object], *, several: bool = F
         several: Whether the task's documents may have several right options.
         texts: Whether an answer that is a text must be among the options.
     """
+    if isinstance(options, str):
+        return f"the options are a list of texts, not the text {_written(options)}"
     if unlike := [option for option in options if not isinstance(option, str)]:
         return f"an option is a text, not {_written(unlike[0])}"
     if isinstance(answer, str):
