@@ -424,7 +424,7 @@ def test_gradients_are_proved_where_they_are_wanted(task: Task) -> None:
     loaded = odd("rounded")
     assert np.isfinite(evaluate(loaded, task, limit=2).gold_loglikelihood).all()
     assert np.isfinite(ffn_importance(loaded, task, limit=2).scores["gold_loglikelihood"]).all()
-    with pytest.raises(ModelError, match="'gradients reach heads and FFNs' .all heads have the score 0"):
+    with pytest.raises(ModelError, match=r"'gradients reach heads and FFNs' .all heads have the score 0"):
         head_importance(loaded, task, limit=2)
 
 

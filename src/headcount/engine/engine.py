@@ -258,7 +258,7 @@ class Engine:
                                  f"has embeddings of {rows} tokens: the tokenizer is not this model's")
 
     def _check_lengths(self, requests: Sequence[Request]) -> None:
-        """Refuse texts of which some switch the model's rotary frequencies: they do so for the whole batch (longrope)."""
+        """Refuse texts of which some switch the rotary frequencies: they do so for the whole batch (longrope)."""
         config = self._loaded.model.config.get_text_config()
         said = getattr(config, "rope_parameters", None) or {}
         kinds = [one for one in (said, *said.values()) if isinstance(one, dict) and one.get("rope_type") == "longrope"]
