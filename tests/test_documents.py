@@ -434,3 +434,32 @@ def test_documents_without_nulls_are_not_rendered_again() -> None:
 def test_tasks_of_before_keep_their_fingerprints(tmp_path: Path) -> None:
     """Studies of documents that were read rightly go on."""
     assert get_tasks(["piqa"], data=write_task(tmp_path))["piqa"].fingerprint == "30e717b369c463ead9ccd9f9"
+
+
+MOVED = {
+    "some": "def some(ds):\n    return ds.filter(lambda d: d['h'] != 'drop').map(\n"
+            "        lambda d: {'q': 'H: ' + str(d['h']) + d['q']})\n",
+    "twice": "def twice(ds):\n    return ds.map(lambda b: {\n"
+             "        'q': [f'{x} {h} {q}' for h, q in zip(b['h'], b['q']) for x in 'AB'],\n"
+             "        **{k: [v for v in b[k] for x in 'AB'] for k in ('options', 'gold')}}, batched=True,\n"
+             "        remove_columns=['h'])\n"}
+
+
+@pytest.mark.parametrize("process", list(MOVED))
+def test_a_null_is_found_where_rows_are_left_out_or_moved(tmp_path: Path, process: str) -> None:
+    docs = [doc | {"h": h} for doc, h in zip(rows(4), ["drop", "x", "y", None], strict=True)]
+    found = mine(tmp_path, docs, docs, utils=MOVED[process], more=f"process_docs: !function utils.{process}\n")
+    with pytest.raises(DataError, match="field 'h' is missing, null or NaN"):
+        found.prompts("evaluation")
+    with pytest.raises(DataError, match="field 'h' is missing, null or NaN"):
+        found.prompts("examples", FewShot(2, shared=True))
+    docs[3]["h"] = "z"
+    whole = mine(tmp_path / "whole", docs, docs, utils=MOVED[process],
+                 more=f"process_docs: !function utils.{process}\n")
+    assert len(whole.prompts("evaluation")) == {"some": 3, "twice": 8}[process]
+
+
+def test_options_that_are_one_text_are_refused(tmp_path: Path) -> None:
+    docs = [doc | {"options": "['yes', 'no']"} for doc in rows(3)]
+    with pytest.raises(DataError, match="options are a list of texts, not the text"):
+        mine(tmp_path, docs, docs).prompts("evaluation")

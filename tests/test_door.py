@@ -673,3 +673,24 @@ def test_an_adapter_that_merging_changes_is_refused(tmp_path: Path) -> None:
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ModelError, match="the merged model computes something else"):
         load(tmp_path / "adapter", device="cpu")
+
+
+def scaled_attention(model: PreTrainedModel) -> None:
+    model.model.layers[1].self_attn.scaling = 2.0
+
+
+def other_epsilon(model: PreTrainedModel) -> None:
+    model.model.norm.variance_epsilon = 1.0
+
+
+def other_frequencies(model: PreTrainedModel) -> None:
+    model.model.rotary_emb.inv_freq *= 0.1
+
+
+@pytest.mark.parametrize("change", [scaled_attention, other_epsilon, other_frequencies])
+def test_numbers_that_are_no_weights_identify_a_model_too(change: Callable[[PreTrainedModel], None]) -> None:
+    model = families.tiny("llama")
+    before = fingerprint(model)
+    assert fingerprints.altered(model) == []
+    change(model)
+    assert fingerprint(model) != before

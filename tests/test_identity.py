@@ -88,6 +88,12 @@ def test_a_model_in_memory_is_what_its_fingerprint_says(done: StudySpec, folder:
         prepare(done, loaded=hooked)
     handle.remove()
     assert left(done, loaded=hooked) == 0
+    mlp = hooked.model.model.layers[1].mlp
+    mlp.forward = lambda x: x
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp of .* has a forward of its own"):
+        prepare(done, loaded=hooked)
+    del mlp.forward
+    assert left(done, loaded=hooked) == 0
     with torch.no_grad():
         hooked.model.model.embed_tokens.weight[10:20] *= -1
     with pytest.raises(ModelError, match="changed since it was loaded: wrap it again"):

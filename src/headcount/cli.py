@@ -190,8 +190,8 @@ def report(folder: Path, *, asked: int | None = None, skip_pictures: bool = Fals
 def check(folder: Path) -> None:
     """Prove a study folder's entries by their checksums: which are whole, which damaged, and what is measured again.
 
-    The exit code is 1 where anything is damaged, or study.json is missing. Entries of earlier versions have no checksum
-    and are unverified.
+    The exit code is 1 where anything is damaged, or study.json or all entries are missing. Entries of earlier versions
+    have no checksum and are unverified.
 
     Args:
         folder: The study folder, as --out named it.

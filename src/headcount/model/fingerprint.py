@@ -1,9 +1,9 @@
 """What identifies a model: a hash of everything that its numbers depend on.
 
 A model's fingerprint covers its class and config, every byte of its weights and persistent buffers with their names,
-shapes and types (SHA-256, so that no two changes cancel), and the Python code of classes that are no installed
-library's (remote code, a user's own). A tokenizer's covers its own serialisation, which holds vocabulary, merges,
-normalizer and all other rules, and what Python adds to it.
+shapes and types (SHA-256, so that no two changes cancel), numbers that modules were given by hand, and the Python code
+of classes that are no installed library's (remote code, a user's own). A tokenizer's covers its own serialisation,
+which holds vocabulary, merges, normalizer and all other rules, and what Python adds to it.
 
 The digest of weights that lie in files is kept in the user's cache, under path, size, time of change and inode of every
 file that they are read from, so that the bytes are hashed once:
@@ -16,6 +16,7 @@ Weights in memory are hashed each time. Both are of the same tensors: a model ha
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import json
@@ -40,6 +41,10 @@ from headcount.code_files import digests, own_files
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_commit_hash"}
 # Text of many kinds: it shows what a tokenizer's Python code does with text, which its serialisation does not hold.
 _PROBE = "The  cat's 3,141 naïve\n\tdéjà-vu 日本語 🙂 is_it(x) -> Answer: yes"
+# What a class raises that wants more than its config, or does not take the meta device.
+_NOT_MADE = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ImportError, AssertionError, OSError)
+# What says how a model is run at the moment.
+_OF_A_MODE = ("training", "gradient_checkpointing", "requires_grad")
 # Marks identities of this kind; those of earlier versions have no mark (`headcount.model.earlier_fingerprint`).
 KIND = "2-"
 
@@ -57,13 +62,50 @@ def fingerprint(model: PreTrainedModel, weights: str | None = None) -> str:
         weights: What `weights_digest` gives for it, where that is known.
     """
     parts = [type(model).__name__, described(model.config), weights or weights_digest(model),
-             *code_of([*map(type, model.modules()), type(model.config)])]
+             *code_of([*map(type, model.modules()), type(model.config)]), *altered(model)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def described(config: PreTrainedConfig) -> str:
     """What of a config changes what its model computes, as JSON."""
     return json.dumps({k: v for k, v in config.to_dict().items() if k not in _VOLATILE}, sort_keys=True, default=str)
+
+
+def altered(model: PreTrainedModel) -> list[str]:
+    """Numbers that a model's modules hold otherwise than its class makes them of the config, each with its value.
+
+    A model in memory may have been given another attention scale, epsilon or rotary base by hand. Its class is made
+    once more without weights, and the numbers are compared; most models have none. Where the class cannot be made so,
+    none are told.
+    """
+    try:
+        with torch.device("meta"):
+            fresh = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+    except _NOT_MADE:
+        return []
+    found = []
+    for name, module in model.named_modules():
+        made = vars(fresh.get(name, module))
+        found += [f"{name}.{key} = {value!r}" for key, value in vars(module).items()
+                  if isinstance(value, int | float) and not key.startswith("_") and key not in _OF_A_MODE
+                  and made.get(key, value) != value]
+        found += [f"{name}.{key} {digest}" for key, digest in _other_frequencies(module)]
+    return found
+
+
+def _other_frequencies(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Rotary frequencies, which are no saved buffers, where they are not those of the module's config."""
+    own, config = getattr(module, "inv_freq", None), getattr(module, "config", None)
+    if not isinstance(own, Tensor) or config is None or own.device.type == "meta":
+        return
+    if getattr(module, "rope_type", "default") in ("dynamic", "longrope"):  # which change with the length of texts
+        return
+    try:
+        made: Any = type(module)(config=config).inv_freq
+    except _NOT_MADE:
+        return
+    if made.shape != own.shape or not torch.allclose(made.float(), own.float().cpu(), rtol=1e-3):
+        yield "inv_freq", _digest(own)
 
 
 def weights_digest(model: PreTrainedModel) -> str:

@@ -45,7 +45,7 @@ class Checked:
         damaged: The damaged ones.
         foreign: Names of files among the entries that are none.
         left_over: Names of what killed processes left there.
-        description: What is wrong with study.json; empty where nothing is.
+        description: What is wrong with study.json, or with the folder as a whole; empty where nothing is.
         commands: By which the folder was measured, as far as study.json can be read.
     """
 
@@ -82,6 +82,8 @@ def check(folder: str | Path) -> Checked:
                              fields=("out",))
         wrong = "study.json is not there; the study's command writes it anew and finds what is measured"
     found = list(ledger.scan(rows=False))
+    if not found and not wrong:
+        wrong = f"there are no entries in {ledger.entries_folder}; the study's command measures all of them"
     whole = [one for one in found if one.entry is not None]
     damaged = [one for one in found if one.damage]
     # Planning takes a while; most jobs tell their own names.

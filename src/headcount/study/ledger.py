@@ -164,6 +164,8 @@ class Ledger:
         """Write an entry once and for all; a whole entry that is there already stays, a damaged one is replaced."""
         if self.has(job):
             return
+        if (path := self.path(job)).is_dir():
+            raise StudyError(f"{path} is a folder, where an entry is to be written; move it away")
         content = {"format": FORMAT, "job": dict(job), "info": dict(info), seal.KEY: seal.BLANK}
         data = seal.sealed(_parquet(table, json.dumps(content)))
         with _replacing(self.path(job), unless=lambda: self.has(job)) as temporary:
@@ -297,9 +299,11 @@ class Ledger:
         path = self.folder / name
         if not path.exists():
             return None
-        data = path.read_bytes()
         try:
+            data = path.read_bytes()
             content = json.loads(data)
+        except OSError as error:
+            raise _damaged_json(path, error.strerror or first_line(error)) from error
         except (ValueError, RecursionError) as error:
             raise _damaged_json(path, first_line(error)) from error
         if not isinstance(content, dict):

@@ -276,6 +276,10 @@ def _unchanged(loaded: LoadedModel) -> LoadedModel:
     from headcount.model.fingerprint import fingerprint
     from headcount.model.wrappers import hooked
 
+    if patched := [name or type(m).__name__ for name, m in loaded.model.named_modules()
+                   if "forward" in vars(m) and not hasattr(m, "_hf_hook")]:
+        raise ModelError(f"{patched[0]} of {loaded.name} has a forward of its own, which a study's entries could not "
+                         "tell it from the model without: remove it, or measure with evaluate() instead")
     if hooks := hooked(loaded.model):
         raise ModelError(f"{loaded.name} carries forward hooks ({', '.join(hooks[:3])}), which a study's entries could "
                          "not tell it from the model without them: remove them, or measure with evaluate() instead")

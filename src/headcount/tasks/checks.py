@@ -20,7 +20,7 @@ import numpy as np
 from headcount.errors import DataError, TaskError, first_line
 from headcount.tasks.answers import unknown_label, wrong_answer
 from headcount.tasks.fewshot import Document
-from headcount.tasks.missing import MISFITS, Part, lacking, name, nulls
+from headcount.tasks.missing import MISFITS, Part, lacking, name, nulls, written_elsewhere
 from headcount.tasks.origin import Origin
 
 # The metrics that a right option can be known by, the first one that a task has.
@@ -135,9 +135,19 @@ class Checks:
         """Refuse a document that lacks a field which its prompt needs."""
         row = origin.unprocessed(number) if origin.process is not None else None
         field = lacking(parts, doc, asks=lambda: self._asks_for_nulls)
-        if field := field or ("" if row is None else lacking(parts, doc, row, origin.made)):
+        field = field or ("" if row is None else lacking(parts, doc, row, origin.made))
+        if field := field or self._processed_away(origin, number, doc, parts):
             raise DataError(f"{origin.where(number, doc)}: field {field!r} is missing, null or NaN, and the "
                             f"prompt of task {self.task!r} needs it; give it a value, or leave that document out")
+
+    @staticmethod
+    def _processed_away(origin: Origin, number: int, doc: Document, parts: Sequence[Part]) -> str:
+        """The column whose null the definition wrote into a document before it left rows out or moved them."""
+        for column in origin.columns_with_nulls:
+            marked = origin.made_with_marks(column)
+            if marked is not None and number < len(marked) and written_elsewhere(parts, doc, marked[number]):
+                return column
+        return ""
 
     @functools.cached_property
     def _asks_for_nulls(self) -> bool:

@@ -109,6 +109,23 @@ def lacking(
     return ""
 
 
+def written_elsewhere(parts: Sequence[Part], doc: Document, marked: Document) -> bool:
+    """Whether a document's texts have nothing's name where those of the same document, made with marks, have marks."""
+    for part in parts:
+        plain, with_mark = rendered(part, doc), rendered(part, marked)
+        if plain is not None and with_mark is not None and _is_written(plain, with_mark):
+            return True
+    return False
+
+
+def mark_for(values: Sequence[object]) -> object | None:
+    """What may stand for a null in a column of such values; None where nothing may."""
+    known = next((value for value in values if value is not None), "")
+    if isinstance(known, str):
+        return _MARKS[0]
+    return _MARKS[1] if isinstance(known, int | float) and not isinstance(known, bool) else None
+
+
 def _bound(texts: Sequence[tuple[Part, str | None]], doc: Document, absent: Sequence[Field]) -> Field | None:
     """The first null that is the bound of a slice."""
     if not list(_slices(texts, doc, absent)):

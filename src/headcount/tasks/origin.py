@@ -7,8 +7,9 @@ known.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import datasets
 
 from headcount.tasks.fewshot import Document
 from headcount.tasks.local import line_of
-from headcount.tasks.missing import MISFITS
+from headcount.tasks.missing import MISFITS, mark_for
 from headcount.tasks.pool import same
 
 
@@ -37,6 +38,7 @@ class Origin:
     rows: Any
     process: Callable[[Any], Any] | None
     place: Path | None
+    _marked: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def unprocessed(self, number: int) -> Document | None:
         """The row with a document's number, which it was made of unless documents were left out or moved."""
@@ -52,6 +54,34 @@ class Origin:
         except (*MISFITS, NotImplementedError):
             return None
         return made[0] if len(made) == 1 else None
+
+    def made_with_marks(self, column: str) -> Sequence[Document] | None:
+        """All documents that the definition makes where marks stand for a column's nulls; None where it makes others.
+
+        So it is seen where a null went although rows were left out or moved.
+        """
+        if column not in self._marked:
+            self._marked[column] = self._with_marks(column)
+        found: Sequence[Document] | None = self._marked[column]
+        return found
+
+    @functools.cached_property
+    def columns_with_nulls(self) -> list[str]:
+        """Names of the columns in which a row has a null; none where the definition takes rows as they are."""
+        if self.process is None or self.rows is None:
+            return []
+        return [name for name in self.rows.column_names if any(value is None for value in self.rows[name])]
+
+    def _with_marks(self, column: str) -> Sequence[Document] | None:
+        mark = mark_for(list(self.rows[column]))
+        if mark is None or self.process is None:
+            return None
+        rows = [{**row, column: mark if row[column] is None else row[column]} for row in self.rows]
+        try:
+            plain, marked = list(self.process(self.rows)), list(self.process(datasets.Dataset.from_list(rows)))
+        except (*MISFITS, NotImplementedError):
+            return None
+        return marked if len(plain) == len(marked) else None
 
     def where(self, number: int, doc: Document) -> str:
         """A document's file and line, or its number and the split's name, as an error begins with it."""

@@ -97,6 +97,7 @@ class Task:
         self._is_training = _TRAINING.get(name) if paper else None
         self._texts: dict[tuple[Split, int], str] = {}
         self._places: dict[Split, list[frozenset[int]]] = {}
+        self._origins: dict[Split, Origin] = {}
         self._checks = Checks(name, inner, self.metric)
         self._checked_shots: set[int] = set()
         check_definition(name, inner)
@@ -301,12 +302,22 @@ class Task:
     def _in_pool(self, split: Split, documents: Sequence[Document]) -> list[frozenset[int]]:
         """Where each document of a split stands among those that shots are drawn from."""
         if split not in self._places:
-            one, other = self._origin(split), origin_of_shots(self.name, self.inner, self.place)
+            one, other = self._origin(split), self._origin_of_shots
             of_its_split = one.rows is not None and one.rows is other.rows
             self._places[split] = self._pool.places(documents, of_its_split=of_its_split)
         return self._places[split]
 
+    @functools.cached_property
+    def _origin_of_shots(self) -> Origin:
+        return origin_of_shots(self.name, self.inner, self.place)
+
     def _origin(self, split: Split) -> Origin:
+        """Where a split's documents come from; kept, with what it finds out about them."""
+        if split not in self._origins:
+            self._origins[split] = self._origin_of(split)
+        return self._origins[split]
+
+    def _origin_of(self, split: Split) -> Origin:
         config = self.inner.config
         name = {"train": config.training_split, "validation": config.validation_split,
                 "test": config.test_split}[self.examples_split]
@@ -317,7 +328,7 @@ class Task:
     def _check_shot(self, shot: Document) -> None:
         position = self._pool.position(shot)
         if position is not None and position not in self._checked_shots:
-            origin = origin_of_shots(self.name, self.inner, self.place)
+            origin = self._origin_of_shots
             self._checks.shot(origin, self._pool.numbers[position], shot)
             self._checked_shots.add(position)
 
