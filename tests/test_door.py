@@ -34,6 +34,7 @@ from headcount.model.checkpoint import check
 from headcount.model.earlier_fingerprint import fingerprint as earlier_fingerprint
 from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint, weights_digest
 from headcount.model.load import LoadedModel, load, wrap
+from headcount.model.source import Source
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Task
 
@@ -181,6 +182,17 @@ def test_an_adapter_is_merged_into_its_base(whole: Path, adapted: tuple[Any, Pat
     assert loaded.provenance["adapter"] == {"place": str(folder), "base": str(whole), "base_revision": None,
                                             "kind": "LORA"}
     assert any("LORA adapter" in note for note in loaded.notes)
+
+
+def test_the_digest_of_a_merged_model_is_not_taken_for_its_bases(
+    whole: Path, adapted: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter's files may not be known where they lie on the hub; the base's are, and are the base's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files = Source.files.fget
+    monkeypatch.setattr(Source, "files", property(lambda self: files(self) if self.place == str(whole) else []))
+    merged = load(adapted[1], device="cpu").fingerprint
+    assert load(whole, device="cpu").fingerprint == fingerprint(tiny.model("llama")) != merged
 
 
 def test_an_adapter_without_peft_is_refused(adapted: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,6 +649,18 @@ def test_layers_that_a_class_ignores_by_their_number_are_refused(whole: Path, tm
     assert load(changed(folder, tmp_path / "mtp", weights=predicts), device="cpu").anatomy.num_layers == 2
 
 
+def test_layers_of_other_stacks_are_not_counted_with_the_models(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tower for pictures may have more layers than the text has."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^vision\."])
+
+    def tower(tensors: dict[str, Tensor]) -> None:
+        tensors["vision.encoder.layers.7.weight"] = torch.ones(2)
+
+    assert load(changed(whole, tmp_path / "m", weights=tower), device="cpu").anatomy.num_layers == 3
+
+
 def twice(tensors: dict[str, Tensor]) -> None:
     tensors["layers.0.mlp.down_proj.weight"] = 5 * tensors["model.layers.0.mlp.down_proj.weight"]
 
@@ -691,6 +715,8 @@ def other_frequencies(model: PreTrainedModel) -> None:
 def test_numbers_that_are_no_weights_identify_a_model_too(change: Callable[[PreTrainedModel], None]) -> None:
     model = families.tiny("llama")
     before = fingerprint(model)
+    state = torch.random.get_rng_state()
     assert fingerprints.altered(model) == []
+    assert torch.equal(torch.random.get_rng_state(), state), "nobody's random numbers change"
     change(model)
     assert fingerprint(model) != before

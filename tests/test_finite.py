@@ -26,7 +26,8 @@ from headcount.measure.evaluate import evaluate
 from headcount.measure.importance import gradient_importance, oracle_from, oracle_importance
 from headcount.measure.induction import induction_scores
 from headcount.model.anatomy import Anatomy, find_anatomy
-from headcount.model.finite import Finding, _by_feature, first_no_gradient, first_no_number, removed_heads_blank
+from headcount.model.damage import by_feature, removed_heads_blank
+from headcount.model.finite import Finding, first_no_gradient, first_no_number
 from headcount.model.load import LoadedModel, wrap
 from headcount.model.norms import find_norms
 from headcount.study.ledger import Ledger
@@ -104,7 +105,7 @@ def test_damaged_weights_are_named_with_part_and_document(task: Task, what: str)
 def damage_a_head(anatomy: Anatomy, layer: int, head: int) -> None:
     part = anatomy.layers[layer]
     with torch.no_grad():
-        _by_feature(part)[head * part.d_head + 1, 2] = NAN
+        by_feature(part)[head * part.d_head + 1, 2] = NAN
 
 
 def damage_an_ffn(anatomy: Anatomy, layer: int) -> None:
@@ -185,7 +186,7 @@ def test_attention_with_a_residual_inside_is_swept_where_a_removed_head_is_damag
     loaded, erased = model("bloom"), model("bloom")
     for which, value in ((loaded, NAN), (erased, 0.0)):
         with torch.no_grad():
-            _by_feature(which.anatomy.layers[0])[8:16] = value
+            by_feature(which.anatomy.layers[0])[8:16] = value
     gone = full(loaded).without_heads([(0, 1)])
     masks = [gone, gone.without_ffns([0]), gone.without_heads([(0, h) for h in range(4)])]
     found, expected = (evaluate(m, task, masks).gold_loglikelihood for m in (loaded, erased))
@@ -277,7 +278,7 @@ def masked_out(loaded: LoadedModel, *tokens: int) -> None:
 def test_logits_of_minus_infinity_are_fine_but_for_targets(task: Task) -> None:
     padded = model()
     masked_out(padded, *range(70, 96))  # no document has them
-    assert probe(padded).trees, "the layout does not hang on them"
+    assert probe(padded).trees, "the layout does not depend on them"
     smaller = model()
     put(smaller, "lm_head.weight", slice(70, 96), 0)
     smaller.model.lm_head.register_forward_hook(lambda m, a, y: torch.cat([y[..., :70], y[..., 70:] - 1e4], -1))
@@ -290,7 +291,7 @@ def test_logits_of_minus_infinity_are_fine_but_for_targets(task: Task) -> None:
         evaluate(padded, task)
 
 
-def test_layouts_do_not_hang_on_single_tokens_without_numbers() -> None:
+def test_layouts_do_not_depend_on_single_tokens_without_numbers() -> None:
     loaded = model()
     put(loaded, "model.embed_tokens.weight", slice(10, 60), NAN)
     assert probe(loaded).trees

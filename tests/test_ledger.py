@@ -273,8 +273,10 @@ def test_where_the_file_system_knows_no_locks_a_study_goes_on(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("fcntl.flock", refused)
-    with Ledger(tmp_path).locked():
-        pass
+    ledger = Ledger(tmp_path)
+    with ledger.locked():
+        ledger.write_json("study.json", {"a": 1})
+    assert ledger.read_json("study.json") == {"a": 1}
 
 
 def test_a_lock_that_is_never_given_back_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,3 +73,9 @@ def first_line(error: BaseException) -> str:
         return type(error).__name__
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return said[:300]
+
+
+def few(names: Sequence[str], kind: str, most: int = 3) -> str:
+    """Names as they stand in a message, of many the first ones: `L0H1, L0H2, L1H0 and 5 more heads`."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more {kind}" if more > 0 else "")

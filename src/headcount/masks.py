@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from headcount.errors import OptionError
+from headcount.errors import OptionError, few
 
 Component = Literal["head", "ffn"]
 Flags = Shaped[np.ndarray, " _"] | Sequence[bool]
@@ -244,3 +244,19 @@ def _read_only(values: Flags) -> Bool[np.ndarray, " component"]:
         raise OptionError(f"a mask is made of one-dimensional boolean arrays, not {array.dtype} of shape {array.shape}")
     array.setflags(write=False)
     return array
+
+
+def heads_named(heads: Sequence[tuple[int, int]]) -> str:
+    """`L3H5`; of many the first few and how many more."""
+    return few([str(Head(*head)) for head in heads], "heads")
+
+
+def ffns_named(layers: Sequence[int]) -> str:
+    """`L3F`; of many the first few and how many more."""
+    return few([f"L{layer}F" for layer in layers], "FFNs")
+
+
+def mask_named(mask: Mask) -> str:
+    """What a mask leaves out, such as "without L0H1 and 3 more heads, L2F"; empty for the full model."""
+    heads, ffns = heads_named(mask.heads_removed), ffns_named(mask.ffns_removed)
+    return "" if mask.is_full else f"without {', '.join(filter(None, (heads, ffns)))}"

@@ -9,7 +9,6 @@ Nothing here remembers anything of a model: what is found out about one is its `
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, TypeVar
@@ -24,6 +23,7 @@ from headcount.engine.pack import Batch, halves
 from headcount.engine.treemask import TreeMask, model_inputs
 from headcount.errors import ModelError
 from headcount.model.devices import on_device
+from headcount.model.hooks import scored_only
 from headcount.model.load import LoadedModel
 
 T = TypeVar("T")
@@ -174,7 +174,7 @@ def target_logprobs(
 ) -> Targets:
     """Log-probability of every target of a batch, and 1 where it is the most probable token."""
     rows, positions, which = places_of(batch, loaded.device)
-    with scored_only(loaded, rows, positions):
+    with scored_only(loaded.model, rows, positions):
         logits = loaded.model(**model_inputs(loaded, batch, tree_mask), use_cache=False).logits[0]
     return logprobs_of(logits, batch, which, columns)
 
@@ -200,21 +200,3 @@ def logprobs_of(
     normaliser = torch.cat([part.float().logsumexp(-1) for part in parts])
     best = torch.cat([part.argmax(-1) for part in parts])
     return logits[index, targets].float() - normaliser[index], (best[index] == targets).long()
-
-
-@contextlib.contextmanager
-def scored_only(
-    loaded: LoadedModel, rows: Int[Tensor, " scored"], positions: Int[Tensor, " scored"]
-) -> Iterator[None]:
-    """Give the output layer the scored positions' hidden states only, as one row."""
-
-    def gather(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (hidden[rows.to(hidden.device), positions.to(hidden.device)][None], *args[1:])
-
-    output_layer: torch.nn.Module = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    handle = output_layer.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -34,12 +34,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headcount.engine.forward import Progress, Told, in_memory, scored_only
+from headcount.engine.forward import Progress, Told, in_memory
 from headcount.engine.pack import Batch
 from headcount.engine.treemask import model_inputs
 from headcount.model.circuits import parts_behind_norm
 from headcount.model.devices import on_device
-from headcount.model.hooks import Activations, captured, frozen
+from headcount.model.hooks import Activations, captured, frozen, scored_only
 from headcount.model.load import LoadedModel
 from headcount.model.norms import norm_of_nothing
 
@@ -83,7 +83,7 @@ def batch_scores(
     """The two scores of every row of a batch; parameters should be frozen."""
     rows, positions = on_device(batch.rows, loaded.device), on_device(batch.positions, loaded.device)
     catching = captured(loaded.anatomy, gradients=True, norms=loaded.norms)
-    with torch.enable_grad(), catching as caught, scored_only(loaded, rows, positions):
+    with torch.enable_grad(), catching as caught, scored_only(loaded.model, rows, positions):
         logits = loaded.model(**model_inputs(loaded, batch), use_cache=False).logits[0].float()
         targets = on_device(batch.targets, logits.device)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -41,7 +41,8 @@ from headcount.model.contracts import (
     relative_error,
     verify,
 )
-from headcount.model.finite import damage_blank, first_no_number
+from headcount.model.damage import damage_blank
+from headcount.model.finite import first_no_number
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel
 

@@ -20,9 +20,8 @@ from headcount.engine.engine import Engine, Packed
 from headcount.engine.forward import Progress, columns_of
 from headcount.engine.pack import Batch, Budget
 from headcount.errors import OptionError, TaskError
-from headcount.masks import Mask
+from headcount.masks import Mask, mask_named
 from headcount.measure.finite import finite_likelihoods
-from headcount.model.finite import mask_named
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations
 from headcount.tasks.fewshot import LM_EVAL_SEED, FewShot

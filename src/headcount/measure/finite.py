@@ -19,16 +19,9 @@ from headcount.engine.engine import Engine, Likelihoods, Packed
 from headcount.engine.gradients import ExampleScores
 from headcount.engine.pack import Budget
 from headcount.errors import ModelError
-from headcount.masks import Mask, all_heads
-from headcount.model.finite import (
-    Finding,
-    ffns_named,
-    first_no_gradient,
-    first_no_number,
-    heads_named,
-    mask_named,
-    removed_heads_blank,
-)
+from headcount.masks import Mask, all_heads, ffns_named, heads_named, mask_named
+from headcount.model.damage import removed_heads_blank
+from headcount.model.finite import Finding, first_no_gradient, first_no_number
 from headcount.model.load import LoadedModel
 
 # A text a batch: nothing stands beside it.

@@ -22,11 +22,10 @@ from headcount.engine.engine import Engine
 from headcount.engine.forward import Progress
 from headcount.engine.pack import Budget
 from headcount.errors import ModelError, OptionError
-from headcount.masks import Component, Mask, all_heads, removal_order
+from headcount.masks import Component, Mask, all_heads, mask_named, removal_order
 from headcount.measure.evaluate import document_named, prepare, score
 from headcount.measure.finite import finite_gradients
 from headcount.measure.resampling import halves, resampled, standard_error
-from headcount.model.finite import mask_named
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations, Importance, Score
 from headcount.tasks.fewshot import LM_EVAL_SEED, FewShot

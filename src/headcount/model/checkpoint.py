@@ -4,8 +4,8 @@ transformers fills in weights that are missing with random ones, and drops those
 that the config turns off, layers beyond its number of layers, an adapter that is not merged, scales of a quantisation
 that it does not know. Each changes what is measured. So both are refused by name, but for tensors that no logit depends
 on; these are told by their names and contents, with the reason, in `_HARMLESS`. Of what a class declares to be left
-over transformers does not tell: there the names in the files are looked at, for layers beyond the config's that do not
-predict further tokens, and for two names of one parameter. Whole numbers are no weights without a quantisation.
+over transformers does not tell: there the names in the files are looked at, for layers beyond the model's own that do
+not predict further tokens, and for two names of one parameter. Whole numbers are no weights without a quantisation.
 
 Rotary frequencies that an old checkpoint holds are dropped by transformers, too: they must be those that the model
 computes from its config.
@@ -98,19 +98,24 @@ def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Pa
 
 def _check_hidden(name: str, model: PreTrainedModel, held: Mapping[str, _Held]) -> None:
     """Refuse whole layers that the class ignores by their number, and two tensors for one parameter."""
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    beyond: dict[str, list[str]] = {}
+    prefix = f"{model.base_model_prefix}."
+    own: dict[str, int] = {}
+    for key in model.state_dict():
+        if found := _LAYER.search(key.removeprefix(prefix)):
+            own[found[1]] = max(own.get(found[1], 0), int(found[2]) + 1)
+    beyond: dict[tuple[str, int], list[str]] = {}
     for key in held:
-        found = _LAYER.search(key)
-        if found and isinstance(layers, int) and int(found[2]) >= layers:
-            beyond.setdefault(f"{found[1]}.{found[2]}", []).append(key)
-    for keys in beyond.values():
+        found = _LAYER.search(key.removeprefix(prefix))
+        if found and int(found[2]) >= own.get(found[1], int(found[2]) + 1):
+            beyond.setdefault((found[1], int(found[2])), []).append(key)
+    for (stack, _), keys in beyond.items():
         if not any(_PREDICTION.search(key) for key in keys):
-            raise ModelError(f"{name} holds a layer beyond the {layers} of its config (its first tensor is {keys[0]}), "
-                             "which transformers drops: put back the config.json that belongs to these weights")
+            raise ModelError(f"{name} holds a layer beyond the {own[stack]} of its config (its first tensor is "
+                             f"{keys[0]}), which transformers drops: put back the config.json that belongs to these "
+                             "weights")
     first: dict[str, str] = {}
     for key in held:
-        other = first.setdefault(key.removeprefix(f"{model.base_model_prefix}."), key)
+        other = first.setdefault(key.removeprefix(prefix), key)
         if other != key:
             raise ModelError(f"{name} holds two tensors for one parameter, {other} and {key}: leave one of them out")
 

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headcount.errors import ModelError
-from headcount.masks import Mask
+from headcount.masks import Mask, heads_named
 from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.attention import Visit, attention_seen, device_of, fed, one_logit
+from headcount.model.damage import damaged
 from headcount.model.devices import doubled
-from headcount.model.finite import damaged, heads_named, is_finite
+from headcount.model.finite import is_finite
 from headcount.model.hooks import ablated
 from headcount.model.norms import find_norms, zeros
 

@@ -16,24 +16,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import align_module_device
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headcount.masks import Head, Mask
+from headcount.errors import few
+from headcount.masks import Mask, heads_named
 from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.attention import device_of
-from headcount.model.hooks import ablated, frozen
+from headcount.model.damage import by_feature, damaged, holds_nan
+from headcount.model.hooks import ablated, frozen, scored_only
 
 _SCALED = 2.0**-16
-_NAMED = 3
 # What a block raises that cannot be copied or run in double precision: offloaded, quantised, or on a device without.
 _NO_TWIN = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError)
 
@@ -90,7 +90,7 @@ def first_no_number(
     seen = _Seen()
     mask = Mask.full(anatomy.heads_per_layer) if mask is None else mask
     with ablated(anatomy, mask):
-        with _watched(model, anatomy, seen), _scored_only(model, scored):
+        with _watched(model, anatomy, seen), _picked(model, scored):
             logits = model(**_inputs(model, ids), use_cache=False).logits[..., :columns]
         seen.take(_Place("what the model makes of its logits", ()), _without_masked(logits))
         if seen.place is None:
@@ -118,84 +118,9 @@ def first_no_gradient(
     return _why(model, anatomy, seen.place, seen, lambda _: scaled.place is None)
 
 
-@contextlib.contextmanager
-def removed_heads_blank(anatomy: Anatomy, mask: Mask) -> Iterator[bool]:
-    """Zeros for NaN and infinite weights through which removed heads would write, while the block runs.
-
-    A gate writes zeros into a head's output, but 0 times a NaN weight of the output projection is NaN, and these
-    weights go with the head.
-
-    Yields:
-        Whether there were any. Weights that are not in memory as they are (offloaded, quantised) are not looked at.
-    """
-    before: list[tuple[Tensor, Tensor, Tensor]] = []
-    try:
-        for part, kept in zip(anatomy.layers, mask.heads, strict=True):
-            weight = _by_feature(part)
-            if weight is None or kept.all():
-                continue
-            gone = torch.from_numpy(np.repeat(~kept, part.d_head)).to(weight.device)[:, None] & ~torch.isfinite(weight)
-            if gone.any():
-                before.append((weight, gone, weight[gone]))
-                weight[gone] = 0
-        yield bool(before)
-    finally:
-        for weight, gone, values in before:
-            weight[gone] = values
-
-
-@contextlib.contextmanager
-def damage_blank(model: nn.Module) -> Iterator[None]:
-    """Zeros for all weights that are NaN or infinite, while the block runs; those that are offloaded stay."""
-    before: list[tuple[Tensor, Tensor, Tensor]] = []
-    with torch.no_grad():
-        for weight in (p.detach() for p in model.parameters() if p.is_floating_point() and p.device.type != "meta"):
-            bad = ~torch.isfinite(weight)
-            if bad.any():
-                before.append((weight, bad, weight[bad]))
-                weight[bad] = 0
-    try:
-        yield
-    finally:
-        for weight, bad, values in before:
-            weight[bad] = values
-
-
-def heads_named(heads: Sequence[tuple[int, int]]) -> str:
-    """`L3H5`; of many the first few and how many more."""
-    return _listed([str(Head(*head)) for head in heads], "heads")
-
-
-def ffns_named(layers: Sequence[int]) -> str:
-    """`L3F`; of many the first few and how many more."""
-    return _listed([f"L{layer}F" for layer in layers], "FFNs")
-
-
-def mask_named(mask: Mask) -> str:
-    """What a mask leaves out, such as "without L0H1 and 3 more heads, L2F"; empty for the full model."""
-    heads, ffns = heads_named(mask.heads_removed), ffns_named(mask.ffns_removed)
-    return "" if mask.is_full else f"without {', '.join(filter(None, (heads, ffns)))}"
-
-
 def is_finite(x: Any) -> bool:
     """Whether a tensor has numbers only; whatever is no tensor of floats has."""
     return not isinstance(x, Tensor) or not x.is_floating_point() or bool(torch.isfinite(x).all())
-
-
-def damaged(modules: Iterable[nn.Module], model: nn.Module) -> list[str]:
-    """Parameters of modules (and buffers that hold NaN), each with how many of its values are NaN or infinite."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found: dict[str, str] = {}
-    for module in (inner for outer in modules for inner in outer.modules()):
-        with align_module_device(module), torch.no_grad():
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                if not tensor.is_floating_point() or tensor.device.type == "meta":
-                    continue
-                bad = ~torch.isfinite(tensor) if isinstance(tensor, nn.Parameter) else torch.isnan(tensor)
-                if count := int(bad.sum()):
-                    whole = f"{names.get(id(module), '')}.{name}".strip(".")
-                    found[whole] = f"{whole} ({count:,} of {tensor.numel():,} values)"
-    return list(found.values())
 
 
 def _why(
@@ -203,14 +128,14 @@ def _why(
 ) -> Finding:
     """The cause at a place; `narrower` tells whether less narrow a type would have done, None where it cannot tell."""
     broken = damaged(place.blamed, model) or damaged(_outside(model, anatomy), model)
-    if broken and not _holds_nan((*place.blamed, *_outside(model, anatomy))) and _is_narrow(model.dtype):
+    if broken and not holds_nan((*place.blamed, *_outside(model, anatomy))) and _is_narrow(model.dtype):
         name = str(model.dtype).removeprefix("torch.")
-        return Finding(f"{place.where}: weights are infinite there, in {_listed(broken, 'tensors')}, as numbers are "
+        return Finding(f"{place.where}: weights are infinite there, in {few(broken, 'tensors')}, as numbers are "
                        f"that do not fit into {name}: use the type bfloat16 or float32 (`dtype`); if they are infinite "
                        "in those, too, the checkpoint is damaged", ("dtype",))
     if broken:
         return Finding(f"{place.where}: the weights themselves are NaN or infinite there, in "
-                       f"{_listed(broken, 'tensors')}; the checkpoint is damaged: download or convert it again")
+                       f"{few(broken, 'tensors')}; the checkpoint is damaged: download or convert it again")
     told = narrower(place.again) if place.again is not None else None
     if told if told is not None else seen.infinite:
         return _overflow(place, model.dtype)
@@ -222,15 +147,6 @@ def _why(
 def _is_narrow(dtype: torch.dtype) -> bool:
     """Whether numbers of ordinary size overflow in a type, as in float16."""
     return torch.finfo(dtype).max < torch.finfo(torch.bfloat16).max
-
-
-def _holds_nan(modules: Iterable[nn.Module]) -> bool:
-    for module in (inner for outer in modules for inner in outer.modules()):
-        with align_module_device(module), torch.no_grad():
-            if any(bool(torch.isnan(p).any()) for p in module.parameters(recurse=False)
-                   if p.is_floating_point() and p.device.type != "meta"):
-                return True
-    return False
 
 
 def _overflow(place: _Place, dtype: torch.dtype) -> Finding:
@@ -266,7 +182,7 @@ def _backward(
 ) -> _Seen:
     """The first place on the way back of the loss, times a scale, whose gradient is no number."""
     seen, places = _Seen(), list(_places(model, anatomy))
-    with contextlib.ExitStack() as hooks, torch.enable_grad(), frozen(model), _scored_only(model, scored):
+    with contextlib.ExitStack() as hooks, torch.enable_grad(), frozen(model), _picked(model, scored):
         hooks.callback(model.get_input_embeddings().register_forward_hook(_leaf).remove)
         for module, before, _, _ in places:
             def enter(module: nn.Module, args: Any, kwargs: Any, place: Any = before) -> Any:
@@ -357,7 +273,7 @@ def _layer_places(
 
     def written(_: Tensor) -> _Place:
         where = f"the attention's output projection of layer {layer} ({names[part.out_proj]})"
-        weight = _by_feature(part)
+        weight = by_feature(part)
         columns = None if weight is None else ~torch.isfinite(weight).reshape(1, part.num_heads, -1)
         if columns is not None and columns.any() and not columns.any(-1).all():
             where = _of_heads(part, layer, columns)
@@ -409,16 +325,6 @@ def _of_heads(part: LayerAnatomy, layer: int, bad: Bool[Tensor, "row head featur
     return heads_named([(layer, h) for h in gone])
 
 
-def _by_feature(part: LayerAnatomy) -> Tensor | None:
-    """The output projection's weights, one row for each feature that it reads; None where they are not in the open."""
-    weight = getattr(part.out_proj, "weight", None)
-    width = part.num_heads * part.d_head
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.device.type == "meta":
-        return None
-    rows = weight.detach() if hasattr(part.out_proj, "nx") else weight.detach().T
-    return rows if rows.shape == (width, part.d_model) else None
-
-
 def _read(args: Any, kwargs: Any) -> Tensor | None:
     x = args[0] if args else kwargs.get("hidden_states")
     return x if isinstance(x, Tensor) and x.is_floating_point() else None
@@ -439,18 +345,11 @@ def _inputs(model: PreTrainedModel, ids: Int[np.ndarray, " pos"]) -> dict[str, T
 
 
 @contextlib.contextmanager
-def _scored_only(model: PreTrainedModel, scored: Int[np.ndarray, " scored"] | None) -> Iterator[None]:
-    """Give the output layer these positions' hidden states only."""
-    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return args if scored is None else (args[0][:, torch.from_numpy(scored).to(args[0].device)], *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)  # type: ignore[no-untyped-call]
-    try:
+def _picked(model: PreTrainedModel, scored: Int[np.ndarray, " scored"] | None) -> Iterator[None]:
+    """Give the output layer these positions of the one text only; None: all."""
+    if scored is None:
         yield
-    finally:
-        handle.remove()
-
-
-def _listed(names: Sequence[str], kind: str) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more:,} more {kind}" if more > 0 else "")
+        return
+    positions = torch.from_numpy(scored)
+    with scored_only(model, torch.zeros_like(positions), positions):
+        yield

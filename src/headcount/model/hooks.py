@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy
@@ -54,6 +55,24 @@ def layer_ablated(part: LayerAnatomy, heads: Bool[np.ndarray, " head"], ffn: boo
             for handle in _ffn_gate(part):
                 hooks.callback(handle.remove)
         yield
+
+
+@contextlib.contextmanager
+def scored_only(
+    model: PreTrainedModel, rows: Int[Tensor, " scored"], positions: Int[Tensor, " scored"]
+) -> Iterator[None]:
+    """Give the output layer the hidden states of these positions only, as one row."""
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden[rows.to(hidden.device), positions.to(hidden.device)][None], *args[1:])
+
+    output_layer: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    handle = output_layer.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -242,14 +242,16 @@ def _from_folder(source: Source, wanted: _Wanted) -> _Got:
                          "transformers: merge it first, and write its folder into the adapter's config")
     model, reader = _read(base, wanted, source if source.has_tokenizer else None)
     model = adapters.merged(model, adapter, source.revision)
-    return _Got(model, reader, _fingerprint(model, [*base.files, *source.files]), (adapter.note,),
-                dataclasses.asdict(adapter))
+    # Not kept: its files are the base's, too, and not all are known where they lie on the hub.
+    return _Got(model, reader, fingerprint(model), (adapter.note,), dataclasses.asdict(adapter))
 
 
 def _fingerprint(model: PreTrainedModel, files: Sequence[Path]) -> str:
-    """A model's fingerprint; the digest of weights is that which is kept for these files, if any."""
+    """The fingerprint of a model that is what lies in these files; the digest of its weights is kept for them."""
+    if not files:
+        return fingerprint(model)
     kept = KeptDigest(files, [type(model).__name__, described(model.config), str(model.dtype)])
-    digest = kept.read() if files else None
+    digest = kept.read()
     if digest is None:
         digest = weights_digest(model)
         kept.write(digest)
