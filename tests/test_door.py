@@ -44,10 +44,7 @@ Change = Callable[[dict[str, Tensor]], None]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that is what it says."""
-    folder = tmp_path_factory.mktemp("models") / "whole"
-    tiny.model("llama").save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.saved(tmp_path_factory.mktemp("models") / "whole")
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,7 @@ from headcount.study.spec import StudySpec
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model."""
-    place = tmp_path_factory.mktemp("models") / "llama"
-    tiny.model("llama").save_pretrained(place)
-    tiny.tokenizer().save_pretrained(place)
-    return place
+    return tiny.saved(tmp_path_factory.mktemp("models") / "llama")
 
 
 def spec(tmp_path: Path, folder: Path, **changes: Any) -> StudySpec:

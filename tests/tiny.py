@@ -72,6 +72,13 @@ def loaded(family: str = "llama", seed: int = 0, layers: int = 3) -> LoadedModel
     return wrap(model(family, seed, layers), tokenizer(), name=f"tiny-{family}")
 
 
+def saved(folder: Path, family: str = "llama") -> Path:
+    """A model's folder, as save_pretrained writes it, with its tokenizer."""
+    model(family).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def write_task(folder: Path, name: str = "piqa", train: int = 12, validation: int = 8) -> Path:
     """Documents of our own in a task's field names, as `--data` wants them."""
     for split, n, start in (("train", train, 0), ("validation", validation, 1000)):

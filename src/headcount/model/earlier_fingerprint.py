@@ -2,6 +2,7 @@
 
 Weights count by the exclusive-or of their rows and columns, in which changes can cancel, and by 64 of their values; a
 tokenizer counts by its vocabulary and one sentence. What identifies a model now is in `headcount.model.fingerprint`.
+Nothing here may change, since names of entries contain what it gives; so it shares little with that.
 """
 
 from __future__ import annotations
