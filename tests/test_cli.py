@@ -28,10 +28,7 @@ from headcount.study.ledger import Ledger, job_id
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny.model("llama").save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.saved(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @dataclass(frozen=True)
