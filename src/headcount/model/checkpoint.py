@@ -9,30 +9,37 @@ not predict further tokens, and for two names of one parameter. Whole numbers ar
 
 Rotary frequencies that an old checkpoint holds are dropped by transformers, too: they must be those that the model
 computes from its config.
+
+A class may also change weights after it got them (code written for transformers 4 fills them anew with random numbers).
+So some rows of every tensor are compared with the file, where it has the parameter's name and shape. A padding token's
+embedding that the class sets to zero is told in a note; anything else is refused.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from headcount.errors import ModelError
+from headcount.model.weight_files import Held, files_passed_over, files_read, held_by
 
 _ROTARY = re.compile(r"rotary_emb\.inv_freq$")
 # A layer's number in a tensor's name, and what tells layers that predict further tokens from those of the model.
 _LAYER = re.compile(r"^(.*?\b(?:layers|h|blocks))\.(\d+)\.")
 _PREDICTION = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\b|\bmtp\b")
-_WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
 # Old checkpoints hold them in half precision.
 _ROTARY_ERROR = 0.01
+# So many rows of each tensor are compared with the file.
+_ROWS = 8
+# Two checkpoints in a folder are compared by tensors of at most so many numbers: norms and biases.
+_SMALL = 100_000
 
 
 class _Kind(NamedTuple):
@@ -63,7 +70,7 @@ _HARMLESS = (
 )
 
 
-def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Path | None) -> None:
+def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Path | None) -> tuple[str, ...]:
     """Refuse a model that did not get exactly what its checkpoint holds.
 
     Args:
@@ -71,6 +78,9 @@ def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Pa
         model: As it was loaded, with sizes that do not match ignored.
         told: What `from_pretrained` tells of loading.
         folder: Where the checkpoint's files lie; None where that is not known (nothing is then known to be harmless).
+
+    Returns:
+        What must be said of the model.
 
     Raises:
         ModelError: Which names the tensors.
@@ -86,7 +96,8 @@ def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Pa
                          "checkpoint is of another class of model, or not whole; download it again, or name the model "
                          "that it belongs to")
     left = sorted(told["unexpected_keys"])
-    held = _tensors(folder)
+    files = [] if folder is None else files_read(folder, getattr(model.config, "transformers_weights", None))
+    held = _tensors(name, files)
     if left := [key for key in left if not _is_harmless(key, held)]:
         raise ModelError(f"{name} holds {_some(len(left), 'tensor')} that {type(model).__name__} has no place for with "
                          f"this config, and drops (the first is {left[0]}): put back the config.json that belongs to "
@@ -94,9 +105,63 @@ def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Pa
     _check_hidden(name, model, held)
     _check_numbers(name, model, held)
     _check_rotary(name, model, held)
+    notes = _check_values(name, model, held)
+    return notes if folder is None else (*notes, *_passed_over(files, files_passed_over(folder, files), held))
 
 
-def _check_hidden(name: str, model: PreTrainedModel, held: Mapping[str, _Held]) -> None:
+def _tensors(name: str, files: list[Path]) -> dict[str, Held]:
+    """All tensors of these files, by the names that they have there."""
+    found: dict[str, Held] = {}
+    for one in (one for path in files for one in held_by(path)):
+        if one.name in found:
+            raise ModelError(f"{name} holds {one.name} twice, in {found[one.name].path.name} and {one.path.name}: "
+                             "leave one of them out")
+        found[one.name] = one
+    return found
+
+
+def _passed_over(files: list[Path], others: list[Path], held: Mapping[str, Held]) -> tuple[str, ...]:
+    """A note, where another checkpoint lies beside the one that was read, and holds other weights."""
+    for path in others:
+        for one in held_by(path):
+            mine = held.get(one.name)
+            if mine is not None and (mine.shape != one.shape or (
+                    math.prod(one.shape) <= _SMALL and not torch.equal(mine.read().float(), one.read().float()))):
+                return (f"its folder holds two checkpoints with other weights: {files[0].name} was read, as "
+                        f"transformers does, and {path.name} was not",)
+    return ()
+
+
+def _check_values(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -> tuple[str, ...]:
+    """Refuse a model some of whose weights are not those of its files; a note where only padding was set to zero."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return ()
+    padding = {f"{name}.weight": module.padding_idx for name, module in model.named_modules()
+               if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None}
+    notes = []
+    for key, weight in model.state_dict().items():
+        one = held.get(key) or held.get(key.removeprefix(f"{model.base_model_prefix}."))
+        if one is None or weight.is_meta or weight.shape != one.shape or not weight.dim() or not len(weight):
+            continue
+        pad = padding.get(key)
+        rows = sorted({*range(0, len(weight), -(-len(weight) // _ROWS)), len(weight) - 1} - {pad})
+        if rows and not _equal(weight, one, rows):
+            raise ModelError(f"{name} has got other numbers in {key} than its checkpoint holds: {type(model).__name__} "
+                             "changes its weights after they are loaded (an `_init_weights` that writes to "
+                             "weight.data does, since transformers 5): correct its code")
+        if pad is not None and not _equal(weight, one, [pad]):
+            notes.append(f"{type(model).__name__} sets the embedding of token {pad}, padding, to zero, which the "
+                         "checkpoint does not")
+    return tuple(notes)
+
+
+def _equal(weight: Tensor, one: Held, rows: list[int]) -> bool:
+    """Whether a weight's rows are a file's, rounded to the weight's type."""
+    there = one.rows(rows).to(weight.dtype)
+    return torch.equal(weight[rows].cpu().nan_to_num(), there.nan_to_num())
+
+
+def _check_hidden(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -> None:
     """Refuse whole layers that the class ignores by their number, and two tensors for one parameter."""
     prefix = f"{model.base_model_prefix}."
     own: dict[str, int] = {}
@@ -120,7 +185,7 @@ def _check_hidden(name: str, model: PreTrainedModel, held: Mapping[str, _Held]) 
             raise ModelError(f"{name} holds two tensors for one parameter, {other} and {key}: leave one of them out")
 
 
-def _check_numbers(name: str, model: PreTrainedModel, held: Mapping[str, _Held]) -> None:
+def _check_numbers(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -> None:
     """Refuse whole numbers where weights are fractions, and a quantisation that nobody undoes."""
     if getattr(model, "hf_quantizer", None) is not None:
         return
@@ -144,47 +209,7 @@ def _size(shape: Any) -> str:
     return " x ".join(map(str, shape))
 
 
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """A tensor in a file, read when it is looked at; whether it holds whole numbers is known before."""
-
-    path: Path
-    name: str
-    is_whole: bool
-
-    def read(self) -> Tensor:
-        """Its content."""
-        if self.path.suffix == ".safetensors":
-            with safe_open(self.path, "pt") as file:
-                tensor: Tensor = file.get_tensor(self.name)
-                return tensor
-        held: Tensor = _unpickled(self.path)[self.name]
-        return held
-
-
-def _unpickled(path: Path) -> dict[str, Any]:
-    held: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return held
-
-
-def _tensors(folder: Path | None) -> dict[str, _Held]:
-    """All tensors of a folder's files, by the names that they have there."""
-    if folder is None:
-        return {}
-    if paths := sorted(folder.glob("*.safetensors")):
-        held = [one for path in paths for one in _in_safetensors(path)]
-    else:
-        held = [_Held(path, name, not value.is_floating_point()) for path in sorted(folder.glob("pytorch_model*.bin"))
-                for name, value in _unpickled(path).items() if isinstance(value, Tensor)]
-    return {one.name: one for one in held}
-
-
-def _in_safetensors(path: Path) -> list[_Held]:
-    with safe_open(path, "pt") as file:
-        return [_Held(path, name, str(file.get_slice(name).get_dtype()) in _WHOLE) for name in file.keys()]  # noqa: SIM118
-
-
-def _is_harmless(key: str, held: Mapping[str, _Held]) -> bool:
+def _is_harmless(key: str, held: Mapping[str, Held]) -> bool:
     kind = next((kind for kind in _HARMLESS if kind.name.search(key)), None)
     # The model's class may put a prefix before the checkpoint's names, or take one off.
     name = next((name for name in held if name == key or key.endswith(f".{name}") or name.endswith(f".{key}")), None)
@@ -196,7 +221,7 @@ def _rotary(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if _ROTARY.search(name)}
 
 
-def _check_rotary(name: str, model: PreTrainedModel, held: Mapping[str, _Held]) -> None:
+def _check_rotary(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -> None:
     own = [frequencies.float().cpu() for frequencies in _rotary(model).values()]
     for key, one in held.items():
         if own and _ROTARY.search(key):

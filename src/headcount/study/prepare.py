@@ -177,7 +177,7 @@ def prepare(
     # Slips in the options are told before anything is loaded.
     if ledger is not None:
         if before is not None and before["spec"].get("dtype") != spec.dtype:
-            from headcount.model.load import dtype_of
+            from headcount.model.placement import dtype_of
 
             dtype_of(spec.dtype)  # a slip of the pen is no other study
         check_options(spec, before, ledger.folder)

@@ -1,0 +1,169 @@
+"""A model and its tokenizer read from files, by transformers' own classes.
+
+The kind of model is checked before any weight is read: from the config, then on a skeleton without weights (PyTorch's
+meta device), so that an encoder-decoder or a hybrid is refused in seconds, not after a download. Whatever transformers
+raises becomes one line. Afterwards the model must have got exactly what its files hold (`headcount.model.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pickle import UnpicklingError  # of checkpoints that torch refuses
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from headcount.errors import ModelError, first_line
+from headcount.model import checkpoint
+from headcount.model.anatomy import Names, find_anatomy
+from headcount.model.source import TRUST, Source, failure
+
+# What transformers and its parts raise for files that are absent, damaged or of another kind, or too large; and for
+# configs whose values do not go together.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError,
+                TypeError, AttributeError, AssertionError, ArithmeticError, IndexError, UnpicklingError)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked of a model, wherever its files are: the options of `load`."""
+
+    name: str
+    dtype: str | torch.dtype
+    device_map: str
+    attn_implementation: str | None
+    trust_remote_code: bool
+    tokenizer: str | None
+    names: Names
+    apply_chat_template: bool
+
+
+def read(
+    source: Source, wanted: Wanted, of_tokenizer: Source | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...]]:
+    """Model, tokenizer, and what must be said of them; what needs no weights is refused before they are read.
+
+    Args:
+        source: Where the model's files are.
+        wanted: What was asked of it.
+        of_tokenizer: Where the tokenizer's are, if elsewhere.
+
+    Raises:
+        ModelError: If either cannot be read, if the model is of a kind that cannot be measured, or if it did not get
+            what its files hold.
+    """
+    common = {**source.keywords, "trust_remote_code": wanted.trust_remote_code}
+    config = _config(wanted.name, source, common)
+    _check_kind(config, wanted)
+    reader = _tokenizer(wanted.name, of_tokenizer or source, wanted)
+    if wanted.apply_chat_template and not reader.chat_template:
+        raise ModelError(f"the tokenizer of {wanted.name} has no chat template: leave out "
+                         "`apply_chat_template`", fields=("apply_chat_template",))
+    options = {**common, "config": config, "dtype": wanted.dtype, "device_map": wanted.device_map,
+               "attn_implementation": wanted.attn_implementation}
+    model, notes = _model(wanted.name, source, options)
+    return model, reader, notes
+
+
+def _config(name: str, source: Source, common: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **common)
+    except _LOAD_ERRORS as e:
+        raise failure(name, source, e) from e
+    return config
+
+
+def check_config(name: str, config: PreTrainedConfig) -> None:
+    """Refuse an encoder-decoder.
+
+    Raises:
+        ModelError: If the config is of one.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}); only decoder-only language models can "
+                         "be measured: name a model such as facebook/opt-125m")
+
+
+def _check_kind(config: PreTrainedConfig, wanted: Wanted) -> None:
+    """Refuse what cannot be measured, before its weights are read."""
+    name = wanted.name
+    check_config(name, config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+            if wanted.trust_remote_code:
+                return
+            raise ModelError(f"{name} comes with its own code: {TRUST}", fields=("trust_remote_code=True",))
+        raise ModelError(f"{name} is of type {config.model_type}, which transformers does not load as a causal "
+                         "language model: name a decoder-only model such as facebook/opt-125m")
+    with torch.device("meta"):
+        try:
+            skeleton = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation=wanted.attn_implementation)
+        except _LOAD_ERRORS as e:
+            raise ModelError(f"the config of {name} does not describe a whole model: {first_line(e)}") from e
+    try:
+        find_anatomy(skeleton, wanted.names)
+    except ModelError as e:
+        raise ModelError(f"{name} ({config.model_type}): {e}") from e
+
+
+def _tokenizer(name: str, source: Source, wanted: Wanted) -> PreTrainedTokenizerBase:
+    trust = {"trust_remote_code": wanted.trust_remote_code}
+    try:
+        if wanted.tokenizer is not None:
+            return AutoTokenizer.from_pretrained(wanted.tokenizer, **trust)
+        return AutoTokenizer.from_pretrained(source.place, **source.keywords, **trust)
+    except _LOAD_ERRORS as e:
+        raise ModelError(f"no tokenizer can be loaded from {wanted.tokenizer or name} ({first_line(e)}): put its files "
+                         "beside the model's, or in Python name one with load(..., tokenizer=FOLDER_OR_HUB_ID)") from e
+
+
+def _model(name: str, source: Source, options: Mapping[str, Any]) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    try:
+        # With output_loading_info it returns a pair, which transformers' annotations do not know. Sizes that do not
+        # match are told there, too, where transformers' own error would name none.
+        pair: Any = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True,
+                                                         ignore_mismatched_sizes=True, **options)
+    except torch.OutOfMemoryError as e:
+        raise ModelError(f"{name} does not fit on {options['device_map']}: use a smaller dtype, or "
+                         "`device_map='auto'`, which offloads", fields=("device_map='auto'",)) from e
+    except _LOAD_ERRORS as e:
+        raise failure(name, source, e) from e
+    model: PreTrainedModel = pair[0]
+    return model, checkpoint.check(name, model, pair[1], source.folder)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back bars and warnings of transformers and its hub: what matters of them is raised as an error here."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    hub_level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
