@@ -11,8 +11,8 @@ Rotary frequencies that an old checkpoint holds are dropped by transformers, too
 computes from its config.
 
 A class may also change weights after it got them (code written for transformers 4 fills them anew with random numbers).
-So some rows of every tensor are compared with the file, where it has the parameter's name and shape. A padding token's
-embedding that the class sets to zero is told in a note; anything else is refused.
+So every tensor is compared with the file where it has the parameter's name and shape, the large ones by some rows. A
+padding token's embedding that the class sets to zero is told in a note; anything else is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from headcount.errors import ModelError
 from headcount.model.weight_files import Held, files_passed_over, files_read, held_by
@@ -36,8 +36,8 @@ _LAYER = re.compile(r"^(.*?\b(?:layers|h|blocks))\.(\d+)\.")
 _PREDICTION = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\b|\bmtp\b")
 # Old checkpoints hold them in half precision.
 _ROTARY_ERROR = 0.01
-# So many rows of each tensor are compared with the file.
-_ROWS = 8
+# Tensors of at most so many numbers are compared with the file whole, of larger ones so many rows and special tokens'.
+_WHOLE, _ROWS = 2**16, 16
 # Two checkpoints in a folder are compared by tensors of at most so many numbers: norms and biases.
 _SMALL = 100_000
 
@@ -138,14 +138,15 @@ def _check_values(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -
         return ()
     padding = {f"{name}.weight": module.padding_idx for name, module in model.named_modules()
                if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None}
-    notes = []
+    notes, special = [], _special(model.config)
     for key, weight in model.state_dict().items():
         one = held.get(key) or held.get(key.removeprefix(f"{model.base_model_prefix}."))
-        if one is None or weight.is_meta or weight.shape != one.shape or not weight.dim() or not len(weight):
+        if one is None or weight.is_meta or weight.shape != one.shape or not weight.numel() or not weight.dim():
             continue
-        pad = padding.get(key)
-        rows = sorted({*range(0, len(weight), -(-len(weight) // _ROWS)), len(weight) - 1} - {pad})
-        if rows and not _equal(weight, one, rows):
+        rows, pad = set(range(len(weight))), padding.get(key)
+        if weight.numel() > _WHOLE:
+            rows &= {*range(0, len(weight), max(1, len(weight) // _ROWS)), len(weight) - 1, *special}
+        if not _equal(weight, one, sorted(rows - {pad})):
             raise ModelError(f"{name} has got other numbers in {key} than its checkpoint holds: {type(model).__name__} "
                              "changes its weights after they are loaded (an `_init_weights` that writes to "
                              "weight.data does, since transformers 5): correct its code")
@@ -155,10 +156,17 @@ def _check_values(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -
     return tuple(notes)
 
 
+def _special(config: PreTrainedConfig) -> set[int]:
+    """Ids of special tokens, whose embeddings a class may treat otherwise."""
+    said = (getattr(config.get_text_config(), f"{name}_token_id", None) for name in ("pad", "bos", "eos", "unk"))
+    return {i for one in said for i in (one if isinstance(one, list) else [one]) if isinstance(i, int) and i >= 0}
+
+
 def _equal(weight: Tensor, one: Held, rows: list[int]) -> bool:
     """Whether a weight's rows are a file's, rounded to the weight's type."""
-    there = one.rows(rows).to(weight.dtype)
-    return torch.equal(weight[rows].cpu().nan_to_num(), there.nan_to_num())
+    there, here = (one.read(), weight) if len(rows) == len(weight) else (one.rows(rows), weight[rows])
+    same = here.cpu() == there.to(weight.dtype)
+    return bool((same | there.isnan()).all())
 
 
 def _check_hidden(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -> None:

@@ -30,31 +30,23 @@ class Held:
         name: The tensor's, in the file.
         shape: Its shape.
         is_whole: Whether it holds whole numbers.
-        mapped: The tensor itself, where the file is one that torch saved: mapped, so not in memory before it is used
-            (files of torch before 1.6 are read whole).
+        part: The tensor itself, or safetensors' handle of it: both are mapped, and read where they are indexed.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     is_whole: bool
-    mapped: Tensor | None = None
+    part: Any
 
     def read(self) -> Tensor:
         """All of it."""
-        if self.mapped is not None:
-            return self.mapped
-        with safe_open(self.path, "pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
-            return tensor
+        tensor: Tensor = self.part[...]
+        return tensor
 
     def rows(self, indices: Iterable[int]) -> Tensor:
         """Some of its rows, along the first dimension; no other is read."""
-        if self.mapped is not None:
-            return self.mapped[[*indices]]
-        with safe_open(self.path, "pt") as file:
-            part = file.get_slice(self.name)
-            return torch.cat([part[index : index + 1] for index in indices])
+        return torch.cat([self.part[index : index + 1] for index in indices])
 
 
 def files_read(folder: Path, named: str | None) -> list[Path]:
@@ -82,8 +74,8 @@ def held_by(path: Path) -> list[Held]:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return [Held(path, name, tuple(part.get_shape()), str(part.get_dtype()) in _WHOLE)
-                    for name, part in parts.items()]
+        return [Held(path, name, tuple(part.get_shape()), str(part.get_dtype()) in _WHOLE, part)
+                for name, part in parts.items()]
     saved: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     return [Held(path, name, tuple(value.shape), not value.is_floating_point(), value)
             for name, value in saved.items() if isinstance(value, Tensor)]
