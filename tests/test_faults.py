@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import faults
 import headcount as hc
@@ -18,13 +19,15 @@ from headcount import terminal
 from headcount.analysis.study import TABLES
 from headcount.cli import main
 from headcount.errors import StudyError
+from headcount.model.load import wrap
 from headcount.report.cautions import cautions
 from headcount.report.page import write_page
 from headcount.study.check import check
 from headcount.study.jobs import job_from
 from headcount.study.ledger import Ledger
 from headcount.study.prepare import Plan, Silent, prepare
-from headcount.study.runner import run
+from headcount.study.runner import run, run_study
+from headcount.study.spec import StudySpec
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +204,38 @@ def test_a_folder_is_checked(
     assert "measured again when the same command is run again" in told
     assert code("check", str(tmp_path / "nothing")) == 2
     assert "holds no study" in capsys.readouterr().err
+
+
+def test_each_entry_that_is_taken_away_is_named(copied: tuple[Plan, Ledger]) -> None:
+    ledger = copied[1]
+    assert check(ledger.folder).unmeasured == ()
+    for entry in [*ledger.entries()]:
+        path = ledger.path(entry.job)
+        data = path.read_bytes()
+        path.unlink()
+        assert check(ledger.folder).unmeasured == (job_from(entry.job).title,)
+        path.write_bytes(data)
+
+
+def test_what_other_commands_cut_otherwise_is_not_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = AutoConfig.for_model(  # with norms on what branches put out
+        "gemma2", hidden_size=32, intermediate_size=48, head_dim=8, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=len(tiny.tokenizer()))
+    model = wrap(AutoModelForCausalLM.from_config(config), tiny.tokenizer())
+    study, data = tmp_path / "s", tiny.write_task(tmp_path / "data")
+    for cut, parts in ((2, ("ffns",)), (5, ("heads", "ffns", "curve"))):
+        spec = StudySpec("tiny", tasks=("piqa",), data=data, shots=(0,), limit=4, importance_limit=4, random_orders=0,
+                         masks_per_job=cut, out=study)
+        run_study(spec, loaded=model, parts=parts)
+    assert check(study).unmeasured == ()
+    heads = Ledger(study).path(next(entry.job for entry in Ledger(study).entries() if entry.job.get("through_norms")))
+    heads.unlink()
+    assert code("check", str(study)) == 0
+    told = capsys.readouterr().out
+    assert "1 job is not measured yet: piqa, 0-shot" in told
+    assert "that is measured when the same command is run again" in told
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"null", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000])

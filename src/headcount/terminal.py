@@ -252,6 +252,9 @@ def print_checked(checked: Checked) -> None:
         out(checked.description)
     for one in checked.damaged:
         out(f"damaged: {one.name} ({one.title or 'of what, cannot be told'}): {one.reason}")
+    if checked.unmeasured:
+        jobs = "jobs are" if len(checked.unmeasured) > 1 else "job is"
+        out(f"{len(checked.unmeasured)} {jobs} not measured yet: {few(checked.unmeasured)}")
     if checked.unverified:
         out("unverified: of an earlier version, which wrote no checksums; nothing speaks against them")
     if checked.other_versions:
@@ -260,8 +263,9 @@ def print_checked(checked: Checked) -> None:
         out(f"no entries, and ignored: {', '.join(checked.foreign)}")
     if checked.left_over:
         out(f"left by processes that were killed while they wrote, and ignored: {few(checked.left_over)}")
-    if checked.damaged:
-        out("what is damaged is measured again when the same command is run again"
+    if checked.damaged or checked.unmeasured:
+        out(("what is damaged is measured again" if checked.damaged else "that is measured")
+            + " when the same command is run again"
             + ("; this folder's commands:" if checked.commands else ""))
         for command in checked.commands:
             out(f"  {command}")

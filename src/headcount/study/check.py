@@ -1,21 +1,23 @@
 """A study folder checked: which entries are whole, which are damaged and what they were of. Nothing is written.
 
 What a damaged entry was of stands in it, where its name proves that part. Where it does not, all that the folder was
-asked for is planned again from study.json, and the planned job of the same name is it.
+asked for is planned again from study.json, and the planned job of the same name is it. By the same plan it is told
+what was never measured, which is nothing wrong: a study that was stopped goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headcount.errors import HeadcountError, StudyError
 from headcount.study.described import check_description
-from headcount.study.jobs import job_from
+from headcount.study.jobs import Evaluation, job_from, name_of
 from headcount.study.ledger import Found, Ledger, is_left_over
-from headcount.study.shown import named_jobs
+from headcount.study.plan import PlannedJob, missing
+from headcount.study.shown import planned_again
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Checked:
         unverified: How many have none, since an earlier version wrote them; nothing speaks against them.
         other_versions: How many entries another version wrote, which this one does not read.
         damaged: The damaged ones.
+        unmeasured: What the folder was asked for and holds no entry of, in a few words each. Of requests of versions
+            that did not write down which parts of a study they were, it is not known.
         foreign: Names of files among the entries that are none.
         left_over: Names of what killed processes left there.
         description: What is wrong with study.json, or with the folder as a whole; empty where nothing is.
@@ -54,6 +58,7 @@ class Checked:
     unverified: int
     other_versions: int
     damaged: tuple[Damaged, ...]
+    unmeasured: tuple[str, ...]
     foreign: tuple[str, ...]
     left_over: tuple[str, ...]
     description: str
@@ -86,13 +91,14 @@ def check(folder: str | Path) -> Checked:
         wrong = f"there are no entries in {ledger.entries_folder}; the study's command measures all of them"
     whole = [one for one in found if one.entry is not None]
     damaged = [one for one in found if one.damage]
-    # Planning takes a while; most jobs tell their own names.
-    planned = _planned_titles(description) if any(one.job is None for one in damaged) else {}
+    requests = _planned(description)
+    planned = {_file(one): one.title for _, lists in requests for jobs in lists for one in jobs}
     others = ledger.foreign()
     return Checked(
         Path(folder), sum(one.verified for one in whole), sum(not one.verified for one in whole),
         sum(one.other_format for one in found),
         tuple(Damaged(one.name, one.damage, _title(one) or planned.get(one.name, "")) for one in damaged),
+        _unmeasured([jobs for one, jobs in requests if "parts" in one], found),
         tuple(name for name in others if not is_left_over(name)), tuple(filter(is_left_over, others)), wrong,
         _commands(description))
 
@@ -115,20 +121,33 @@ def _title(found: Found) -> str:
         return ""
 
 
-def _planned_titles(description: dict[str, Any] | None) -> dict[str, str]:
-    """By names of files, what the jobs are called that the folder was asked for."""
+def _planned(description: dict[str, Any] | None) -> list[tuple[dict[str, Any], list[list[PlannedJob]]]]:
+    """What the folder was asked for: each request with two lists of jobs, of which one is right."""
+    requests: list[tuple[dict[str, Any], list[list[PlannedJob]]]] = []
+    if description is None:
+        return requests
+    for one in description.get("asked", [{}]):
+        with contextlib.suppress(HeadcountError):  # what an earlier version wrote may not be enough to plan with
+            request = {**description, **one}
+            requests.append((request, [*planned_again(request)]))
+    return requests
+
+
+def _file(planned: PlannedJob) -> str:
+    return f"{planned.job.kind}-{name_of(planned.job)}.parquet"
+
+
+def _unmeasured(requests: list[list[list[PlannedJob]]], found: list[Found]) -> tuple[str, ...]:
+    """Titles of planned jobs that no file is of, whole or damaged."""
+    there = {one.name for one in found}
+    jobs = [job_from(one.entry.job) for one in found if one.entry is not None]
+    measured = [job for job in jobs if isinstance(job, Evaluation)]
     titles: dict[str, str] = {}
-    for request in _requests(description):
-        try:
-            titles |= {f"{job.kind}-{name}.parquet": job.title for name, job in named_jobs(request).items()}
-        except HeadcountError:  # what an earlier version wrote may not be enough to plan with
-            continue
-    return titles
-
-
-def _requests(description: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if description is not None:
-        yield from ({**description, **one} for one in description.get("asked", [{}]))
+    for lists in requests:
+        left = [[one for one in missing([one for one in jobs if _file(one) not in there], measured)
+                 if one is not None and _file(one) not in there] for jobs in lists]
+        titles |= {_file(one): one.title for one in min(left, key=len)}
+    return tuple(titles.values())
 
 
 def _commands(description: dict[str, Any] | None) -> tuple[str, ...]:

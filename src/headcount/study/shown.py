@@ -11,7 +11,7 @@ Of tasks that an earlier version measured, how many documents were asked for is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from headcount.errors import OptionError, StudyError
@@ -27,7 +27,7 @@ from headcount.study.masksets import (
     steps_of,
     with_steps,
 )
-from headcount.study.plan import TaskFacts, plan
+from headcount.study.plan import PlannedJob, TaskFacts, plan
 from headcount.study.spec import CURVES, StudySpec, fields_that, readers
 
 _SAID = {"evaluate": "accuracy", "heads": "importance of heads", "ffns": "importance of FFNs", "curve": "curves",
@@ -122,14 +122,16 @@ def _planned(description: Mapping[str, Any], parts: Sequence[Any]) -> dict[Job, 
     """What was asked for, each question with its steps."""
     planned: dict[Job, set[Step]] = {}
     # In one piece, however it was cut into jobs.
-    for job in _jobs(description, parts, "", masks_per_job=10**9):
+    for job in (one.job for one in _jobs(description, parts, "", masks_per_job=10**9)):
         steps = steps_of(job.masks) if isinstance(job, Evaluation) else ()
         planned.setdefault(_question(job), set()).update(steps or ("",))
     return planned
 
 
-def named_jobs(description: Mapping[str, Any]) -> dict[str, Job]:
-    """The jobs of a request by the names of their entries, as if nothing of it had been measured before.
+def planned_again(description: Mapping[str, Any]) -> Iterator[list[PlannedJob]]:
+    """The jobs of a request, as if nothing of it had been measured before: two lists, of which one is right.
+
+    Whether gradients were taken through norms is the model's matter, which is not at hand: once without, once with.
 
     Args:
         description: study.json, with one of its requests.
@@ -142,16 +144,14 @@ def named_jobs(description: Mapping[str, Any]) -> dict[str, Job]:
     shots = description["spec"]["shots"]
     known = {kind: {name: {"by_shots": {str(k): task for k in shots}, **task}
                     for name, task in description.get(kind, {}).items()} for kind in ("tasks", "unseen")}
-    # Whether gradients were taken through norms is the model's matter, which is not at hand: both.
-    return {name_of(job): job for norms in (False, True)
-            for job in _jobs({**description, **known}, parts_asked(description), model, masks_per_job=cut,
-                             through_norms=norms)}
+    for norms in (False, True):
+        yield _jobs({**description, **known}, parts_asked(description), model, masks_per_job=cut, through_norms=norms)
 
 
 def _jobs(
     description: Mapping[str, Any], parts: Sequence[Any], model: str, *, masks_per_job: int,
     through_norms: bool = False,
-) -> list[Job]:
+) -> list[PlannedJob]:
     """What was asked for, planned again from what was saved."""
     names = {f.name for f in dataclasses.fields(StudySpec)} - {*fields_that(StudySpec, "means")}
     options: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
@@ -163,7 +163,7 @@ def _jobs(
     facts = [_facts(name, known, spec.shots, unseen=unseen) for unseen, kind in ((False, "tasks"), (True, "unseen"))
              for name, known in description.get(kind, {}).items()]
     heads = description["anatomy"]["heads_per_layer"]
-    return [one.job for one in plan(spec, model, heads, facts, parts, through_norms=through_norms)]
+    return plan(spec, model, heads, facts, parts, through_norms=through_norms)
 
 
 def _facts(name: str, known: Mapping[str, Any], shots: Sequence[int], *, unseen: bool) -> TaskFacts:
