@@ -51,7 +51,7 @@ _SIZES: dict[str, Any] = {
     "n_positions": 64, "is_decoder": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts": 4,
     "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1,
     "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
+    "v_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8,
 }
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _QWEN4 = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 4,

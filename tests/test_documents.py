@@ -281,13 +281,20 @@ def test_a_prompt_that_is_the_name_of_no_field_is_refused(tmp_path: Path) -> Non
         mine(tmp_path, change=lambda yaml: yaml.replace('"Q: {{q}}\\nA:"', "question"))
 
 
+def test_a_split_that_a_definition_reads_and_lacks_is_named(tmp_path: Path) -> None:
+    folder = write_task(tmp_path) / "piqa"
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"piqa has no train\.jsonl, and the definition of task 'piqa' reads"):
+        get_tasks(["piqa"], data=tmp_path)
+
+
 def test_the_first_gap_is_told_where_a_definition_cannot_be_loaded(tmp_path: Path) -> None:
     utils = "def made(dataset):\n    return dataset.map(lambda doc: {'q': doc['q'].strip()})\n"
     docs = rows()
     docs[3].pop("q")
-    with pytest.raises(DataError, match=r"AttributeError.*validation.jsonl, line 4, lacks 'q'$"):
+    with pytest.raises(DataError, match=r"AttributeError.*validation.jsonl, line 4, has no value of 'q'$"):
         mine(tmp_path, docs, utils=utils, more="process_docs: !function utils.made\n")
-    with pytest.raises(DataError, match=r"IndexError.*; compare a document with it, first .*validation.jsonl, line 2$"):
+    with pytest.raises(DataError, match=r"IndexError.*; compare the documents with it, such as that of .*validation.jsonl, line 2$"):
         mine(tmp_path / "b", ["", *[doc | {"gold": 9} for doc in rows()]])
 
 

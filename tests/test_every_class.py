@@ -50,6 +50,10 @@ def test_no_type_is_measured_wrong_or_ends_in_a_traceback() -> None:
     assert wrong == set()
 
 
+def test_no_type_is_refused_for_sizes_that_the_tests_gave_it() -> None:
+    assert not [kind for kind, line in lines().items() if "the config says" in line]
+
+
 @pytest.mark.parametrize("kind", AGAIN)
 def test_the_page_says_what_is_found_again(kind: str, tmp_path: Path) -> None:
     found = models_page.class_row(every_class.find(kind, tmp_path))

@@ -206,6 +206,30 @@ def test_a_folder_is_checked(
     assert "holds no study" in capsys.readouterr().err
 
 
+def test_what_no_command_measures_again_is_to_be_deleted(
+    copied: tuple[Plan, Ledger], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = copied[1]
+    path = sorted(ledger.entries_folder.iterdir())[0]
+    path.rename(path.with_name(f"evaluation-{24 * '0'}.parquet"))
+    found = check(ledger.folder)
+    assert [one.reason.endswith("is measured under its name: delete it") for one in found.damaged] == [True]
+    assert len(found.unmeasured) == 1
+    run(copied[0])
+    capsys.readouterr()
+    path.with_name(f"evaluation-{24 * '0'}.parquet").unlink()
+    assert (check(ledger.folder).holds, check(ledger.folder).unmeasured) == (True, ())
+
+
+def test_a_folder_in_an_entrys_place_is_told_before_anything_is_measured(copied: tuple[Plan, Ledger]) -> None:
+    plan, ledger = copied
+    path = sorted(ledger.entries_folder.iterdir())[0]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StudyError, match=r"is a folder, where an entry is to be written; move it away"):
+        prepare(plan.spec, loaded=plan.loaded, parts=plan.parts)
+
+
 def test_each_entry_that_is_taken_away_is_named(copied: tuple[Plan, Ledger]) -> None:
     ledger = copied[1]
     assert check(ledger.folder).unmeasured == ()

@@ -26,7 +26,7 @@ from headcount.measure.evaluate import evaluate
 from headcount.measure.importance import gradient_importance, oracle_from, oracle_importance
 from headcount.measure.induction import induction_scores
 from headcount.model.anatomy import Anatomy, find_anatomy
-from headcount.model.damage import by_feature, removed_heads_blank
+from headcount.model.damage import by_feature, damage_blank, removed_heads_blank
 from headcount.model.finite import Finding, first_no_gradient, first_no_number
 from headcount.model.load import LoadedModel, wrap
 from headcount.model.norms import find_norms
@@ -72,7 +72,7 @@ DAMAGE: dict[str, tuple[str, object, float, str, str]] = {
     "an FFN": ("model.layers.1.mlp.up_proj.weight", (0, 0), NAN, "L1F, the FFN of layer 1", "1 of 1,536 values"),
     "an FFN's infinity": ("model.layers.0.mlp.down_proj.weight", (3, 4), INF, "L0F, the FFN of layer 0", "1 of 1,536"),
     "a head's queries": ("model.layers.1.self_attn.q_proj.weight", slice(8, 16), NAN, "L1H1:", "256 of 1,024"),
-    "a group's values": ("model.layers.1.self_attn.v_proj.weight", (9, 0), NAN, "L1H2, L1H3:", "1 of 512"),
+    "a group's values": ("model.layers.1.self_attn.v_proj.weight", (9, 0), NAN, "L1H2 and L1H3:", "1 of 512"),
     "what a head writes": ("model.layers.1.self_attn.o_proj.weight", (EVERY, slice(24, 32)), NAN, "L1H3:", "256 of"),
     "what all heads write": ("model.layers.0.self_attn.o_proj.weight", 5, NAN,
                              "the attention's output projection of layer 0 (model.layers.0.self_attn.o_proj)", "32 of"),
@@ -137,6 +137,23 @@ def test_every_kind_of_family_is_traced_without_false_alarms(family: str) -> Non
     damage_an_ffn(anatomy, 0)
     assert first_no_number(made, anatomy, ids).text.startswith("L0F, the FFN of layer 0: the weights themselves")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in made.modules())
+
+
+def test_damaged_weights_come_back_where_writing_zeros_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = model()
+    put(loaded, "model.embed_tokens.weight", 5, NAN)
+    put(loaded, "model.norm.weight", 3, NAN)
+    looked = torch.isfinite
+
+    def stopped(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 1 and not looked(tensor).all():
+            raise KeyboardInterrupt
+        return looked(tensor)
+
+    monkeypatch.setattr(torch, "isfinite", stopped)
+    with pytest.raises(KeyboardInterrupt), damage_blank(loaded.model):
+        pass
+    assert loaded.model.get_input_embeddings().weight[5].isnan().all()
 
 
 def test_only_documents_with_a_damaged_token_are_hit(task: Task) -> None:
@@ -262,7 +279,7 @@ def test_a_norm_of_nothing_is_neither_damage_nor_overflow(task: Task) -> None:
     nothing = Mask([[False] * 4] * 2, [False] * 2)
     evaluate(loaded, task)
     with pytest.raises(ModelError, match=r"option 0 of document 2 of task 'words' \(0-shot\) is nan without L0H0, "
-                       r"L0H1, L0H2 and 5 more heads, L0F, L1F; it goes wrong first in the norm model.norm: all "
+                       r"L0H1, L0H2 and 5 more heads, L0F and L1F; it goes wrong first in the norm model.norm: all "
                        r"weights there are numbers, and it is no overflow, since a wider type gives none either"):
         evaluate(loaded, task, [full(loaded), nothing])
 

@@ -248,7 +248,6 @@ def test_a_job_is_done_by_one_function_that_writes_nothing(tmp_path: Path) -> No
 def test_what_binds_a_folder_is_said_where_the_option_is() -> None:
     assert set(fields_that(StudySpec, "binds")) == {
         "apply_chat_template", "protocol", "seed"}
-    assert set(fields_that(StudySpec, "loads")) == {"dtype", "attn_implementation", "revision", "trust_remote_code"}
     assert fields_that(StudySpec, "grows") == ("tasks", "shots", "measure", "unseen")
     induction = {f.name for f in dataclasses.fields(InductionSpec)} - {f.name for f in dataclasses.fields(ModelSpec)}
     assert set(fields_that(StudySpec, "induction")) < induction

@@ -165,7 +165,7 @@ def test_a_damaged_entry_is_not_done_and_is_replaced(tmp_path: Path) -> None:
     assert (list(ledger.keys()), list(ledger.entries()), list(ledger.descriptions())) == ([], [], [])
     assert ledger.damaged() == [path.name]
     for read in (lambda: ledger.read(JOB), lambda: ledger.read_need(("evaluation", job_id(JOB)))):
-        with pytest.raises(StudyError, match=r"damaged .*they do not have its digest.*run its study again"):
+        with pytest.raises(StudyError, match=r"damaged .*its digest is of others.*run its study again"):
             read()
     ledger.write(JOB, TABLE, {"who": "second"})
     assert ledger.read(JOB).info == {"who": "second"}

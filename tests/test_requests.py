@@ -149,5 +149,5 @@ def test_a_verb_between_studies_of_another_split(asks: Asks, tmp_path: Path) -> 
 
 def test_every_option_says_which_parts_read_it() -> None:
     names = {f.name for f in dataclasses.fields(StudySpec)}
-    marked = {f.name for f in dataclasses.fields(StudySpec) if f.metadata.keys() & {"binds", "loads", "grows", "means"}}
+    marked = {f.name for f in dataclasses.fields(StudySpec) if f.metadata.keys() & {"binds", "grows", "means"}}
     assert readers().keys() == names - marked

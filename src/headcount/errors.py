@@ -75,7 +75,13 @@ def first_line(error: BaseException) -> str:
     return said[:300]
 
 
-def few(names: Sequence[str], kind: str, most: int = 3) -> str:
-    """Names as they stand in a message, of many the first ones: `L0H1, L0H2, L1H0 and 5 more heads`."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more:,} more {kind}" if more > 0 else "")
+def listed(names: Sequence[str]) -> str:
+    """`no shots and 5 shots`; `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
+
+
+def few(names: Sequence[str], kind: str = "", most: int = 3) -> str:
+    """Names, or where they are many the first of them and how many more there are: `a, b, c and 4 more heads`."""
+    if len(names) <= most + 1:
+        return listed(names)
+    return f"{', '.join(names[:most])} and {len(names) - most:,} more{f' {kind}' if kind else ''}"

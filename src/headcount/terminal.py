@@ -120,8 +120,8 @@ def print_damaged(names: Sequence[str]) -> None:
     if names:
         one = len(names) == 1
         print_note(f"{len(names)} {'entry' if one else 'entries'} of this folder {'is' if one else 'are'} damaged and "
-                   f"{'counts' if one else 'count'} as not done ({few(names)}): what is asked for of "
-                   f"{'it' if one else 'them'} is measured again; headcount check says why")
+                   f"{'counts' if one else 'count'} as not done ({few(names)}); what "
+                   "this command asks for is measured again, and headcount check says what is wrong")
 
 
 def print_plan(plan: Plan) -> None:
@@ -229,8 +229,8 @@ def _print_contracts(loaded: LoadedModel) -> bool:
         results.append(engine.gradient_contract)
     for result in results:
         verdict = "[green]holds[/green]" if result.holds else "[red]FAILS[/red]"
-        _out.print(f"{verdict}  {result.name} (largest error {result.worst_error:.1e}) {result.detail}",
-                   highlight=False)
+        error = "" if result.worst_error is None else f" (largest error {result.worst_error:.1e})"
+        _out.print(f"{verdict}  {result.name}{error} {result.detail}".rstrip(), highlight=False)
     holds = all(result.holds for result in results)
     if wrong := engine.no_numbers() if holds else "":
         told = HeadcountError(wrong, fields=("dtype",)).on_command_line()
@@ -251,7 +251,7 @@ def print_checked(checked: Checked) -> None:
     if checked.description:
         out(checked.description)
     for one in checked.damaged:
-        out(f"damaged: {one.name} ({one.title or 'of what, cannot be told'}): {one.reason}")
+        out(f"damaged: {one.name}{f' ({one.title})' if one.title else ''}: {one.reason}")
     if checked.unmeasured:
         jobs = "jobs are" if len(checked.unmeasured) > 1 else "job is"
         out(f"{len(checked.unmeasured)} {jobs} not measured yet: {few(checked.unmeasured)}")

@@ -134,8 +134,10 @@ class Engine:
             raise ModelError(f"memory is too small to check {self._loaded.name}: gradients of one short pass need all "
                              "its weights on their devices; use more or larger ones, or a smaller dtype") from error
         if failed is not None:
-            raise ModelError(f"{self._loaded.name} cannot be measured: it fails the check '{failed.name}' "
-                             f"({failed.detail}); headcount anatomy MODEL --verify shows more", fields=("dtype",))
+            name, in_memory = self._loaded.name, self._loaded.provenance["source"] == "memory"
+            more = "" if in_memory else f"; headcount anatomy {name} --verify shows all checks"
+            raise ModelError(f"{name} cannot be measured: it fails the check '{failed.name}' ({failed.detail}){more}",
+                             fields=("dtype",))
 
     @functools.cached_property
     def sweep_contract(self) -> ContractResult:

@@ -43,7 +43,7 @@ from headcount.model.contracts import (
 )
 from headcount.model.damage import damage_blank
 from headcount.model.finite import first_no_number
-from headcount.model.hooks import ablated
+from headcount.model.hooks import ablated, first_output
 from headcount.model.load import LoadedModel
 
 _SCORED = "requests are scored as the model scores them"
@@ -101,15 +101,16 @@ def verify_scoring(loaded: LoadedModel) -> ContractResult:
     Args:
         loaded: The model.
     """
-    tried = "reading its logits at all positions"
-    worst = 0.0
+    tried, worst, detail = "", 0.0, ""
     try:
         requests, measured = _requests(loaded), list[float]()
-        for mask, tried in _masks(loaded.anatomy):
+        for mask, how in _masks(loaded.anatomy):
             # The unmodified model: no padding, no mask, logits of all positions. Without anything, one text will do.
             alone = requests if mask.is_full else requests[:1]
             with ablated(loaded.anatomy, mask):
+                tried = "reading logits of all positions, with input_ids and use_cache=False,"
                 logits = [_logits(loaded, request.ids) for request in alone]
+                tried = how
                 scored = _scored(loaded, requests)[: len(alone)]
             expected = np.array([_of_targets(*one) for one in zip(alone, logits, strict=True)])
             if mask.is_full and (wrong := _foresight(logits[0], logits[1], loaded.model.dtype)):
@@ -121,6 +122,8 @@ def verify_scoring(loaded: LoadedModel) -> ContractResult:
             if numbers and not error <= TOLERANCE.get(loaded.model.dtype, 1e-3):
                 return ContractResult(_SCORED, False, error, f"{tried}, log-likelihoods differ by {error:.2g} from "
                                       "those of one request at a time")
+            if not numbers:
+                detail = f"{how} it gives no numbers, which are not compared"
             worst = max(worst, error if np.isfinite(error) else 0.0)
             measured.append(float(scored[0]))
         if np.isfinite(measured[0]) and measured[0] == measured[-1] and _branches_write(loaded):
@@ -130,7 +133,7 @@ def verify_scoring(loaded: LoadedModel) -> ContractResult:
         raise
     except FAILURES as failure:
         return ContractResult(_SCORED, False, float("inf"), f"{tried} failed ({type(failure).__name__}: {failure})")
-    return ContractResult(_SCORED, True, worst, "")
+    return ContractResult(_SCORED, True, worst, detail)
 
 
 def verify_gradients(loaded: LoadedModel) -> ContractResult:
@@ -146,7 +149,7 @@ def verify_gradients(loaded: LoadedModel) -> ContractResult:
         raise
     except FAILURES as failure:
         wrong = f"taking them failed ({type(failure).__name__}: {failure})"
-    return ContractResult(name, not wrong, float("inf") if wrong else 0.0, wrong)
+    return ContractResult(name, not wrong, None, wrong)
 
 
 def numbers_apart(
@@ -238,7 +241,7 @@ def _branches_write(loaded: LoadedModel) -> bool:
         seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
 
     def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-        seen.append((output[0] if isinstance(output, (tuple, list)) else output).detach().clone())
+        seen.append(first_output(output).detach().clone())
 
     blocks = [part.block for part in loaded.anatomy.layers]
     handles = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True), blocks[-1].register_forward_hook(leave)]

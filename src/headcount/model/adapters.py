@@ -26,6 +26,7 @@ from headcount.model.attention import device_of
 CONFIG = "adapter_config.json"
 # Files that hold a whole model's weights, and not an adapter's.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_OWN_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What PEFT raises for files that are absent, damaged or of another base.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 
@@ -70,16 +71,24 @@ class Adapter:
         return f"the {self.kind} adapter of {self.place} is merged into {self.base}"
 
 
-def check_alone(name: str, files: Collection[str]) -> None:
-    """Refuse an adapter that lies beside a whole model's weights.
+def check_files(name: str, files: Collection[str]) -> None:
+    """Refuse an adapter that lies beside a whole model's weights, or whose own are not there.
+
+    Args:
+        name: The folder or hub id.
+        files: The names of what lies there.
 
     Raises:
-        ModelError: Which says what to move.
+        ModelError: Which says what to do.
     """
     if whole := [file for file in _WEIGHTS if file in files]:
         raise ModelError(f"{name} holds a whole model ({whole[0]}) and a PEFT adapter ({CONFIG}), and nothing says "
-                         "whether the one contains the other: move the adapter's files into a folder of their own to "
-                         "measure the model with it, or out of the way to measure the model as it is")
+                         "whether the one contains the other: in a folder of your own (download it, if it lies on "
+                         "the hub) move the adapter's files into another one to measure the model with it, or away to "
+                         "measure the model as it is")
+    if not any(file in files for file in _OWN_WEIGHTS):
+        raise ModelError(f"{name} holds a PEFT adapter's {CONFIG} without its weights ({' or '.join(_OWN_WEIGHTS)}): "
+                         "put them there, as PEFT's save_pretrained does")
 
 
 def check_installed(adapter: Adapter) -> None:
@@ -90,7 +99,7 @@ def check_installed(adapter: Adapter) -> None:
     """
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f"{adapter.place} is a PEFT adapter ({adapter.kind}) of {adapter.base}, which needs the "
-                         'package peft: pip install "headcount[peft]"')
+                         'package peft: pip install peft')
 
 
 def merged(model: PreTrainedModel, adapter: Adapter, revision: str | None) -> PreTrainedModel:

@@ -46,27 +46,32 @@ class _Kind(NamedTuple):
     """Tensors that may be left over: told by name, and by content where the name alone says too little."""
 
     name: re.Pattern[str]
-    content: Callable[[Tensor], bool]
+    content: Callable[[Tensor, PreTrainedConfig], bool]
     reason: str
 
 
-def _is_causal_mask(tensor: Tensor) -> bool:
-    """Ones in a lower triangle."""
-    square = tensor.reshape(tensor.shape[-2:]) if tensor.dim() >= 2 and tensor.shape[:-2].numel() == 1 else None
-    return square is not None and bool((square == torch.ones_like(square).tril()).all())
+def _is_causal_mask(tensor: Tensor, config: PreTrainedConfig) -> bool:
+    """Ones in a lower triangle, or in the band of it that is as wide as the config's window."""
+    if tensor.dim() < 2 or tensor.shape[:-2].numel() != 1:
+        return False
+    square = tensor.reshape(tensor.shape[-2:]).int()
+    whole, window = torch.ones_like(square).tril(), getattr(config, "window_size", None)
+    return torch.equal(square, whole) or (
+        isinstance(window, int) and torch.equal(square, whole - whole.tril(-window)))
 
 
 _HARMLESS = (
-    _Kind(re.compile(r"\.(attn|attention)\.bias$"), _is_causal_mask,
-          "the causal mask, which earlier versions of transformers saved (GPT-2, GPT-Neo, GPT-J, CodeGen)"),
-    _Kind(re.compile(r"\.(attn|attention)\.masked_bias$"), lambda tensor: tensor.numel() == 1,
+    _Kind(re.compile(r"\.(attn|attention)\.(bias|causal_mask)$"), _is_causal_mask,
+          "the causal mask, which earlier versions of transformers saved (GPT-2, GPT-J, GPT-NeoX, CodeGen; GPT-Neo's "
+          "local layers have a band of it)"),
+    _Kind(re.compile(r"\.(attn|attention)\.masked_bias$"), lambda tensor, _: tensor.numel() == 1,
           "the number that stood at masked places, saved by earlier versions of transformers"),
-    _Kind(_ROTARY, lambda tensor: True, "rotary frequencies, which are compared apart"),
-    _Kind(re.compile(r"(^|\.)position_ids$"), lambda tensor: not tensor.is_floating_point(),
+    _Kind(_ROTARY, lambda *_: True, "rotary frequencies, which are compared apart"),
+    _Kind(re.compile(r"(^|\.)position_ids$"), lambda tensor, _: not tensor.is_floating_point(),
           "the numbers of positions, saved by earlier versions of transformers"),
-    _Kind(re.compile(r"(^|\.)v_head\.summary\.(weight|bias)$"), lambda tensor: True,
+    _Kind(re.compile(r"(^|\.)v_head\.summary\.(weight|bias)$"), lambda *_: True,
           "TRL's value head, which reads the last hidden state and which no logit depends on"),
-    _Kind(re.compile(r"\._extra_state$"), lambda tensor: True, "TransformerEngine's notes on its 8-bit scales"),
+    _Kind(re.compile(r"\._extra_state$"), lambda *_: True, "TransformerEngine's notes on its 8-bit scales"),
 )
 
 
@@ -98,7 +103,7 @@ def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Pa
     left = sorted(told["unexpected_keys"])
     files = [] if folder is None else files_read(folder, getattr(model.config, "transformers_weights", None))
     held = _tensors(name, files)
-    if left := [key for key in left if not _is_harmless(key, held)]:
+    if left := [key for key in left if not _is_harmless(key, held, model.config)]:
         raise ModelError(f"{name} holds {_some(len(left), 'tensor')} that {type(model).__name__} has no place for with "
                          f"this config, and drops (the first is {left[0]}): put back the config.json that belongs to "
                          "these weights; to measure what is left without them, load it with transformers and wrap it")
@@ -217,11 +222,11 @@ def _size(shape: Any) -> str:
     return " x ".join(map(str, shape))
 
 
-def _is_harmless(key: str, held: Mapping[str, Held]) -> bool:
+def _is_harmless(key: str, held: Mapping[str, Held], config: PreTrainedConfig) -> bool:
     kind = next((kind for kind in _HARMLESS if kind.name.search(key)), None)
     # The model's class may put a prefix before the checkpoint's names, or take one off.
     name = next((name for name in held if name == key or key.endswith(f".{name}") or name.endswith(f".{key}")), None)
-    return kind is not None and name is not None and kind.content(held[name].read())
+    return kind is not None and name is not None and kind.content(held[name].read(), config)
 
 
 def _rotary(model: PreTrainedModel) -> dict[str, Tensor]:

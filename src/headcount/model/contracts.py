@@ -10,8 +10,8 @@
    gradient of slice h, the part of every other head is exactly 0, and its own is not. For this the model runs eager
    attention, a few tokens long, and gets its own kernel back.
 
-Contracts 3 and 4, that the model can be run layer by layer and that requests are scored as it scores them, are of the
-engine (`headcount.engine.proof`).
+Contracts 3, 4 and 5, that the model can be run layer by layer, that requests are scored as it scores them, and that
+gradients reach heads and FFNs, are of the engine (`headcount.engine.proof`).
 
 Shapes are not tested: a gate at the wrong place has the right shape (the FFN module's output on BLOOM and MPT).
 """
@@ -33,7 +33,7 @@ from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy, find_anatomy
 from headcount.model.attention import eager
 from headcount.model.devices import doubled
-from headcount.model.hooks import ablated, frozen
+from headcount.model.hooks import ablated, first_output, frozen
 from headcount.model.load import LoadedModel
 
 PROBE_TOKENS = 8
@@ -53,13 +53,13 @@ class ContractResult:
     Args:
         name: What was proved.
         holds: Whether it holds in every layer.
-        worst_error: The largest deviation, relative to the values compared.
+        worst_error: The largest deviation, relative to the values compared; None where none is measured.
         detail: Where and how it fails, or what was seen; may be empty.
     """
 
     name: str
     holds: bool
-    worst_error: float
+    worst_error: float | None
     detail: str
 
 
@@ -113,8 +113,9 @@ def _identity(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch 
         raise
     except FAILURES as failure:
         # A gate at a wrong place can leave shapes that do not fit.
-        return ContractResult(name, False, float("inf"), "a block does not even run so: a head or FFN of it is not "
-                              f"where the anatomy says ({failure})")
+        return ContractResult(name, False, float("inf"), f"run so, with use_cache=False, blocks failed "
+                              f"({type(failure).__name__}: {failure}): its forward takes no such argument, or a head "
+                              "or FFN is not where the anatomy says")
     if again := [f"block {i} runs {trace.times} times" for i, trace in sorted(traces.items()) if trace.times > 1]:
         return ContractResult(name, False, float("inf"), f"{again[0]} in one pass: what is removed from it is removed "
                               "each time, so that such layers cannot be measured")
@@ -124,8 +125,9 @@ def _identity(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch 
         if not error <= worst:
             worst, where = error, i
     holds = worst <= _ROUNDINGS * torch.finfo(model.dtype).eps
-    return ContractResult(name, holds, worst, "" if holds else f"block {where} does more than that: a head or FFN of "
-                          "it is not where the anatomy says, or another part of it adds to the residual stream")
+    return ContractResult(name, holds, worst, "" if holds else f"block {where} does more than pass its input on: a "
+                          "head or FFN of it is not where the anatomy says, or another part of it adds to the residual "
+                          "stream")
 
 
 @contextlib.contextmanager
@@ -155,8 +157,7 @@ def _trace_block(
             norms.append((args[0].clone(), output.clone()))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        out = output[0] if isinstance(output, (tuple, list)) else output
-        traces[index] = _Trace(len(entered), entered[-1], out.clone(), norms, others)
+        traces[index] = _Trace(len(entered), entered[-1], first_output(output).clone(), norms, others)
 
     def beside(module: nn.Module, args: Any, output: Tensor) -> None:
         others.append(output.clone())
@@ -221,7 +222,8 @@ def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "bat
     except torch.OutOfMemoryError:  # says nothing of the model
         raise
     except FAILURES as failure:
-        return ContractResult(name, False, float("inf"), f"its attention cannot be looked at ({failure})")
+        return ContractResult(name, False, float("inf"), "run with eager attention and output_attentions=True, it "
+                              f"failed ({type(failure).__name__}: {failure})")
 
 
 def _slices(name: str, model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:

@@ -6,7 +6,7 @@ Nothing here is kept: weights get their values back when a block ends, however i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -53,37 +53,42 @@ def removed_heads_blank(anatomy: Anatomy, mask: Mask) -> Iterator[bool]:
     Yields:
         Whether there were any. Weights that are not in memory as they are (offloaded, quantised) are not looked at.
     """
-    before: list[tuple[Tensor, Tensor, Tensor]] = []
-    try:
+    found = False
+    with _blanks() as blank:
         for part, kept in zip(anatomy.layers, mask.heads, strict=True):
             weight = by_feature(part)
             if weight is None or kept.all():
                 continue
-            gone = torch.from_numpy(np.repeat(~kept, part.d_head)).to(weight.device)[:, None] & ~torch.isfinite(weight)
-            if gone.any():
-                before.append((weight, gone, weight[gone]))
-                weight[gone] = 0
-        yield bool(before)
-    finally:
-        for weight, gone, values in before:
-            weight[gone] = values
+            gone = torch.from_numpy(np.repeat(~kept, part.d_head)).to(weight.device)[:, None]
+            found |= blank(weight, gone & ~torch.isfinite(weight))
+        yield found
 
 
 @contextlib.contextmanager
 def damage_blank(model: nn.Module) -> Iterator[None]:
     """Zeros for all weights that are NaN or infinite, while the block runs; those that are offloaded stay."""
-    before: list[tuple[Tensor, Tensor, Tensor]] = []
-    with torch.no_grad():
+    with _blanks() as blank:
         for weight in (p.detach() for p in model.parameters() if p.is_floating_point() and p.device.type != "meta"):
-            bad = ~torch.isfinite(weight)
-            if bad.any():
-                before.append((weight, bad, weight[bad]))
-                weight[bad] = 0
-    try:
+            blank(weight, ~torch.isfinite(weight))
         yield
+
+
+@contextlib.contextmanager
+def _blanks() -> Iterator[Callable[[Tensor, Tensor], bool]]:
+    """A function that writes zeros where it is told, and says whether it did; undone when the block ends."""
+    before: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def blank(weight: Tensor, where: Tensor) -> bool:
+        if found := bool(where.any()):
+            before.append((weight, where, weight[where]))
+            weight[where] = 0
+        return found
+
+    try:
+        yield blank
     finally:
-        for weight, bad, values in before:
-            weight[bad] = values
+        for weight, where, values in before:
+            weight[where] = values
 
 
 def by_feature(part: LayerAnatomy) -> Tensor | None:

@@ -31,7 +31,7 @@ from headcount.masks import Mask, heads_named
 from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.attention import device_of
 from headcount.model.damage import by_feature, damaged, holds_nan
-from headcount.model.hooks import ablated, frozen, scored_only
+from headcount.model.hooks import ablated, first_output, frozen, scored_only
 
 _SCALED = 2.0**-16
 # What a block raises that cannot be copied or run in double precision: offloaded, quantised, or on a device without.
@@ -163,7 +163,7 @@ def _twin_is_finite(module: nn.Module, args: Any, kwargs: Any) -> bool | None:
     """Whether a copy of the module in double precision gives numbers; None where there cannot be one."""
     try:
         twin = copy.deepcopy(module).double()
-        return is_finite(_first(twin(*_doubled(args), **_doubled(kwargs))))
+        return is_finite(first_output(twin(*_doubled(args), **_doubled(kwargs))))
     except _NO_TWIN:
         return None
 
@@ -221,7 +221,7 @@ def _watched(model: PreTrainedModel, anatomy: Anatomy, seen: _Seen) -> Iterator[
                     seen.inputs[module] = given
 
             def leave(module: nn.Module, args: Any, output: Any, place: Any = left) -> None:
-                y = _first(output)
+                y = first_output(output)
                 if seen.place is None and isinstance(y, Tensor):
                     shown = _without_masked(y) if module is model.get_output_embeddings() else y  # type: ignore[no-untyped-call]
                     seen.take(place(y), shown)
@@ -328,10 +328,6 @@ def _of_heads(part: LayerAnatomy, layer: int, bad: Bool[Tensor, "row head featur
 def _read(args: Any, kwargs: Any) -> Tensor | None:
     x = args[0] if args else kwargs.get("hidden_states")
     return x if isinstance(x, Tensor) and x.is_floating_point() else None
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _without_masked(logits: Tensor) -> Tensor:

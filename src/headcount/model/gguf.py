@@ -201,7 +201,7 @@ def read_once(path: Path) -> Iterator[str]:
 
 def _check_installed(path: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f'reading the GGUF file {path.name} needs the package gguf: pip install "headcount[demo]"')
+        raise ModelError(f'reading the GGUF file {path.name} needs the package gguf: pip install gguf')
 
 
 def _note(path: Path) -> str:

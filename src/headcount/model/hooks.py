@@ -30,6 +30,11 @@ from headcount.model.devices import on_device
 from headcount.model.norms import LayerNorms
 
 
+def first_output(output: Any) -> Any:
+    """What a module puts out; of a tuple or list, as blocks and attention give, its first member."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
 @contextlib.contextmanager
 def ablated(anatomy: Anatomy, mask: Mask) -> Iterator[None]:
     """Run the model without the heads and FFNs that the mask leaves out; layers that keep all are not touched.

@@ -80,7 +80,7 @@ class Source:
         config = self._file(adapters.CONFIG)
         if config is None:
             return None
-        adapters.check_alone(self.place, self._names(config.parent))
+        adapters.check_files(self.place, self._names(config.parent))
         return adapters.Adapter.read(self.place, config)
 
     def _file(self, name: str) -> Path | None:

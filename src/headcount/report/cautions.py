@@ -71,10 +71,11 @@ def _of_entries(study: Study) -> Iterator[str]:
         are = "entry is damaged and" if n == 1 else "entries are damaged and"
         yield (f"{n} {are} left out ({words.few(study.damaged)}), and so may be what rests on "
                f"{'it' if n == 1 else 'them'}: run the study's command again, which measures "
-               f"{'it' if n == 1 else 'them'} anew.")
+               "anew what was asked for (headcount check says what is wrong with them).")
     unverified, whole = study.unverified
     if unverified:
-        of = "The only entry is" if whole == 1 else f"{unverified} of {whole} entries are"
+        of = ("The only entry is" if whole == 1 else f"All {whole} entries are" if unverified == whole else
+              f"{unverified} of {whole} entries are")
         yield (f"{of} of an earlier version, which wrote no checksums: a bit that was damaged since cannot be found.")
     if n := len(study.foreign):
         yield (f"{words.number_of(n, 'file')} among the entries {'is none and is' if n == 1 else 'are none and are'} "

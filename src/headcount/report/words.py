@@ -8,11 +8,13 @@ fraction nearest one half (one fifth for sets of the most important heads); it i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import pandas as pd
 
 from headcount.analysis.rows import MEAN, MEAN_OF_RANKS
+from headcount.errors import few as few
+from headcount.errors import listed as listed
 from headcount.stats import intervals
 
 # More than this is no number of documents that could be had.
@@ -29,16 +31,6 @@ def shots(k: int) -> str:
 def number_of(n: int, thing: str) -> str:
     """`1 task`, `3 tasks`."""
     return f"{n} {thing}{'s' * (n != 1)}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """`no shots and 5 shots`; `a, b and c`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
-
-
-def few(names: Sequence[str], most: int = 3) -> str:
-    """Names, or where they are many the first of them and how many more there are: `a, b, c and 4 more`."""
-    return listed(names) if len(names) <= most + 1 else f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
 def millions(n: float | int) -> str:

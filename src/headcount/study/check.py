@@ -8,6 +8,7 @@ what was never measured, which is nothing wrong: a study that was stopped goes o
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Damaged:
 
     Attributes:
         name: Of the file.
-        reason: Why.
+        reason: Why, and what to do where no command measures it again.
         title: What it was of, in a few words; empty where that cannot be told.
     """
 
@@ -97,7 +98,7 @@ def check(folder: str | Path) -> Checked:
     return Checked(
         Path(folder), sum(one.verified for one in whole), sum(not one.verified for one in whole),
         sum(one.other_format for one in found),
-        tuple(Damaged(one.name, one.damage, _title(one) or planned.get(one.name, "")) for one in damaged),
+        tuple(_damaged(one, planned) for one in damaged),
         _unmeasured([jobs for one, jobs in requests if "parts" in one], found),
         tuple(name for name in others if not is_left_over(name)), tuple(filter(is_left_over, others)), wrong,
         _commands(description))
@@ -114,11 +115,15 @@ def _description(ledger: Ledger) -> tuple[dict[str, Any] | None, str]:
     return description, ""
 
 
-def _title(found: Found) -> str:
-    try:
-        return "" if found.job is None else job_from(found.job).title
-    except StudyError:
-        return ""
+def _damaged(found: Found, planned: Mapping[str, str]) -> Damaged:
+    """What is told of a damaged entry, with the titles of planned jobs by names of files."""
+    title = planned.get(found.name, "")
+    if found.job is not None:
+        with contextlib.suppress(StudyError):
+            title = job_from(found.job).title
+    # Nothing is lost by that: it is believed nowhere.
+    idle = "" if title else "; nothing that was asked for is measured under its name: delete it"
+    return Damaged(found.name, found.damage + idle, title)
 
 
 def _planned(description: dict[str, Any] | None) -> list[tuple[dict[str, Any], list[list[PlannedJob]]]]:

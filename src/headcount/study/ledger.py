@@ -164,8 +164,7 @@ class Ledger:
         """Write an entry once and for all; a whole entry that is there already stays, a damaged one is replaced."""
         if self.has(job):
             return
-        if (path := self.path(job)).is_dir():
-            raise StudyError(f"{path} is a folder, where an entry is to be written; move it away")
+        self.check_places()
         content = {"format": FORMAT, "job": dict(job), "info": dict(info), seal.KEY: seal.BLANK}
         data = seal.sealed(_parquet(table, json.dumps(content)))
         with _replacing(self.path(job), unless=lambda: self.has(job)) as temporary:
@@ -213,6 +212,16 @@ class Ledger:
             if found.entry is not None:
                 yield found.entry.job, found.entry.info
 
+    def check_places(self) -> None:
+        """Refuse a folder that has an entry's name, before anything is measured that could not be written there.
+
+        Raises:
+            StudyError: Which names it.
+        """
+        for name in filter(_NAME.fullmatch, self._names()):
+            if (path := self.entries_folder / name).is_dir():
+                raise StudyError(f"{path} is a folder, where an entry is to be written; move it away")
+
     def damaged(self) -> list[str]:
         """Names of the damaged entries."""
         return [found.name for found in self.scan(rows=False) if found.damage]
@@ -256,7 +265,7 @@ class Ledger:
                 raise _DamagedError(f"it holds another job, whose entry is called {named}")
             proved = job
             if verified and not seal.is_whole(data):
-                raise _DamagedError("its bytes are not those that were written: they do not have its digest")
+                raise _DamagedError("its bytes are not those that were written: its digest is of others")
             if content["format"] != FORMAT:
                 return Found(path.name, verified=verified, job=proved, other_format=True)
             entry = self._entry(data, content, rows=rows)
@@ -309,8 +318,8 @@ class Ledger:
         if not isinstance(content, dict):
             raise _damaged_json(path, "no object in it")
         if seal.KEY in content and not seal.is_whole(data):
-            raise _damaged_json(path, f"it was changed after it was written; if on purpose, delete its line "
-                                      f"\"{seal.KEY}\"")
+            raise _damaged_json(path, "it was changed after it was written; if on purpose, take out its last field, "
+                                      f"{seal.KEY}, with the comma before it")
         return {key: value for key, value in content.items() if key != seal.KEY}
 
 
@@ -360,7 +369,10 @@ def _content(data: bytes) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    content = json.loads((pq.read_metadata(pa.BufferReader(data)).metadata or {})[b"headcount"])
+    text = (pq.read_metadata(pa.BufferReader(data)).metadata or {}).get(b"headcount")
+    if text is None:
+        raise _DamagedError("it has no description, as an entry has")
+    content = json.loads(text)
     if not isinstance(content, dict) or content.keys() - {seal.KEY} != _KEYS:
         raise _DamagedError("its description is not an entry's")
     job, info, version = (content[name] for name in ("job", "info", "format"))

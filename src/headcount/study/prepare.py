@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from headcount.errors import ModelError, OptionError, StudyError
+from headcount.errors import ModelError, OptionError, StudyError, few
 from headcount.study.folder import check_data, check_model, check_options, other_orders, previous
 from headcount.study.jobs import Evaluation, job_from
 from headcount.study.ledger import Ledger
@@ -181,6 +181,7 @@ def prepare(
 
             dtype_of(spec.dtype)  # a slip of the pen is no other study
         check_options(spec, before, ledger.folder)
+        ledger.check_places()
     # Tasks first: they load faster than models, and most slips of the pen are in their options.
     reporter.stage("loading tasks")
     tasks, unseen = _tasks(spec, parts)
@@ -278,11 +279,11 @@ def _unchanged(loaded: LoadedModel) -> LoadedModel:
 
     if patched := [name or type(m).__name__ for name, m in loaded.model.named_modules()
                    if "forward" in vars(m) and not hasattr(m, "_hf_hook")]:
-        raise ModelError(f"{patched[0]} of {loaded.name} has a forward of its own, which a study's entries could not "
-                         "tell it from the model without: remove it, or measure with evaluate() instead")
+        raise ModelError(f"{patched[0]} of {loaded.name} has a forward of its own: a study's entries could not tell "
+                         "this model from one without it; remove it, or measure with evaluate() instead")
     if hooks := hooked(loaded.model):
-        raise ModelError(f"{loaded.name} carries forward hooks ({', '.join(hooks[:3])}), which a study's entries could "
-                         "not tell it from the model without them: remove them, or measure with evaluate() instead")
+        raise ModelError(f"{loaded.name} carries forward hooks ({few(hooks)}): a study's entries could not tell this "
+                         "model from one without them; remove them, or measure with evaluate() instead")
     if fingerprint(loaded.model) != loaded.fingerprint:
         raise ModelError(f"the weights or config of {loaded.name} have been changed since it was loaded: wrap it again "
                          "(wrap(loaded.model, loaded.tokenizer)), so that a study knows it as it is now")

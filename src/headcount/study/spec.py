@@ -25,10 +25,9 @@ Measured: TypeAlias = Literal["curves", "grid", "transfer", "induction"]
 # What of a study can be asked for by itself. The oracle of heads is: of a large model it costs hundreds of evaluations.
 Part: TypeAlias = Literal["evaluate", "heads", "ffns", "curve", "head_oracle", "grid", "transfer", "induction"]
 CURVES: tuple[Part, ...] = ("evaluate", "heads", "ffns", "curve")
-# What an option means for a folder: all its entries share it, or the model that comes of it; the list grows from run to
-# run.
+# What an option means for a folder: all its entries share it; the list grows from run to run. By options that load the
+# model none is bound: the model that comes of them is compared.
 BINDS = {"binds": True}
-LOADS = {"loads": True}
 GROWS = {"grows": True}
 # Where things lie and how work is cut up; by other means the same is asked.
 MEANS = {"means": True}
@@ -58,7 +57,7 @@ class ModelSpec:
 
     _: KW_ONLY
 
-    dtype: str = field(default="auto", metadata=LOADS)
+    dtype: str = "auto"
     """Type of the weights, as in transformers: auto, float32, bfloat16, float16."""
 
     device: str | None = field(default=None, metadata=MEANS)
@@ -67,13 +66,13 @@ class ModelSpec:
     device_map: str | None = field(default=None, metadata=MEANS)
     """How the model is split over devices, as in transformers (auto, balanced, ...)."""
 
-    attn_implementation: str | None = field(default=None, metadata=LOADS)
+    attn_implementation: str | None = None
     """Attention kernel, as in transformers (sdpa, eager)."""
 
-    revision: str | None = field(default=None, metadata=LOADS)
+    revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
-    trust_remote_code: bool = field(default=False, metadata=LOADS)
+    trust_remote_code: bool = False
     """Run code that comes with the model."""
 
     apply_chat_template: bool = field(default=False, metadata=BINDS)
@@ -294,7 +293,7 @@ def scores_of(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fields_that(spec: type, mark: str) -> tuple[str, ...]:
-    """The names of a spec's fields whose metadata have a mark: "binds", "loads", "grows" or "means"."""
+    """The names of a spec's fields whose metadata have a mark: "binds", "grows" or "means"."""
     return tuple(f.name for f in dataclasses.fields(spec) if f.metadata.get(mark))
 
 

@@ -183,12 +183,15 @@ def _load(text: str, name: str, place: Path | None) -> Any:
     except MISFITS as error:
         if str(error).startswith("Couldn't find cache for"):  # another part of the data set is there
             raise _not_to_be_had(name, error) from error
+        if place is not None and (lost := [s for s in SPLIT_FILES if error.args == (s,) and not has_split(place, s)]):
+            raise DataError(f"{place} has no {lost[0]}.jsonl, and the definition of task {name!r} reads that split; "
+                            "put it there") from error
         where = "the hub's documents lack what" if place is None else "the local files lack what"
-        compare = "compare a document with it"
+        compare = "compare the documents with it"
         if place is not None:
             split = "test" if has_split(place, "test") else "validation"
             path, line = line_of(place, split, 0)
-            compare = first_gap(place) or f"compare a document with it, first {path}, line {line}"
+            compare = first_gap(place) or f"compare the documents with it, such as that of {path}, line {line}"
         raise DataError(f"{where} the definition of task {name!r} reads ({type(error).__name__}: "
                         f"{first_line(error)}); {compare}") from error
     finally:

@@ -63,7 +63,7 @@ def first_gap(place: Path) -> str:
         columns = _columns(doc for _, doc in lines)
         for number, doc in lines:
             if (field := next(nulls({**dict.fromkeys(columns), **doc}), None)) is not None:
-                return f"{path}, line {number}, lacks {name(field)!r}"
+                return f"{path}, line {number}, has no value of {name(field)!r}"
     return ""
 
 

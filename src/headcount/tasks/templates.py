@@ -1,4 +1,4 @@
-"""lm-eval's templates, compiled once instead of at every use: prompts are made five times as fast.
+"""lm-eval's templates, compiled once instead of at every use: prompts are made four times as fast.
 
 lm-eval compiles a template for every text that it renders. While `compiled_once` holds, its environment keeps what it
 has compiled; the texts are the same.
