@@ -420,13 +420,21 @@ def test_shots_that_a_definition_writes_out_are_checked(tmp_path: Path) -> None:
         mine(tmp_path / "b", more=more % -1).prompts("evaluation", FewShot(2, shared=True))
 
 
-def test_documents_of_a_data_set_are_told_by_split_and_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "said"), [
+    ("array", r"^document 4 of the validation split of task 'mine': field 'q' is missing"),
+    ("lines", r"^/.*v\.jsonl, line 6: field 'q' is missing"),
+])
+def test_documents_of_a_definitions_own_files_are_told_by_line_where_they_have_one(
+    tmp_path: Path, form: str, said: str
+) -> None:
     docs = [doc | {"q": None if i == 4 else doc["q"]} for i, doc in enumerate(rows())]
     write(tmp_path / "v.jsonl", docs)
+    text = (tmp_path / "v.jsonl").read_text()
+    (tmp_path / "v.jsonl").write_text(json.dumps(docs, indent=1) if form == "array" else text.replace("\n", "\n\n", 1))
     (tmp_path / "mine.yaml").write_text(
         f"{MINE.replace('training_split: train', 'fewshot_split: validation')}dataset_path: json\n"
         f"dataset_kwargs: {{data_files: {{validation: {tmp_path}/v.jsonl}}, cache_dir: {tmp_path}/cache}}\n")
-    with pytest.raises(DataError, match=r"^document 4 of the validation split of task 'mine': field 'q' is missing"):
+    with pytest.raises(DataError, match=said):
         get_tasks([str(tmp_path / "mine.yaml")])["mine"].prompts("evaluation")
 
 

@@ -226,7 +226,7 @@ def _blocks(stack: nn.Module, names: Names) -> tuple[str, nn.ModuleList] | None:
 def _layer(block: nn.Module, where: str, config: PreTrainedConfig, index: int, names: Names) -> LayerAnatomy:
     attention, out_proj = _attention(block, where, names)
     ffn, output = _ffn(block, where, names)
-    width, d_model = _size(out_proj)
+    width, d_model = _size(out_proj, where)
     heads = _num_heads(config, index)
     if heads < 1 or width % heads:
         raise ModelError(f"{where} ({type(block).__name__}): the attention's output projection has {width} inputs, "
@@ -290,8 +290,9 @@ def _child(parent: nn.Module, names: Iterable[str]) -> tuple[str, nn.Module | No
 
 def _not_found(parent: nn.Module, where: str, what: str, field: str, names: tuple[str, ...]) -> ModelError:
     children = ", ".join(f"{n} ({type(m).__name__})" for n, m in parent.named_children()) or "nothing"
+    kind = type(parent).__name__
     return ModelError(
-        f"{where} ({type(parent).__name__}) has no {what}: looked for {', '.join(names)}; it has {children}. "
+        f"{where if where == kind else f'{where} ({kind})'} has no {what}: looked for {', '.join(names)}; it has {children}. "
         "State-space and hybrid models have layers without attention heads and are not supported; if this is ordinary "
         f'attention, call load(..., names=Names({field}=("NAME",)))')
 
@@ -315,13 +316,14 @@ def _said(config: PreTrainedConfig, name: str, layer: int) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _size(projection: nn.Module) -> tuple[int, int]:
+def _size(projection: nn.Module, where: str = "") -> tuple[int, int]:
     """Inputs and outputs of a Linear (of any make), or of GPT-2's transposed Conv1D."""
     for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
         sizes = getattr(projection, inputs, None), getattr(projection, outputs, None)
         if isinstance(sizes[0], int) and isinstance(sizes[1], int):
             return sizes[0], sizes[1]
-    raise ModelError(f"{type(projection).__name__} is no linear projection: it has neither in_features nor nx")
+    place = f"{where}'s output projection: " if where else ""
+    raise ModelError(f"{place}{type(projection).__name__} is no linear projection: it has neither in_features nor nx")
 
 
 def _parameters(projection: nn.Module) -> int:

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from headcount.errors import DataError, OptionError, TaskError, UnavailableError, first_line
 from headcount.tasks import catalog, hub
-from headcount.tasks.local import SPLIT_FILES, bare_splits, check_place, first_gap, has_split, line_of
+from headcount.tasks.local import SPLIT_FILES, bare_splits, check_place, files_of, first_gap, has_split, line_in
 from headcount.tasks.missing import MISFITS
 from headcount.tasks.task import SAME, Protocol, Task
 
@@ -190,7 +190,7 @@ def _load(text: str, name: str, place: Path | None) -> Any:
         compare = "compare the documents with it"
         if place is not None:
             split = "test" if has_split(place, "test") else "validation"
-            path, line = line_of(place, split, 0)
+            path, line = line_in(files_of(place, split, None), 0) or (place, 1)
             compare = first_gap(place) or f"compare the documents with it, such as that of {path}, line {line}"
         raise DataError(f"{where} the definition of task {name!r} reads ({type(error).__name__}: "
                         f"{first_line(error)}); {compare}") from error

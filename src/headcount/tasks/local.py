@@ -10,8 +10,9 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -42,18 +43,38 @@ def local_dataset(folder: str, *, bare: bool = False, **metadata: object) -> dic
     return by_split
 
 
-def line_of(place: Path, split: str, number: int) -> tuple[Path, int]:
-    """The file and the line of a document, by lm-eval's name of its split and its number there.
+def files_of(place: Path | None, split: str, config: Any) -> list[Path]:
+    """The files that a split's documents stand in, one a line; none where they do not.
 
     Args:
-        place: The task's folder, or its one file.
-        split: The split's name.
+        place: The task's folder, or its one file; None where the definition says where its documents are.
+        split: lm-eval's name of the split.
+        config: The definition as lm-eval has it, whose `data_files` name files if it reads its documents as JSON.
+    """
+    if place is not None:
+        files = _files(place)
+        return [files.get(split) or files["validation"]]
+    kwargs = config.dataset_kwargs or {}
+    if config.dataset_path != "json" or "field" in kwargs:
+        return []
+    named = kwargs.get("data_files")
+    listed = named.get(split) if isinstance(named, Mapping) else named if split == "train" else None
+    paths = [Path(path) for path in ([listed] if isinstance(listed, str) else listed or [])]
+    return paths if all(path.is_file() for path in paths) else []
+
+
+def line_in(files: Sequence[Path], number: int) -> tuple[Path, int] | None:
+    """The file and the line of a document of a split; None where the files do not have one a line.
+
+    Args:
+        files: Of the split, in their order.
         number: The document's, counted from 0; blank lines do not count.
     """
-    files = _files(place)
-    path = files.get(split) or files["validation"]
-    line, _ = next(itertools.islice(_lines(path, None), number, None), (number + 1, None))
-    return path, line
+    lines = ((path, line) for path in files for line, _ in _lines(path, None))
+    try:
+        return next(itertools.islice(lines, number, None), None)
+    except DataError:
+        return None
 
 
 def first_gap(place: Path) -> str:

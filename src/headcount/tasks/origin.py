@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 
 from headcount.tasks.fewshot import Document
-from headcount.tasks.local import line_of
+from headcount.tasks.local import files_of, line_in
 from headcount.tasks.missing import MISFITS, mark_for
 from headcount.tasks.pool import same
 
@@ -30,14 +30,14 @@ class Origin:
         split: lm-eval's name of the split; None for documents that stand in the definition.
         rows: What the data set holds of the split.
         process: What the definition makes of a data set, None where it takes it as it is.
-        place: The local folder or file that the task's documents come from, if they do.
+        files: The local files that the split's documents stand in, one a line; none where they do not.
     """
 
     task: str
     split: str | None
     rows: Any
     process: Callable[[Any], Any] | None
-    place: Path | None
+    files: Sequence[Path]
     _marked: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def unprocessed(self, number: int) -> Document | None:
@@ -88,10 +88,24 @@ class Origin:
         if self.split is None:
             return f"shot {number} of the definition of task {self.task!r}"
         row = self.unprocessed(number)
-        if self.place is not None and row is not None and same(self.made(row), doc):
-            path, line = line_of(self.place, self.split, number)
-            return f"{path}, line {line}"
+        if self.files and row is not None and same(self.made(row), doc) and (place := line_in(self.files, number)):
+            return f"{place[0]}, line {place[1]}"
         return f"document {number} of the {self.split} split of task {self.task!r}"
+
+
+def origin_of(
+    task: str, inner: Any, split: str, process: Callable[[Any], Any] | None, place: Path | None
+) -> Origin:
+    """Where the documents of a split come from.
+
+    Args:
+        task: The task's name.
+        inner: lm-eval's own task.
+        split: lm-eval's name of the split.
+        process: What the definition makes of it, None where it takes it as it is.
+        place: The local folder or file that the task's documents come from, if they do.
+    """
+    return Origin(task, split, inner.dataset[split], process, files_of(place, split, inner.config))
 
 
 def origin_of_shots(task: str, inner: Any, place: Path | None) -> Origin:
@@ -104,8 +118,8 @@ def origin_of_shots(task: str, inner: Any, place: Path | None) -> Origin:
     """
     config, shots = inner.config, inner.fewshot_cfg
     if shots.split is not None:
-        return Origin(task, shots.split, inner.dataset[shots.split], shots.process_docs, place)
+        return origin_of(task, inner, shots.split, shots.process_docs, place)
     if shots.samples is not None:
-        return Origin(task, None, None, None, place)
+        return Origin(task, None, None, None, ())
     split = config.training_split or config.validation_split or config.test_split
-    return Origin(task, split, inner.dataset[split], config.process_docs, place)
+    return origin_of(task, inner, split, config.process_docs, place)

@@ -24,7 +24,7 @@ from headcount.tasks.checks import METRICS, NUMBERS, Checks, check_definition
 from headcount.tasks.fewshot import Document, FewShot, papers_draws, questions_together
 from headcount.tasks.fingerprint import fingerprint as fingerprint_of
 from headcount.tasks.missing import MISFITS
-from headcount.tasks.origin import Origin, origin_of_shots
+from headcount.tasks.origin import Origin, origin_of, origin_of_shots
 from headcount.tasks.passages import passages
 from headcount.tasks.pool import FEWER, SHOTS, Own, Pool, Shots
 from headcount.tasks.templates import compiled_once
@@ -323,7 +323,7 @@ class Task:
                 "test": config.test_split}[self.examples_split]
         if split == "evaluation":
             name = config.test_split if self.inner.has_test_docs() else config.validation_split
-        return Origin(self.name, name, self.inner.dataset[name], config.process_docs, self.place)
+        return origin_of(self.name, self.inner, name, config.process_docs, self.place)
 
     def _check_shot(self, shot: Document) -> None:
         position = self._pool.position(shot)
