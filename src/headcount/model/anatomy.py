@@ -291,8 +291,9 @@ def _child(parent: nn.Module, names: Iterable[str]) -> tuple[str, nn.Module | No
 def _not_found(parent: nn.Module, where: str, what: str, field: str, names: tuple[str, ...]) -> ModelError:
     children = ", ".join(f"{n} ({type(m).__name__})" for n, m in parent.named_children()) or "nothing"
     kind = type(parent).__name__
+    called = where if where == kind else f"{where} ({kind})"
     return ModelError(
-        f"{where if where == kind else f'{where} ({kind})'} has no {what}: looked for {', '.join(names)}; it has {children}. "
+        f"{called} has no {what}: looked for {', '.join(names)}; it has {children}. "
         "State-space and hybrid models have layers without attention heads and are not supported; if this is ordinary "
         f'attention, call load(..., names=Names({field}=("NAME",)))')
 
