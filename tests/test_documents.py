@@ -215,6 +215,9 @@ def test_a_missing_field_that_the_prompt_does_without_is_no_error(tmp_path: Path
     ([1.5, math.nan], "{{hint[1]}}", "hint[1]"), (["a", None], "{{hint|join}}", "hint[1]"),
     (["a", None], "{{hint}}", "hint[1]"), ({"a": {"b": None}}, "{{hint.a.b}}", "hint.a.b"),
     ({"a": None}, "{{hint.a.b}}", "hint"), ({"a": ["x", None]}, "{{hint}}", "hint.a[1]"),
+    # Filled up to a width, and computed with.
+    (None, "{{'%-9s'|format(hint)}}", "hint"), (None, "{{hint|string|center(12)}}", "hint"),
+    (math.nan, "{{hint * 100}}%", "hint"), (math.nan, "{{'%.2f' % (hint / 3)}}", "hint"),
 ])
 def test_a_field_that_the_prompt_needs_is_named(tmp_path: Path, value: object, text: str, field: str) -> None:
     docs: Rows = [doc | {"hint": value if i == 2 else None, "never": None} for i, doc in enumerate(rows())]
@@ -350,6 +353,26 @@ def test_a_label_that_a_definition_takes_for_any_other_is_told(
             copa.prompts(split, FewShot(shots))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("target", ["{{options[gold]}}", "{{options[gold - 1]}}", "!function utils.answer"])
+def test_a_label_that_python_counts_from_the_end_is_told(tmp_path: Path, target: str) -> None:
+    first = 1 if "- 1" in target else 0
+    docs = [doc | {"gold": first - 1 if i == 3 else i % 2 + first, "year": 0} for i, doc in enumerate(rows())]
+    found = mine(tmp_path, docs, docs, utils="def answer(doc):\n    return doc['options'][doc['gold']]\n",
+                 change=lambda yaml: yaml.replace("doc_to_target: gold", f"doc_to_target: {target}" if "util" in target
+                                                  else f'doc_to_target: "{target}"'))
+    for split, shots, name in (("evaluation", 0, "validation"), ("examples", 0, "train"), ("evaluation", 5, "train")):
+        with pytest.raises(DataError, match=rf"{name}.jsonl, line 4: 'gold' is {first - 1}, with which Python counts"):
+            found.prompts(split, FewShot(shots, 1 if shots else None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", ["{{stars % 2}}", "{{options[stars % 2]}}", "{{options[(stars > 0)|int]}}"])
+def test_numbers_that_wrap_around_on_purpose_are_labels(tmp_path: Path, target: str) -> None:
+    docs = [doc | {"stars": i} for i, doc in enumerate(rows())]
+    found = mine(tmp_path, docs, docs, change=lambda yaml: yaml.replace("doc_to_target: gold",
+                                                                        f'doc_to_target: "{target}"'))
+    assert len(found.prompts("evaluation", FewShot(5))) == 6
+
+
 def test_an_answer_may_depend_on_a_number_that_is_no_label(tmp_path: Path) -> None:
     target = "doc_to_target: \"{{ options[0] if stars > 3 else options[1] }}\"\n"
     docs = [doc | {"stars": i, "year": -i} for i, doc in enumerate(rows())]
@@ -454,24 +477,27 @@ def test_tasks_of_before_keep_their_fingerprints(tmp_path: Path) -> None:
 MOVED = {
     "some": "def some(ds):\n    return ds.filter(lambda d: d['h'] != 'drop').map(\n"
             "        lambda d: {'q': 'H: ' + str(d['h']) + d['q']})\n",
+    "nested": "def nested(ds):\n    return ds.filter(lambda d: d['h'] != 'drop').map(\n"
+              "        lambda d: {'q': f\"{d['more']['h']} {d['q']}\"})\n",
     "twice": "def twice(ds):\n    return ds.map(lambda b: {\n"
              "        'q': [f'{x} {h} {q}' for h, q in zip(b['h'], b['q']) for x in 'AB'],\n"
              "        **{k: [v for v in b[k] for x in 'AB'] for k in ('options', 'gold')}}, batched=True,\n"
-             "        remove_columns=['h'])\n"}
+             "        remove_columns=['h', 'more'])\n"}
 
 
 @pytest.mark.parametrize("process", list(MOVED))
 def test_a_null_is_found_where_rows_are_left_out_or_moved(tmp_path: Path, process: str) -> None:
-    docs = [doc | {"h": h} for doc, h in zip(rows(4), ["drop", "x", "y", None], strict=True)]
+    docs = [doc | {"h": h, "more": {"h": h}} for doc, h in zip(rows(4), ["drop", "x", "y", None], strict=True)]
     found = mine(tmp_path, docs, docs, utils=MOVED[process], more=f"process_docs: !function utils.{process}\n")
-    with pytest.raises(DataError, match="field 'h' is missing, null or NaN"):
+    field = "more" if process == "nested" else "h"
+    with pytest.raises(DataError, match=f"field '{field}' is missing, null or NaN"):
         found.prompts("evaluation")
-    with pytest.raises(DataError, match="field 'h' is missing, null or NaN"):
+    with pytest.raises(DataError, match=f"field '{field}' is missing, null or NaN"):
         found.prompts("examples", FewShot(2, shared=True))
-    docs[3]["h"] = "z"
+    docs[3] |= {"h": "z", "more": {"h": "z"}}
     whole = mine(tmp_path / "whole", docs, docs, utils=MOVED[process],
                  more=f"process_docs: !function utils.{process}\n")
-    assert len(whole.prompts("evaluation")) == {"some": 3, "twice": 8}[process]
+    assert len(whole.prompts("evaluation")) == {"some": 3, "nested": 3, "twice": 8}[process]
 
 
 def test_options_that_are_one_text_are_refused(tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.tokenization_python import PythonBackend
 
 import families
 import tiny
@@ -35,6 +38,7 @@ from headcount.model.earlier_fingerprint import fingerprint as earlier_fingerpri
 from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint, weights_digest
 from headcount.model.load import LoadedModel, load, wrap
 from headcount.model.source import Source
+from headcount.model.wrappers import hooked
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Task
 
@@ -406,6 +410,8 @@ class Odd(LlamaForCausalLM):
         out = super().forward(input_ids=input_ids, **keywords)
         if self.what == "last":
             out.logits = out.logits[:, -1:]
+        elif self.what == "cut when long" and input_ids is not None and input_ids.shape[-1] > 9:
+            out.logits = out.logits.detach()
         elif self.what == "tuple":
             return (out.logits,)
         elif self.what == "flat":
@@ -561,6 +567,86 @@ def test_the_digest_of_files_is_kept_until_they_change(
     assert len(counted) == 4
 
 
+def test_special_tokens_that_are_read_otherwise_are_another_tokenizer() -> None:
+    one, other = tiny.tokenizer(), copy.deepcopy(tiny.tokenizer())
+    other.split_special_tokens = True
+    name = one.all_special_tokens[0]
+    assert one(name)["input_ids"] != other(name)["input_ids"]
+    assert tokenizer_fingerprint(one, 10, chat=False) != tokenizer_fingerprint(other, 10, chat=False)
+
+
+class Letters(PythonBackend):
+    """A tokenizer in Python that leaves some letters out."""
+
+    def __init__(self, without: str = "", **keywords: Any) -> None:
+        self.without = without
+        super().__init__(**keywords)
+
+    @property
+    def vocab_size(self) -> int:
+        return 26
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(97 + i): i for i in range(26)}
+
+    def _tokenize(self, text: str, **keywords: Any) -> list[str]:
+        return [letter for letter in text.lower() if "a" <= letter <= "z" and letter not in self.without]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token) - 97
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(97 + index)
+
+
+def test_options_of_a_tokenizers_python_code_count() -> None:
+    prints = [tokenizer_fingerprint(Letters(without), 10, chat=False) for without in ("", "", "z", "q")]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+class Whole:
+    """A part of a tokenizer in Python, which leaves texts in one piece."""
+
+    def pre_tokenize(self, text: Any) -> None:
+        pass
+
+
+def test_a_tokenizer_that_cannot_be_written_down_is_refused_in_one_line() -> None:
+    odd = copy.deepcopy(tiny.tokenizer())
+    odd.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.PreTokenizer.custom(Whole())
+    with pytest.raises(ModelError, match=r"rules cannot be written down .*use one without custom parts"):
+        tokenizer_fingerprint(odd, 10, chat=False)
+
+
+def test_a_forward_that_somebody_gave_a_librarys_class_identifies_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(tiny.model("llama"))
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) * 2)
+    assert fingerprint(tiny.model("llama")) != before
+
+
+def test_hooks_on_all_modules_are_no_part_of_a_study(tmp_path: Path) -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert hooked(tiny.model("llama"))[0].startswith("all modules")
+    finally:
+        handle.remove()
+    assert hooked(tiny.model("llama")) == []
+
+
+def test_autocast_is_refused(task: Task) -> None:
+    with torch.autocast("cpu"), pytest.raises(ModelError, match=r"torch\.autocast is on"):
+        evaluate(tiny.loaded("llama"), task, limit=2)
+
+
+def test_gradients_that_long_texts_alone_do_not_pass_are_told(task: Task) -> None:
+    loaded = odd("cut when long")
+    assert all(result.holds for result in Engine.of(loaded).contracts)
+    with pytest.raises(ModelError, match=r"no gradient reaches the heads of layer 0 .*where texts have \d+ tokens"):
+        head_importance(loaded, task, limit=2)
+
+
 def lower(rules: dict[str, Any]) -> None:
     rules["normalizer"] = {"type": "Lowercase"}
 
@@ -685,7 +771,7 @@ def whole_numbers(tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("config", "weights", "said"), [
     (None, twice, "two tensors for one parameter, layers.0.mlp.down_proj.weight and model.layers.0"),
-    (None, whole_numbers, "holds whole numbers for model.layers.0.mlp.down_proj.weight"),
+    (None, whole_numbers, "holds whole or 8-bit numbers for model.layers.0.mlp.down_proj.weight"),
     ({"quantization_config": {"quant_method": "foo", "bits": 4}}, None, "names a quantisation .foo. that"),
 ])
 def test_weights_that_are_not_what_they_seem_are_refused(
@@ -724,12 +810,34 @@ def other_frequencies(model: PreTrainedModel) -> None:
     model.model.rotary_emb.inv_freq *= 0.1
 
 
-@pytest.mark.parametrize("change", [scaled_attention, other_epsilon, other_frequencies])
-def test_numbers_that_are_no_weights_identify_a_model_too(change: Callable[[PreTrainedModel], None]) -> None:
-    model = families.tiny("llama")
+def other_activation(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def other_norm(model: PreTrainedModel) -> None:
+    norm = nn.LayerNorm(32, bias=False)
+    norm.weight = model.model.norm.weight
+    model.model.norm = norm
+
+
+def other_scale(model: PreTrainedModel) -> None:
+    model.model.embed_tokens.embed_scale.fill_(1.0)
+
+
+def other_window(model: PreTrainedModel) -> None:
+    model.transformer.h[1].attn.attention.bias[..., 5:, 3] = False
+
+
+@pytest.mark.parametrize(("family", "change"), [
+    ("llama", scaled_attention), ("llama", other_epsilon), ("llama", other_frequencies), ("llama", other_activation),
+    ("llama", other_norm), ("gemma3", other_scale), ("gpt_neo", other_window),
+])
+def test_what_is_no_weight_identifies_a_model_too(family: str, change: Callable[[PreTrainedModel], None]) -> None:
+    model = families.tiny(family)
     before = fingerprint(model)
     state = torch.random.get_rng_state()
-    assert fingerprints.altered(model) == []
+    assert family != "llama" or fingerprints.altered(model) == []
+    assert fingerprint(model) == before
     assert torch.equal(torch.random.get_rng_state(), state), "nobody's random numbers change"
     change(model)
     assert fingerprint(model) != before

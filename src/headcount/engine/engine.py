@@ -248,7 +248,10 @@ class Engine:
         return example_scores(self._loaded, packed, len(requests), progress)
 
     def _check_ids(self, requests: Sequence[Request]) -> None:
-        """Refuse tokens that the model has no embedding for."""
+        """Refuse tokens that the model has no embedding for, and a mode that changes what the model computes."""
+        if torch.is_autocast_enabled(self._loaded.device.type):
+            raise ModelError("torch.autocast is on, and the model would compute in other types than its own: measure "
+                             "outside of it, or load the model in the type that is wanted")
         embeddings: Any = self._loaded.model.get_input_embeddings()
         rows = int(embeddings.weight.shape[0])
         for request in requests:

@@ -37,6 +37,7 @@ from torch import Tensor
 from headcount.engine.forward import Progress, Told, in_memory
 from headcount.engine.pack import Batch
 from headcount.engine.treemask import model_inputs
+from headcount.errors import ModelError, few
 from headcount.model.circuits import parts_behind_norm
 from headcount.model.devices import on_device
 from headcount.model.hooks import Activations, captured, frozen, scored_only
@@ -91,7 +92,7 @@ def batch_scores(
         weights = 1 / on_device(np.bincount(batch.rows)[batch.rows], losses.device).to(losses)
         # Heads behind a norm are reached from what it wrote.
         attention = [caught.attention.get(layer, z) for layer, z in enumerate(caught.heads)]
-        gradients = torch.autograd.grad((losses * weights).sum(), [*attention, *caught.ffns])
+        gradients = _gradients((losses * weights).sum(), [*attention, *caught.ffns], int(batch.lengths.max()))
     mask = np.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
     real = functools.cache(functools.partial(on_device, mask))
     layers = len(caught.heads)
@@ -100,6 +101,23 @@ def batch_scores(
     # Where layers lie on several devices, the scores are brought together on the last one.
     heads, ffns = ([_reduce(p, real(p.device)).to(logits.device) for p in parts] for parts in (of_heads, of_ffns))
     return torch.cat(heads, -1), torch.cat(ffns, -1)
+
+
+def _gradients(loss: Float[Tensor, ""], of: Sequence[Tensor], length: int) -> tuple[Tensor, ...]:
+    """Gradients of heads' and FFNs' outputs, layer by layer.
+
+    Raises:
+        ModelError: Where the model cuts them, as it may for long texts alone.
+    """
+    found: Sequence[Tensor | None] = [None] * len(of)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, of, allow_unused=True)
+    cut = [("heads" if i < len(of) // 2 else "FFN") + f" of layer {i % (len(of) // 2)}"
+           for i, gradient in enumerate(found) if gradient is None]
+    if cut:
+        raise ModelError(f"no gradient reaches the {few(cut)} where texts have {length} tokens: the model cuts it, and "
+                         "cannot be scored by gradients")
+    return tuple(gradient for gradient in found if gradient is not None)
 
 
 def _head_parts(

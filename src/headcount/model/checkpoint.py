@@ -21,9 +21,11 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError  # of files that torch refuses
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -128,13 +130,21 @@ def _tensors(name: str, files: list[Path]) -> dict[str, Held]:
 def _passed_over(files: list[Path], others: list[Path], held: Mapping[str, Held]) -> tuple[str, ...]:
     """A note, where another checkpoint lies beside the one that was read, and holds other weights."""
     for path in others:
-        for one in held_by(path):
+        for one in _if_readable(path):
             mine = held.get(one.name)
             if mine is not None and (mine.shape != one.shape or (
                     math.prod(one.shape) <= _SMALL and not torch.equal(mine.read().float(), one.read().float()))):
                 return (f"its folder holds two checkpoints with other weights: {files[0].name} was read, as "
                         f"transformers does, and {path.name} was not",)
     return ()
+
+
+def _if_readable(path: Path) -> list[Held]:
+    """The tensors of a file that is not read; none where it is damaged, which does no harm."""
+    try:
+        return held_by(path)
+    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, UnpicklingError):
+        return []
 
 
 def _check_values(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -> tuple[str, ...]:
@@ -209,9 +219,9 @@ def _check_numbers(name: str, model: PreTrainedModel, held: Mapping[str, Held]) 
                          "weights would be taken as they lie there; load it with its own library, and wrap it")
     floating = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
     for key, one in held.items():
-        if one.is_whole and {key, f"{model.base_model_prefix}.{key}"} & floating:
-            raise ModelError(f"{name} holds whole numbers for {key}, as a quantised checkpoint does, and its config "
-                             "says no quantisation: put back the config.json that belongs to these weights")
+        if one.is_coded and {key, f"{model.base_model_prefix}.{key}"} & floating:
+            raise ModelError(f"{name} holds whole or 8-bit numbers for {key}, as a quantised checkpoint does, and its "
+                             "config says no quantisation: put back the config.json that belongs to these weights")
 
 
 def _some(number: int, what: str) -> str:

@@ -1,8 +1,8 @@
 """What identifies a model: a hash of everything that its numbers depend on.
 
 A model's fingerprint covers its class and config, every byte of its weights and persistent buffers with their names,
-shapes and types (SHA-256, so that no two changes cancel), numbers that modules were given by hand, and the Python code
-of classes that are no installed library's (remote code, a user's own). A tokenizer's covers its own serialisation,
+shapes and types (SHA-256, so that no two changes cancel), modules and numbers that it was given by hand, and the Python
+code of classes that are no installed library's (remote code, a user's own). A tokenizer's covers its own serialisation,
 which holds vocabulary, merges, normalizer and all other rules, and what Python adds to it.
 
 The digest of weights that lie in files is kept in the user's cache, under path, size, time of change and inode of every
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from headcount.code_files import digests, own_files
+from headcount.errors import ModelError, first_line
 
 # Neither what the file was called, nor what the weights say better, changes what a model computes.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_commit_hash"}
@@ -45,6 +46,9 @@ _PROBE = "The  cat's 3,141 naïve\n\tdéjà-vu 日本語 🙂 is_it(x) -> Answer
 _NOT_MADE = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ImportError, AssertionError, OSError)
 # What says how a model is run at the moment.
 _OF_A_MODE = ("training", "gradient_checkpointing", "requires_grad")
+# What calls of a tokenizer leave in it, and what decides nothing about ids.
+_OF_A_CALL = ("padding_side", "truncation_side", "verbose", "_in_target_context_manager", "deprecation_warnings",
+              "model_max_length", "chat_template", "_processor_class", "clean_up_tokenization_spaces")
 # Marks identities of this kind; those of earlier versions have no mark (`headcount.model.earlier_fingerprint`).
 KIND = "2-"
 
@@ -72,25 +76,40 @@ def described(config: PreTrainedConfig) -> str:
 
 
 def altered(model: PreTrainedModel) -> list[str]:
-    """Numbers that a model's modules hold otherwise than its class makes them of the config, each with its value.
+    """What of a model's modules is otherwise than its class makes it of the config, and what files do not hold of it.
 
-    A model in memory may have been given another attention scale, epsilon or rotary base by hand. Its class is made
-    once more without weights, and the numbers are compared; most models have none. Where the class cannot be made so,
-    none are told.
+    A model in memory may have been given another attention scale, epsilon, rotary base, activation or norm by hand. Its
+    class is made once more without weights, and numbers and classes of modules are compared; most models have none that
+    differ. Where the class cannot be made so, none are told. Buffers that are not saved are told by their bytes where
+    they are masks, whole numbers or a single one (rotary and other tables differ in their last bits between devices).
     """
+    found = [line for name, module in model.named_modules() for line in _unsaved(name, module)]
     try:
         with torch.device("meta"):
             fresh = dict(type(model)(copy.deepcopy(model.config)).named_modules())
     except _NOT_MADE:
-        return []
-    found = []
+        return found
+    found += [f"{name} is gone" for name in fresh.keys() - dict(model.named_modules()).keys()]
     for name, module in model.named_modules():
+        if type(module) is not type(fresh.get(name)):
+            found.append(f"{name} is a {type(module).__qualname__}")
         made = vars(fresh.get(name, module))
         found += [f"{name}.{key} = {value!r}" for key, value in vars(module).items()
                   if isinstance(value, int | float) and not key.startswith("_") and key not in _OF_A_MODE
                   and made.get(key, value) != value]
         found += [f"{name}.{key} {digest}" for key, digest in _other_frequencies(module)]
-    return found
+    return sorted(found)
+
+
+def _unsaved(name: str, module: nn.Module) -> Iterator[str]:
+    """Buffers of a module's own that are not saved, with their digests: masks, whole numbers, a single number."""
+    if not module._non_persistent_buffers_set:
+        return
+    with align_module_device(module), torch.no_grad():
+        for key, tensor in module.named_buffers(recurse=False):
+            plain = not tensor.is_floating_point() or tensor.numel() == 1
+            if key in module._non_persistent_buffers_set and plain and tensor.device.type != "meta":
+                yield f"{name}.{key} {tuple(tensor.shape)} {_digest(tensor)}"
 
 
 def _other_frequencies(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -157,6 +176,13 @@ def code_of(classes: Iterable[type]) -> list[str]:
         elif cls.__module__ != "builtins":  # written in a notebook
             with contextlib.suppress(OSError, TypeError):
                 written.add(f"{cls.__qualname__} {hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()}")
+        # Somebody may have given an installed class another one.
+        forward = inspect.unwrap(vars(cls)["forward"]) if callable(vars(cls).get("forward")) else None
+        code = getattr(forward, "__code__", None)
+        if code is not None and Path(code.co_filename).is_file():
+            files.add(Path(code.co_filename))
+        elif code is not None and cls.__module__ != "builtins":
+            written.add(f"{cls.__qualname__}.forward {hashlib.sha256(code.co_code).hexdigest()}")
     return sorted([*digests(own_files(files)), *written])
 
 
@@ -168,7 +194,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, max_length: int, *
         max_length: The window that prompts are cut to.
         chat: Whether its chat template is used, and so counts.
     """
-    ids = [list(tokenizer(_PROBE, add_special_tokens=special)["input_ids"]) for special in (True, False)]
+    named = " ".join([_PROBE, *sorted(map(str, tokenizer.all_special_tokens))])
+    ids = [list(tokenizer(text, add_special_tokens=special)["input_ids"])
+           for text in (_PROBE, named) for special in (True, False)]
     known = [type(tokenizer).__name__, _serialised(tokenizer), ids, tokenizer.bos_token_id, tokenizer.eos_token_id,
              max_length, tokenizer.chat_template if chat else None, code_of([type(tokenizer)])]
     return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()[:32]
@@ -181,13 +209,22 @@ def _serialised(tokenizer: PreTrainedTokenizerBase) -> Any:
         # It says also what the last call wanted, which the next call sets anew.
         backend.no_truncation()
         backend.no_padding()
-        return hashlib.sha256(backend.to_str().encode()).hexdigest()
+        try:
+            rules = backend.to_str()
+        except Exception as error:  # tokenizers raises no other kind
+            raise ModelError(f"the tokenizer's rules cannot be written down ({first_line(error)}), so that a study "
+                             "could not tell it from another: use one without custom parts") from error
+        return hashlib.sha256(rules.encode()).hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(NotImplementedError, AttributeError):
             tokenizer.save_vocabulary(folder)
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
     added = {i: str(token) for i, token in sorted(tokenizer.added_tokens_decoder.items())}
-    return [files, added, sorted(tokenizer.get_vocab().items())]
+    # Options of its Python code; where its files lie is none.
+    options = {key: value for key, value in vars(tokenizer).items()
+               if isinstance(value, str | int | float | None) and not key.endswith(("_file", "name_or_path"))
+               and key not in _OF_A_CALL}
+    return [files, added, sorted(tokenizer.get_vocab().items()), sorted(options.items())]
 
 
 class KeptDigest:

@@ -30,10 +30,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from headcount.errors import ModelError, first_line
+from headcount.errors import ModelError
 from headcount.model import checkpoint
 from headcount.model.anatomy import Names, find_anatomy
-from headcount.model.source import TRUST, Source, failure
+from headcount.model.source import TRUST, Source, failure, said
 
 # What transformers and its parts raise for files that are absent, damaged or of another kind, or too large; and for
 # configs whose values do not go together.
@@ -117,7 +117,7 @@ def _check_kind(config: PreTrainedConfig, wanted: Wanted) -> None:
             skeleton = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, attn_implementation=wanted.attn_implementation)
         except _LOAD_ERRORS as e:
-            raise ModelError(f"the config of {name} does not describe a whole model: {first_line(e)}") from e
+            raise ModelError(f"the config of {name} does not describe a whole model: {said(e)}") from e
     try:
         find_anatomy(skeleton, wanted.names)
     except ModelError as e:
@@ -131,7 +131,8 @@ def _tokenizer(name: str, source: Source, wanted: Wanted) -> PreTrainedTokenizer
             return AutoTokenizer.from_pretrained(wanted.tokenizer, **trust)
         return AutoTokenizer.from_pretrained(source.place, **source.keywords, **trust)
     except _LOAD_ERRORS as e:
-        raise ModelError(f"no tokenizer can be loaded from {wanted.tokenizer or name} ({first_line(e)}): put its files "
+        why = said(e) if wanted.tokenizer is not None or source.has_tokenizer else "there are no files of one"
+        raise ModelError(f"no tokenizer can be loaded from {wanted.tokenizer or name} ({why}): put its files "
                          "beside the model's, or in Python name one with load(..., tokenizer=FOLDER_OR_HUB_ID)") from e
 
 

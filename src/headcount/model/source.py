@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
-from headcount.errors import ModelError, OptionError, first_line
+from headcount.errors import ModelError, OptionError, few, first_line
 from headcount.model import adapters, gguf
 from headcount.tasks import hub
 
 TRUST = "read it, then pass `trust_remote_code=True`"
+_POINTER = b"version https://git-lfs"
+# How torch begins what it says of files that it does not unpickle.
+_UNPICKLED = "Weights only load failed"
 # Files that weights are read from, and those that decide how.
 _READ = (".safetensors", ".bin", ".pt", ".pth", ".json")
 
@@ -150,7 +155,10 @@ def failure(name: str, source: Source, error: BaseException) -> ModelError:
     if "trust_remote_code" in str(error):
         return ModelError(f"{name} comes with its own code: {TRUST}", fields=("trust_remote_code=True",))
     if source.gguf is not None or Path(source.place).is_dir():
-        return ModelError(f"{name} cannot be loaded: {_said(error)}")
+        if pointers := [path.name for path in source.files if _is_pointer(path)]:
+            return ModelError(f"{name} holds Git LFS's pointers in the place of files ({few(pointers)}): run `git lfs "
+                              "pull` there, or download them")
+        return ModelError(f"{name} cannot be loaded: {said(error)}")
     if any(isinstance(e, GatedRepoError) for e in chain):
         return ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`")
     if any(isinstance(e, RevisionNotFoundError) for e in chain):
@@ -162,10 +170,17 @@ def failure(name: str, source: Source, error: BaseException) -> ModelError:
     if any(isinstance(e, OSError) for e in chain):
         return ModelError(f"{name} is no local folder, and the hub has not given it: {first_line(error)} Check the "
                           "name and the network, or name a local folder, a GGUF file, or smollm2")
-    return ModelError(f"{name} cannot be loaded: {_said(error)}")
+    return ModelError(f"{name} cannot be loaded: {said(error)}")
 
 
-def _said(error: BaseException) -> str:
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def said(error: BaseException) -> str:
     """Another library's message, with the kind of error where the message alone says little."""
-    said = first_line(error)
-    return said if isinstance(error, (OSError, ImportError)) or " " in said else f"{type(error).__name__}: {said}"
+    line = first_line(error)
+    if isinstance(error, SafetensorError) or getattr(error, "errno", None) == errno.EINVAL or _UNPICKLED in line:
+        return f"its weights are damaged or not whole ({line[:80].rstrip('. ')}): download or copy them again"
+    return line if isinstance(error, (OSError, ImportError)) or " " in line else f"{type(error).__name__}: {line}"

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-_WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
+_CODED = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,14 +29,14 @@ class Held:
         path: The file.
         name: The tensor's, in the file.
         shape: Its shape.
-        is_whole: Whether it holds whole numbers.
+        is_coded: Whether it holds whole numbers or eight bits, as quantised weights do.
         part: The tensor itself, or safetensors' handle of it: both are mapped, and read where they are indexed.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
-    is_whole: bool
+    is_coded: bool
     part: Any
 
     def read(self) -> Tensor:
@@ -74,8 +74,8 @@ def held_by(path: Path) -> list[Held]:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return [Held(path, name, tuple(part.get_shape()), str(part.get_dtype()) in _WHOLE, part)
+        return [Held(path, name, tuple(part.get_shape()), str(part.get_dtype()) in _CODED, part)
                 for name, part in parts.items()]
     saved: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    return [Held(path, name, tuple(value.shape), not value.is_floating_point(), value)
+    return [Held(path, name, tuple(value.shape), not value.is_floating_point() or value.itemsize == 1, value)
             for name, value in saved.items() if isinstance(value, Tensor)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 from headcount.errors import ModelError
@@ -47,9 +48,12 @@ def plain(name: str, model: object) -> tuple[PreTrainedModel, tuple[str, ...]]:
 
 def hooked(model: nn.Module) -> list[str]:
     """Names of the modules that carry somebody's hooks on their forward pass, which are not transformers' own."""
-    return [place or type(model).__name__ for place, module in model.named_modules()
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
+    everywhere = ["all modules (torch's global hooks)"] * bool(
+        torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+    own = [place or type(model).__name__ for place, module in model.named_modules()
+           for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+           if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
+    return everywhere + own
 
 
 def _without_wrappers(model: object) -> tuple[object, tuple[str, ...]]:

@@ -40,7 +40,7 @@ class _Request(TypedDict, total=False):
 
 
 class _Anatomy(TypedDict, total=False):
-    heads_per_layer: Required[list[int]]
+    heads_per_layer: Required[list[Annotated[int, Field(ge=0)]]]
     parameters: int
     parameters_per_head: list[int]
     parameters_per_ffn: list[int]
@@ -86,17 +86,25 @@ def check_description(description: Mapping[str, Any], path: Path) -> None:
     for name in ("spec", "model", "tasks"):
         if not isinstance(description.get(name), dict):
             raise damaged(f"{name} is no object")
-    for name in ("tasks", "shots", "measure"):
-        if not isinstance(description["spec"].get(name), list):
-            raise damaged(f"spec.{name} is no list")
-    for name, kind, called in (("protocol", str, "text"), ("seed", int, "whole number")):
-        if not isinstance(description["spec"].get(name, kind()), kind):
-            raise damaged(f"spec.{name} is no {called}")
+    asked = description.get("asked")
+    places = {"": description} | {f"asked.{i}.": one for i, one in enumerate(asked if isinstance(asked, list) else [])
+                                  if isinstance(one, dict) and "spec" in one}
+    for place, one in places.items():
+        if not isinstance(spec := one["spec"], dict):
+            raise damaged(f"{place}spec is no object")
+        for name in ("tasks", "shots", "measure"):
+            if not isinstance(spec.get(name), list):
+                raise damaged(f"{place}spec.{name} is no list")
+        for name, kind, called in (("protocol", str, "text"), ("seed", int, "whole number")):
+            if not isinstance(spec.get(name, kind()), kind):
+                raise damaged(f"{place}spec.{name} is no {called}")
     if not isinstance(description["model"].get("fingerprint"), str):
         raise damaged("model.fingerprint is no text")
     for task, known in description["tasks"].items():
         if not isinstance(known, dict) or not isinstance(known.get("fingerprint"), str):
             raise damaged(f"tasks.{task}.fingerprint is no text")
+    if any("by_shots" in known for known in description["tasks"].values()) and "anatomy" not in description:
+        raise damaged("anatomy is no object")
     try:
         _adapter().validate_python(dict(description), strict=True)
     except ValidationError as error:

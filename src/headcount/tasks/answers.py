@@ -48,6 +48,30 @@ def wrong_answer(answer: object, options: Sequence[object], *, several: bool = F
     return ""
 
 
+def wrapped_index(answer: Part, doc: Document, options: int) -> str:
+    """What is wrong with a label that Python counts from the end of a list; empty if nothing is.
+
+    `["a", "b"][label]` is "b" where label is -1, and so is `["a", "b"][label - 1]` where it is 0. Such an index gives
+    the same answer when it is larger by the number of options, and no answer when it is larger by twice as many.
+
+    Args:
+        answer: What gives a document's answer.
+        doc: The document.
+        options: How many options it has.
+    """
+    for field, value in doc.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not -options < value + 1 <= 1:
+            continue
+        def moved(by: int, field: str = field, value: int = int(value)) -> str | None:
+            return rendered(answer, {**doc, field: value + by})
+
+        plain = rendered(answer, doc)
+        if plain is not None and moved(options) == plain and moved(2 * options) != plain and any(
+                moved(by) not in (None, plain) for by in range(1, options)):
+            return f"{field!r} is {value}, with which Python counts from the end of the options"
+    return ""
+
+
 def unknown_label(answer: Part, doc: Document, options: int) -> str:
     """What is wrong with a label that the answer falls to as the last resort; empty if nothing is.
 

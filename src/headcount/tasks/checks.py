@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from headcount.errors import DataError, TaskError, first_line
-from headcount.tasks.answers import unknown_label, wrong_answer
+from headcount.tasks.answers import unknown_label, wrapped_index, wrong_answer
 from headcount.tasks.fewshot import Document
 from headcount.tasks.missing import MISFITS, Part, lacking, name, nulls, written_elsewhere
 from headcount.tasks.origin import Origin
@@ -117,7 +117,7 @@ class Checks:
         answer = inner.doc_to_text if inner.multiple_input else inner.doc_to_target
         options = inner.doc_to_choice(doc)
         return (wrong_answer(answer(doc), options, several=bool(inner.multiple_target))
-                or unknown_label(answer, doc, len(options)))
+                or unknown_label(answer, doc, len(options)) or wrapped_index(answer, doc, len(options)))
 
     def _parts(self) -> list[Part]:
         """What an evaluated document's prompt is made of."""
@@ -175,7 +175,7 @@ class Checks:
         options = [str(option) for option in inner.doc_to_choice(shot, shots.doc_to_choice)]
         answer = self._answer_of_shot
         return (wrong_answer(answer(shot), options, several=bool(inner.multiple_target), texts=alike)
-                or unknown_label(answer, shot, len(options)))
+                or unknown_label(answer, shot, len(options)) or wrapped_index(answer, shot, len(options)))
 
     def _answer_of_shot(self, shot: Document) -> Any:
         inner, shots = self.inner, self.inner.fewshot_cfg

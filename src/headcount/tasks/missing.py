@@ -5,6 +5,7 @@ be a template or a function; so it is tried. The null is replaced by a mark, and
 
 - the text with the null is the text with the mark, but for "None" in the mark's place: the null was written there;
 - there is no text with the null, and there is one with the mark: the field was needed;
+- two marks of NaN give two texts, and the text with NaN has "nan" more often: it was computed with;
 - the null is asked for its number as the bound of a slice, where Python takes a null for the text's beginning or end;
 - else the definition looked at the null and did without it, as `{% if hint %}` does.
 
@@ -33,9 +34,11 @@ Field = tuple[str | int, ...]
 Part = Callable[[Document], object]
 
 _NOTHING = re.compile(r"none|null|nan", re.IGNORECASE)
-# In place of a text, and of a number. Neither has letters, which templates may make large or small.
-_MARKS: tuple[object, ...] = ("~271828182845~", 271828182845)
-_MARK = re.compile(r"['\"]?~?271828182845(?:\.0+)?~?['\"]?")
+# In place of a text, and of a number. Neither has letters, which templates may make large or small; the text is as
+# wide as "None", which templates may fill up.
+_MARKS: tuple[object, ...] = ("\u29d727\u29d6", 271828182845)
+_MARK = re.compile(r"['\"]?(?:\u29d727\u29d6|271828182845(?:\.0+)?)['\"]?")
+_OTHER_NUMBER = 314159265359
 # No mark to look for in a text, but a number that is an index of any list.
 _INDEX = 0
 _FAR = 1 << 40
@@ -103,27 +106,67 @@ def lacking(
             if marked is None:
                 continue
             for part, text in suspects:
-                with_mark = rendered(part, marked)
-                if with_mark is not None and (text is None or (mark in _MARKS and _is_written(text, with_mark))):
+                other = rendered(part, marked)
+                if other is not None and (text is None or (mark in _MARKS and _is_written(text, other))):
                     return name(field)
+        if any(_is_computed_with(part, text, row, field, made) for part, text in suspects):
+            return name(field)
     return ""
+
+
+def _is_computed_with(
+    part: Part, text: str | None, row: Document, field: Field, made: Callable[[Document], Document | None]
+) -> bool:
+    """Whether a NaN went into a number of a text, such as its half."""
+    documents = [made(_replaced(row, field, number)) for number in (_MARKS[1], _OTHER_NUMBER)]
+    one, other = (None if doc is None else rendered(part, doc) for doc in documents)
+    if text is None or one is None or other is None or one == other:
+        return False
+    return _of(row, field) is not None and text.lower().count("nan") > one.lower().count("nan")
+
+
+def _of(row: Document, field: Field) -> object:
+    inner: object = row
+    for key in field:
+        inner = inner[key]  # type: ignore[index]
+    return inner
 
 
 def written_elsewhere(parts: Sequence[Part], doc: Document, marked: Document) -> bool:
     """Whether a document's texts have nothing's name where those of the same document, made with marks, have marks."""
     for part in parts:
-        plain, with_mark = rendered(part, doc), rendered(part, marked)
-        if plain is not None and with_mark is not None and _is_written(plain, with_mark):
+        plain, other = rendered(part, doc), rendered(part, marked)
+        if plain is not None and other is not None and _is_written(plain, other):
             return True
     return False
 
 
 def mark_for(values: Sequence[object]) -> object | None:
     """What may stand for a null in a column of such values; None where nothing may."""
-    known = next((value for value in values if value is not None), "")
+    known = next((value for value in _values(values) if value is not None), "")
     if isinstance(known, str):
         return _MARKS[0]
     return _MARKS[1] if isinstance(known, int | float) and not isinstance(known, bool) else None
+
+
+def with_mark(value: object, mark: object) -> object:
+    """A value, or a part of one, with marks in the place of its nulls."""
+    if isinstance(value, Mapping):
+        return {key: with_mark(inner, mark) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_mark(inner, mark) for inner in value]
+    return mark if value is None else value
+
+
+def _values(value: object) -> Iterator[object]:
+    """What a value consists of, from the outside in."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        yield value
+    else:
+        for inner in value:
+            yield from _values(inner)
 
 
 def _bound(texts: Sequence[tuple[Part, str | None]], doc: Document, absent: Sequence[Field]) -> Field | None:
@@ -172,10 +215,4 @@ def rendered(part: Part, doc: Document) -> str | None:
 
 
 def _leaves(value: object) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield str(value)
+    return map(str, _values(value))

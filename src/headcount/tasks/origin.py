@@ -17,7 +17,7 @@ import datasets
 
 from headcount.tasks.fewshot import Document
 from headcount.tasks.local import files_of, line_in
-from headcount.tasks.missing import MISFITS, mark_for
+from headcount.tasks.missing import MISFITS, mark_for, nulls, with_mark
 from headcount.tasks.pool import same
 
 
@@ -70,13 +70,13 @@ class Origin:
         """Names of the columns in which a row has a null; none where the definition takes rows as they are."""
         if self.process is None or self.rows is None:
             return []
-        return [name for name in self.rows.column_names if any(value is None for value in self.rows[name])]
+        return [name for name in self.rows.column_names if next(nulls(list(self.rows[name])), None) is not None]
 
     def _with_marks(self, column: str) -> Sequence[Document] | None:
         mark = mark_for(list(self.rows[column]))
         if mark is None or self.process is None:
             return None
-        rows = [{**row, column: mark if row[column] is None else row[column]} for row in self.rows]
+        rows = [{**row, column: with_mark(row[column], mark)} for row in self.rows]
         try:
             plain, marked = list(self.process(self.rows)), list(self.process(datasets.Dataset.from_list(rows)))
         except (*MISFITS, NotImplementedError):
