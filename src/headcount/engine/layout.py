@@ -26,6 +26,7 @@ from headcount.engine.forward import plain_loglikelihoods
 from headcount.engine.pack import Budget, batches, pack
 from headcount.engine.treemask import TreeMask
 from headcount.model.attention import embedded_tokens
+from headcount.model.fingerprint import code_of
 from headcount.model.load import LoadedModel
 
 # Trees and single rows must agree in log-likelihood, in nats: relative to what the type can hold.
@@ -69,6 +70,9 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     """
     if "position_ids" not in inspect.signature(loaded.model.forward).parameters:
         return Layout(False, "the model takes no position_ids")
+    if own := code_of(map(type, loaded.model.modules())):
+        # Such as a window of its own, by columns, that is longer than the probe.
+        return Layout(False, f"what code of its own ({own[0].partition(' ')[0]}) does in longer rows is not known")
     if str(loaded.model.config.get_text_config()._attn_implementation).startswith("flex"):
         # It takes masks of its own kind, and ends the process where it is given another.
         return Layout(False, "FlexAttention takes no tree's mask")
