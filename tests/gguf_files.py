@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 128
+_PLAIN = gguf.GGMLQuantizationType.F32
 _BASE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 48, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}
 _GQA = {**_BASE, "num_key_value_heads": 2}
@@ -56,7 +57,7 @@ def build(arch: str, **settings: Any) -> PreTrainedModel:
 
 def write(
     model: PreTrainedModel, path: Path, arch: str, *, fields: Mapping[str, Any] | None = None,
-    tensors: Mapping[str, np.ndarray] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None, kind: gguf.GGMLQuantizationType = _PLAIN,
 ) -> Path:
     """The model as a GGUF file of this architecture.
 
@@ -66,12 +67,15 @@ def write(
         arch: GGUF's name of its architecture.
         fields: Metadata in place of the usual ones, by full name; None leaves one out.
         tensors: More tensors, or others of the same name.
+        kind: How matrices are stored, where their rows are whole blocks of it.
     """
     writer = gguf.GGUFWriter(str(path), arch)
     for name, value in {**_metadata(model, arch), **(fields or {})}.items():
         _add(writer, name, value)
     for name, array in {**_stored(model, arch), **(tensors or {})}.items():
-        writer.add_tensor(name, np.ascontiguousarray(array, dtype=np.float32))
+        own = kind if array.ndim == 2 and not array.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] else _PLAIN
+        values = gguf.quants.quantize(np.ascontiguousarray(array, dtype=np.float32), own)
+        writer.add_tensor(name, values, raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

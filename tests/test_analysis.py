@@ -293,12 +293,12 @@ def test_a_mean_says_what_tasks_above_chance_lose(tmp_path: Path) -> None:
         open_study(synthetic.write(tmp_path / "both", shots=(5,))))), "nothing where every task is above chance"
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_whatever_is_measured_so_far_can_be_shown(tmp_path: Path, seed: int) -> None:
     folder = synthetic.write(tmp_path)
     rng = np.random.default_rng(seed)
     for path in sorted((folder / "entries").iterdir()):
-        if rng.random() < seed / 12:
+        if rng.random() < seed / 8:
             path.unlink()
     study = open_study(folder)
     assert headline(study)
@@ -330,7 +330,7 @@ def test_gradient_and_oracle_are_compared_where_both_scored(tmp_path: Path) -> N
     assert np.isnan(found.loc["head", "example", "accuracy"]["correlation"]), "all heads lose the same"
     ffns = spearmanr(np.arange(6), np.arange(6) // 3).statistic
     assert found.loc["ffn", "example", "accuracy"]["correlation"] == pytest.approx(ffns)
-    page = write_report(folder).read_text()
+    page = write_report(folder, pictures=False).read_text(encoding="utf-8")
     assert f"{row['correlation']:.2f}" in page
     assert "all equal" in page
     assert (folder / "tables" / "agreement.csv").is_file()

@@ -127,7 +127,7 @@ def test_the_halves_of_a_batch_stand_for_what_it_stood_for(task: Task) -> None:
 
 
 def test_later_batches_are_halved_before_they_fail(task: Task) -> None:
-    packed = prepare(tiny.loaded("llama"), task, FewShot(1), budget=Budget(1, 400)).batches * 5
+    packed = prepare(tiny.loaded("llama"), task, FewShot(1), budget=Budget(1, 600)).batches * 5
     failed: list[int] = []
 
     def work(batch: Batch) -> int:
@@ -139,7 +139,7 @@ def test_later_batches_are_halved_before_they_fail(task: Task) -> None:
     done = list(in_memory(packed, work))
     assert [tokens for _, tokens in done] == [batch.tokens for batch, _ in done]
     assert sorted(np.concatenate([b.requests for b, _ in done])) == sorted(np.concatenate([b.requests for b in packed]))
-    assert len(failed) == 2, "376 and 188 tokens fail once; the batches after them come in time"
+    assert failed == [512, 256], "512 and 256 tokens fail once; the batches after them come in time"
 
 
 def test_gradients_are_halved_too(task: Task) -> None:
@@ -157,7 +157,7 @@ def test_gradients_are_halved_too(task: Task) -> None:
 def test_a_row_too_large_for_memory_is_halved_by_its_requests(task: Task) -> None:
     loaded = tiny.loaded("llama")
     expected = evaluate(loaded, task, num_fewshot=1, shared_shots=True, budget=Budget(1000, 1000))
-    with memory_of(loaded, 60) as failed:
+    with memory_of(loaded, 80) as failed:
         found = evaluate(loaded, task, num_fewshot=1, shared_shots=True, budget=Budget(1000, 1000))
     assert max(failed) > 150, "one row holds the task"
     np.testing.assert_allclose(found.gold_loglikelihood, expected.gold_loglikelihood, atol=1e-4)

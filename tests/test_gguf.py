@@ -33,10 +33,18 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 
 def test_a_gguf_file_is_dequantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gguf")
-    path = gguf.smollm2()
+    """A small file in place of SmolLM2's, quantised as that one, with a tokenizer and a chat template of its kind."""
+    package = pytest.importorskip("gguf")
+    import gguf_files
+
+    fields = {"general.file_type": package.LlamaFileType.MOSTLY_Q4_1.value, "tokenizer.ggml.pre": "smollm",
+              "tokenizer.chat_template": "{{ messages[0]['content'] }}"}
+    path = gguf_files.write(gguf_files.build("llama"), tmp_path / "small.gguf", "llama", fields=fields,
+                            kind=package.GGMLQuantizationType.Q4_1)
+    monkeypatch.setattr(gguf, "smollm2", lambda: path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     direct = load("smollm2", device="cpu")
+    assert direct.notes[0] == "weights dequantised from Q4_1"
     folder = entry(tmp_path / "cache")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in folder.iterdir()}
     with monkeypatch.context() as patch:

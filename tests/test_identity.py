@@ -101,7 +101,7 @@ def test_other_weights_or_rules_of_reading_are_another_model(done: StudySpec, fo
     """Weights that the fingerprints of earlier versions did not tell apart, and a tokenizer."""
     other = tiny.model("llama")
     with torch.no_grad():
-        other.model.embed_tokens.weight[1000:1100] *= -1
+        other.model.embed_tokens.weight[1010:1030] *= -1
     other.save_pretrained(tmp_path / "negated")
     tiny.tokenizer().save_pretrained(tmp_path / "negated")
     shutil.copytree(folder, tmp_path / "lower")
@@ -145,7 +145,8 @@ def test_a_folder_that_went_on_tells_models_apart_as_a_new_one(
     as_before(monkeypatch, asked)
     other = tiny.model("llama")
     with torch.no_grad():
-        other.model.embed_tokens.weight[1000:1100] *= -1  # cancels in the earlier fingerprint
+        # Cancels in the earlier fingerprint, and lies between two values of its sample.
+        other.model.embed_tokens.weight[1010:1030] *= -1
     other.save_pretrained(tmp_path / "negated")
     tiny.tokenizer().save_pretrained(tmp_path / "negated")
     negated = dataclasses.replace(asked, model=str(tmp_path / "negated"))

@@ -225,7 +225,7 @@ def test_intervals_beside_random_orders_are_over_documents_and_draws(draws: int)
     """True difference: .8 less what random orders leave on average, whose accuracies spread by .05."""
     rng = np.random.default_rng(draws)
     inside, alone = [], []
-    for _ in range(150):
+    for _ in range(100):
         levels = 0.6 + 0.05 * rng.normal(size=draws)
         documents = rng.random((2, 100))
         tasks = {}

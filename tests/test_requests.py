@@ -14,6 +14,7 @@ import pytest
 import tiny
 from headcount import open_study
 from headcount.analysis.study import TABLES
+from headcount.report.page import _other_requests as other_requests
 from headcount.report.page import write_page
 from headcount.study.runner import run_study
 from headcount.study.spec import Part, StudySpec, readers
@@ -87,8 +88,8 @@ def test_each_of_two_requests_is_shown_as_if_it_were_alone(
     assert_same(tables(tmp_path / "both", 1), tables(tmp_path / "first"))
     study = open_study(tmp_path / "both")
     assert [line[:2] for line in study.other_requests] == ["1:"]
-    page = write_page(study)[0].read_text(encoding="utf-8")
-    assert f"--asked NUMBER shows another. {study.other_requests[0]}" in page
+    (said,) = other_requests(study)
+    assert f"--asked NUMBER shows another. {study.other_requests[0]}" in said
 
 
 def test_what_is_added_is_shown_together(asks: Asks, tmp_path: Path) -> None:
@@ -132,6 +133,8 @@ def test_a_verb_adds_to_a_study_or_is_a_request_of_its_own(asks: Asks, tmp_path:
     assert [len(table) for table in (few.curves().query("fraction > 0"), few.grid(), few.transfer())] == [0, 0, 0]
     assert len(few.induction()), "no number of documents says anything of it"
     assert few.other_requests == ["1: measured: curves, grid, transfer, induction; limit 10"]
+    page = write_page(few)[0].read_text(encoding="utf-8")
+    assert f"--asked NUMBER shows another. {few.other_requests[0]}" in page
     assert_same(tables(study.out, 1), before)
     ask(study)
     assert_same(tables(study.out), before)

