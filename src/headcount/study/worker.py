@@ -59,6 +59,7 @@ class Worker:
     def __init__(self, plan: Plan, progress: Callable[[float], None]) -> None:
         self.plan = plan
         self.progress = progress
+        self._versions = versions()
         self._prepared: dict[tuple[str, int], dict[tuple[str, int], Prepared]] = {}
 
     def entry(self, planned: PlannedJob, read: Read) -> Result:
@@ -77,7 +78,7 @@ class Worker:
             result = self._gradient(job)
         else:
             result = self._oracle(job, read)
-        known = {"seconds": round(time.monotonic() - started, 3), "versions": versions()}
+        known = {"seconds": round(time.monotonic() - started, 3), "versions": self._versions}
         return Result(result.table, result.info | known)
 
     def _evaluation(self, job: Evaluation, planned: PlannedJob, read: Read) -> Result:
