@@ -230,6 +230,17 @@ def test_a_folder_in_an_entrys_place_is_told_before_anything_is_measured(copied:
         prepare(plan.spec, loaded=plan.loaded, parts=plan.parts)
 
 
+def test_entries_of_another_model_are_counted(copied: tuple[Plan, Ledger], capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = copied[1]
+    assert check(ledger.folder).of_other_models == 0
+    known = ledger.read_json("study.json") or {}
+    ledger.write_json("study.json", known | {"model": known["model"] | {"fingerprint": "2-other"}})
+    whole = len(list(ledger.entries()))
+    assert check(ledger.folder).of_other_models == whole
+    assert code("check", str(ledger.folder)) == 0
+    assert f"of another model than study.json says, and shown nowhere: {whole}" in capsys.readouterr().out
+
+
 def test_each_entry_that_is_taken_away_is_named(copied: tuple[Plan, Ledger]) -> None:
     ledger = copied[1]
     assert check(ledger.folder).unmeasured == ()

@@ -76,6 +76,19 @@ def test_the_same_numbers_in_any_form_have_no_note(folder: Path, kind: str) -> N
     assert loaded.notes == ()
 
 
+def test_a_config_that_names_the_class_of_another_type_is_told(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GraniteForCausalLM"]}))
+    (note,) = load(folder, device="cpu").notes
+    assert note.startswith("the config names the class GraniteForCausalLM, and its type, llama, is that of Llama")
+
+
+def test_a_damaged_file_that_is_not_read_does_no_harm(folder: Path) -> None:
+    (folder / "model_int8.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (folder / "pytorch_model.bin").write_bytes(b"PK")
+    assert load(folder, device="cpu").notes == ()
+
+
 def test_a_second_checkpoint_of_other_weights_is_told(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin")

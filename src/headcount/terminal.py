@@ -257,6 +257,8 @@ def print_checked(checked: Checked) -> None:
         out(f"{len(checked.unmeasured)} {jobs} not measured yet: {few(checked.unmeasured)}")
     if checked.unverified:
         out("unverified: of an earlier version, which wrote no checksums; nothing speaks against them")
+    if checked.of_other_models:
+        out(f"of another model than study.json says, and shown nowhere: {checked.of_other_models}")
     if checked.other_versions:
         out(f"not read: {checked.other_versions} of another version's format")
     if checked.foreign:

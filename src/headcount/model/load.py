@@ -209,7 +209,8 @@ def _from_folder(source: Source, wanted: Wanted) -> _Got:
     model, reader, notes = read(base, wanted, source if source.has_tokenizer else None)
     model = adapters.merged(model, adapter, source.revision)
     # Not kept: its files are the base's, too, and not all are known where they lie on the hub.
-    return _Got(model, reader, fingerprint(model), (*notes, adapter.note), dataclasses.asdict(adapter))
+    told = {**dataclasses.asdict(adapter), "base_commit": base.commit}
+    return _Got(model, reader, fingerprint(model), (*notes, adapter.note), told)
 
 
 def _fingerprint(model: PreTrainedModel, files: Sequence[Path]) -> str:

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from headcount.errors import ModelError
@@ -148,7 +149,18 @@ def _model(name: str, source: Source, options: Mapping[str, Any]) -> tuple[PreTr
     except _LOAD_ERRORS as e:
         raise failure(name, source, e) from e
     model: PreTrainedModel = pair[0]
-    return model, checkpoint.check(name, model, pair[1], source.folder)
+    return model, (*checkpoint.check(name, model, pair[1], source.folder), *_of_another_class(model))
+
+
+def _of_another_class(model: PreTrainedModel) -> tuple[str, ...]:
+    """A note, where the config names the class of another type than the one that it is of."""
+    named = [name for name in model.config.architectures or () if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
+    if not named or type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return ()
+    if type(model).__name__ in named:
+        return ()
+    return (f"the config names the class {named[0]}, and its type, {model.config.model_type}, is that of "
+            f"{type(model).__name__}, which was loaded",)
 
 
 @contextlib.contextmanager

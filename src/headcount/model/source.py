@@ -52,8 +52,9 @@ class Source:
             return None
         if Path(self.place).is_dir():
             return Path(self.place)
-        file = try_to_load_from_cache(self.place, "config.json", revision=self.revision)
-        return Path(file).parent if isinstance(file, str) else None
+        found = (try_to_load_from_cache(self.place, name, revision=self.revision)
+                 for name in ("config.json", adapters.CONFIG))
+        return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
     @property
     def commit(self) -> str | None:

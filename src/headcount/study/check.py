@@ -44,6 +44,7 @@ class Checked:
         folder: The folder.
         whole: How many entries are proved by their digest.
         unverified: How many have none, since an earlier version wrote them; nothing speaks against them.
+        of_other_models: How many of the whole ones are of another model than study.json says, and shown nowhere.
         other_versions: How many entries another version wrote, which this one does not read.
         damaged: The damaged ones.
         unmeasured: What the folder was asked for and holds no entry of, in a few words each. Of requests of versions
@@ -57,6 +58,7 @@ class Checked:
     folder: Path
     whole: int
     unverified: int
+    of_other_models: int
     other_versions: int
     damaged: tuple[Damaged, ...]
     unmeasured: tuple[str, ...]
@@ -97,7 +99,7 @@ def check(folder: str | Path) -> Checked:
     others = ledger.foreign()
     return Checked(
         Path(folder), sum(one.verified for one in whole), sum(not one.verified for one in whole),
-        sum(one.other_format for one in found),
+        _of_other_models(description, whole), sum(one.other_format for one in found),
         tuple(_damaged(one, planned) for one in damaged),
         _unmeasured([jobs for one, jobs in requests if "parts" in one], found),
         tuple(name for name in others if not is_left_over(name)), tuple(filter(is_left_over, others)), wrong,
@@ -113,6 +115,15 @@ def _description(ledger: Ledger) -> tuple[dict[str, Any] | None, str]:
     except StudyError as error:
         return None, str(error)
     return description, ""
+
+
+def _of_other_models(description: dict[str, Any] | None, whole: list[Found]) -> int:
+    """How many entries are of another model than the description says."""
+    if description is None:
+        return 0
+    jobs = [one.entry.job for one in whole if one.entry is not None]
+    return sum(job.get("model", description["model"]["fingerprint"]) != description["model"]["fingerprint"]
+               for job in jobs)
 
 
 def _damaged(found: Found, planned: Mapping[str, str]) -> Damaged:

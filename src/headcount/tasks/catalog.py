@@ -91,7 +91,7 @@ def is_known(name: str) -> bool:
 
 def name_in(file: Path) -> str:
     """The task that a YAML file defines."""
-    match = re.search(r"^task:[ \t]*[\"']?([\w.\-+]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    match = re.search(r"^task:[ \t]*[\"']?([\w.\-+]+)", file.read_text(encoding="utf-8-sig"), re.MULTILINE)
     if match is None:
         raise TaskError(f"{file} names no task; it needs a line `task: NAME`")
     return match.group(1)
