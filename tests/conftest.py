@@ -24,6 +24,12 @@ os.environ.pop("COLUMNS", None)
 
 # What is timed in tests is kept for the tests alone, and goes with them.
 _CACHE = tempfile.TemporaryDirectory(prefix="headcount-tests-")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # But for SmolLM2, which takes ten seconds to be dequantised: workers share the first process's folder for that.
+    shared = Path(os.environ["XDG_CACHE_HOME"], "headcount", "gguf")
+    shared.mkdir(parents=True, exist_ok=True)
+    Path(_CACHE.name, "headcount").mkdir()
+    Path(_CACHE.name, "headcount", "gguf").symlink_to(shared)
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # The tests' models are so small that a second thread gains little: a second process beside the first gains more.

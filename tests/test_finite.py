@@ -434,7 +434,7 @@ def test_a_study_keeps_what_it_measured_and_goes_on_when_the_cause_is_gone(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first task's documents do not have the word 14, the second's do, of which the machine makes NaN."""
-    loaded, own = model(), nn.Embedding.forward
+    loaded, own = model(), nn.functional.embedding
     for split in ("train", "validation"):
         lines = (tmp_path / "words" / f"{split}.jsonl").read_text().splitlines()[:4]
         (tmp_path / "before").mkdir(exist_ok=True)
@@ -444,8 +444,8 @@ def test_a_study_keeps_what_it_measured_and_goes_on_when_the_cause_is_gone(
     with monkeypatch.context() as machine, pytest.raises(
         ModelError, match=r"document 4 of task 'words' .*it goes wrong first in the embeddings"
     ):
-        machine.setattr(nn.Embedding, "forward",
-                        lambda self, ids: own(self, ids).masked_fill((ids == 14)[..., None], NAN))
+        machine.setattr(nn.functional, "embedding",
+                        lambda ids, *args: own(ids, *args).masked_fill((ids == 14)[..., None], NAN))
         run_study(asked, loaded=loaded)
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "study" / "entries").iterdir()}
     assert kept, "what was measured before stays"

@@ -285,8 +285,8 @@ def _unchanged(loaded: LoadedModel) -> LoadedModel:
         raise ModelError(f"{loaded.name} carries forward hooks ({few(hooks)}): a study's entries could not tell this "
                          "model from one without them; remove them, or measure with evaluate() instead")
     if fingerprint(loaded.model) != loaded.fingerprint:
-        raise ModelError(f"the weights or config of {loaded.name} have been changed since it was loaded: wrap it again "
-                         "(wrap(loaded.model, loaded.tokenizer)), so that a study knows it as it is now")
+        raise ModelError(f"the weights, config or code of {loaded.name} have been changed since it was loaded: wrap it "
+                         "again (wrap(loaded.model, loaded.tokenizer)), so that a study knows it as it is now")
     return loaded
 
 
