@@ -10,9 +10,9 @@ not predict further tokens, and for two names of one parameter. Whole numbers ar
 Rotary frequencies that an old checkpoint holds are dropped by transformers, too: they must be those that the model
 computes from its config.
 
-A class may also change weights after it got them (code written for transformers 4 fills them anew with random numbers).
-So every tensor is compared with the file where it has the parameter's name and shape, the large ones by some rows. A
-padding token's embedding that the class sets to zero is told in a note; anything else is refused.
+A class may also change weights after it got them (Youtu's sets the padding token's embedding to zero). So every tensor
+is compared with the file where it has the parameter's name and shape, the large ones by some rows. An embedding of
+padding that is zero and was not is told in a note; anything else is refused.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ _PREDICTION = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\b|\bmtp\b")
 _ROTARY_ERROR = 0.01
 # Tensors of at most so many numbers are compared with the file whole, of larger ones so many rows and special tokens'.
 _WHOLE, _ROWS = 2**16, 16
+# Rows of stacked experts are large: so many numbers of a tensor are enough.
+_LARGEST = 2**22
 # Two checkpoints in a folder are compared by tensors of at most so many numbers: norms and biases.
 _SMALL = 100_000
 
@@ -151,24 +153,32 @@ def _check_values(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -
     """Refuse a model some of whose weights are not those of its files; a note where only padding was set to zero."""
     if getattr(model, "hf_quantizer", None) is not None:
         return ()
-    padding = {f"{name}.weight": module.padding_idx for name, module in model.named_modules()
+    padding = {f"{place}.weight": module.padding_idx for place, module in model.named_modules()
                if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None}
     notes, special = [], _special(model.config)
     for key, weight in model.state_dict().items():
         one = held.get(key) or held.get(key.removeprefix(f"{model.base_model_prefix}."))
         if one is None or weight.is_meta or weight.shape != one.shape or not weight.numel() or not weight.dim():
             continue
-        rows, pad = set(range(len(weight))), padding.get(key)
-        if weight.numel() > _WHOLE:
-            rows &= {*range(0, len(weight), max(1, len(weight) // _ROWS)), len(weight) - 1, *special}
-        if not _equal(weight, one, sorted(rows - {pad})):
+        pad = padding.get(key)
+        zeroed = {pad} if pad is not None and not weight[pad].any() else set()
+        if not _equal(weight, one, sorted(_rows(weight, special) - zeroed)):
             raise ModelError(f"{name} has got other numbers in {key} than its checkpoint holds: {type(model).__name__} "
-                             "changes its weights after they are loaded (an `_init_weights` that writes to "
-                             "weight.data does, since transformers 5): correct its code")
-        if pad is not None and not _equal(weight, one, [pad]):
+                             "changes them after they are loaded; correct its code, or load the model with "
+                             "transformers and wrap it")
+        if zeroed and not _equal(weight, one, sorted(zeroed)):
             notes.append(f"{type(model).__name__} sets the embedding of token {pad}, padding, to zero, which the "
                          "checkpoint does not")
     return tuple(notes)
+
+
+def _rows(weight: Tensor, special: set[int]) -> set[int]:
+    """Which rows of a weight are compared with its file: all of a small one, else some and those of special tokens."""
+    every = range(len(weight))
+    most = min(_ROWS, max(1, _LARGEST // weight[0].numel()))
+    if weight.numel() <= _WHOLE:
+        return set(every)
+    return {*every[:: -(-len(weight) // most)], every[-1]} | (special & {*every} if most == _ROWS else set())
 
 
 def _special(config: PreTrainedConfig) -> set[int]:
