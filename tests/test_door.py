@@ -191,7 +191,7 @@ def test_an_adapter_is_merged_into_its_base(whole: Path, adapted: tuple[Any, Pat
     assert loaded.fingerprint == wrap(copy.deepcopy(model).merge_and_unload(), tiny.tokenizer()).fingerprint
     assert loaded.fingerprint != base.fingerprint
     assert loaded.provenance["adapter"] == {"place": str(folder), "base": str(whole), "base_revision": None,
-                                            "kind": "LORA"}
+                                            "kind": "LORA", "base_commit": None}
     assert any("LORA adapter" in note for note in loaded.notes)
 
 
