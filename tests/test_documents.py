@@ -197,11 +197,12 @@ def test_a_missing_field_of_a_task_is_told_by_file_and_line(shared: Path, tmp_pa
 @pytest.mark.parametrize("text", [
     '"Q: {{q}}\\nA:"', '"{% if hint %}{{hint}} {% endif %}{{q}}"', '"{{ hint or \'\' }}{{q}} None"',
     '"{% if hint is none %}-{% else %}{{hint}}{% endif %}"', "!function utils.text",
+    '"{% if score != score %}no financial data{% else %}{{score}} dollars{% endif %}"',
     '"{% if at is none %}{{q}}{% else %}{{q[at:]}}{% endif %}"', '"{% if at %}{{q[at:]}}{% else %}all{% endif %}"',
 ])
 def test_a_missing_field_that_the_prompt_does_without_is_no_error(tmp_path: Path, text: str) -> None:
-    docs = [doc | {"hint": "yes" if i == 1 else None, "never": None, "at": None if i else 3}
-            for i, doc in enumerate(rows())]
+    docs = [doc | {"hint": "yes" if i == 1 else None, "never": None, "at": None if i else 3,
+                   "score": math.nan if i == 4 else 1.5} for i, doc in enumerate(rows())]
     found = mine(tmp_path, docs, docs, utils="def text(doc):\n    return (doc['hint'] or '') + doc['q'] + ' nullify'\n",
                  change=lambda yaml: yaml.replace('"Q: {{q}}\\nA:"', text))
     assert len(found.prompts("evaluation", FewShot(2))) == len(found.prompts("examples")) == 6
@@ -365,7 +366,9 @@ def test_a_label_that_python_counts_from_the_end_is_told(tmp_path: Path, target:
             found.prompts(split, FewShot(shots, 1 if shots else None))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("target", ["{{stars % 2}}", "{{options[stars % 2]}}", "{{options[(stars > 0)|int]}}"])
+@pytest.mark.parametrize("target", [
+    "{{stars % 2}}", "{{options[stars % 2]}}", "{{options[(stars > 0)|int]}}", "{{[0, 1, 0, 1, 0, 1][stars]}}",
+    "{{options[[0, 1, 0, 0, 1, 1][stars]]}}", "{{ {0: 0, 1: 1, 2: 0, 3: 1, 4: 0, 5: 0}[stars] }}"])
 def test_numbers_that_wrap_around_on_purpose_are_labels(tmp_path: Path, target: str) -> None:
     docs = [doc | {"stars": i} for i, doc in enumerate(rows())]
     found = mine(tmp_path, docs, docs, change=lambda yaml: yaml.replace("doc_to_target: gold",

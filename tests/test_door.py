@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -626,6 +627,37 @@ def test_a_forward_that_somebody_gave_a_librarys_class_identifies_a_model(monkey
     assert fingerprint(tiny.model("llama")) != before
 
 
+def test_numbers_in_a_module_that_was_put_in_by_hand_count() -> None:
+    prints = []
+    for slope in (0.1, 0.5, 0.5):
+        model = families.tiny("llama")
+        model.model.layers[1].mlp.act_fn = nn.LeakyReLU(slope)
+        prints.append(fingerprint(model))
+    assert prints[0] != prints[1] == prints[2]
+
+
+def test_a_forward_that_wraps_a_librarys_own_identifies_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, plain = fingerprint(tiny.model("llama")), LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", functools.wraps(plain)(lambda self, x: plain(self, x) * 2))
+    assert fingerprint(tiny.model("llama")) != before
+
+
+def test_constants_of_a_forward_that_is_in_no_file_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    prints = []
+    for factor in ("0.5", "0.7"):
+        scope: dict[str, Any] = {"plain": LlamaMLP.forward}
+        exec(f"def forward(self, x): return plain(self, x) * {factor}", scope)  # noqa: S102  # as in a notebook
+        with monkeypatch.context() as cell:
+            cell.setattr(LlamaMLP, "forward", scope["forward"])
+            prints.append(fingerprint(tiny.model("llama")))
+    assert prints[0] != prints[1]
+
+
+def test_inference_mode_is_refused(task: Task) -> None:
+    with torch.inference_mode(), pytest.raises(ModelError, match=r"torch\.inference_mode is on"):
+        evaluate(wrap(tiny.model("llama", 5), tiny.tokenizer()), task, limit=2)
+
+
 def test_hooks_on_all_modules_are_no_part_of_a_study(tmp_path: Path) -> None:
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
     try:
@@ -814,6 +846,14 @@ def other_activation(model: PreTrainedModel) -> None:
     model.model.layers[1].mlp.act_fn = nn.ReLU()
 
 
+def no_softcap(model: PreTrainedModel) -> None:
+    model.model.layers[1].self_attn.attn_logit_softcapping = None
+
+
+def other_frequencies_of_a_kind(model: PreTrainedModel) -> None:
+    model.model.rotary_emb.sliding_attention_inv_freq.mul_(3)
+
+
 def other_norm(model: PreTrainedModel) -> None:
     norm = nn.LayerNorm(32, bias=False)
     norm.weight = model.model.norm.weight
@@ -831,6 +871,7 @@ def other_window(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(("family", "change"), [
     ("llama", scaled_attention), ("llama", other_epsilon), ("llama", other_frequencies), ("llama", other_activation),
     ("llama", other_norm), ("gemma3", other_scale), ("gpt_neo", other_window),
+    ("gemma2", no_softcap), ("gemma3", other_frequencies_of_a_kind),
 ])
 def test_what_is_no_weight_identifies_a_model_too(family: str, change: Callable[[PreTrainedModel], None]) -> None:
     model = families.tiny(family)

@@ -40,7 +40,9 @@ contracts prove on the loaded model that the look-up is right.
 * *Identity*: with all heads and FFNs off, every block hands its input on, plus the bias of the output projection.
 * *Head slice*: what a head writes depends on its own attention alone.
 * *Scoring*: requests in a padded batch, with hooks, get the log-likelihoods that the unmodified model gives each of
-  them alone, with everything kept and with nothing kept; no position sees later tokens; gradients reach heads and FFNs.
+  them alone, with everything kept and with nothing kept; no position sees later tokens.
+
+Where gradients are wanted, it is proved as well that they reach heads and FFNs.
 
 A family that is not listed here works if the contracts hold on it (`headcount anatomy MODEL --verify`). A model that
 fails one of them is refused before anything is measured, with the name of the block. Another contract, *sweep*, says

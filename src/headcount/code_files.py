@@ -41,7 +41,7 @@ def digests(texts: dict[Path, str]) -> list[str]:
 def is_installed(path: Path) -> bool:
     """Whether a Python file is of Python itself, of an installed package or of headcount: its version identifies it."""
     resolved = path.resolve()
-    return bool({*resolved.parents} & _libraries()) or "site-packages" in resolved.parts
+    return bool({*resolved.parents} & _libraries() or {"site-packages", "dist-packages"} & {*resolved.parts})
 
 
 @functools.cache  # of this interpreter, which does not move

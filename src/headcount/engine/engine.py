@@ -126,6 +126,9 @@ class Engine:
         Raises:
             ModelError: If a contract fails, or memory is too small for the proof.
         """
+        if torch.is_inference_mode_enabled():
+            raise ModelError("torch.inference_mode is on, and nothing can be proved without gradients: measure outside "
+                             "of it")
         try:
             failed = next((result for result in self.contracts if not result.holds), None)
             if failed is None and gradients and not self.gradient_contract.holds:

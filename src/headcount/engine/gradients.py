@@ -110,8 +110,10 @@ def _gradients(loss: Float[Tensor, ""], of: Sequence[Tensor], length: int) -> tu
         ModelError: Where the model cuts them, as it may for long texts alone.
     """
     found: Sequence[Tensor | None] = [None] * len(of)
-    if loss.requires_grad:
-        found = torch.autograd.grad(loss, of, allow_unused=True)
+    reached = [i for i, tensor in enumerate(of) if tensor.requires_grad]
+    if loss.requires_grad and reached:
+        given = dict(zip(reached, torch.autograd.grad(loss, [of[i] for i in reached], allow_unused=True), strict=True))
+        found = [given.get(i) for i in range(len(of))]
     cut = [("heads" if i < len(of) // 2 else "FFN") + f" of layer {i % (len(of) // 2)}"
            for i, gradient in enumerate(found) if gradient is None]
     if cut:

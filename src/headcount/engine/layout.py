@@ -70,7 +70,8 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     """
     if "position_ids" not in inspect.signature(loaded.model.forward).parameters:
         return Layout(False, "the model takes no position_ids")
-    if own := code_of(map(type, loaded.model.modules())):
+    classes = {type(module) for module in loaded.model.modules()}
+    if own := code_of(cls for cls in classes if cls.__module__.partition(".")[0] not in ("torch", "transformers")):
         # Such as a window of its own, by columns, that is longer than the probe.
         return Layout(False, f"what code of its own ({own[0].partition(' ')[0]}) does in longer rows is not known")
     if str(loaded.model.config.get_text_config()._attn_implementation).startswith("flex"):

@@ -10,8 +10,8 @@ not predict further tokens, and for two names of one parameter. Whole numbers ar
 Rotary frequencies that an old checkpoint holds are dropped by transformers, too: they must be those that the model
 computes from its config.
 
-A class may also change weights after it got them (Youtu's sets the padding token's embedding to zero). So every tensor
-is compared with the file where it has the parameter's name and shape, the large ones by some rows. An embedding of
+A class may also change weights after it got them (Youtu's sets the padding token's embedding to zero). So tensors
+are compared with the file where it has the parameter's name and shape, the large ones by some rows. An embedding of
 padding that is zero and was not is told in a note; anything else is refused.
 """
 
@@ -40,8 +40,6 @@ _PREDICTION = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\b|\bmtp\b")
 _ROTARY_ERROR = 0.01
 # Tensors of at most so many numbers are compared with the file whole, of larger ones so many rows and special tokens'.
 _WHOLE, _ROWS = 2**16, 16
-# Rows of stacked experts are large: so many numbers of a tensor are enough.
-_LARGEST = 2**22
 # Two checkpoints in a folder are compared by tensors of at most so many numbers: norms and biases.
 _SMALL = 100_000
 
@@ -135,10 +133,16 @@ def _passed_over(files: list[Path], others: list[Path], held: Mapping[str, Held]
         for one in _if_readable(path):
             mine = held.get(one.name)
             if mine is not None and (mine.shape != one.shape or (
-                    math.prod(one.shape) <= _SMALL and not torch.equal(mine.read().float(), one.read().float()))):
+                    math.prod(one.shape) <= _SMALL and not _alike(mine.read(), one.read()))):
                 return (f"its folder holds two checkpoints with other weights: {files[0].name} was read, as "
                         f"transformers does, and {path.name} was not",)
     return ()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal in the coarser one's type."""
+    dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(one.to(dtype), other.to(dtype))
 
 
 def _if_readable(path: Path) -> list[Held]:
@@ -175,10 +179,11 @@ def _check_values(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -
 def _rows(weight: Tensor, special: set[int]) -> set[int]:
     """Which rows of a weight are compared with its file: all of a small one, else some and those of special tokens."""
     every = range(len(weight))
-    most = min(_ROWS, max(1, _LARGEST // weight[0].numel()))
     if weight.numel() <= _WHOLE:
         return set(every)
-    return {*every[:: -(-len(weight) // most)], every[-1]} | (special & {*every} if most == _ROWS else set())
+    if weight.dim() > 2:  # stacked experts, which are large: the first and the last
+        return {0, every[-1]}
+    return {*every[:: max(1, len(weight) // _ROWS)], every[-1]} | (special & {*every})
 
 
 def _special(config: PreTrainedConfig) -> set[int]:
@@ -189,7 +194,14 @@ def _special(config: PreTrainedConfig) -> set[int]:
 
 def _equal(weight: Tensor, one: Held, rows: list[int]) -> bool:
     """Whether a weight's rows are a file's, rounded to the weight's type."""
-    there, here = (one.read(), weight) if len(rows) == len(weight) else (one.rows(rows), weight[rows])
+    if not rows:
+        return True
+    if len(rows) == len(weight):
+        there, here = one.read(), weight
+    elif weight.dim() > 2:
+        there, here = one.rows(rows, _ROWS), torch.cat([weight[row : row + 1, :_ROWS] for row in rows])
+    else:
+        there, here = one.rows(rows), weight[rows]
     same = here.cpu() == there.to(weight.dtype)
     return bool((same | there.isnan()).all())
 

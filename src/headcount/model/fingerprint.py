@@ -23,6 +23,7 @@ import json
 import os
 import sys
 import tempfile
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,7 +46,7 @@ _PROBE = "The  cat's 3,141 naïve\n\tdéjà-vu 日本語 🙂 is_it(x) -> Answer
 # What a class raises that wants more than its config, or does not take the meta device.
 _NOT_MADE = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ImportError, AssertionError, OSError)
 # What says how a model is run at the moment.
-_OF_A_MODE = ("training", "gradient_checkpointing", "requires_grad")
+_OF_A_MODE = ("training", "gradient_checkpointing", "requires_grad", "name_or_path")
 # What calls of a tokenizer leave in it, and what decides nothing about ids.
 _OF_A_CALL = ("padding_side", "truncation_side", "verbose", "_in_target_context_manager", "deprecation_warnings",
               "model_max_length", "chat_template", "_processor_class", "clean_up_tokenization_spaces")
@@ -65,7 +66,9 @@ def fingerprint(model: PreTrainedModel, weights: str | None = None) -> str:
         model: The model; of weights that were offloaded a module is fetched at a time.
         weights: What `weights_digest` gives for it, where that is known.
     """
-    parts = [type(model).__name__, described(model.config), weights or weights_digest(model),
+    config = copy.copy(model.config)
+    config.use_cache = False  # as every pass is told
+    parts = [type(model).__name__, described(config), weights or weights_digest(model),
              *code_of([*map(type, model.modules()), type(model.config)]), *altered(model)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -91,14 +94,24 @@ def altered(model: PreTrainedModel) -> list[str]:
         return found
     found += [f"{name} is gone" for name in fresh.keys() - dict(model.named_modules()).keys()]
     for name, module in model.named_modules():
-        if type(module) is not type(fresh.get(name)):
-            found.append(f"{name} is a {type(module).__qualname__}")
-        made = vars(fresh.get(name, module))
-        found += [f"{name}.{key} = {value!r}" for key, value in vars(module).items()
-                  if isinstance(value, int | float) and not key.startswith("_") and key not in _OF_A_MODE
-                  and made.get(key, value) != value]
+        made = fresh.get(name)
+        if type(module) is not type(made):
+            found += [f"{name} is a {type(module).__qualname__}", *(
+                f"{name}.{key} {_digest(value)}" for key, value in vars(module).items() if isinstance(value, Tensor))]
+            found += [f"{name}.{key} = {value!r}" for key, value in _plain_values(module).items()]
+        else:
+            known = _plain_values(made)
+            found += [f"{name}.{key} = {value!r}" for key, value in _plain_values(module).items()
+                      if key in known and known[key] != value]
         found += [f"{name}.{key} {digest}" for key, digest in _other_frequencies(module)]
     return sorted(found)
+
+
+def _plain_values(module: nn.Module | None) -> dict[str, object]:
+    """Numbers, texts, nothings and lists of these that a module holds in attributes of its own."""
+    return {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in _OF_A_MODE
+            and all(isinstance(one, int | float | str | None)
+                    for one in (value if isinstance(value, list | tuple) else [value]))}
 
 
 def _unsaved(name: str, module: nn.Module) -> Iterator[str]:
@@ -114,17 +127,21 @@ def _unsaved(name: str, module: nn.Module) -> Iterator[str]:
 
 def _other_frequencies(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Rotary frequencies, which are no saved buffers, where they are not those of the module's config."""
-    own, config = getattr(module, "inv_freq", None), getattr(module, "config", None)
-    if not isinstance(own, Tensor) or config is None or own.device.type == "meta":
+    config = getattr(module, "config", None)
+    own = {key: tensor for key, tensor in module.named_buffers(recurse=False)
+           if key.endswith("inv_freq") and "original" not in key and tensor.device.type != "meta"}
+    if not own or config is None:
         return
     if getattr(module, "rope_type", "default") in ("dynamic", "longrope"):  # which change with the length of texts
         return
     try:
-        made: Any = type(module)(config=config).inv_freq
+        made = dict(type(module)(config=config).named_buffers(recurse=False))
     except _NOT_MADE:
         return
-    if made.shape != own.shape or not torch.allclose(made.float(), own.float().cpu(), rtol=1e-3):
-        yield "inv_freq", _digest(own)
+    for key, tensor in own.items():
+        if key in made and (made[key].shape != tensor.shape or not torch.allclose(
+                made[key].float(), tensor.float().cpu(), rtol=1e-3)):
+            yield key, _digest(tensor)
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -176,14 +193,22 @@ def code_of(classes: Iterable[type]) -> list[str]:
         elif cls.__module__ != "builtins":  # written in a notebook
             with contextlib.suppress(OSError, TypeError):
                 written.add(f"{cls.__qualname__} {hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()}")
-        # Somebody may have given an installed class another one.
-        forward = inspect.unwrap(vars(cls)["forward"]) if callable(vars(cls).get("forward")) else None
-        code = getattr(forward, "__code__", None)
-        if code is not None and Path(code.co_filename).is_file():
-            files.add(Path(code.co_filename))
-        elif code is not None and cls.__module__ != "builtins":
-            written.add(f"{cls.__qualname__}.forward {hashlib.sha256(code.co_code).hexdigest()}")
+        # Somebody may have given an installed class another one, around the one that it had.
+        forward: Any = vars(cls).get("forward")
+        while forward is not None:
+            code = getattr(forward, "__code__", None)
+            if code is not None and Path(code.co_filename).is_file():
+                files.add(Path(code.co_filename))
+            elif code is not None:
+                written.add(f"{cls.__qualname__}.forward {_of_code(code)}")
+            forward = getattr(forward, "__wrapped__", None)
     return sorted([*digests(own_files(files)), *written])
+
+
+def _of_code(code: types.CodeType) -> str:
+    """The digest of code that is in no file, with its constants and names."""
+    constants = [_of_code(one) if isinstance(one, types.CodeType) else repr(one) for one in code.co_consts]
+    return hashlib.sha256(json.dumps([code.co_code.hex(), *constants, *code.co_names]).encode()).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, max_length: int, *, chat: bool) -> str:

@@ -44,9 +44,10 @@ class Held:
         tensor: Tensor = self.part[...]
         return tensor
 
-    def rows(self, indices: Iterable[int]) -> Tensor:
-        """Some of its rows, along the first dimension; no other is read."""
-        return torch.cat([self.part[index : index + 1] for index in indices])
+    def rows(self, indices: Iterable[int], most: int | None = None) -> Tensor:
+        """Some of its rows, along the first dimension, of each so many along the second; no other is read."""
+        return torch.cat([self.part[index : index + 1, :most] if most else self.part[index : index + 1]
+                          for index in indices])
 
 
 def files_read(folder: Path, named: str | None) -> list[Path]:

@@ -90,19 +90,22 @@ def check(folder: str | Path) -> Checked:
                              fields=("out",))
         wrong = "study.json is not there; the study's command writes it anew and finds what is measured"
     found = list(ledger.scan(rows=False))
+    others = _of_other_models(description, [one for one in found if one.entry is not None])
+    if others and others == sum(one.entry is not None for one in found):
+        wrong = "study.json is of another model than all entries; put back the folder's own"
     if not found and not wrong:
         wrong = f"there are no entries in {ledger.entries_folder}; the study's command measures all of them"
     whole = [one for one in found if one.entry is not None]
     damaged = [one for one in found if one.damage]
     requests = _planned(description)
     planned = {_file(one): one.title for _, lists in requests for jobs in lists for one in jobs}
-    others = ledger.foreign()
+    foreign = ledger.foreign()
     return Checked(
         Path(folder), sum(one.verified for one in whole), sum(not one.verified for one in whole),
-        _of_other_models(description, whole), sum(one.other_format for one in found),
+        others, sum(one.other_format for one in found),
         tuple(_damaged(one, planned) for one in damaged),
         _unmeasured([jobs for one, jobs in requests if "parts" in one], found),
-        tuple(name for name in others if not is_left_over(name)), tuple(filter(is_left_over, others)), wrong,
+        tuple(name for name in foreign if not is_left_over(name)), tuple(filter(is_left_over, foreign)), wrong,
         _commands(description))
 
 

@@ -51,8 +51,8 @@ def wrong_answer(answer: object, options: Sequence[object], *, several: bool = F
 def wrapped_index(answer: Part, doc: Document, options: int) -> str:
     """What is wrong with a label that Python counts from the end of a list; empty if nothing is.
 
-    `["a", "b"][label]` is "b" where label is -1, and so is `["a", "b"][label - 1]` where it is 0. Such an index gives
-    the same answer when it is larger by the number of options, and no answer when it is larger by twice as many.
+    `["a", "b"][label]` is "b" where label is -1, and so is `["a", "b"][label - 1]` where it is 0. Such answers repeat
+    themselves after as many numbers as there are options, and there are none for numbers on either side.
 
     Args:
         answer: What gives a document's answer.
@@ -60,15 +60,22 @@ def wrapped_index(answer: Part, doc: Document, options: int) -> str:
         options: How many options it has.
     """
     for field, value in doc.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not -options < value + 1 <= 1:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not -options <= value <= 0:
             continue
-        def moved(by: int, field: str = field, value: int = int(value)) -> str | None:
-            return rendered(answer, {**doc, field: value + by})
 
-        plain = rendered(answer, doc)
-        if plain is not None and moved(options) == plain and moved(2 * options) != plain and any(
-                moved(by) not in (None, plain) for by in range(1, options)):
-            return f"{field!r} is {value}, with which Python counts from the end of the options"
+        def at(number: int, field: str = field) -> str | None:
+            return rendered(answer, {**doc, field: number}) or None
+
+        if at(int(value)) is None or at(int(value) + options) != at(int(value)):
+            continue
+        # The last number that is counted from the end: of a list asked for label, and for label - 1.
+        for last in (-1, 0):
+            wrapped = range(last - options + 1, last + 1)
+            answers = [at(number) for number in wrapped]
+            alone = at(wrapped[0] - 1) is at(last + options + 1) is None
+            if value in wrapped and alone and None not in answers and len({*answers}) > 1 and answers == [
+                    at(number + options) for number in wrapped]:
+                return f"{field!r} is {value}, with which Python counts from the end of the options"
     return ""
 
 

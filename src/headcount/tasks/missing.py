@@ -5,7 +5,7 @@ be a template or a function; so it is tried. The null is replaced by a mark, and
 
 - the text with the null is the text with the mark, but for "None" in the mark's place: the null was written there;
 - there is no text with the null, and there is one with the mark: the field was needed;
-- two marks of NaN give two texts, and the text with NaN has "nan" more often: it was computed with;
+- two marks of NaN give two texts, and the text with NaN has "nan" where these have numbers: it was computed with;
 - the null is asked for its number as the bound of a slice, where Python takes a null for the text's beginning or end;
 - else the definition looked at the null and did without it, as `{% if hint %}` does.
 
@@ -15,6 +15,7 @@ Only documents with nulls are tried; others cost nothing but a look.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ _NOTHING = re.compile(r"none|null|nan", re.IGNORECASE)
 _MARKS: tuple[object, ...] = ("\u29d727\u29d6", 271828182845)
 _MARK = re.compile(r"['\"]?(?:\u29d727\u29d6|271828182845(?:\.0+)?)['\"]?")
 _OTHER_NUMBER = 314159265359
+_NUMBER = re.compile(r"-?\d[\d.,]*(?:e[+-]?\d+)?")
 # No mark to look for in a text, but a number that is an index of any list.
 _INDEX = 0
 _FAR = 1 << 40
@@ -122,7 +124,12 @@ def _is_computed_with(
     one, other = (None if doc is None else rendered(part, doc) for doc in documents)
     if text is None or one is None or other is None or one == other:
         return False
-    return _of(row, field) is not None and text.lower().count("nan") > one.lower().count("nan")
+    # The text with NaN is the one with the mark, but for "nan" in the place of numbers.
+    numbers, between = _NUMBER.findall(one), _NUMBER.split(one)
+    either = [f"(?:{re.escape(number)}|nan)" for number in numbers]
+    pieces = itertools.zip_longest(map(re.escape, between), either, fillvalue="")
+    pattern = "".join(itertools.chain.from_iterable(pieces))
+    return _of(row, field) is not None and text != one and re.fullmatch(pattern, text, re.IGNORECASE) is not None
 
 
 def _of(row: Document, field: Field) -> object:
