@@ -658,7 +658,7 @@ def test_inference_mode_is_refused(task: Task) -> None:
         evaluate(wrap(tiny.model("llama", 5), tiny.tokenizer()), task, limit=2)
 
 
-def test_hooks_on_all_modules_are_no_part_of_a_study(tmp_path: Path) -> None:
+def test_hooks_on_all_modules_are_no_part_of_a_study() -> None:
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
     try:
         assert hooked(tiny.model("llama"))[0].startswith("all modules")

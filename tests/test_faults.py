@@ -279,7 +279,8 @@ def test_a_damaged_description_is_told_and_entries_are_counted(tmp_path: Path, d
 @pytest.mark.parametrize(("name", "value"), [
     ("anatomy", {}), ("anatomy", {"heads_per_layer": "x"}), ("unseen", None), ("unseen", {"a": 5}), ("asked", None),
     ("asked", []), ("budget", "x"), ("budget", {"device": "cpu"}), ("commands", 5),
-    ("tasks", {"red": {"fingerprint": 1}}),
+    ("tasks", {"red": {"fingerprint": 1}}), ("asked", [{"spec": {}}]), ("asked", [{"spec": 5}]),
+    ("asked", [{"spec": {"tasks": [], "shots": [0], "measure": None}}]), ("anatomy", {"heads_per_layer": [-1]}),
 ])
 def test_a_description_without_a_digest_is_of_the_right_form(tmp_path: Path, name: str, value: object) -> None:
     ledger = Ledger(synthetic.write(tmp_path, tasks=("red",), shots=(5,)))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from every_class import build
 from headcount.errors import ModelError
+from headcount.model.checkpoint import check
 from headcount.model.load import load
 from headcount.model.weight_files import files_read
 
@@ -98,6 +99,32 @@ def test_a_second_checkpoint_of_other_weights_is_told(folder: Path) -> None:
     (note,) = load(folder, device="cpu").notes
     assert "model.safetensors was read" in note
     assert "pytorch_model.bin was not" in note
+
+
+@pytest.mark.parametrize(("expert", "row"), [(0, 0), (-1, 3)])
+def test_stacked_experts_are_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expert: int, row: int
+) -> None:
+    monkeypatch.setattr("headcount.model.checkpoint._WHOLE", 100)
+    model = build("llama4_text")
+    model.save_pretrained(tmp_path)
+    told: dict[str, list[str]] = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
+    assert check("m", model, told, tmp_path) == ()
+    (name, weight), *_ = [(name, one) for name, one in model.named_parameters() if one.dim() == 3]
+    weight.data[expert, row] += 1
+    with pytest.raises(ModelError, match=rf"other numbers in {name.replace('.', '[.]')}"):
+        check("m", model, told, tmp_path)
+
+
+def test_files_that_are_not_whole_are_told_as_that(folder: Path) -> None:
+    single = folder / "model.safetensors"
+    data = single.read_bytes()
+    single.write_bytes(data[:-100])
+    with pytest.raises(ModelError, match=r"its weights are damaged or not whole .*download or copy them again"):
+        load(folder, device="cpu")
+    single.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelError, match=r"Git LFS's pointers .*\(model\.safetensors\): run `git lfs pull`"):
+        load(folder, device="cpu")
 
 
 def test_one_tensor_in_two_shards_is_refused(folder: Path) -> None:

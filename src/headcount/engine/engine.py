@@ -195,6 +195,7 @@ class Engine:
         Raises:
             OptionError: If trees are asked for that this model does not take.
         """
+        self._check_mode()
         layout = self.layout
         requests = [request for requests in requests_by_document for request in requests]
         self._check_ids(requests)
@@ -224,6 +225,7 @@ class Engine:
         Raises:
             ModelError: If memory is too small for one request.
         """
+        self._check_mode()
         packed = requests if isinstance(requests, Packed) else self.pack(requests)
         masks = masks or [Mask.full(self._loaded.anatomy.heads_per_layer)]
         if len(masks) > 1 and self.sweep_contract.holds:
@@ -243,6 +245,7 @@ class Engine:
         Raises:
             ModelError: If memory is too small for one request.
         """
+        self._check_mode()
         self.prove(gradients=True)
         self._check_ids(requests)
         self._check_lengths(requests)
@@ -250,11 +253,14 @@ class Engine:
         packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
         return example_scores(self._loaded, packed, len(requests), progress)
 
-    def _check_ids(self, requests: Sequence[Request]) -> None:
-        """Refuse tokens that the model has no embedding for, and a mode that changes what the model computes."""
+    def _check_mode(self) -> None:
+        """Refuse a mode in which the model computes something else."""
         if torch.is_autocast_enabled(self._loaded.device.type):
             raise ModelError("torch.autocast is on, and the model would compute in other types than its own: measure "
                              "outside of it, or load the model in the type that is wanted")
+
+    def _check_ids(self, requests: Sequence[Request]) -> None:
+        """Refuse tokens that the model has no embedding for."""
         embeddings: Any = self._loaded.model.get_input_embeddings()
         rows = int(embeddings.weight.shape[0])
         for request in requests:

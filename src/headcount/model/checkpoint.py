@@ -21,16 +21,14 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError  # of files that torch refuses
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headcount.errors import ModelError
-from headcount.model.weight_files import Held, files_passed_over, files_read, held_by
+from headcount.model.weight_files import UNREADABLE, Held, files_passed_over, files_read, held_by
 
 _ROTARY = re.compile(r"rotary_emb\.inv_freq$")
 # A layer's number in a tensor's name, and what tells layers that predict further tokens from those of the model.
@@ -149,7 +147,7 @@ def _if_readable(path: Path) -> list[Held]:
     """The tensors of a file that is not read; none where it is damaged, which does no harm."""
     try:
         return held_by(path)
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, UnpicklingError):
+    except UNREADABLE:
         return []
 
 

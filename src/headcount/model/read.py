@@ -12,13 +12,11 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pickle import UnpicklingError  # of checkpoints that torch refuses
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -35,11 +33,12 @@ from headcount.errors import ModelError
 from headcount.model import checkpoint
 from headcount.model.anatomy import Names, find_anatomy
 from headcount.model.source import TRUST, Source, failure, said
+from headcount.model.weight_files import UNREADABLE
 
 # What transformers and its parts raise for files that are absent, damaged or of another kind, or too large; and for
 # configs whose values do not go together.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError,
-                TypeError, AttributeError, AssertionError, ArithmeticError, IndexError, UnpicklingError)
+_LOAD_ERRORS = (*UNREADABLE, KeyError, ImportError, StrictDataclassError, TypeError, AttributeError, AssertionError,
+                ArithmeticError, IndexError)
 
 
 @dataclass(frozen=True)

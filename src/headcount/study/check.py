@@ -8,10 +8,10 @@ what was never measured, which is nothing wrong: a study that was stopped goes o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headcount.errors import HeadcountError, StudyError
 from headcount.study.described import check_description
@@ -34,6 +34,18 @@ class Damaged:
     name: str
     reason: str
     title: str
+
+
+class _Asked(NamedTuple):
+    """A request, planned again.
+
+    Attributes:
+        is_whole: Whether all that it asked for is known; earlier versions did not write down its parts.
+        either: Two lists of jobs, of which one is right (`headcount.study.shown.planned_again`).
+    """
+
+    is_whole: bool
+    either: list[list[PlannedJob]]
 
 
 @dataclass(frozen=True)
@@ -90,21 +102,19 @@ def check(folder: str | Path) -> Checked:
                              fields=("out",))
         wrong = "study.json is not there; the study's command writes it anew and finds what is measured"
     found = list(ledger.scan(rows=False))
-    others = _of_other_models(description, [one for one in found if one.entry is not None])
-    if others and others == sum(one.entry is not None for one in found):
+    whole = [one for one in found if one.entry is not None]
+    others = _of_other_models(description, whole)
+    if whole and others == len(whole):
         wrong = "study.json is of another model than all entries; put back the folder's own"
     if not found and not wrong:
         wrong = f"there are no entries in {ledger.entries_folder}; the study's command measures all of them"
-    whole = [one for one in found if one.entry is not None]
-    damaged = [one for one in found if one.damage]
-    requests = _planned(description)
-    planned = {_file(one): one.title for _, lists in requests for jobs in lists for one in jobs}
+    requests = _asked(description)
+    planned = {_file(one): one.title for request in requests for jobs in request.either for one in jobs}
     foreign = ledger.foreign()
     return Checked(
         Path(folder), sum(one.verified for one in whole), sum(not one.verified for one in whole),
         others, sum(one.other_format for one in found),
-        tuple(_damaged(one, planned) for one in damaged),
-        _unmeasured([jobs for one, jobs in requests if "parts" in one], found),
+        tuple(_damaged(one, planned) for one in found if one.damage), _unmeasured(requests, found),
         tuple(name for name in foreign if not is_left_over(name)), tuple(filter(is_left_over, foreign)), wrong,
         _commands(description))
 
@@ -120,13 +130,12 @@ def _description(ledger: Ledger) -> tuple[dict[str, Any] | None, str]:
     return description, ""
 
 
-def _of_other_models(description: dict[str, Any] | None, whole: list[Found]) -> int:
+def _of_other_models(description: Mapping[str, Any] | None, whole: Sequence[Found]) -> int:
     """How many entries are of another model than the description says."""
     if description is None:
         return 0
-    jobs = [one.entry.job for one in whole if one.entry is not None]
-    return sum(job.get("model", description["model"]["fingerprint"]) != description["model"]["fingerprint"]
-               for job in jobs)
+    own = description["model"]["fingerprint"]
+    return sum(one.entry is not None and one.entry.job.get("model", own) != own for one in whole)
 
 
 def _damaged(found: Found, planned: Mapping[str, str]) -> Damaged:
@@ -140,15 +149,13 @@ def _damaged(found: Found, planned: Mapping[str, str]) -> Damaged:
     return Damaged(found.name, found.damage + idle, title)
 
 
-def _planned(description: dict[str, Any] | None) -> list[tuple[dict[str, Any], list[list[PlannedJob]]]]:
-    """What the folder was asked for: each request with two lists of jobs, of which one is right."""
-    requests: list[tuple[dict[str, Any], list[list[PlannedJob]]]] = []
-    if description is None:
-        return requests
-    for one in description.get("asked", [{}]):
+def _asked(description: Mapping[str, Any] | None) -> list[_Asked]:
+    """What the folder was asked for, planned again."""
+    requests: list[_Asked] = []
+    for one in () if description is None else description.get("asked", [{}]):
+        request = {**(description or {}), **one}
         with contextlib.suppress(HeadcountError):  # what an earlier version wrote may not be enough to plan with
-            request = {**description, **one}
-            requests.append((request, [*planned_again(request)]))
+            requests.append(_Asked("parts" in request, [*planned_again(request)]))
     return requests
 
 
@@ -156,16 +163,17 @@ def _file(planned: PlannedJob) -> str:
     return f"{planned.job.kind}-{name_of(planned.job)}.parquet"
 
 
-def _unmeasured(requests: list[list[list[PlannedJob]]], found: list[Found]) -> tuple[str, ...]:
+def _unmeasured(requests: Sequence[_Asked], found: Sequence[Found]) -> tuple[str, ...]:
     """Titles of planned jobs that no file is of, whole or damaged."""
     there = {one.name for one in found}
     jobs = [job_from(one.entry.job) for one in found if one.entry is not None]
     measured = [job for job in jobs if isinstance(job, Evaluation)]
     titles: dict[str, str] = {}
-    for lists in requests:
-        left = [[one for one in missing([one for one in jobs if _file(one) not in there], measured)
-                 if one is not None and _file(one) not in there] for jobs in lists]
-        titles |= {_file(one): one.title for one in min(left, key=len)}
+    for request in requests:
+        if request.is_whole:
+            left = [[one for one in missing([one for one in planned if _file(one) not in there], measured)
+                     if one is not None and _file(one) not in there] for planned in request.either]
+            titles |= {_file(one): one.title for one in min(left, key=len)}
     return tuple(titles.values())
 
 

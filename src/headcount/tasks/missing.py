@@ -129,14 +129,7 @@ def _is_computed_with(
     either = [f"(?:{re.escape(number)}|nan)" for number in numbers]
     pieces = itertools.zip_longest(map(re.escape, between), either, fillvalue="")
     pattern = "".join(itertools.chain.from_iterable(pieces))
-    return _of(row, field) is not None and text != one and re.fullmatch(pattern, text, re.IGNORECASE) is not None
-
-
-def _of(row: Document, field: Field) -> object:
-    inner: object = row
-    for key in field:
-        inner = inner[key]  # type: ignore[index]
-    return inner
+    return text != one and re.fullmatch(pattern, text, re.IGNORECASE) is not None
 
 
 def written_elsewhere(parts: Sequence[Part], doc: Document, marked: Document) -> bool:
