@@ -32,6 +32,7 @@ from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.measure.evaluate import evaluate
 from headcount.measure.importance import ffn_importance, head_importance
+from headcount.measure.induction import induction_scores
 from headcount.model import fingerprint as fingerprints
 from headcount.model.anatomy import find_anatomy
 from headcount.model.checkpoint import check
@@ -446,9 +447,11 @@ def odd(what: str) -> LoadedModel:
 def test_what_fails_only_when_it_is_measured_fails_the_proof(task: Task, what: str, said: str) -> None:
     loaded = odd(what)
     assert not all(result.holds for result in Engine.of(loaded).contracts)
-    for measure in (evaluate, head_importance, ffn_importance):
+    asked = [functools.partial(measure, loaded, task, limit=2)
+             for measure in (evaluate, head_importance, ffn_importance)]
+    for measure in (*asked, functools.partial(induction_scores, loaded, lengths=[20], seeds=1)):
         with pytest.raises(ModelError, match=said) as told:
-            measure(loaded, task, limit=2)
+            measure()
         assert "\n" not in str(told.value)
 
 
@@ -651,6 +654,20 @@ def test_constants_of_a_forward_that_is_in_no_file_count(monkeypatch: pytest.Mon
             cell.setattr(LlamaMLP, "forward", scope["forward"])
             prints.append(fingerprint(tiny.model("llama")))
     assert prints[0] != prints[1]
+
+
+def test_heads_that_were_set_to_zero_are_measured(task: Task) -> None:
+    model = tiny.model("gpt2", 3)
+    attention = model.transformer.h[1].attn
+    with torch.no_grad():
+        attention.c_attn.weight[:, -8:] = 0
+        attention.c_attn.bias[-8:] = 0
+    loaded = wrap(model, tiny.tokenizer())
+    assert all(result.holds for result in Engine.of(loaded).contracts)
+    whole = Mask.full(loaded.anatomy.heads_per_layer)
+    values = [evaluate(loaded, task, [mask], limit=2).gold_loglikelihood
+              for mask in (whole, whole.without_heads([(1, 3)]))]
+    np.testing.assert_array_equal(*values)
 
 
 def test_inference_mode_is_refused(task: Task) -> None:

@@ -124,8 +124,10 @@ class Engine:
             gradients: Whether gradients are wanted, too.
 
         Raises:
-            ModelError: If a contract fails, or memory is too small for the proof.
+            ModelError: If a contract fails, memory is too small for the proof, or torch is in a mode in which the model
+                computes something else.
         """
+        self._check_mode()
         if torch.is_inference_mode_enabled():
             raise ModelError("torch.inference_mode is on, and nothing can be proved without gradients: measure outside "
                              "of it")
@@ -245,7 +247,6 @@ class Engine:
         Raises:
             ModelError: If memory is too small for one request.
         """
-        self._check_mode()
         self.prove(gradients=True)
         self._check_ids(requests)
         self._check_lengths(requests)

@@ -35,6 +35,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headcount.engine.engine import Engine
 from headcount.engine.forward import Progress
 from headcount.errors import ModelError, OptionError
 from headcount.measure.copying import Reading, paper_copying, sound_copying
@@ -84,9 +85,10 @@ def induction_scores(
 
     Raises:
         OptionError: If an option is out of range, or no length fits.
-        ModelError: If the model hands out no attention probabilities, memory is too small for one text, or a score is
-            no number.
+        ModelError: If the model cannot be measured or hands out no attention probabilities, memory is too small for one
+            text, or a score is no number.
     """
+    Engine.of(loaded).prove()
     texts, notes = _drawn(loaded, lengths, repeats, seeds, seed, protocol)
     with eager(loaded.model):
         reading = Reading.of(loaded, attention_keywords(loaded.name, loaded.model, loaded.anatomy))

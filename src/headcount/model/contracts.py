@@ -283,7 +283,9 @@ def _slice_error(
         parts = torch.zeros(z.shape[2]) if gradient is None else gradient.float().abs().sum((0, 2, 3)).cpu()
         own = float(parts[h])
         foreign = float(parts[:h].sum() + parts[h + 1 :].sum())
-        errors.append(foreign / (own + foreign) if own > 0 and foreign < float("inf") else 1.0)
+        # A head that writes nothing, as one whose values were set to zero, depends on nothing.
+        idle = own == foreign == 0 and not z[:, :, h].any()
+        errors.append(foreign / (own + foreign) if own > 0 and foreign < float("inf") else float(not idle))
     worst = max(range(len(errors)), key=errors.__getitem__)
     return errors[worst], worst
 
