@@ -25,6 +25,7 @@ ARROWS = {
     "model": {"tasks.hub"},
     "engine": {"model"},
     "measure": {"engine", "model", "tasks", "stats"},
+    "removal": {"measure", "engine", "model", "tasks", "stats"},
     "study": {"measure", "engine", "model", "tasks"},
     "analysis": {"stats", "study.described", "study.ledger", "study.codec", "study.jobs", "study.spec",
                  "study.masksets", "study.shown"},
@@ -32,8 +33,8 @@ ARROWS = {
 }
 # Libraries that one place alone may import.
 DOORS = {"lm_eval": ("tasks",), "altair": ("report",), "vl_convert": ("report",), "cyclopts": ("cli",),
-         "rich": ("terminal",), "torch": ("model", "engine", "measure", "study"),
-         "transformers": ("model", "engine", "measure", "tasks")}
+         "rich": ("terminal",), "torch": ("model", "engine", "measure", "removal", "study"),
+         "transformers": ("model", "engine", "measure", "removal", "tasks")}
 
 
 @functools.cache
