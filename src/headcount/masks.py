@@ -240,6 +240,8 @@ def _bits(text: str) -> Bool[np.ndarray, " component"]:
 
 def _read_only(values: Flags) -> Bool[np.ndarray, " component"]:
     array = np.array(values)
+    if array.shape == (0,):  # a layer without heads: of no type, where it was a list
+        array = array.astype(bool)
     if array.ndim != 1 or array.dtype != bool:
         raise OptionError(f"a mask is made of one-dimensional boolean arrays, not {array.dtype} of shape {array.shape}")
     array.setflags(write=False)

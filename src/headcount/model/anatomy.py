@@ -26,6 +26,11 @@ from headcount.masks import Mask
 # Names that matter for counting parameters only; a family that differs is counted by the rows of its fused projection.
 _KEYS = ("k_proj",)
 _VALUES = ("v_proj",)
+_QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "q_ln")
+_KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm", "k_ln")
+# Latent attention: projections with rows of each head, and what all heads read.
+_LATENT_HEADS = ("q_proj", "q_b_proj", "kv_b_proj")
+_LATENT_SHARED = ("q_a_proj", "kv_a_proj_with_mqa")
 _HEAD_COUNTS = ("num_attention_heads", "num_query_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 # The norm that feeds the FFN alone, the first that is there. A norm that feeds attention too (Phi, GPT-J) stays.
 _FFN_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "ln_mlp", "ln_2", "norm_2", "ffn_norm",
@@ -74,11 +79,14 @@ class LayerAnatomy:
         routed: Whether the FFN is a routed block of experts.
         num_heads: Query heads.
         num_kv_heads: KV groups.
+        kv_of_head: The KV group that each query head reads.
+        ffn_norm: The norm that feeds the FFN alone; None where there is none, or it was removed.
         d_head: Width of a head's output.
         d_model: Width of the residual stream.
-        query_parameters: Query weights and biases of one head.
+        query_parameters: What goes with one head beside its slice of the output projection: query weights and biases.
         out_parameters: Weights of one head in the output projection.
         kv_parameters: Key and value weights and biases of one KV group.
+        attention_parameters: What goes with the layer's last head: all of attention but the output projection's bias.
         ffn_parameters: Weights and biases of the FFN, with the norm that feeds it alone.
     """
 
@@ -90,11 +98,14 @@ class LayerAnatomy:
     routed: bool
     num_heads: int
     num_kv_heads: int
+    kv_of_head: tuple[int, ...]
+    ffn_norm: nn.Module | None
     d_head: int
     d_model: int
     query_parameters: int
     out_parameters: int
     kv_parameters: int
+    attention_parameters: int
     ffn_parameters: int
 
 
@@ -133,8 +144,9 @@ class Anatomy:
     def parameters_removed(self, mask: Mask) -> int:
         """What physically removing everything this mask leaves out saves.
 
-        A query head takes its query and output weights along, and the keys and values of its KV group when it is the
-        group's last. The output projection's bias stays. An FFN takes all of its own along, and its pre-norm.
+        A query head takes its query and output weights along, the keys and values of its KV group when it is the group's
+        last, and what heads share (norms of queries and keys) when it is the layer's last. The output projection's bias
+        stays. An FFN takes all of its own along, and its pre-norm.
 
         Raises:
             OptionError: If the mask describes a model of other numbers of heads.
@@ -142,10 +154,10 @@ class Anatomy:
         self.check(mask)
         saved = 0
         for part, kept, ffn in zip(self.layers, mask.heads, mask.ffns, strict=True):
-            saved += int((~kept).sum()) * (part.query_parameters + part.out_parameters)
-            if part.num_kv_heads:
-                groups = kept.reshape(part.num_kv_heads, -1).any(axis=1)
-                saved += int((~groups).sum()) * part.kv_parameters
+            groups = {group for group, stays in zip(part.kv_of_head, kept, strict=True) if stays}
+            saved += (int((~kept).sum()) * (part.query_parameters + part.out_parameters)
+                      + (part.num_kv_heads - len(groups)) * part.kv_parameters
+                      if kept.any() else part.attention_parameters)
             saved += 0 if ffn else part.ffn_parameters
         return saved
 
@@ -227,19 +239,29 @@ def _layer(block: nn.Module, where: str, config: PreTrainedConfig, index: int, n
     attention, out_proj = _attention(block, where, names)
     ffn, output = _ffn(block, where, names)
     width, d_model = _size(out_proj, where)
-    heads = _num_heads(config, index)
+    removed: dict[str, list[int]] | None = getattr(config, "headcount", None)
+    heads = _num_heads(config, index) if removed is None else removed["num_heads"][index]
+    if removed is not None and heads == width == 0:
+        return LayerAnatomy(
+            block=block, attention=attention, out_proj=out_proj, ffn=None if output is ffn else ffn, ffn_output=output,
+            routed=output is ffn, num_heads=0, num_kv_heads=0, kv_of_head=(), ffn_norm=_pre_norm(block, config),
+            d_head=1, d_model=d_model, query_parameters=0, out_parameters=0, kv_parameters=0, attention_parameters=0,
+            ffn_parameters=_ffn_parameters(block, ffn, attention, config))
     if heads < 1 or width % heads:
         raise ModelError(f"{where} ({type(block).__name__}): the attention's output projection has {width} inputs, "
                          f"which the config's {heads} attention heads do not divide: attention of this kind is not "
                          "supported")
     d_head = width // heads
-    groups_said = _said(config, "num_key_value_heads", index)
-    query, kv, groups = _attention_parameters(attention, out_proj, heads, d_head, groups_said)
+    shares: list[int] | None = getattr(attention, "kv_of_head", None)
+    groups_said = _said(config, "num_key_value_heads", index) if shares is None else max(shares) + 1
+    query, kv, groups = _attention_parameters(attention, out_proj, heads, d_head, groups_said, shares is not None)
     return LayerAnatomy(
         block=block, attention=attention, out_proj=out_proj, ffn=None if output is ffn else ffn, ffn_output=output,
         routed=output is ffn, num_heads=heads, num_kv_heads=groups, d_head=d_head, d_model=d_model,
-        query_parameters=query, out_parameters=d_head * d_model,
-        kv_parameters=kv, ffn_parameters=_ffn_parameters(block, ffn, attention, config))
+        kv_of_head=tuple(shares or (head * groups // heads for head in range(heads))),
+        ffn_norm=_pre_norm(block, config),
+        query_parameters=query, out_parameters=d_head * d_model, kv_parameters=kv,
+        attention_parameters=_whole(attention, out_proj), ffn_parameters=_ffn_parameters(block, ffn, attention, config))
 
 
 def _attention(block: nn.Module, where: str, names: Names) -> tuple[nn.Module, nn.Module]:
@@ -334,22 +356,31 @@ def _parameters(projection: nn.Module) -> int:
 
 
 def _attention_parameters(
-    attention: nn.Module, out_proj: nn.Module, heads: int, d_head: int, groups_said: int | None
+    attention: nn.Module, out_proj: nn.Module, heads: int, d_head: int, groups_said: int | None, uneven: bool = False
 ) -> tuple[int, int, int]:
-    """Query parameters of one head, key and value parameters of one KV group, and the number of KV groups."""
+    """Parameters of one head but for its output weights, those of one KV group, and the number of KV groups."""
     linear = [(name, m) for name, m in attention.named_modules()
               if m is not out_proj and (hasattr(m, "in_features") or hasattr(m, "nx"))]
     keys = [m for name, m in linear if name in _KEYS]
     values = [m for name, m in linear if name in _VALUES]
+    beside = sum(p.numel() for p in attention.parameters(recurse=False) if p.shape[:1] == (heads,)) // heads
     if keys:
         # Values are as wide as what heads put out. Gemma-4 has layers without, where keys serve as values.
         groups, rest = divmod(_size((values or keys)[0])[1], d_head)
-        if rest or groups < 1 or heads % groups:
+        if rest or groups < 1 or (heads % groups and not uneven):
             groups = groups_said or heads
-        if heads % groups:
+        if heads % groups and not uneven:
             raise ModelError(f"{heads} heads cannot share {groups} KV groups: attention of this kind is not supported")
-        query = sum(_parameters(m) for name, m in linear if name not in (*_KEYS, *_VALUES))
-        return query // heads, sum(_parameters(m) for m in keys + values) // groups, groups
+        # Where a norm reads all heads at once, queries and keys of removed heads are still needed for its scale.
+        bound_q, own_q = _norms(attention, _QUERY_NORMS, heads)
+        bound_k, own_k = _norms(attention, _KEY_NORMS, groups)
+        by_head = [m for name, m in linear if name not in (*_KEYS, *_VALUES) and not (bound_q and name == "q_proj")]
+        query = sum(_parameters(m) for m in by_head) // heads + own_q + beside
+        return query, sum(_parameters(m) for m in ([] if bound_k else keys) + values) // groups + own_k, groups
+    by_head = [m for name, m in linear if name in _LATENT_HEADS]
+    if by_head and all(name in (*_LATENT_HEADS, *_LATENT_SHARED) for name, _ in linear):
+        # Latent attention: all heads read what is compressed once.
+        return sum(_parameters(m) for m in by_head) // heads + beside, 0, groups_said or heads
     if [name for name, _ in linear] == ["q_proj"]:
         # Keys and values are an earlier layer's (Gemma-4).
         return _parameters(linear[0][1]) // heads, 0, groups_said or heads
@@ -357,11 +388,31 @@ def _attention_parameters(
     total = sum(_parameters(m) for _, m in linear)
     # Fused: (heads + 2 groups) * d_head outputs.
     groups, rest = divmod(outputs - heads * d_head, 2 * d_head)
-    if len(linear) != 1 or rest or groups < 1 or heads % groups:
-        # Latent attention shares its projections among all heads: only the output projection's slice is counted.
+    if len(linear) != 1 or rest or groups < 1 or (heads % groups and not uneven):
+        # Projections that are shared among all heads in a way that is not known: the output projection's slice alone.
         return 0, 0, groups_said or heads
     row = total // outputs
-    return row * d_head, 2 * row * d_head, groups
+    return row * d_head + beside, 2 * row * d_head, groups
+
+
+def _norms(attention: nn.Module, names: tuple[str, ...], count: int) -> tuple[bool, int]:
+    """Whether a norm of queries (or keys) reads all of them at once, and the parameters that each has in norms."""
+    _, norm = _child(attention, names)
+    bound, own = False, 0
+    for weight in (norm.parameters() if norm is not None else ()):
+        width = getattr(attention, "head_dim", None) or weight.shape[-1]
+        bound |= weight.dim() == 1 and weight.numel() > width
+        own += weight.numel() // count if weight.dim() > 1 else 0
+    return bound, own
+
+
+def _whole(attention: nn.Module, out_proj: nn.Module) -> int:
+    """All parameters of an attention but its output projection's bias."""
+    linear = [m for m in attention.modules() if hasattr(m, "in_features") or hasattr(m, "nx")]
+    inside = {id(p) for m in linear for p in m.parameters()}
+    bias = _size(out_proj)[1] if getattr(out_proj, "bias", None) is not None else 0
+    others = sum(p.numel() for p in attention.parameters() if id(p) not in inside)
+    return sum(_parameters(m) for m in linear) + others - bias
 
 
 def _ffn_parameters(block: nn.Module, ffn: nn.Module | None, attention: nn.Module, config: PreTrainedConfig) -> int:
@@ -374,17 +425,18 @@ def _ffn_parameters(block: nn.Module, ffn: nn.Module | None, attention: nn.Modul
         linear = [m for m in ffn.modules() if hasattr(m, "in_features") or hasattr(m, "nx")]
         inside = {id(p) for m in linear for p in m.parameters()}
         own = sum(_parameters(m) for m in linear) + sum(p.numel() for p in ffn.parameters() if id(p) not in inside)
-    return own + sum(p.numel() for norm in _pre_norm(block, config) for p in norm.parameters())
+    norm = _pre_norm(block, config)
+    return own + (0 if norm is None else sum(p.numel() for p in norm.parameters()))
 
 
-def _pre_norm(block: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
-    """The norm that feeds the FFN and nothing else; none where it is applied after the residual add (OPT-350M)."""
+def _pre_norm(block: nn.Module, config: PreTrainedConfig) -> nn.Module | None:
+    """The norm that feeds the FFN and nothing else; None where it is applied after the residual add (OPT-350M)."""
     if getattr(config, "do_layer_norm_before", True) is False:
-        return []
+        return None
     if hasattr(block, _FFN_OUTPUT_NORM) and not hasattr(block, _FFN_NORMS[0]):
-        return []
+        return None
     _, norm = _child(block, _FFN_NORMS)
-    return [] if norm is None else [norm]
+    return norm if norm is not None and any(True for _ in norm.parameters()) else None
 
 
 def _brief(counts: tuple[int, ...]) -> str:

@@ -62,6 +62,9 @@ def attention_seen(anatomy: Anatomy, visit: Visit) -> Iterator[None]:
     projected: dict[int, Tensor] = {}
     with contextlib.ExitStack() as hooks:
         for i, part in enumerate(anatomy.layers):
+            if not part.num_heads:  # all were removed
+                continue
+
             def read(module: nn.Module, args: Any, layer: int = i) -> None:
                 projected[layer] = args[0]
 

@@ -230,11 +230,14 @@ def _slices(name: str, model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor
     with eager(model), frozen(model), torch.enable_grad(), _differentiable(model):
         with _projected(anatomy) as projected:
             attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-        if attentions is None or any(a is None for a in attentions) or len(attentions) != anatomy.num_layers:
+        # Layers of which all heads were removed attend to nothing.
+        attending = [(layer, part) for layer, part in enumerate(anatomy.layers) if part.num_heads]
+        handed_out = [attention for attention in attentions or () if attention is not None]
+        if len(handed_out) != len(attending):
             return ContractResult(name, False, float("inf"), "the model hands out no attention probabilities of every "
                                   "layer: it has layers whose attention is not ordinary")
         worst, where = 0.0, ""
-        for layer, (part, attention) in enumerate(zip(anatomy.layers, attentions, strict=True)):
+        for (layer, part), attention in zip(attending, handed_out, strict=True):
             # Not as `captured` has it: the reshaping must not fail where the anatomy is wrong.
             z = projected[layer].reshape(1, len(ids[0]), -1)
             fits = z.shape[-1] == part.num_heads * part.d_head and attention.shape[1] == part.num_heads

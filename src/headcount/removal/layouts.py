@@ -1,0 +1,344 @@
+"""Which rows and columns of a family's tensors belong to a head, a KV group or an FFN: all that removal knows of them.
+
+A head takes its rows of the query projection (and of its bias), and its columns of the output projection, whose own
+bias stays. Keys and values go with the last head of their group. What else an attention holds is found by its shape:
+
+- a norm as wide as one head is every head's, and stays; one with a row for each head loses rows;
+- a norm over all heads at once (OLMo-2) reads removed heads, too: queries and keys stay, and their columns are dropped
+  behind it;
+- a vector with a number for each head (attention sinks) loses numbers.
+
+Fused projections differ in the order of their rows, and nothing in them says which it is (`_fused`). Attention of which
+no head is left is a constant, its output projection's bias. An FFN goes with the norm that feeds it alone; a norm on its
+output stays, and makes norm(0) of nothing. Whatever is not known here is refused by name; that what is known is right
+is proved on the user's model, block by block (`headcount.removal.narrow`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from headcount.errors import ModelError
+from headcount.model.anatomy import LayerAnatomy
+from headcount.model.narrowed import Columns, Constant
+
+_QUERIES = ("q_proj", "q_b_proj", "query", "gate_proj", "g_proj")
+_KEYS, _VALUES = ("k_proj", "key"), ("v_proj", "value")
+# Of latent attention: what its heads share, and one projection with keys and values of each.
+_LATENT_SHARED = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+_LATENT_HEADS = ("kv_b_proj",)
+_FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
+# Numbers that attention carries, and those that it reads off the config.
+_HEAD_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
+_KV_NUMBERS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_SHARE_NUMBERS = ("num_key_value_groups",)
+_WIDTH_NUMBERS = ("split_size", "embed_dim", "all_head_size")
+_KV_WIDTH_NUMBERS = ("kv_dim",)
+_SIZES = {nn.Linear: (("in_features", 1), ("out_features", 0))}
+Kept = Int[np.ndarray, " kept"]
+
+
+@dataclass(eq=False)
+class Cut:
+    """What is left of one block.
+
+    Attributes:
+        told: The layer's part of `config.headcount` (`headcount.model.narrowed`).
+        kept: By parameter of the block as it was, which of its rows and columns stay, by dimension.
+        source: By parameter of the block as it will be, the one of the block as it was that it is made of, where the
+            names differ; None where it has no values.
+    """
+
+    told: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, dict[int, Kept]] = field(default_factory=dict)
+    source: dict[str, str | None] = field(default_factory=dict)
+
+    def tensor(self, name: str, shape: Sequence[int], old: Mapping[str, Tensor]) -> Tensor:
+        """The values of a parameter or buffer of the smaller block.
+
+        Args:
+            name: Of the tensor, in the smaller block.
+            shape: Its shape there.
+            old: Tensors of the block as it was.
+        """
+        source = self.source.get(name, name)
+        if source is None or 0 in shape:
+            like = next(iter(old.values()))
+            return like.new_zeros(tuple(shape))
+        value = old[source].detach()
+        for dim, index in self.kept.get(source, {}).items():
+            value = value.index_select(dim, torch.from_numpy(index).to(value.device))
+        return value.contiguous()
+
+
+def cut(
+    part: LayerAnatomy, heads: Bool[np.ndarray, " head"], ffn: bool, config: PreTrainedConfig,
+    outputs: tuple[int, int] = (2, 0),
+) -> Cut:
+    """How a block becomes smaller.
+
+    Args:
+        part: The block and its parts.
+        heads: True for every head that is kept.
+        ffn: Whether the FFN is kept.
+        config: The model's.
+        outputs: How many values attention, and the FFN, hand back; 0: one, by itself.
+
+    Raises:
+        ModelError: If the attention or the FFN holds something of which nothing is known here.
+    """
+    found = Cut()
+    names = {id(module): name for name, module in part.block.named_modules()}
+    attention = names[id(part.attention)]
+    if not heads.all():
+        if heads.any():
+            _Attention(part, attention, np.flatnonzero(heads), found, config).cut()
+        else:
+            _constant(found, part, attention, names[id(part.out_proj)], outputs[0], bias=True)
+        found.told["attention"] = attention
+    if not ffn:
+        _cut_ffn(found, part, names, outputs[1])
+    return found
+
+
+class _Attention:
+    """Some heads of one attention cut away."""
+
+    def __init__(self, part: LayerAnatomy, path: str, heads: Kept, found: Cut, config: PreTrainedConfig) -> None:
+        self.part, self.path, self.heads, self.found, self.config = part, path, heads, found, config
+        of = np.array(part.kv_of_head)
+        self.groups, self.kv_of_head = np.unique(of[heads], return_inverse=True)
+        shares = np.bincount(self.kv_of_head)
+        self.is_even = len({*shares.tolist()}) == 1 and (np.diff(self.kv_of_head) >= 0).all()
+        self.share = int(shares[0]) if self.is_even else 1
+
+    def cut(self) -> None:
+        out = self.part.out_proj
+        for name, module in self.part.attention.named_children():
+            if module is out:
+                self._columns(name, module)
+            else:
+                self._child(name, module)
+        for name, parameter in self.part.attention.named_parameters(recurse=False):
+            if parameter.shape[:1] != (self.part.num_heads,):
+                raise self._unknown(name, parameter)
+            self._keep(name, 0, self.heads, parameter)
+        self._numbers()
+
+    def _child(self, name: str, module: nn.Module) -> None:
+        part = self.part
+        if not any(True for _ in module.parameters()):
+            return
+        if name in _LATENT_SHARED:
+            return
+        if name in _FUSED:
+            self._fused(name, module)
+        elif name in (*_QUERIES, *_LATENT_HEADS):
+            if name == "q_proj" and self._norm_over_all(("q_norm", "q_layernorm", "query_layernorm"), part.num_heads):
+                return
+            self._rows(name, module, _rows_of(module, part.num_heads, self.heads, self._fail(name, module)))
+        elif name in (*_KEYS, *_VALUES):
+            if name in _KEYS and self._norm_over_all(("k_norm", "k_layernorm", "key_layernorm"), part.num_kv_heads):
+                return
+            self._rows(name, module, _rows_of(module, part.num_kv_heads, self.groups, self._fail(name, module)))
+        else:
+            self._norm(name, module)
+
+    def _norm_over_all(self, names: Sequence[str], count: int) -> bool:
+        """Whether one of these norms reads all heads at once."""
+        norms = [m for name in names if (m := getattr(self.part.attention, name, None)) is not None]
+        weights = [p for m in norms for p in m.parameters()]
+        return count > 1 and any(p.dim() == 1 and p.numel() > self._head_width(p) for p in weights)
+
+    def _head_width(self, weight: Tensor) -> int:
+        """The width of one head's queries or keys, which a norm's weight is compared with."""
+        width = getattr(self.part.attention, "head_dim", None)
+        return width if isinstance(width, int) else self.part.d_head
+
+    def _norm(self, name: str, module: nn.Module) -> None:
+        """A norm of queries or keys."""
+        keys = name.startswith("k")
+        count = self.part.num_kv_heads if keys else self.part.num_heads
+        index = self.groups if keys else self.heads
+        for inner, parameter in module.named_parameters():
+            if parameter.dim() == 1 and parameter.numel() == self._head_width(parameter):
+                continue
+            if parameter.dim() >= 2 and parameter.shape[0] == count:
+                self._keep(f"{name}.{inner}", 0, index, parameter)
+            elif parameter.dim() == 1 and parameter.numel() % count == 0 and isinstance(module, nn.Module):
+                width = parameter.numel() // count
+                if isinstance(module, Columns):
+                    raise self._unknown(name, parameter)
+                runs = [[int(i) * width, (int(i) + 1) * width] for i in index]
+                self.found.told.setdefault("columns", {})[self._full(name)] = _joined(runs)
+                self.found.source[f"{self._full(name)}.norm.{inner}"] = f"{self._full(name)}.{inner}"
+            else:
+                raise self._unknown(name, parameter)
+
+    def _fused(self, name: str, module: nn.Module) -> None:
+        """One projection for queries, keys and values: of which rows it consists."""
+        part, d = self.part, self.part.d_head
+        heads, groups = part.num_heads, part.num_kv_heads
+        if _outputs(module) != (heads + 2 * groups) * d:
+            raise self._unknown(name, module)
+        order = _fused(self.config, part.attention, heads, groups)
+        rows = np.arange(_outputs(module))
+        if order == "by kind" or groups == 1:
+            q, k, v = np.split(rows, [heads * d, (heads + groups) * d])
+            q, k, v = q.reshape(heads, d), k.reshape(groups, d), v.reshape(groups, d)
+        else:
+            each = rows.reshape(groups, heads // groups + 2, d)
+            q, k, v = each[:, :-2].reshape(heads, d), each[:, -2], each[:, -1]
+        split = order == "by group" and not self.is_even
+        if order == "by group" and self.is_even and groups > 1:
+            own = [np.concatenate([q[self.heads[self.kv_of_head == g]].ravel(), k[i], v[i]])
+                   for g, i in enumerate(self.groups)]
+            kept = np.concatenate(own)
+        else:
+            kept = np.concatenate([q[self.heads].ravel(), k[self.groups].ravel(), v[self.groups].ravel()])
+        if split:
+            self.found.told["split"] = {"head_dim": d, "queries": len(self.heads),
+                                        "kv_of_head": self.kv_of_head.tolist()}
+        self._rows(name, module, kept)
+
+    def _numbers(self) -> None:
+        """Numbers that attention carries or reads off the config."""
+        part, attention = self.part, self.part.attention
+        heads, groups, d = len(self.heads), len(self.groups), part.d_head
+        numbers = {**dict.fromkeys(_HEAD_NUMBERS, (part.num_heads, heads)),
+                   **dict.fromkeys(_KV_NUMBERS, (part.num_kv_heads, groups)),
+                   **dict.fromkeys(_WIDTH_NUMBERS, (part.num_heads * d, heads * d)),
+                   **dict.fromkeys(_KV_WIDTH_NUMBERS, (part.num_kv_heads * d, groups * d))}
+        own = {name: new for name, (old, new) in numbers.items() if getattr(attention, name, None) == old}
+        own |= {name: self.share for name in _SHARE_NUMBERS if hasattr(attention, name)}
+        if "split" in self.found.told:
+            own |= {name: heads for name in _KV_NUMBERS if hasattr(attention, name)}
+        self.found.told.setdefault("numbers", {}).setdefault(self.path, {}).update(own)
+        of_config = {**dict.fromkeys(_HEAD_NUMBERS, heads), **dict.fromkeys(_KV_NUMBERS, groups)}
+        self.found.told["config"] = {name: n for name, n in of_config.items() if hasattr(self.config, name)}
+        if not self.is_even and "split" not in self.found.told:
+            if not hasattr(attention, "config"):
+                raise ModelError(f"{type(attention).__name__} does not go through transformers' attention interface, "
+                                 "so its KV groups cannot keep unlike numbers of heads")
+            self.found.told["kv_of_head"] = self.kv_of_head.tolist()
+
+    def _rows(self, name: str, module: nn.Module, rows: Kept) -> None:
+        """Outputs of a projection."""
+        dim, number = (1, "nf") if hasattr(module, "nx") else (0, "out_features")
+        for inner, parameter in module.named_parameters():
+            self._keep(f"{name}.{inner}", dim if parameter.dim() > 1 else 0, rows, parameter)
+        self._set(name, number, len(rows))
+
+    def _columns(self, name: str, module: nn.Module) -> None:
+        """Inputs of the output projection."""
+        d = self.part.d_head
+        columns = (self.heads[:, None] * d + np.arange(d)).ravel()
+        dim, number = (0, "nx") if hasattr(module, "nx") else (1, "in_features")
+        self._keep(f"{name}.weight", dim, columns, module.get_parameter("weight"))
+        self._set(name, number, len(columns))
+
+    def _keep(self, name: str, dim: int, index: Kept, parameter: Tensor) -> None:
+        full = self._full(name)
+        shape = list(parameter.shape)
+        shape[dim] = len(index)
+        self.found.kept.setdefault(full, {})[dim] = index
+        self.found.told.setdefault("shapes", {})[full] = shape
+
+    def _set(self, name: str, number: str, value: int) -> None:
+        self.found.told.setdefault("numbers", {}).setdefault(self._full(name), {})[number] = value
+
+    def _full(self, name: str) -> str:
+        return f"{self.path}.{name}"
+
+    def _fail(self, name: str, module: nn.Module) -> ModelError:
+        return self._unknown(name, module)
+
+    def _unknown(self, name: str, what: nn.Module | Tensor) -> ModelError:
+        kind = f"a parameter of shape {tuple(what.shape)}" if isinstance(what, Tensor) else type(what).__name__
+        return ModelError(f"heads cannot be removed from {type(self.part.attention).__name__}: which part of {name} "
+                          f"({kind}) belongs to a head is not known")
+
+
+def _rows_of(module: nn.Module, count: int, index: Kept, otherwise: ModelError) -> Kept:
+    """Rows of a projection whose outputs stand head by head."""
+    width, rest = divmod(_outputs(module), count)
+    if rest:
+        raise otherwise
+    return (index[:, None] * width + np.arange(width)).ravel()
+
+
+def _fused(config: PreTrainedConfig, attention: nn.Module, heads: int, groups: int) -> str:
+    """In which order a fused projection has its rows: all queries, keys, values; or those of each group together."""
+    kind = config.model_type.removeprefix("headcount_")
+    if getattr(attention, "_split_heads", None) is not None and isinstance(getattr(attention, "kv_of_head", None), list):
+        return "by kind"
+    if kind in ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"):
+        return "by group"
+    if kind == "falcon":
+        return "by kind" if groups == 1 else "by group"
+    if kind == "gpt_bigcode":
+        return "by kind" if groups == 1 else "by group"
+    return "by kind"
+
+
+def _joined(runs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Stretches of columns, neighbours in one."""
+    joined: list[list[int]] = []
+    for start, end in runs:
+        if joined and joined[-1][1] == start:
+            joined[-1][1] = end
+        else:
+            joined.append([start, end])
+    return joined
+
+
+def _constant(found: Cut, part: LayerAnatomy, path: str, projection: str, outputs: int, *, bias: bool) -> None:
+    """A part that is gone as a whole; the bias of its projection may stay."""
+    module = part.block.get_submodule(projection)
+    name = projection.removeprefix(f"{path}.")
+    bias = bias and getattr(module, "bias", None) is not None
+    found.told.setdefault("constant", {})[path] = [name, part.d_model, bias, outputs]
+    found.source[f"{path}.{name}.weight"] = None
+    if bias:
+        found.source[f"{path}.{name}.bias"] = f"{projection}.bias"
+
+
+def _cut_ffn(found: Cut, part: LayerAnatomy, names: Mapping[int, str], outputs: int) -> None:
+    output = names[id(part.ffn_output)]
+    if part.ffn_norm is not None:
+        found.told.setdefault("identity", []).append(names[id(part.ffn_norm)])
+    if part.routed:
+        found.told.setdefault("constant", {})[output] = ["down_proj", part.d_model, False, outputs]
+        found.source[f"{output}.down_proj.weight"] = None
+        return
+    down = part.ffn_output
+    inside = part.ffn or part.block
+    linear = {name: m for name, m in inside.named_children() if hasattr(m, "in_features") or hasattr(m, "nx")}
+    if down not in linear.values():
+        raise ModelError(f"the FFN of {type(part.block).__name__} cannot be removed: what of it ends in {output} is "
+                         "not known")
+    others = sum(1 for _ in inside.parameters()) > sum(1 for m in linear.values() for _ in m.parameters())
+    if part.ffn is not None and (others or any(hasattr(m, "nx") for m in linear.values())):
+        _constant(found, part, names[id(part.ffn)], output, outputs, bias=False)
+        return
+    for module in linear.values():
+        path = names[id(module)]
+        shapes, numbers = found.told.setdefault("shapes", {}), found.told.setdefault("numbers", {})
+        out, into = module.weight.shape  # type: ignore[misc]
+        shapes[f"{path}.weight"] = [out, 0] if module is down else [0, into]
+        numbers.setdefault(path, {})["in_features" if module is down else "out_features"] = 0
+        if getattr(module, "bias", None) is not None:
+            shapes[f"{path}.bias"] = None if module is down else [0]
+
+
+def _outputs(module: Any) -> int:
+    return int(module.nf if hasattr(module, "nf") else module.out_features)
