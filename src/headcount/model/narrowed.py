@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "headcount_"
@@ -193,27 +193,3 @@ def _resize(block: nn.Module, path: str, shape: Sequence[int] | None) -> None:
 def _put(block: nn.Module, path: str, module: nn.Module) -> None:
     owner, _, name = path.rpartition(".")
     setattr(block.get_submodule(owner), name, module)
-
-
-@functools.cache
-def narrowed(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A family's class whose models are as small as their config says, with a config of a type of its own.
-
-    Args:
-        base: The family's class for causal language models, such as LlamaForCausalLM.
-    """
-    config: Any = base.config_class
-
-    class NarrowedConfig(config):  # type: ignore[misc]
-        model_type = PREFIX + config.model_type
-
-    class Narrowed(base):  # type: ignore[misc, valid-type]
-        config_class = NarrowedConfig
-
-        def __init__(self, config: PreTrainedConfig) -> None:
-            super().__init__(config)
-            narrow(self, config.headcount)
-
-    for made, of in ((NarrowedConfig, config), (Narrowed, base)):
-        made.__name__ = made.__qualname__ = f"Headcount{of.__name__}"
-    return Narrowed

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from headcount.errors import ModelError
-from headcount.model import checkpoint
+from headcount.model import checkpoint, removed
 from headcount.model.anatomy import Names, find_anatomy
 from headcount.model.source import TRUST, Source, failure, said
 from headcount.model.weight_files import UNREADABLE
@@ -84,10 +84,21 @@ def read(
 
 def _config(name: str, source: Source, common: Mapping[str, Any]) -> PreTrainedConfig:
     try:
+        told, _ = PreTrainedConfig.get_config_dict(source.place, **common)
+        if removed.is_removed(told):
+            made = removed.class_of(name, told)
+            of_removed: PreTrainedConfig = made.config_class.from_pretrained(source.place, **source.keywords)
+            return of_removed
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, **common)
     except _LOAD_ERRORS as e:
         raise failure(name, source, e) from e
     return config
+
+
+def _class(config: PreTrainedConfig) -> Any:
+    """What reads a model of this config: transformers' own choice, or the smaller class of a removed model."""
+    base = getattr(config, "headcount", None)
+    return AutoModelForCausalLM if base is None else removed.class_of(config.model_type, config.to_dict())
 
 
 def check_config(name: str, config: PreTrainedConfig) -> None:
@@ -105,7 +116,7 @@ def _check_kind(config: PreTrainedConfig, wanted: Wanted) -> None:
     """Refuse what cannot be measured, before its weights are read."""
     name = wanted.name
     check_config(name, config)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and _class(config) is AutoModelForCausalLM:
         if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
             if wanted.trust_remote_code:
                 return
@@ -114,8 +125,9 @@ def _check_kind(config: PreTrainedConfig, wanted: Wanted) -> None:
                          "language model: name a decoder-only model such as facebook/opt-125m")
     with torch.device("meta"):
         try:
-            skeleton = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation=wanted.attn_implementation)
+            kind = _class(config)
+            make = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+            skeleton = make(config, attn_implementation=wanted.attn_implementation)
         except _LOAD_ERRORS as e:
             raise ModelError(f"the config of {name} does not describe a whole model: {said(e)}") from e
     try:
@@ -140,8 +152,8 @@ def _model(name: str, source: Source, options: Mapping[str, Any]) -> tuple[PreTr
     try:
         # With output_loading_info it returns a pair, which transformers' annotations do not know. Sizes that do not
         # match are told there, too, where transformers' own error would name none.
-        pair: Any = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True,
-                                                         ignore_mismatched_sizes=True, **options)
+        pair: Any = _class(options["config"]).from_pretrained(source.place, output_loading_info=True,
+                                                              ignore_mismatched_sizes=True, **options)
     except torch.OutOfMemoryError as e:
         raise ModelError(f"{name} does not fit on {options['device_map']}: use a smaller dtype, or "
                          "`device_map='auto'`, which offloads", fields=("device_map='auto'",)) from e

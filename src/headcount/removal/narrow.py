@@ -26,11 +26,8 @@ from headcount.model.anatomy import LayerAnatomy
 from headcount.model.contracts import probe_tokens
 from headcount.model.hooks import layer_ablated
 from headcount.model.load import LoadedModel
-from headcount.model.narrowed import narrowed
+from headcount.model.removed import FORMAT, narrowed
 from headcount.removal.layouts import Cut, cut
-
-FORMAT = 1
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -89,7 +86,7 @@ def _empty(loaded: LoadedModel, mask: Mask, blocks: str, cuts: tuple[Cut, ...]) 
     model = loaded.model
     base = type(model)
     layers = {str(i): c.told for i, c in enumerate(cuts) if c.told}
-    told = {"format": FORMAT, "blocks": blocks, "num_heads": [int(h.sum()) for h in mask.heads],
+    told = {"format": FORMAT, "class": base.__name__, "blocks": blocks, "num_heads": [int(h.sum()) for h in mask.heads],
             "ffns": [bool(f) for f in mask.ffns], "layers": layers}
     made = narrowed(base)
     config: Any = made.config_class
