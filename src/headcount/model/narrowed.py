@@ -6,9 +6,9 @@ device, in any type, under any device map. `config.headcount["layers"]` says, la
     shapes     the shape of every parameter that is smaller; null where it is gone
     numbers    numbers that modules carry, such as how many heads they have
     config     numbers that the attention reads off the model's config
-    kv_of_head which KV group each query head reads, where groups have unlike numbers of heads
+    kv_of_head which KV group each query head reads, where groups have unlike numbers of heads, or had once
     columns    of a norm over all heads, which columns of its output belong to heads that are kept
-    split      how a fused projection is taken apart, where it is not by its family's rule (Falcon)
+    split      width of a head, where a fused projection is not taken apart by its family's rule (Falcon)
     identity   norms that fed nothing but the removed FFN
     constant   attention without a head, or an FFN, that is gone as a whole
 
@@ -125,16 +125,15 @@ class Columns(nn.Module):
         return torch.cat([normed[..., a:b] for a, b in self.runs], dim=-1)
 
 
-def split_heads(head_dim: int, queries: int, kv_of_head: Sequence[int], fused: Tensor) -> tuple[Tensor, ...]:
+def split_heads(head_dim: int, kv_of_head: Sequence[int], fused: Tensor) -> tuple[Tensor, ...]:
     """Falcon's fused projection taken apart where groups have unlike numbers of heads: queries, keys, values.
 
     Args:
         head_dim: Width of a head.
-        queries: How many query heads there are; they stand first, then all keys, then all values.
-        kv_of_head: The KV group of each query head.
+        kv_of_head: The KV group of each query head. Query heads stand first, then all keys, then all values.
         fused: What the projection put out, "batch pos width".
     """
-    groups = max(kv_of_head) + 1
+    queries, groups = len(kv_of_head), max(kv_of_head) + 1
     heads = fused.view(*fused.shape[:2], -1, head_dim)
     keys, values = heads[:, :, queries : queries + groups], heads[:, :, queries + groups :]
     return heads[:, :, :queries], keys[:, :, kv_of_head], values[:, :, kv_of_head]
@@ -169,15 +168,13 @@ def _narrow_block(block: nn.Module, told: Mapping[str, Any], number: int) -> Non
     if "config" not in told:
         return
     attention: Any = block.get_submodule(told["attention"])
-    shares = told.get("kv_of_head")
+    shares, split = told.get("kv_of_head"), told.get("split")
     if hasattr(attention, "config"):
-        attention.config = LayerConfig(attention.config, told["config"], shares is not None)
+        attention.config = LayerConfig(attention.config, told["config"], shares is not None and split is None)
     if shares is not None:
         attention.kv_of_head = shares
-    if "split" in told:
-        split = told["split"]
-        attention._split_heads = functools.partial(split_heads, split["head_dim"], split["queries"],
-                                                   split["kv_of_head"])
+    if split is not None:
+        attention._split_heads = functools.partial(split_heads, split, shares)
 
 
 def _resize(block: nn.Module, path: str, shape: Sequence[int] | None) -> None:

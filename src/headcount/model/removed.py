@@ -76,3 +76,10 @@ def class_of(name: str, config: Mapping[str, Any]) -> type[PreTrainedModel]:
         raise ModelError(f"the config of {name} says that it is a smaller {base}, which is no causal language model of "
                          "this version of transformers")
     return narrowed(getattr(transformers, base))
+
+
+def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The family's own class of a model, from which something may have been removed."""
+    told = getattr(model.config, "headcount", None)
+    base: type[PreTrainedModel] = type(model) if told is None else getattr(transformers, told["class"])
+    return base

@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig
 
 from headcount.errors import ModelError
 from headcount.model.anatomy import LayerAnatomy
-from headcount.model.narrowed import Columns, Constant
+from headcount.model.narrowed import PREFIX, Columns
 
 _QUERIES = ("q_proj", "q_b_proj", "query", "gate_proj", "g_proj")
 _KEYS, _VALUES = ("k_proj", "key"), ("v_proj", "value")
@@ -37,13 +37,15 @@ _KEYS, _VALUES = ("k_proj", "key"), ("v_proj", "value")
 _LATENT_SHARED = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
 _LATENT_HEADS = ("kv_b_proj",)
 _FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
+# Types whose fused projection has a KV group's rows together, and those that have so unless there is one group.
+_BY_GROUP = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon")
+_BY_GROUP_UNLESS_ONE = ("falcon", "gpt_bigcode")
 # Numbers that attention carries, and those that it reads off the config.
 _HEAD_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
 _KV_NUMBERS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _SHARE_NUMBERS = ("num_key_value_groups",)
 _WIDTH_NUMBERS = ("split_size", "embed_dim", "all_head_size")
 _KV_WIDTH_NUMBERS = ("kv_dim",)
-_SIZES = {nn.Linear: (("in_features", 1), ("out_features", 0))}
 Kept = Int[np.ndarray, " kept"]
 
 
@@ -118,7 +120,7 @@ class _Attention:
         of = np.array(part.kv_of_head)
         self.groups, self.kv_of_head = np.unique(of[heads], return_inverse=True)
         shares = np.bincount(self.kv_of_head)
-        self.is_even = len({*shares.tolist()}) == 1 and (np.diff(self.kv_of_head) >= 0).all()
+        self.is_even = len({*shares.tolist()}) == 1
         self.share = int(shares[0]) if self.is_even else 1
 
     def cut(self) -> None:
@@ -174,13 +176,14 @@ class _Attention:
                 continue
             if parameter.dim() >= 2 and parameter.shape[0] == count:
                 self._keep(f"{name}.{inner}", 0, index, parameter)
-            elif parameter.dim() == 1 and parameter.numel() % count == 0 and isinstance(module, nn.Module):
-                width = parameter.numel() // count
-                if isinstance(module, Columns):
-                    raise self._unknown(name, parameter)
-                runs = [[int(i) * width, (int(i) + 1) * width] for i in index]
-                self.found.told.setdefault("columns", {})[self._full(name)] = _joined(runs)
-                self.found.source[f"{self._full(name)}.norm.{inner}"] = f"{self._full(name)}.{inner}"
+            elif parameter.dim() == 1 and parameter.numel() % count == 0:
+                # Columns of the norm's output that are passed on, of which some were dropped before, perhaps.
+                again = isinstance(module, Columns)
+                runs = module.runs if isinstance(module, Columns) else [(0, parameter.numel())]
+                columns = np.concatenate([np.arange(*run) for run in runs]).reshape(count, -1)[index].ravel()
+                self.found.told.setdefault("columns", {})[self._full(name)] = _runs(columns)
+                if not again:
+                    self.found.source[f"{self._full(name)}.norm.{inner}"] = f"{self._full(name)}.{inner}"
             else:
                 raise self._unknown(name, parameter)
 
@@ -190,24 +193,22 @@ class _Attention:
         heads, groups = part.num_heads, part.num_kv_heads
         if _outputs(module) != (heads + 2 * groups) * d:
             raise self._unknown(name, module)
-        order = _fused(self.config, part.attention, heads, groups)
+        by_group = _is_by_group(self.config) and groups > 1
+        was_split = getattr(part.attention, "kv_of_head", None) is not None
         rows = np.arange(_outputs(module))
-        if order == "by kind" or groups == 1:
-            q, k, v = np.split(rows, [heads * d, (heads + groups) * d])
-            q, k, v = q.reshape(heads, d), k.reshape(groups, d), v.reshape(groups, d)
-        else:
+        if by_group and not was_split:
             each = rows.reshape(groups, heads // groups + 2, d)
             q, k, v = each[:, :-2].reshape(heads, d), each[:, -2], each[:, -1]
-        split = order == "by group" and not self.is_even
-        if order == "by group" and self.is_even and groups > 1:
-            own = [np.concatenate([q[self.heads[self.kv_of_head == g]].ravel(), k[i], v[i]])
-                   for g, i in enumerate(self.groups)]
-            kept = np.concatenate(own)
+        else:
+            of_queries, of_keys, of_values = np.split(rows, [heads * d, (heads + groups) * d])
+            q, k, v = of_queries.reshape(heads, d), of_keys.reshape(groups, d), of_values.reshape(groups, d)
+        if by_group and self.is_even and not was_split:
+            kept = np.concatenate([np.concatenate([q[self.heads[self.kv_of_head == g]].ravel(), k[i], v[i]])
+                                   for g, i in enumerate(self.groups)])
         else:
             kept = np.concatenate([q[self.heads].ravel(), k[self.groups].ravel(), v[self.groups].ravel()])
-        if split:
-            self.found.told["split"] = {"head_dim": d, "queries": len(self.heads),
-                                        "kv_of_head": self.kv_of_head.tolist()}
+            if by_group:
+                self.found.told["split"] = d
         self._rows(name, module, kept)
 
     def _numbers(self) -> None:
@@ -220,12 +221,12 @@ class _Attention:
                    **dict.fromkeys(_KV_WIDTH_NUMBERS, (part.num_kv_heads * d, groups * d))}
         own = {name: new for name, (old, new) in numbers.items() if getattr(attention, name, None) == old}
         own |= {name: self.share for name in _SHARE_NUMBERS if hasattr(attention, name)}
-        if "split" in self.found.told:
+        if "split" in self.found.told:  # every query head gets keys and values of its own then
             own |= {name: heads for name in _KV_NUMBERS if hasattr(attention, name)}
         self.found.told.setdefault("numbers", {}).setdefault(self.path, {}).update(own)
         of_config = {**dict.fromkeys(_HEAD_NUMBERS, heads), **dict.fromkeys(_KV_NUMBERS, groups)}
         self.found.told["config"] = {name: n for name, n in of_config.items() if hasattr(self.config, name)}
-        if not self.is_even and "split" not in self.found.told:
+        if not self.is_even or "split" in self.found.told:
             if not hasattr(attention, "config"):
                 raise ModelError(f"{type(attention).__name__} does not go through transformers' attention interface, "
                                  "so its KV groups cannot keep unlike numbers of heads")
@@ -276,29 +277,17 @@ def _rows_of(module: nn.Module, count: int, index: Kept, otherwise: ModelError) 
     return (index[:, None] * width + np.arange(width)).ravel()
 
 
-def _fused(config: PreTrainedConfig, attention: nn.Module, heads: int, groups: int) -> str:
-    """In which order a fused projection has its rows: all queries, keys, values; or those of each group together."""
-    kind = config.model_type.removeprefix("headcount_")
-    if getattr(attention, "_split_heads", None) is not None and isinstance(getattr(attention, "kv_of_head", None), list):
-        return "by kind"
-    if kind in ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"):
-        return "by group"
-    if kind == "falcon":
-        return "by kind" if groups == 1 else "by group"
-    if kind == "gpt_bigcode":
-        return "by kind" if groups == 1 else "by group"
-    return "by kind"
+def _is_by_group(config: PreTrainedConfig) -> bool:
+    """Whether a fused projection has each KV group's rows together; else all queries stand before all keys and values."""
+    kind = config.model_type.removeprefix(PREFIX)
+    return kind in _BY_GROUP or (kind in _BY_GROUP_UNLESS_ONE and not getattr(config, "multi_query", False)) or (
+        kind == "falcon" and bool(getattr(config, "new_decoder_architecture", False)))
 
 
-def _joined(runs: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Stretches of columns, neighbours in one."""
-    joined: list[list[int]] = []
-    for start, end in runs:
-        if joined and joined[-1][1] == start:
-            joined[-1][1] = end
-        else:
-            joined.append([start, end])
-    return joined
+def _runs(columns: Kept) -> list[list[int]]:
+    """Stretches of neighbouring columns, as first and last-but-one."""
+    breaks = np.flatnonzero(np.diff(columns) != 1) + 1
+    return [[int(run[0]), int(run[-1]) + 1] for run in np.split(columns, breaks)]
 
 
 def _constant(found: Cut, part: LayerAnatomy, path: str, projection: str, outputs: int, *, bias: bool) -> None:
@@ -338,6 +327,32 @@ def _cut_ffn(found: Cut, part: LayerAnatomy, names: Mapping[int, str], outputs: 
         numbers.setdefault(path, {})["in_features" if module is down else "out_features"] = 0
         if getattr(module, "bias", None) is not None:
             shapes[f"{path}.bias"] = None if module is down else [0]
+
+
+def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layer's config says after something more was removed from a layer that was smaller already.
+
+    Args:
+        before: What it said.
+        now: What the second removal says, of the layer as it was then.
+    """
+    if not now:
+        return dict(before)
+    gone = (*now.get("constant", {}),)
+    stays: dict[str, Any] = {name: value for name, value in before.items() if name in ("attention", "identity")}
+    if "attention" not in now:
+        stays |= {name: before[name] for name in ("config", "kv_of_head", "split") if name in before}
+    for name in ("shapes", "numbers", "columns", "constant"):
+        stays[name] = {path: value for path, value in before.get(name, {}).items()
+                       if not any(path == part or path.startswith(f"{part}.") for part in gone)}
+    both = {**stays, **now}
+    for name in ("shapes", "columns", "constant"):
+        both[name] = stays[name] | now.get(name, {})
+    numbers = now.get("numbers", {})
+    both["numbers"] = {path: stays["numbers"].get(path, {}) | numbers.get(path, {})
+                       for path in (*stays["numbers"], *(path for path in numbers if path not in stays["numbers"]))}
+    both["identity"] = sorted({*stays.get("identity", ()), *now.get("identity", ())})
+    return {name: value for name, value in both.items() if value not in ({}, [])}
 
 
 def _outputs(module: Any) -> int:

@@ -8,26 +8,26 @@ smaller twin need to be in memory.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import align_module_device
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headcount.engine.blocks import Block, Call, entered, first, learned
-from headcount.errors import ModelError
+from headcount.engine.blocks import Block, Call, entered, finished, first, learned
+from headcount.errors import ModelError, listed
 from headcount.masks import Mask
-from headcount.model.anatomy import LayerAnatomy
-from headcount.model.contracts import probe_tokens
+from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.hooks import layer_ablated
 from headcount.model.load import LoadedModel
-from headcount.model.removed import FORMAT, narrowed
-from headcount.removal.layouts import Cut, cut
+from headcount.model.removed import FORMAT, base_of, narrowed
+from headcount.removal.layouts import Cut, cut, merged
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -37,6 +37,7 @@ class Plan:
         loaded: The full model.
         mask: What stays.
         blocks: Where the blocks are, by path.
+        parts: The model's blocks, and what kinds of output they have.
         cuts: How each block becomes smaller.
         empty: The smaller model, on the meta device.
     """
@@ -44,6 +45,7 @@ class Plan:
     loaded: LoadedModel
     mask: Mask
     blocks: str
+    parts: Sequence[Block]
     cuts: tuple[Cut, ...]
     empty: PreTrainedModel
 
@@ -55,43 +57,58 @@ def planned(loaded: LoadedModel, mask: Mask) -> Plan:
         OptionError: If the mask is of a model of other numbers of heads.
         ModelError: If something of the model is not known to belong to a head or an FFN.
     """
-    loaded.anatomy.check(mask)
-    outputs = _outputs(loaded)
-    cuts = tuple(cut(part, heads, bool(ffn), loaded.model.config, told)
-                 for part, heads, ffn, told in zip(loaded.anatomy.layers, mask.heads, mask.ffns, outputs, strict=True))
-    names = {id(module): name for name, module in loaded.model.named_modules()}
-    blocks = names[id(loaded.anatomy.layers[0].block)].rpartition(".")[0]
-    return Plan(loaded, mask, blocks, cuts, _empty(loaded, mask, blocks, cuts))
+    model, anatomy = loaded.model, loaded.anatomy
+    anatomy.check(mask)
+    _check_kind(loaded)
+    with torch.no_grad(), _outputs_seen(loaded) as outputs:
+        parts = learned(model, anatomy, probe_tokens(model))
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = names[id(anatomy.layers[0].block)].rpartition(".")[0]
+    layers = zip(anatomy.layers, mask.heads, mask.ffns, strict=True)
+    cuts = tuple(cut(part, heads, bool(ffn), model.config, (outputs[id(part.attention)], outputs[id(part.ffn_output)]))
+                 for part, heads, ffn in layers)
+    return Plan(loaded, mask, blocks, parts, cuts, _empty(loaded, mask, blocks, cuts))
 
 
-def _outputs(loaded: LoadedModel) -> list[tuple[int, int]]:
-    """How many values attention and FFN of every layer hand back, seen in a pass of a few tokens; 0: one, by itself."""
-    seen: dict[int, Any] = {}
+def _check_kind(loaded: LoadedModel) -> None:
+    """Refuse what cannot be cut."""
+    model = loaded.model
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+        raise ModelError(f"{loaded.name} is quantised, and rows cannot be cut out of coded weights: remove from the "
+                         "model as it was before, and quantise what is left")
+    devices = {str(p.device) for p in model.parameters() if not p.is_meta}
+    if len(devices) > 1:
+        raise ModelError(f"{loaded.name} lies on several devices ({listed(sorted(devices))}): load it on one, or on the "
+                         "CPU with `device='cpu'`", fields=("device='cpu'",))
+
+
+@contextlib.contextmanager
+def _outputs_seen(loaded: LoadedModel) -> Iterator[dict[int, int]]:
+    """How many values attention and FFN of every layer hand back in a pass; 0: one, by itself."""
+    seen: dict[int, int] = {}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         seen[id(module)] = len(output) if isinstance(output, (tuple, list)) else 0
 
-    modules = [m for part in loaded.anatomy.layers for m in (part.attention, part.ffn_output)]
-    handles = [m.register_forward_hook(keep) for m in modules]
-    try:
-        with torch.no_grad():
-            loaded.model(input_ids=probe_tokens(loaded.model)[:, :2], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [(seen[id(part.attention)], seen[id(part.ffn_output)]) for part in loaded.anatomy.layers]
+    with contextlib.ExitStack() as hooks:
+        for part in loaded.anatomy.layers:
+            for module in (part.attention, part.ffn_output):
+                hooks.callback(module.register_forward_hook(keep).remove)
+        yield seen
 
 
 def _empty(loaded: LoadedModel, mask: Mask, blocks: str, cuts: tuple[Cut, ...]) -> PreTrainedModel:
     model = loaded.model
-    base = type(model)
-    layers = {str(i): c.told for i, c in enumerate(cuts) if c.told}
+    base = base_of(model)
+    before = getattr(model.config, "headcount", None) or {"layers": {}, "ffns": [True] * len(cuts)}
+    layers = {str(i): layer for i, one in enumerate(cuts)
+              if (layer := merged(before["layers"].get(str(i), {}), one.told))}
     told = {"format": FORMAT, "class": base.__name__, "blocks": blocks, "num_heads": [int(h.sum()) for h in mask.heads],
-            "ffns": [bool(f) for f in mask.ffns], "layers": layers}
+            "ffns": [bool(f) and was for f, was in zip(mask.ffns, before["ffns"], strict=True)], "layers": layers}
     made = narrowed(base)
     config: Any = made.config_class
     settings = model.config.to_dict()
-    for name in ("model_type", "architectures", "auto_map"):
+    for name in ("model_type", "architectures", "auto_map", "headcount"):
         settings.pop(name, None)
     new = config(**settings, headcount=told)
     new._attn_implementation = model.config._attn_implementation
@@ -101,27 +118,92 @@ def _empty(loaded: LoadedModel, mask: Mask, blocks: str, cuts: tuple[Cut, ...]) 
     return empty.eval()
 
 
-def removed_blocks(plan: Plan) -> Iterator[tuple[int, nn.Module, float]]:
-    """The smaller blocks with their weights, one after another, and how far each is from the masked model's.
+Filled = Callable[[nn.Module, int], None]
 
-    Of what both put out for the same tokens, the largest difference relative to the spread (standard deviation).
+
+class Walk:
+    """A pass of some tokens through the masked model, block by block, with the smaller block beside each.
+
+    Args:
+        plan: What is removed.
+        ids: The tokens; they may be any.
+
+    Attributes:
+        worst: How far any smaller block was from the masked model's, of those that were passed: of what both put out for
+            the same input, the largest difference relative to the spread (standard deviation).
     """
-    loaded = plan.loaded
-    model, anatomy = loaded.model, loaded.anatomy
-    ids = probe_tokens(model)
-    inputs = {"input_ids": torch.cat([ids, ids.flip(1)]), "attention_mask": torch.ones(2, ids.shape[1], dtype=torch.long)}
-    with torch.no_grad():
-        blocks = learned(model, anatomy, ids)
-        hidden, calls = entered(model, blocks, inputs)
-        twins = plan.empty.get_submodule(plan.blocks)
-        for i, (block, call) in enumerate(zip(blocks, calls, strict=True)):
-            with layer_ablated(block.part, plan.mask.heads[i], bool(plan.mask.ffns[i])):
-                masked = first(_called(block.part.block, hidden, call))
-            twin = twins.get_submodule(str(i))
-            fill(twin, plan.cuts[i], block.part.block)
-            error = _apart(first(_called(twin, hidden, call)), masked)
-            hidden = masked
-            yield i, twin, error
+
+    def __init__(self, plan: Plan, ids: Int[Tensor, "batch pos"]) -> None:
+        self.plan, self.ids, self.worst = plan, ids.to(plan.loaded.device), 0.0
+        self._blocks = plan.parts
+        self._hidden: Tensor | None = None
+
+    def blocks(self, filled: Filled | None = None) -> Iterator[tuple[int, nn.Module]]:
+        """The smaller blocks with their weights, one after another, each already compared.
+
+        Args:
+            filled: Gives a block its weights; by default they are cut out of the model's.
+
+        Raises:
+            ModelError: If a smaller block is not the masked model's.
+        """
+        plan, model = self.plan, self.plan.loaded.model
+        inputs = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
+        with torch.no_grad():
+            hidden, calls = entered(model, self._blocks, inputs)
+            twins = plan.empty.get_submodule(plan.blocks)
+            for i, (block, call) in enumerate(zip(self._blocks, calls, strict=True)):
+                with layer_ablated(block.part, plan.mask.heads[i], bool(plan.mask.ffns[i])):
+                    masked = first(_called(block.part.block, hidden, call))
+                twin = twins.get_submodule(str(i))
+                if filled is None:
+                    fill(twin, plan.cuts[i], block.part.block)
+                else:
+                    filled(twin, i)
+                self._compare(i, twin, hidden, call, masked)
+                hidden = masked
+                yield i, twin
+        self._hidden = hidden
+
+    def _compare(self, number: int, twin: nn.Module, hidden: Tensor, call: Call, masked: Tensor) -> None:
+        plan = self.plan
+        if not plan.cuts[number].told:
+            return  # the same block, with the same weights
+        try:
+            error = apart(first(_called(twin, hidden, call)), masked)
+        except FAILURES as failure:
+            raise not_known(plan, f"block {number}, made smaller, does not run ({failure})") from failure
+        if not error <= tolerance(masked.dtype):
+            raise not_known(plan, f"block {number}, made smaller, puts out something else than under the mask "
+                            f"({error:.1e} of the spread)")
+        self.worst = max(self.worst, error)
+
+    def logits(self) -> Float[Tensor, "batch pos vocabulary"]:
+        """The masked model's logits, after all blocks were passed."""
+        if self._hidden is None:
+            raise ValueError("not all blocks were passed")
+        rows = self._hidden.reshape(-1, self._hidden.shape[-1])
+        with torch.no_grad():
+            (_, logits), = finished(self.plan.loaded.model, self._blocks, [(None, rows)])
+        return logits.reshape(*self.ids.shape, -1).float().cpu()
+
+
+def not_known(plan: Plan, why: str) -> ModelError:
+    """Physical removal is refused for this model, and the format that always works is offered."""
+    return ModelError(f"what the mask leaves out cannot be removed from {type(plan.loaded.model).__name__}: {why}; use "
+                      "`format='masked'`, which sets weights to zero", fields=("format='masked'",))
+
+
+def logits_apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
+    """The largest difference of logits relative to their spread, the largest less the smallest of the second."""
+    known = other[torch.isfinite(other)]
+    spread = float(known.max() - known.min()) if known.numel() else 1.0
+    return apart(one, other) * float(known.double().std()) / max(spread, 1e-30)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far apart two computations of the same thing may be, in spreads: 1e-4, or what a coarse type's steps allow."""
+    return max(1e-4, 16 * torch.finfo(dtype).eps)
 
 
 def _called(block: nn.Module, hidden: Tensor, call: Call) -> Any:
@@ -129,19 +211,25 @@ def _called(block: nn.Module, hidden: Tensor, call: Call) -> Any:
     return block(hidden.clone(), *args, **kwargs)
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    a, b = one.double().cpu(), other.double().cpu()
-    error = float((a - b).abs().max() / b.std().clamp_min(1e-30))
+def apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
+    """The largest difference of two tensors, in standard deviations of the second; infinite where it is no number."""
+    a, b = one.detach().double().cpu(), other.detach().double().cpu()
+    known = torch.isfinite(b)  # -inf where a model masks tokens out
+    if not torch.equal(known, torch.isfinite(a)):
+        return float("inf")
+    error = float((a[known] - b[known]).abs().max() / b[known].std().clamp_min(1e-30)) if known.any() else 0.0
     return float("inf") if error != error else error
 
 
 def fill(twin: nn.Module, how: Cut, block: nn.Module) -> None:
     """Give a smaller block on the meta device its weights and buffers, out of the block as it was."""
-    with align_module_device(block):
-        old = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-        wanted = [*twin.named_parameters(), *twin.named_buffers()]
-        for name, empty in wanted:
-            put(twin, name, how.tensor(name, empty.shape, old))
+    old: dict[str, Tensor] = {}
+    for path, module in block.named_modules():
+        with align_module_device(module):  # of weights that lie on the disk, what is held here stays
+            held = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            old |= {f"{path}.{name}".lstrip("."): value.detach() for name, value in held}
+    for name, empty in [*twin.named_parameters(), *twin.named_buffers()]:
+        put(twin, name, how.tensor(name, empty.shape, old))
 
 
 def put(module: nn.Module, name: str, value: Tensor) -> None:
@@ -163,11 +251,10 @@ def fill_rest(plan: Plan) -> None:
 
 def rest(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers outside the blocks, copied, by name; a tied one once."""
-    model = plan.loaded.model
-    inside = plan.blocks + "."
-    names = [name for name, _ in (*plan.empty.named_parameters(), *plan.empty.named_buffers())]
-    for name in names:
+    model, inside = plan.loaded.model, plan.blocks + "."
+    for name in [name for name, _ in (*plan.empty.named_parameters(), *plan.empty.named_buffers())]:
         if not name.startswith(inside):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            with align_module_device(owner):
-                yield name, getattr(owner, name.rpartition(".")[2]).detach().clone()
+            owner, _, last = name.rpartition(".")
+            module = model.get_submodule(owner)
+            with align_module_device(module):
+                yield name, getattr(module, last).detach().clone()

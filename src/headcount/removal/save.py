@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 import headcount
 from headcount.errors import ModelError, OptionError
 from headcount.model import narrowed as runtime
-from headcount.model.removed import name_of
-from headcount.removal.narrow import Plan, removed_blocks, rest
+from headcount.model.removed import base_of, name_of
+from headcount.removal.narrow import Plan, Walk, rest
 from headcount.removal.shards import Shards, size
 
 CODE = "modeling_headcount"
@@ -97,18 +97,18 @@ def announced(plan: Plan) -> dict[str, Any]:
     return inside | named
 
 
-def write_transformers(plan: Plan, folder: Path) -> float:
-    """Write config, code and weights; how far blocks were from the masked model's, at most.
+def write_transformers(walk: Walk, folder: Path) -> None:
+    """Write config, code and weights.
 
     Raises:
         ModelError: If the model's own code lies in its folder: a smaller class cannot be made of it.
     """
-    _check_class(type(plan.loaded.model))
+    base = base_of(walk.plan.loaded.model)
+    _check_class(base)
+    plan = walk.plan
     tensors = announced(plan)
     shards = Shards(folder, tensors)
-    worst = 0.0
-    for number, block, error in removed_blocks(plan):
-        worst = max(worst, error)
+    for number, block in walk.blocks():
         values = {**dict(block.named_parameters()), **dict(block.named_buffers())}
         prefix = f"{plan.blocks}.{number}."
         for name in tensors:
@@ -119,8 +119,7 @@ def write_transformers(plan: Plan, folder: Path) -> float:
         if name in tensors:
             shards.write(name, value)
     shards.close()
-    write_config(plan.empty, type(plan.loaded.model), folder)
-    return worst
+    write_config(plan.empty, base, folder)
 
 
 def write_config(empty: PreTrainedModel, base: type[PreTrainedModel], folder: Path) -> None:

@@ -1,0 +1,70 @@
+"""The model card of a removed model: what went, what it cost, how it is loaded, with the front matter that a hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_LOADED = {
+    "transformers": "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
+    "stock": "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
+    "masked": "model = AutoModelForCausalLM.from_pretrained(FOLDER)"}
+_IS = {
+    "transformers": "Their weights are gone: the folder is standard safetensors, and one file of Python that makes the "
+    "layers of the family's class smaller before they get weights.",
+    "stock": "Their weights are gone: every layer kept the same shape, so that a class of transformers holds the model "
+    "as it is.",
+    "masked": "Their weights are zeros: the model has the shapes that it had, loads everywhere, and saves nothing."}
+
+
+def card(told: Mapping[str, Any]) -> str:
+    """The card as Markdown.
+
+    Args:
+        told: The certificate, as `headcount.removal.certificate` writes it.
+    """
+    model, saved, removed = told["model"], told["saved"], told["removed"]
+    lines = ["---", *_front(told), "---", "",
+             f"# {model['name']} without {_count(len(removed['heads']), 'head')} and {_count(len(removed['ffns']), 'FFN')}",
+             "",
+             f"headcount {told['headcount']} removed {len(removed['heads'])} of {saved['heads']} attention heads and "
+             f"{len(removed['ffns'])} of {saved['ffns']} feed-forward blocks. {_IS[told['written_as']]}", ""]
+    if told["written_as"] != "masked":
+        less = 1 - saved["share_left"]
+        lines += [f"{saved['parameters']:,} parameters became {saved['parameters_left']:,} ({less:.1%} less)." + (
+            f" A prefill of 512 tokens takes {1 - saved['prefill_flops_left']:.1%} less arithmetic."
+            if saved["prefill_flops_left"] is not None else ""), ""]
+    lines += ["## What it cost", "", *_cost(told), "", "## How to load it", "", "```python",
+              "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+              _LOADED[told["written_as"]], "tokenizer = AutoTokenizer.from_pretrained(FOLDER)", "```", "",
+              "or with headcount, which runs no code from the folder: `headcount.load(FOLDER)`.", "",
+              "`headcount check FOLDER` compares its logits with those that `expected.safetensors` holds.", "",
+              "## What was proved", ""]
+    lines += [f"- {proof['what']}: differs from the masked model by {proof['largest']:.1e} of the spread at most "
+              f"({proof['tolerance']:.0e} is allowed)" for proof in told["proofs"]]
+    lines += ["", "## What was removed", "", f"Heads: {', '.join(removed['heads']) or 'none'}.", "",
+              f"FFNs: {', '.join(removed['ffns']) or 'none'}.", ""]
+    lines += [f"Note: {note}." for note in model["notes"]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _front(told: Mapping[str, Any]) -> list[str]:
+    name = told["model"]["name"]
+    base = [f"base_model: {name}"] if name.count("/") == 1 and not name.startswith((".", "/", "~")) else []
+    return ["library_name: transformers", "pipeline_tag: text-generation", *base, "tags:", "- headcount", "- pruned"]
+
+
+def _cost(told: Mapping[str, Any]) -> list[str]:
+    lines = []
+    chosen, confirmation = told["chosen"], told["confirmation"]
+    if chosen and chosen.get("sentence"):
+        lines.append(f"By the study that chose it: {chosen['sentence']}")
+    if confirmation and confirmation.get("sentence"):
+        lines += ["", f"On documents that chose nothing: {confirmation['sentence']}"]
+    if not lines:
+        lines.append("Not measured: the mask was given by hand.")
+    return lines
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

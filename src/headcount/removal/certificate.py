@@ -1,0 +1,148 @@
+"""The certificate of a removed model: what was removed, what it cost, what was proved, and how to prove it again.
+
+`headcount.json` says all of it in words that a person can read, with the SHA-256 of every file beside it.
+`expected.safetensors` holds the ids of a few short texts and the masked model's logits for them: whoever has a copy of
+the folder can load it on a machine of their own and compare (`headcount check`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import headcount
+from headcount.errors import ModelError
+from headcount.model.load import load
+from headcount.model.read import quiet
+from headcount.removal.card import card
+from headcount.removal.cost import Savings
+from headcount.removal.narrow import Plan, logits_apart, tolerance
+
+FILE, EXPECTED = "headcount.json", "expected.safetensors"
+FORMAT = 1
+Backend = Literal["headcount", "transformers"]
+
+
+def write(
+    folder: Path, plan: Plan, saved: Savings, format: str, proofs: Sequence[Mapping[str, Any]], ids: Tensor,
+    expected: Tensor, chosen: Mapping[str, Any] | None, confirmation: Mapping[str, Any] | None,
+) -> None:
+    """Write the certificate, the expected logits and the model card into a folder that holds all else already."""
+    loaded = plan.loaded
+    save_file({"input_ids": ids.contiguous(), "logits": expected.contiguous()}, folder / EXPECTED)
+    told = {
+        "format": FORMAT, "written_as": format, "headcount": headcount.__version__,
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": {"name": loaded.name, "identity": loaded.identity, "class": type(loaded.model).__name__,
+                  "dtype": str(loaded.model.dtype).removeprefix("torch."), "notes": list(loaded.notes),
+                  "source": loaded.provenance.get("source"), "commit": loaded.provenance.get("commit")},
+        "removed": {"heads_per_layer": list(loaded.anatomy.heads_per_layer),
+                    "heads": [str(head) for head in plan.mask.heads_removed],
+                    "ffns": [f"L{layer}F" for layer in plan.mask.ffns_removed]},
+        "saved": {**asdict(saved), "share_left": saved.share_left, "prefill_flops_left": saved.time_left},
+        "chosen": chosen, "confirmation": confirmation, "proofs": list(proofs),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__}}
+    (folder / "README.md").write_text(card(told), encoding="utf-8")
+    told["files"] = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    (folder / FILE).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a removed model's folder was found to be.
+
+    Attributes:
+        folder: Which.
+        told: Its certificate.
+        changed: Files that are not what was written, or are gone; a page that was edited is among them.
+        backend: By what it was loaded.
+        largest: The largest difference of logits to what is expected, relative to their spread.
+        allowed: How much it may be.
+    """
+
+    folder: Path
+    told: Mapping[str, Any]
+    changed: tuple[str, ...]
+    backend: Backend
+    largest: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether logits are those expected, and no file that decides them is another."""
+        return self.largest <= self.allowed and not self.changed
+
+
+def is_certified(folder: Path) -> bool:
+    """Whether a folder is one of a removed model."""
+    return (folder / FILE).is_file()
+
+
+def check(folder: Path, backend: Backend = "headcount", device: str | None = None) -> Checked:
+    """Prove a removed model's folder on this machine: its files, and its logits by loading it.
+
+    Args:
+        folder: As `Removed.save` wrote it, or a copy.
+        backend: Load it by headcount's own loader, or by transformers, which runs the code in the folder.
+        device: Where; by default the first GPU, else the CPU.
+
+    Raises:
+        ModelError: If its certificate cannot be read, or the model cannot be loaded.
+    """
+    try:
+        told = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        files, dtype = dict(told["files"]), getattr(torch, told["model"]["dtype"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"the certificate {folder / FILE} cannot be read ({error}): copy the folder again") from error
+    changed = tuple(name for name, known in files.items()
+                    if not (folder / name).is_file() or digest(folder / name) != known)
+    try:
+        expected = load_file(folder / EXPECTED)
+        ids, wanted = expected["input_ids"], expected["logits"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ModelError(f"{folder / EXPECTED} is damaged or not there: copy the folder again") from error
+    found = _logits(folder, told, backend, device, ids)
+    if found.shape != wanted.shape:
+        raise ModelError(f"{folder} gives logits of shape {tuple(found.shape)}, and {tuple(wanted.shape)} are expected: "
+                         "copy the folder again")
+    return Checked(folder, told, tuple(name for name in changed if name != "README.md"), backend,
+                   logits_apart(found, wanted), tolerance(dtype))
+
+
+@torch.no_grad()
+def _logits(folder: Path, told: Mapping[str, Any], backend: Backend, device: str | None, ids: Tensor) -> Tensor:
+    dtype = told["model"]["dtype"]
+    if backend == "headcount":
+        loaded = load(folder, dtype=dtype, device=device)
+        logits: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
+        return logits.float().cpu()
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=told["written_as"] == "transformers",
+                                                         dtype=getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"transformers cannot load {folder} ({' '.join(str(error).split())[:200]}): copy it again"
+                         ) from error
+    model = model.eval().to(device or "cpu")
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits.float().cpu()

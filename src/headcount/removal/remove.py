@@ -1,0 +1,241 @@
+"""`remove(model, mask)`: a model without what the mask leaves out, in memory or as a folder, proved equal each time.
+
+Three proofs are made of every folder. *Blocks*: each smaller block puts out what the masked model's does, before it is
+written. *Logits*: the logits of the model in memory are those of the masked model, through the plain forward pass. And
+*reloaded*: the folder is read again by headcount's own loader, and compared with the masked model anew. Where weights
+lie on the disk, so that the model need not fit into memory, the second is not made, and the third block by block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from headcount.errors import ModelError, OptionError
+from headcount.masks import Mask
+from headcount.model.contracts import FAILURES, probe_tokens
+from headcount.model.hooks import ablated
+from headcount.model.load import LoadedModel, load, wrap
+from headcount.removal import certificate, stock
+from headcount.removal.cost import Savings, savings
+from headcount.removal.narrow import Plan, Walk, fill_rest, logits_apart, planned, put, tolerance
+from headcount.removal.save import total, write_transformers, written
+from headcount.removal.weights_on_disk import on_disk
+
+Format = Literal["transformers", "stock", "masked"]
+FORMATS: tuple[Format, ...] = ("transformers", "stock", "masked")
+PROMPTS = ("The capital of France is", "Once upon a time there was a")
+# How many tokens each of them has, and how many random ones there are besides.
+TOKENS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Removed:
+    """What `remove` gives: the model without some heads and FFNs.
+
+    Attributes:
+        plan: How it is made.
+        savings: What that saves.
+    """
+
+    plan: Plan
+    savings: Savings
+
+    def __repr__(self) -> str:
+        return f"Removed({self.savings})"
+
+    @property
+    def mask(self) -> Mask:
+        """What stays."""
+        return self.plan.mask
+
+    @functools.cached_property
+    def model(self) -> LoadedModel:
+        """The smaller model in memory, a model like any other; its logits were compared with the masked model's.
+
+        Raises:
+            ModelError: If they are not the same, or the weights of the full model lie on the disk.
+        """
+        plan = self.plan
+        if on_disk(plan.loaded.model):
+            raise ModelError(f"the weights of {plan.loaded.name} lie on the disk: save the smaller model, and load that")
+        ids = prompts(plan.loaded)
+        walk = Walk(plan, ids)
+        for _ in walk.blocks():
+            pass
+        fill_rest(plan)
+        plan.empty.generation_config = plan.loaded.model.generation_config
+        made = wrap(plan.empty, plan.loaded.tokenizer, f"{plan.loaded.name} (removed)")
+        made = dataclasses.replace(made, apply_chat_template=plan.loaded.apply_chat_template)
+        _check(logits(made, ids), masked_logits(plan, ids), plan, "in memory")
+        return made
+
+    def save(
+        self, out: str | Path, *, format: Format = "transformers", chosen: Mapping[str, Any] | None = None,
+        confirmation: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write the smaller model into a new folder, with a certificate and a model card.
+
+        Args:
+            out: The folder; it must not exist, and does not unless all went well.
+            format: "transformers": really smaller; loads with `trust_remote_code=True`, and by `headcount.load` without.
+                "stock": a class of transformers as it is, for masks that leave every layer the same shape. "masked":
+                the same shapes, with zeros; loads everywhere and saves nothing.
+            chosen: Where the mask comes from, for the certificate.
+            confirmation: What the removal cost on documents that chose nothing, for the certificate.
+
+        Raises:
+            OptionError: If the folder exists, the format is unknown or does not fit the mask, or the disk is full.
+            ModelError: If the smaller model is not the masked one.
+        """
+        if format not in FORMATS:
+            raise OptionError(f"`format` is {', '.join(FORMATS)}, not {format!r}", fields=("format",))
+        out, plan = Path(out), self.plan
+        ids = prompts(plan.loaded)
+        needed = total(plan) if format == "transformers" else 4 * plan.loaded.anatomy.num_parameters
+        with written(out, needed) as folder:
+            if format == "transformers":
+                proofs, expected = _streamed(plan, folder, ids)
+            else:
+                proofs, expected = _whole(plan, folder, ids, format)
+            certificate.write(folder, plan, self.savings, format, proofs, ids, expected, chosen, confirmation)
+        return out
+
+
+def remove(model: LoadedModel, mask: Mask) -> Removed:
+    """A model without the heads and FFNs that a mask leaves out: really smaller, and proved equal to the masked model.
+
+    Args:
+        model: From `headcount.load` or `headcount.wrap`; it stays as it is.
+        mask: What is kept.
+
+    Raises:
+        OptionError: If the mask is of another model, or leaves everything as it is.
+        ModelError: If the model is quantised, on several devices, or of a family of which it is not known what belongs
+            to a head or an FFN.
+    """
+    model.anatomy.check(mask)
+    if mask.is_full:
+        raise OptionError("the mask leaves everything as it is: there is nothing to remove")
+    plan = planned(model, mask)
+    return Removed(plan, savings(plan))
+
+
+def prompts(loaded: LoadedModel) -> Tensor:
+    """A few short texts as tokens, all of one length, and one of random tokens: what logits are compared on."""
+    random = probe_tokens(loaded.model)[0].cpu()
+    random = random.repeat(-(-TOKENS // len(random)))[:TOKENS]
+    rows = [random]
+    for text in PROMPTS:
+        known = torch.tensor(loaded.tokenizer(text)["input_ids"][:TOKENS], dtype=torch.long)
+        rows.append(torch.cat([known, random])[:TOKENS])
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
+    """Logits at all positions, in float32 on the CPU."""
+    found: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
+    return found.float().cpu()
+
+
+def masked_logits(plan: Plan, ids: Tensor) -> Tensor:
+    """Logits of the masked model, through its plain forward pass."""
+    with ablated(plan.loaded.anatomy, plan.mask):
+        return logits(plan.loaded, ids)
+
+
+def _check(found: Tensor, expected: Tensor, plan: Plan, where: str) -> float:
+    error = logits_apart(found, expected)
+    allowed = tolerance(plan.loaded.model.dtype)
+    if not error <= allowed:
+        raise ModelError(f"{where}, the smaller model's logits differ from the masked model's by {error:.1e} of their "
+                         f"spread ({allowed:.0e} is allowed): nothing was written; use `format='masked'`, and tell us "
+                         f"which model this is", fields=("format='masked'",))
+    return error
+
+
+def _proof(what: str, largest: float, plan: Plan) -> dict[str, Any]:
+    return {"what": what, "largest": largest, "tolerance": tolerance(plan.loaded.model.dtype)}
+
+
+def _streamed(plan: Plan, folder: Path, ids: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+    """The default format: block by block; then read again, whole where the full model is in memory."""
+    loaded, walk = plan.loaded, Walk(plan, ids)
+    write_transformers(walk, folder)
+    _write_beside(loaded, folder)
+    proofs = [_proof("each block, while it was written", walk.worst, plan)]
+    if on_disk(loaded.model):
+        again = Walk(plan, ids)
+        for _, block in again.blocks(functools.partial(_from_files, plan, _weight_map(folder))):
+            block.to("meta")
+        return [*proofs, _proof("each block, read again from the files", again.worst, plan)], walk.logits()
+    expected = masked_logits(plan, ids)
+    reloaded = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."), device=str(loaded.device),
+                    attn_implementation=loaded.model.config.get_text_config()._attn_implementation)
+    error = _check(logits(reloaded, ids), expected, plan, "loaded again")
+    del reloaded
+    gc.collect()
+    return [*proofs, _proof("logits of the whole model, loaded again from the files", error, plan)], expected
+
+
+def _whole(
+    plan: Plan, folder: Path, ids: Tensor, format: Format
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """A format whose tensors have transformers' own names and shapes: written by transformers."""
+    loaded = plan.loaded
+    if on_disk(loaded.model):
+        raise ModelError(f"the weights of {loaded.name} lie on the disk, and only `format='transformers'` is written "
+                         "block by block: load it into memory", fields=("format='transformers'",))
+    expected = masked_logits(plan, ids)
+    if format == "stock":
+        stock.write_stock(plan, folder)
+    else:
+        stock.write_masked(plan, folder)
+    _write_beside(loaded, folder)
+    reloaded = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."), device=str(loaded.device),
+                    attn_implementation=loaded.model.config.get_text_config()._attn_implementation)
+    error = _check(logits(reloaded, ids), expected, plan, "loaded again")
+    return [_proof("logits of the whole model, loaded again from the files", error, plan)], expected
+
+
+def _write_beside(loaded: LoadedModel, folder: Path) -> None:
+    """The tokenizer, and how the model generates."""
+    loaded.tokenizer.save_pretrained(folder)
+    generation: Any = getattr(loaded.model, "generation_config", None)
+    if generation is not None:
+        try:
+            generation.save_pretrained(folder)
+        except FAILURES:  # transformers refuses to write settings that it has read; its defaults do
+            pass
+
+
+def _weight_map(folder: Path) -> dict[str, Path]:
+    """In which file every tensor lies."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return dict.fromkeys(file.keys(), folder / "model.safetensors")
+
+
+def _from_files(plan: Plan, places: Mapping[str, Path], twin: nn.Module, number: int) -> None:
+    """Give a smaller block what was written of it; its buffers that are not saved are the model's own."""
+    block = plan.loaded.anatomy.layers[number].block
+    for name, _ in [*twin.named_parameters(), *twin.named_buffers()]:
+        full = f"{plan.blocks}.{number}.{name}"
+        if full in places:
+            with safe_open(places[full], "pt") as file:
+                put(twin, name, file.get_tensor(full))
+        else:
+            put(twin, name, block.get_buffer(name).detach().clone())
