@@ -144,9 +144,9 @@ class Anatomy:
     def parameters_removed(self, mask: Mask) -> int:
         """What physically removing everything this mask leaves out saves.
 
-        A query head takes its query and output weights along, the keys and values of its KV group when it is the group's
-        last, and what heads share (norms of queries and keys) when it is the layer's last. The output projection's bias
-        stays. An FFN takes all of its own along, and its pre-norm.
+        A query head takes its query and output weights along, the keys and values of its KV group when it is the
+        group's last, and what heads share (norms of queries and keys) when it is the layer's last. The output
+        projection's bias stays. An FFN takes all of its own along, and its pre-norm.
 
         Raises:
             OptionError: If the mask describes a model of other numbers of heads.

@@ -173,7 +173,7 @@ def _narrow_block(block: nn.Module, told: Mapping[str, Any], number: int) -> Non
         attention.config = LayerConfig(attention.config, told["config"], shares is not None and split is None)
     if shares is not None:
         attention.kv_of_head = shares
-    if split is not None:
+    if split is not None and shares is not None:
         attention._split_heads = functools.partial(split_heads, split, shares)
 
 

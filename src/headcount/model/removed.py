@@ -23,18 +23,18 @@ FORMAT = 1
 
 
 @functools.cache
-def narrowed(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def narrowed(base: Any) -> Any:
     """A family's class whose models are as small as their config says, with a config of a type of its own.
 
     Args:
         base: The family's class for causal language models, such as LlamaForCausalLM.
     """
-    of_base: Any = base.config_class
+    of_base = base.config_class
 
-    class NarrowedConfig(of_base):  # type: ignore[misc]
+    class NarrowedConfig(of_base):  # type: ignore[misc, valid-type]
         model_type = PREFIX + of_base.model_type
 
-    class Narrowed(base):  # type: ignore[misc, valid-type]
+    class Narrowed(base):  # type: ignore[misc]
         config_class = NarrowedConfig
 
         def __init__(self, config: PreTrainedConfig) -> None:
@@ -46,7 +46,7 @@ def narrowed(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return Narrowed
 
 
-def name_of(base: type) -> str:
+def name_of(base: Any) -> str:
     """What the smaller class of a class is called."""
     return f"Headcount{base.__name__}"
 
@@ -56,7 +56,7 @@ def is_removed(config: Mapping[str, Any]) -> bool:
     return str(config.get("model_type", "")).startswith(PREFIX) and "headcount" in config
 
 
-def class_of(name: str, config: Mapping[str, Any]) -> type[PreTrainedModel]:
+def class_of(name: str, config: Mapping[str, Any]) -> Any:
     """The class of a removed model whose config lies in a folder.
 
     Args:
@@ -71,7 +71,7 @@ def class_of(name: str, config: Mapping[str, Any]) -> type[PreTrainedModel]:
         raise ModelError(f"{name} was written by another version of headcount (its config says format "
                          f"{told.get('format') if isinstance(told, dict) else told!r}, this version knows {FORMAT}): "
                          "use that one, or load it with transformers and trust_remote_code=True")
-    base = told.get("class")
+    base = str(told.get("class"))
     if base not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ModelError(f"the config of {name} says that it is a smaller {base}, which is no causal language model of "
                          "this version of transformers")

@@ -1,4 +1,4 @@
-"""The model card of a removed model: what went, what it cost, how it is loaded, with the front matter that a hub reads."""
+"""The model card of a removed model: what went, what it cost and how to load it, with a hub's front matter."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def card(told: Mapping[str, Any]) -> str:
         told: The certificate, as `headcount.removal.certificate` writes it.
     """
     model, saved, removed = told["model"], told["saved"], told["removed"]
-    lines = ["---", *_front(told), "---", "",
-             f"# {model['name']} without {_count(len(removed['heads']), 'head')} and {_count(len(removed['ffns']), 'FFN')}",
-             "",
+    gone = f"{_count(len(removed['heads']), 'head')} and {_count(len(removed['ffns']), 'FFN')}"
+    lines = ["---", *_front(told), "---", "", f"# {model['name']} without {gone}", "",
              f"headcount {told['headcount']} removed {len(removed['heads'])} of {saved['heads']} attention heads and "
              f"{len(removed['ffns'])} of {saved['ffns']} feed-forward blocks. {_IS[told['written_as']]}", ""]
     if told["written_as"] != "masked":

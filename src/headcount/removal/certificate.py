@@ -123,8 +123,8 @@ def check(folder: Path, backend: Backend = "headcount", device: str | None = Non
         raise ModelError(f"{folder / EXPECTED} is damaged or not there: copy the folder again") from error
     found = _logits(folder, told, backend, device, ids)
     if found.shape != wanted.shape:
-        raise ModelError(f"{folder} gives logits of shape {tuple(found.shape)}, and {tuple(wanted.shape)} are expected: "
-                         "copy the folder again")
+        raise ModelError(f"{folder} gives logits of shape {tuple(found.shape)}, where {tuple(wanted.shape)} is "
+                         "expected: copy the folder again")
     return Checked(folder, told, tuple(name for name in changed if name != "README.md"), backend,
                    logits_apart(found, wanted), tolerance(dtype))
 
@@ -138,8 +138,8 @@ def _logits(folder: Path, told: Mapping[str, Any], backend: Backend, device: str
         return logits.float().cpu()
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=told["written_as"] == "transformers",
-                                                         dtype=getattr(torch, dtype))
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=told["written_as"] == "transformers", dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(f"transformers cannot load {folder} ({' '.join(str(error).split())[:200]}): copy it again"
                          ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -103,9 +104,10 @@ def flops(model: PreTrainedModel | None) -> int | None:
 
 def _on_meta(model: PreTrainedModel) -> PreTrainedModel | None:
     """The same model without weights."""
+    of_model: Any = type(model)
     try:
         with torch.device("meta"):
-            made: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config))
+            made: PreTrainedModel = of_model._from_config(copy.deepcopy(model.config)).eval()
     except FAILURES:
         return None
-    return made.eval()
+    return made

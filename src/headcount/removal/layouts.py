@@ -8,16 +8,15 @@ bias stays. Keys and values go with the last head of their group. What else an a
   behind it;
 - a vector with a number for each head (attention sinks) loses numbers.
 
-Fused projections differ in the order of their rows, and nothing in them says which it is (`_fused`). Attention of which
-no head is left is a constant, its output projection's bias. An FFN goes with the norm that feeds it alone; a norm on its
-output stays, and makes norm(0) of nothing. Whatever is not known here is refused by name; that what is known is right
+Fused projections differ in the order of their rows, and nothing in them says which it is (`_is_by_group`). Attention of
+which no head is left is a constant, its output projection's bias. An FFN goes with the norm that feeds it alone; a norm
+on its output stays, and makes norm(0) of nothing. Whatever is not known here is refused by name; that what is known is right
 is proved on the user's model, block by block (`headcount.removal.narrow`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +43,7 @@ _BY_GROUP_UNLESS_ONE = ("falcon", "gpt_bigcode")
 _HEAD_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
 _KV_NUMBERS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _SHARE_NUMBERS = ("num_key_value_groups",)
-_WIDTH_NUMBERS = ("split_size", "embed_dim", "all_head_size")
+_WIDTH_NUMBERS = ("split_size", "embed_dim", "all_head_size", "hidden_size")
 _KV_WIDTH_NUMBERS = ("kv_dim",)
 Kept = Int[np.ndarray, " kept"]
 
@@ -64,22 +63,22 @@ class Cut:
     kept: dict[str, dict[int, Kept]] = field(default_factory=dict)
     source: dict[str, str | None] = field(default_factory=dict)
 
-    def tensor(self, name: str, shape: Sequence[int], old: Mapping[str, Tensor]) -> Tensor:
+    def tensor(self, name: str, empty: Tensor, device: torch.device, read: Callable[[str], Tensor]) -> Tensor:
         """The values of a parameter or buffer of the smaller block.
 
         Args:
             name: Of the tensor, in the smaller block.
-            shape: Its shape there.
-            old: Tensors of the block as it was.
+            empty: It, on the meta device.
+            device: Where the block is.
+            read: Gives a tensor of the block as it was, by name.
         """
         source = self.source.get(name, name)
-        if source is None or 0 in shape:
-            like = next(iter(old.values()))
-            return like.new_zeros(tuple(shape))
-        value = old[source].detach()
+        if source is None or 0 in empty.shape:
+            return torch.zeros(empty.shape, dtype=empty.dtype, device=device)
+        value = read(source)
         for dim, index in self.kept.get(source, {}).items():
             value = value.index_select(dim, torch.from_numpy(index).to(value.device))
-        return value.contiguous()
+        return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 def cut(
@@ -278,7 +277,7 @@ def _rows_of(module: nn.Module, count: int, index: Kept, otherwise: ModelError) 
 
 
 def _is_by_group(config: PreTrainedConfig) -> bool:
-    """Whether a fused projection has each KV group's rows together; else all queries stand before all keys and values."""
+    """Whether a fused projection has each KV group's rows together; else queries stand before all keys and values."""
     kind = config.model_type.removeprefix(PREFIX)
     return kind in _BY_GROUP or (kind in _BY_GROUP_UNLESS_ONE and not getattr(config, "multi_query", False)) or (
         kind == "falcon" and bool(getattr(config, "new_decoder_architecture", False)))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from headcount.model.hooks import layer_ablated
 from headcount.model.load import LoadedModel
 from headcount.model.removed import FORMAT, base_of, narrowed
 from headcount.removal.layouts import Cut, cut, merged
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -78,8 +80,8 @@ def _check_kind(loaded: LoadedModel) -> None:
                          "model as it was before, and quantise what is left")
     devices = {str(p.device) for p in model.parameters() if not p.is_meta}
     if len(devices) > 1:
-        raise ModelError(f"{loaded.name} lies on several devices ({listed(sorted(devices))}): load it on one, or on the "
-                         "CPU with `device='cpu'`", fields=("device='cpu'",))
+        raise ModelError(f"{loaded.name} lies on several devices ({listed(sorted(devices))}): load it on one, or on "
+                         "the CPU with `device='cpu'`", fields=("device='cpu'",))
 
 
 @contextlib.contextmanager
@@ -105,8 +107,9 @@ def _empty(loaded: LoadedModel, mask: Mask, blocks: str, cuts: tuple[Cut, ...]) 
               if (layer := merged(before["layers"].get(str(i), {}), one.told))}
     told = {"format": FORMAT, "class": base.__name__, "blocks": blocks, "num_heads": [int(h.sum()) for h in mask.heads],
             "ffns": [bool(f) and was for f, was in zip(mask.ffns, before["ffns"], strict=True)], "layers": layers}
-    made = narrowed(base)
-    config: Any = made.config_class
+    of_base: Any = base
+    made = narrowed(of_base)
+    config = made.config_class
     settings = model.config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "headcount"):
         settings.pop(name, None)
@@ -114,10 +117,12 @@ def _empty(loaded: LoadedModel, mask: Mask, blocks: str, cuts: tuple[Cut, ...]) 
     new._attn_implementation = model.config._attn_implementation
     new.dtype = model.dtype
     with torch.device("meta"):
-        empty: PreTrainedModel = made._from_config(new, dtype=model.dtype)
-    return empty.eval()
+        empty: PreTrainedModel = made._from_config(new, dtype=model.dtype).eval()
+    return empty
 
 
+# Arguments that blocks may write into, such as keys and values for later layers (Gemma-4).
+_WRITTEN = (MutableMapping, MutableSequence)
 Filled = Callable[[nn.Module, int], None]
 
 
@@ -129,8 +134,8 @@ class Walk:
         ids: The tokens; they may be any.
 
     Attributes:
-        worst: How far any smaller block was from the masked model's, of those that were passed: of what both put out for
-            the same input, the largest difference relative to the spread (standard deviation).
+        worst: How far any smaller block was from the masked model's, of those that were passed: of what both put out
+            for the same input, the largest difference in standard deviations.
     """
 
     def __init__(self, plan: Plan, ids: Int[Tensor, "batch pos"]) -> None:
@@ -151,26 +156,27 @@ class Walk:
         inputs = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
         with torch.no_grad():
             hidden, calls = entered(model, self._blocks, inputs)
-            twins = plan.empty.get_submodule(plan.blocks)
+            twins, copies = plan.empty.get_submodule(plan.blocks), dict[int, Any]()
             for i, (block, call) in enumerate(zip(self._blocks, calls, strict=True)):
+                own = _owned(call, copies)  # before the masked block writes into what it hands to later ones
                 with layer_ablated(block.part, plan.mask.heads[i], bool(plan.mask.ffns[i])):
-                    masked = first(_called(block.part.block, hidden, call))
+                    masked = first(block.part.block(hidden.clone(), *call.args, **call.kwargs))
                 twin = twins.get_submodule(str(i))
                 if filled is None:
-                    fill(twin, plan.cuts[i], block.part.block)
+                    fill(twin, plan.cuts[i], block.part.block, hidden.device)
                 else:
                     filled(twin, i)
-                self._compare(i, twin, hidden, call, masked)
+                self._compare(i, twin, hidden, own, masked)
                 hidden = masked
                 yield i, twin
         self._hidden = hidden
 
     def _compare(self, number: int, twin: nn.Module, hidden: Tensor, call: Call, masked: Tensor) -> None:
         plan = self.plan
-        if not plan.cuts[number].told:
-            return  # the same block, with the same weights
+        if not plan.cuts[number].told and not any(isinstance(v, _WRITTEN) for v in (*call.args, *call.kwargs.values())):
+            return  # the same block, with the same weights, which hands nothing else to later ones
         try:
-            error = apart(first(_called(twin, hidden, call)), masked)
+            error = apart(first(twin(hidden.clone(), *call.args, **call.kwargs)), masked)
         except FAILURES as failure:
             raise not_known(plan, f"block {number}, made smaller, does not run ({failure})") from failure
         if not error <= tolerance(masked.dtype):
@@ -202,13 +208,16 @@ def logits_apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far apart two computations of the same thing may be, in spreads: 1e-4, or what a coarse type's steps allow."""
+    """How far apart two computations of one thing may be, in spreads: 1e-4, or what a coarse type's steps allow."""
     return max(1e-4, 16 * torch.finfo(dtype).eps)
 
 
-def _called(block: nn.Module, hidden: Tensor, call: Call) -> Any:
-    args, kwargs = copy.copy(call.args), {name: copy.copy(value) for name, value in call.kwargs.items()}
-    return block(hidden.clone(), *args, **kwargs)
+def _owned(call: Call, copies: dict[int, Any]) -> Call:
+    """The same arguments, with the smaller blocks' own copies of those that blocks write into for later ones."""
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, _WRITTEN) else value
+
+    return Call(tuple(map(own, call.args)), {name: own(value) for name, value in call.kwargs.items()})
 
 
 def apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
@@ -221,15 +230,19 @@ def apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
     return float("inf") if error != error else error
 
 
-def fill(twin: nn.Module, how: Cut, block: nn.Module) -> None:
+def fill(twin: nn.Module, how: Cut, block: nn.Module, device: torch.device) -> None:
     """Give a smaller block on the meta device its weights and buffers, out of the block as it was."""
-    old: dict[str, Tensor] = {}
-    for path, module in block.named_modules():
-        with align_module_device(module):  # of weights that lie on the disk, what is held here stays
-            held = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            old |= {f"{path}.{name}".lstrip("."): value.detach() for name, value in held}
     for name, empty in [*twin.named_parameters(), *twin.named_buffers()]:
-        put(twin, name, how.tensor(name, empty.shape, old))
+        put(twin, name, how.tensor(name, empty, device, functools.partial(read, block)))
+
+
+def read(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its path, fetched where it lies on the disk."""
+    owner, _, last = name.rpartition(".")
+    inside = module.get_submodule(owner)
+    with align_module_device(inside):
+        value: Tensor = getattr(inside, last)
+        return value.detach()
 
 
 def put(module: nn.Module, name: str, value: Tensor) -> None:
@@ -254,7 +267,4 @@ def rest(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     model, inside = plan.loaded.model, plan.blocks + "."
     for name in [name for name, _ in (*plan.empty.named_parameters(), *plan.empty.named_buffers())]:
         if not name.startswith(inside):
-            owner, _, last = name.rpartition(".")
-            module = model.get_submodule(owner)
-            with align_module_device(module):
-                yield name, getattr(module, last).detach().clone()
+            yield name, read(model, name).clone()

@@ -8,11 +8,12 @@ lie on the disk, so that the model need not fit into memory, the second is not m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, load, wrap
 from headcount.removal import certificate, stock
 from headcount.removal.cost import Savings, savings
-from headcount.removal.narrow import Plan, Walk, fill_rest, logits_apart, planned, put, tolerance
+from headcount.removal.narrow import Plan, Walk, fill_rest, logits_apart, not_known, planned, put, tolerance
 from headcount.removal.save import total, write_transformers, written
 from headcount.removal.weights_on_disk import on_disk
 
@@ -68,7 +69,8 @@ class Removed:
         """
         plan = self.plan
         if on_disk(plan.loaded.model):
-            raise ModelError(f"the weights of {plan.loaded.name} lie on the disk: save the smaller model, and load that")
+            raise ModelError(f"the weights of {plan.loaded.name} lie on the disk: save the smaller model and load "
+                             "that")
         ids = prompts(plan.loaded)
         walk = Walk(plan, ids)
         for _ in walk.blocks():
@@ -77,7 +79,7 @@ class Removed:
         plan.empty.generation_config = plan.loaded.model.generation_config
         made = wrap(plan.empty, plan.loaded.tokenizer, f"{plan.loaded.name} (removed)")
         made = dataclasses.replace(made, apply_chat_template=plan.loaded.apply_chat_template)
-        _check(logits(made, ids), masked_logits(plan, ids), plan, "in memory")
+        _check(made, ids, masked_logits(plan, ids), plan, "in memory")
         return made
 
     def save(
@@ -88,7 +90,7 @@ class Removed:
 
         Args:
             out: The folder; it must not exist, and does not unless all went well.
-            format: "transformers": really smaller; loads with `trust_remote_code=True`, and by `headcount.load` without.
+            format: "transformers": really smaller; loads with `trust_remote_code=True`, by `headcount.load` without it.
                 "stock": a class of transformers as it is, for masks that leave every layer the same shape. "masked":
                 the same shapes, with zeros; loads everywhere and saves nothing.
             chosen: Where the mask comes from, for the certificate.
@@ -155,13 +157,16 @@ def masked_logits(plan: Plan, ids: Tensor) -> Tensor:
         return logits(plan.loaded, ids)
 
 
-def _check(found: Tensor, expected: Tensor, plan: Plan, where: str) -> float:
-    error = logits_apart(found, expected)
+def _check(small: LoadedModel, ids: Tensor, expected: Tensor, plan: Plan, where: str) -> float:
+    """How far the smaller model's logits are from the masked model's; too far is refused."""
+    try:
+        error = logits_apart(logits(small, ids), expected)
+    except FAILURES as failure:
+        raise not_known(plan, f"{where}, the smaller model does not run ({failure})") from failure
     allowed = tolerance(plan.loaded.model.dtype)
     if not error <= allowed:
-        raise ModelError(f"{where}, the smaller model's logits differ from the masked model's by {error:.1e} of their "
-                         f"spread ({allowed:.0e} is allowed): nothing was written; use `format='masked'`, and tell us "
-                         f"which model this is", fields=("format='masked'",))
+        raise not_known(plan, f"{where}, the smaller model's logits differ from the masked model's by {error:.1e} of "
+                        f"their spread, where {allowed:.0e} is allowed")
     return error
 
 
@@ -183,7 +188,7 @@ def _streamed(plan: Plan, folder: Path, ids: Tensor) -> tuple[list[dict[str, Any
     expected = masked_logits(plan, ids)
     reloaded = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."), device=str(loaded.device),
                     attn_implementation=loaded.model.config.get_text_config()._attn_implementation)
-    error = _check(logits(reloaded, ids), expected, plan, "loaded again")
+    error = _check(reloaded, ids, expected, plan, "loaded again")
     del reloaded
     gc.collect()
     return [*proofs, _proof("logits of the whole model, loaded again from the files", error, plan)], expected
@@ -205,7 +210,7 @@ def _whole(
     _write_beside(loaded, folder)
     reloaded = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."), device=str(loaded.device),
                     attn_implementation=loaded.model.config.get_text_config()._attn_implementation)
-    error = _check(logits(reloaded, ids), expected, plan, "loaded again")
+    error = _check(reloaded, ids, expected, plan, "loaded again")
     return [_proof("logits of the whole model, loaded again from the files", error, plan)], expected
 
 
@@ -214,10 +219,8 @@ def _write_beside(loaded: LoadedModel, folder: Path) -> None:
     loaded.tokenizer.save_pretrained(folder)
     generation: Any = getattr(loaded.model, "generation_config", None)
     if generation is not None:
-        try:
+        with contextlib.suppress(*FAILURES):  # transformers refuses to write some settings that it has read
             generation.save_pretrained(folder)
-        except FAILURES:  # transformers refuses to write settings that it has read; its defaults do
-            pass
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:

@@ -65,8 +65,8 @@ def written(out: Path, needed: int) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < needed:
-        raise OptionError(f"there is not enough space for {out}: it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB "
-                          "are free there")
+        raise OptionError(f"there is not enough space for {out}: it takes {needed / 1e9:.2f} GB, and "
+                          f"{free / 1e9:.2f} GB are free there")
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield folder
@@ -114,6 +114,7 @@ def write_transformers(walk: Walk, folder: Path) -> None:
         for name in tensors:
             if name.startswith(prefix):
                 shards.write(name, values[name.removeprefix(prefix)])
+        del values
         block.to("meta")
     for name, value in rest(plan):
         if name in tensors:

@@ -55,7 +55,7 @@ class Shards:
             if names[0] == name:
                 self._begin(file, names)
         assert self._file is not None  # noqa: S101 - the first tensor begins the first file
-        self._file.write(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         del self._waiting[0]
 
     def close(self) -> None:

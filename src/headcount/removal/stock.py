@@ -92,15 +92,15 @@ def _built(
     base: type[PreTrainedModel], settings: dict[str, Any], wanted: dict[str, tuple[int, ...]]
 ) -> tuple[PreTrainedModel | None, str]:
     """The class built without weights, or why it has not the shape."""
-    config: Any = base.config_class
+    of_base: Any = base
     try:
         with torch.device("meta"):
-            made: PreTrainedModel = base._from_config(config(**settings))
+            made: PreTrainedModel = of_base._from_config(of_base.config_class(**settings)).eval()
     except (*FAILURES, StrictDataclassError) as error:
         return None, " ".join(str(error).split())[:160]
     shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
     if shapes == wanted:
-        return made.eval(), ""
+        return made, ""
     name = next((name for name in wanted if shapes.get(name) != wanted[name]), next(iter({*shapes} - {*wanted}), ""))
     return None, (f"{name} would be {shapes.get(name)} instead of {wanted.get(name)}, since it derives the width of a "
                   "head from the hidden size")
@@ -111,7 +111,7 @@ def _filled(plan: Plan, made: PreTrainedModel) -> PreTrainedModel:
     for _ in Walk(plan, torch.zeros(1, 2, dtype=torch.long)).blocks():
         pass
     fill_rest(plan)
-    made = made.to(plan.empty.dtype)
+    made.to(dtype=plan.empty.dtype)  # type: ignore[call-arg]
     for name, value in (*plan.empty.named_parameters(), *plan.empty.named_buffers()):
         put(made, name, value.detach())
     made.tie_weights()
