@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -99,24 +100,28 @@ def loaded(folder: Path) -> LoadedModel:
     return load(folder / "model", device="cpu")
 
 
-def by_lm_eval(folder: Path, tasks: Sequence[str], k: int, limit: int | None = None) -> dict[str, list[Doc]]:
+def by_lm_eval(folder: Path, tasks: Sequence[str], k: int, seed: int, *, chat: bool) -> dict[str, list[Doc]]:
     """lm-eval's own evaluation, with its own samples by task."""
     found = simple_evaluate(
         model="hf", model_args={"pretrained": str(folder / "model"), "device": "cpu"}, tasks=list(tasks),
-        num_fewshot=k, batch_size=16, log_samples=True, bootstrap_iters=0, limit=limit,
+        num_fewshot=k, batch_size=16, log_samples=True, bootstrap_iters=0, limit=12,
+        fewshot_random_seed=seed, apply_chat_template=chat, fewshot_as_multiturn=chat,
         # Without lm-eval's own tasks, which take ten seconds to be listed.
         task_manager=TaskManager(include_path=str(folder / "out"), include_defaults=False))
     return {name: sorted(samples, key=lambda one: one["doc_id"]) for name, samples in found["samples"].items()}
 
 
-@pytest.mark.parametrize("k", [0, 1, 5])
-def test_lm_eval_gives_the_same_document_by_document(folder: Path, loaded: LoadedModel, k: int) -> None:
-    theirs = by_lm_eval(folder, [*SHAPES, "icl_antonym"], k, 12)
+@pytest.mark.parametrize(("k", "seed", "chat"), [(0, 1234, False), (1, 1234, False), (5, 1234, False), (2, 7, True)])
+def test_lm_eval_gives_the_same_document_by_document(
+    folder: Path, loaded: LoadedModel, k: int, seed: int, *, chat: bool
+) -> None:
+    theirs = by_lm_eval(folder, [*SHAPES, "icl_antonym"], k, seed, chat=chat)
+    asked = dataclasses.replace(loaded, apply_chat_template=chat)
     for name in [*SHAPES, "icl_antonym"]:
         place = folder / "mine" / name
         named = name if name == "icl_antonym" else str(place if place.is_dir() else place.with_suffix(".jsonl"))
         (task,) = get_tasks([named]).values()
-        ours = evaluate(loaded, task, num_fewshot=k, limit=12)
+        ours = evaluate(asked, task, num_fewshot=k, limit=12, seed=seed)
         golds = [float(sample["filtered_resps"][sample["target"]][0]) for sample in theirs[name]]
         assert len(golds) == len(ours.doc_ids) == min(12, len(task.documents("evaluation"))), name
         assert np.abs(ours.gold_loglikelihood[0] - golds).max() < 1e-3, name
@@ -138,16 +143,18 @@ def test_lm_evals_command_line_finds_the_task_and_gets_the_accuracy(tmp_path: Pa
     assert "with 0, 1 and 5 shots lm-eval's prompts are headcount's" in told
     assert "--shared-shots and --protocol paper cannot be repeated" in told
     (command,) = [line for line in told.splitlines() if line.startswith("lm_eval ")]
-    words = command.replace("MODEL", "model,dtype=float32").replace("num_fewshot K", "num_fewshot 3").split()
-    ran = subprocess.run([sys.executable, "-m", *words, "--device", "cpu", "--output_path", "results.json"],
+    words = command.replace("MODEL", "model").replace("num_fewshot K", "num_fewshot 3").split()
+    ran = subprocess.run([sys.executable, "-m", *words, "--device", "cpu", "--output_path", "results",
+                          "--log_samples"],
                          cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    (results,) = tmp_path.glob("results*.json")
+    (log,) = (tmp_path / "results").rglob("samples_copa*.jsonl")
+    theirs = sorted(map(json.loads, log.read_text(encoding="utf-8").splitlines()), key=lambda one: one["doc_id"])
     (task,) = get_tasks([str(tmp_path / "copa")]).values()
     ours = evaluate(load(tmp_path / "model", device="cpu"), task, num_fewshot=3)
-    theirs = json.loads(results.read_text(encoding="utf-8"))["results"]["copa"]
-    assert (abs(ours.margin) > 1e-3).all()
-    assert theirs["acc,none"] == pytest.approx(ours.correct.mean())
+    golds = [float(sample["filtered_resps"][int(sample["target"])][0]) for sample in theirs]
+    assert np.abs(ours.gold_loglikelihood[0] - golds).max() < 1e-3
+    assert ((ours.correct[0] == [sample["acc"] for sample in theirs]) | (abs(ours.margin[0]) < 1e-3)).all()
 
 
 def definition(folder: Path, name: str) -> Doc:
@@ -177,8 +184,9 @@ def test_prompts_that_lm_eval_makes_otherwise_are_refused(tmp_path: Path, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_definitions_of_lm_eval_are_written_with_local_documents_alone(tmp_path: Path,
-                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_definitions_of_lm_eval_are_written_with_local_documents_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny.write_task(tmp_path)
     with pytest.raises(TaskError, match="lm-eval has piqa and copa already: give their names to lm_eval --tasks"):
         write_tasks(["piqa", "copa"], tmp_path / "out")
@@ -187,9 +195,9 @@ def test_definitions_of_lm_eval_are_written_with_local_documents_alone(tmp_path:
     told = capsys.readouterr().out
     assert "not written, since lm-eval has it: copa" in told
     assert "multirc for lm-eval: headcount's definition; its documents are not local" in told
-    written = write_tasks(["piqa", "copa"], tmp_path / "out", tmp_path)
-    assert written.tasks == {"piqa": (0, 1, 5)}
-    assert written.left == ("copa",)
+    monkeypatch.chdir(tmp_path)
+    assert write_tasks(["piqa"], Path("out"), Path()).tasks == {"piqa": (0, 1, 5)}
+    assert definition(Path("out"), "piqa")["dataset_kwargs"]["files"]["train"] == str(tmp_path / "piqa" / "train.jsonl")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"piqa.yaml", "multirc.yaml",
                                                                     "headcount_documents.py", "headcount_functions.py"}
 

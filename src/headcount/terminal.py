@@ -210,8 +210,8 @@ def print_written_tasks(written: WrittenTasks, folder: Path) -> None:
     _out.print("lm_eval --model hf --model_args pretrained=MODEL --include_path "
                f"{shlex.join([str(folder), '--tasks', ','.join(written.tasks)])} --num_fewshot K",
                highlight=False, markup=False, soft_wrap=True)
-    _out.print("lm-eval draws shots for each document: --shared-shots and --protocol paper cannot be repeated with it",
-               highlight=False, soft_wrap=True)
+    _out.print("in one process and with the same seed; lm-eval draws shots for each document: --shared-shots and "
+               "--protocol paper cannot be repeated with it", highlight=False, soft_wrap=True)
     if written.left:
         one = len(written.left) == 1
         _out.print(f"not written, since lm-eval has {'it' if one else 'them'}: {', '.join(written.left)}",

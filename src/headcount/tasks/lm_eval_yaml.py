@@ -72,8 +72,9 @@ def write_tasks(names: Sequence[str], folder: Path, data: Path | None = None) ->
     left = tuple(source.name for name, source in sources.items() if name not in ours)
     if not ours:
         names_them = "its name" if len(left) == 1 else "their names"
-        raise TaskError(f"lm-eval has {few(left)} already: give {names_them} to lm_eval --tasks; what is written are "
-                        "tasks of local documents, of the embedded suite (icl), multirc and record")
+        raise TaskError(f"lm-eval has {few(left)} already: give {names_them} to lm_eval --tasks (a file's folder to "
+                        "--include_path); what is written are tasks of local documents, of the embedded suite (icl), "
+                        "multirc and record")
     texts, compared = dict[str, str](), dict[str, tuple[int, ...]]()
     for name, source in ours.items():
         _check_name(source.name)
@@ -133,7 +134,7 @@ def _with_documents(source: Source, place: Path, task: Task) -> dict[str, Any]:
         config |= {"test_split": evaluated, "fewshot_split": evaluated,
                    "fewshot_config": {"sampler": _Function(f"{_CODE['documents']}.Others")}}
     used = [inner.training_split, inner.validation_split, inner.test_split, task.inner.fewshot_cfg.split]
-    files = {split: str(files_of(place, split, inner)[0]) for split in dict.fromkeys(used) if split}
+    files = {split: str(files_of(place, split, inner)[0].resolve()) for split in dict.fromkeys(used) if split}
     kwargs = {"files": files, "fields": list(BARE) if source.bare else None, "numbered": numbered or None}
     config |= {"custom_dataset": _Function(f"{_CODE['documents']}.documents"),
                "dataset_kwargs": {key: value for key, value in kwargs.items() if value is not None}}
