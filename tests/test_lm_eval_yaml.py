@@ -146,7 +146,7 @@ def test_lm_evals_command_line_finds_the_task_and_gets_the_accuracy(tmp_path: Pa
     words = command.replace("MODEL", "model").replace("num_fewshot K", "num_fewshot 3").split()
     ran = subprocess.run([sys.executable, "-m", *words, "--device", "cpu", "--output_path", "results",
                           "--log_samples"],
-                         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+                         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
     (log,) = (tmp_path / "results").rglob("samples_copa*.jsonl")
     theirs = sorted(map(json.loads, log.read_text(encoding="utf-8").splitlines()), key=lambda one: one["doc_id"])
