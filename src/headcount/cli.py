@@ -149,12 +149,15 @@ def induction(spec: Annotated[InductionSpec, Parameter(name="*")]) -> None:
 @app.command
 def tasks(
     names: tuple[str, ...] = ("paper14", "paper14-unseen", "icl"), *, data: Path | None = None,
+    yaml: Path | None = None,
 ) -> None:
     """List tasks with their documents per split, answer options, chance accuracy and metric.
 
     Args:
         names: Tasks, groups or files, as for a study; by default the paper's tasks and the embedded suite.
         data: Folder with TASK/{train,validation,test}.jsonl to read instead of the hub.
+        yaml: Folder to write lm-eval's definition to of each task that lm-eval does not have, such as documents of your
+            own: the same prompts with the same shots, for lm_eval --include_path.
     """
     from headcount import terminal
 
@@ -164,6 +167,11 @@ def tasks(
         from headcount.tasks.load import TaskDescription, describe
 
         expanded = expand(names)
+        if yaml is not None:
+            from headcount.tasks.lm_eval_yaml import write_tasks
+
+            terminal.print_written_tasks(write_tasks(expanded, yaml, data), yaml)
+            return
         rows: list[TaskDescription] = []
         for name in expanded:
             reporter.stage("reading tasks", len(rows), len(expanded))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from headcount.errors import HeadcountError
+from headcount.errors import HeadcountError, listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from headcount.study.check import Checked
     from headcount.study.plan import PlannedJob
     from headcount.study.prepare import Plan
+    from headcount.tasks.lm_eval_yaml import WrittenTasks
     from headcount.tasks.load import TaskDescription
 
 _out = Console()
@@ -194,6 +196,26 @@ def print_tasks(rows: Sequence[TaskDescription]) -> None:
     if absent := [row for row in rows if row.absent]:
         _out.print(f"{len(absent)} of {len(rows)} tasks could not be read; the first: {absent[0].absent}",
                    highlight=False)
+
+
+def print_written_tasks(written: WrittenTasks, folder: Path) -> None:
+    """What was written for lm-eval, how it is used, and what lm-eval cannot repeat."""
+    by_shots: dict[tuple[int, ...], list[str]] = {}
+    for task, shots in written.tasks.items():
+        by_shots.setdefault(shots, []).append(task)
+    for shots, tasks in by_shots.items():
+        compared = (f"with {listed([str(k) for k in shots])} shots lm-eval's prompts are headcount's" if shots else
+                    "headcount's definition; its documents are not local, and prompts were not compared")
+        _out.print(f"{folder}: {listed(tasks)} for lm-eval: {compared}", highlight=False, soft_wrap=True)
+    _out.print("lm_eval --model hf --model_args pretrained=MODEL --include_path "
+               f"{shlex.join([str(folder), '--tasks', ','.join(written.tasks)])} --num_fewshot K",
+               highlight=False, markup=False, soft_wrap=True)
+    _out.print("in one process and with the same seed; lm-eval draws shots for each document: --shared-shots and "
+               "--protocol paper cannot be repeated with it", highlight=False, soft_wrap=True)
+    if written.left:
+        one = len(written.left) == 1
+        _out.print(f"not written, since lm-eval has {'it' if one else 'them'}: {', '.join(written.left)}",
+                   highlight=False, soft_wrap=True)
 
 
 def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:

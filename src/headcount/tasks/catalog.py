@@ -89,6 +89,11 @@ def is_known(name: str) -> bool:
     return name in _OWN or embedded_folder(name) is not None or name in _lm_eval()[0]
 
 
+def is_ours(definition: Path) -> bool:
+    """Whether headcount comes with a definition: of plain documents, the embedded suite, or in place of lm-eval's."""
+    return definition.is_relative_to(_DATA)
+
+
 def name_in(file: Path) -> str:
     """The task that a YAML file defines."""
     match = re.search(r"^task:[ \t]*[\"']?([\w.\-+]+)", file.read_text(encoding="utf-8-sig"), re.MULTILINE)

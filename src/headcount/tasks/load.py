@@ -49,6 +49,23 @@ class TaskDescription:
     absent: str = ""
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a task comes from.
+
+    Attributes:
+        name: lm-eval's name.
+        definition: The YAML file that defines it.
+        place: The folder, or the one file, of its documents; None where the definition says where they are.
+        bare: Whether they are documents of `context`, `options` and `gold`.
+    """
+
+    name: str
+    definition: Path
+    place: Path | None
+    bare: bool
+
+
 def notes(inner: Any, place: Path | None, examples_split: str) -> list[str]:
     """What a reader of results must know of a task: its definition's note, and which documents stand in for others."""
     told = [note] if (note := (inner.config.metadata or {}).get("note")) else []
@@ -128,15 +145,25 @@ def describe(name: str, data: str | Path | None = None) -> TaskDescription:
                            int(options.min()), int(options.max()), chance(options), task.metric, task.notes)
 
 
-def _get_task(name: str, data: Path | None, examples_split: str, protocol: Protocol) -> Task:
+def source_of(name: str, data: Path | None) -> Source:
+    """Where a task comes from, by one of the names of `get_tasks`, groups replaced by their tasks.
+
+    Raises:
+        TaskError: For an unknown name.
+    """
     place = _place(name, data)
     bare = place is not None and not name.endswith((".yaml", ".yml")) and not catalog.is_known(name)
     if bare and place is not None:
-        definition, task_name = catalog.bare_definition(), place.stem if place.is_file() else place.name
-    else:
-        definition = catalog.definition(name)
-        task_name = catalog.name_in(definition) if name.endswith((".yaml", ".yml")) else name
-        place = catalog.embedded_folder(name) or (data / task_name if data is not None else None)
+        return Source(place.stem if place.is_file() else place.name, catalog.bare_definition(), place, bare)
+    definition = catalog.definition(name)
+    task_name = catalog.name_in(definition) if name.endswith((".yaml", ".yml")) else name
+    place = catalog.embedded_folder(name) or (data / task_name if data is not None else None)
+    return Source(task_name, definition, place, bare)
+
+
+def _get_task(name: str, data: Path | None, examples_split: str, protocol: Protocol) -> Task:
+    source = source_of(name, data)
+    task_name, definition, place, bare = source.name, source.definition, source.place, source.bare
     config: dict[str, Any] = {"include": str(definition), "task": task_name}
     if place is not None:
         check_place(place, task_name)
@@ -147,7 +174,7 @@ def _get_task(name: str, data: Path | None, examples_split: str, protocol: Proto
     text = yaml.safe_dump(config, sort_keys=False)
     if place is not None:
         text += "custom_dataset: !function headcount.tasks.local.local_dataset\n"
-    inner = _load(text, task_name, place)
+    inner = load_text(text, task_name, place)
     return Task(task_name, inner, notes(inner, place, examples_split), examples_split, protocol, place)
 
 
@@ -160,7 +187,19 @@ def _place(name: str, data: Path | None) -> Path | None:
     return data / name if data is not None and (data / name).is_dir() else None
 
 
-def _load(text: str, name: str, place: Path | None) -> Any:
+def load_text(text: str, name: str, place: Path | None, code: Mapping[str, str] | None = None) -> Any:
+    """lm-eval's task by the text of its definition.
+
+    Args:
+        text: A YAML text.
+        name: The task's.
+        place: Where its documents are, for messages; None where the definition says it.
+        code: Texts of Python files beside the definition, by their names.
+
+    Raises:
+        TaskError: If the definition cannot be read.
+        DataError: If the documents do not fit.
+    """
     loggers = [logging.getLogger(library) for library in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -171,6 +210,8 @@ def _load(text: str, name: str, place: Path | None) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "task.yaml"
             path.write_text(text, encoding="utf-8")
+            for file, lines in (code or {}).items():
+                (Path(folder) / file).write_text(lines, encoding="utf-8")
             return TaskManager(include_defaults=False).load(str(path))["tasks"][name]
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise _not_to_be_had(name, error) from error

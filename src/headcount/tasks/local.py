@@ -21,7 +21,7 @@ from headcount.tasks.fewshot import Document
 from headcount.tasks.missing import name, nulls
 
 SPLIT_FILES = ("train", "validation", "test")
-_BARE = ("context", "options", "gold")
+BARE = ("context", "options", "gold")
 # What datasets and pyarrow raise on values that make no column; pyarrow's own errors are some of these.
 _NO_COLUMN = (TypeError, ValueError, OverflowError, NotImplementedError, RecursionError)
 
@@ -150,7 +150,7 @@ def _lines(path: Path, check: Callable[[Document], str] | None) -> Iterator[tupl
             raise DataError(f"{path}, line {number}: a document is a JSON object, not {type(doc).__name__}")
         if check is not None and (wrong := check(doc)):
             raise DataError(f"{path}, line {number}: {wrong}")
-        yield number, {field: doc[field] for field in _BARE} if check is not None else doc
+        yield number, {field: doc[field] for field in BARE} if check is not None else doc
 
 
 def _fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -172,9 +172,9 @@ def _is_text(doc: object) -> bool:
 
 def _check_bare(doc: Document) -> str:
     """What is wrong with a document of context, options and gold; empty if nothing is."""
-    if absent := [field for field in _BARE if field not in doc]:
+    if absent := [field for field in BARE if field not in doc]:
         return f"no {' and no '.join(absent)}; a document has context, options and gold"
-    context, options, gold = (doc[field] for field in _BARE)
+    context, options, gold = (doc[field] for field in BARE)
     if not isinstance(context, str):
         return f"context is a text, not {json.dumps(context)[:60]}"
     if not isinstance(options, list) or not options or not all(isinstance(o, str) and o.strip() for o in options):

@@ -129,6 +129,11 @@ class Task:
             return np.zeros(len(self.documents("evaluation")), np.int64)
         return np.array([len(self.inner.doc_to_choice(doc)) for doc in self.documents("evaluation")], np.int64)
 
+    @property
+    def draws_from_evaluated(self) -> bool:
+        """Whether shots are drawn from the documents that are evaluated, each known by its number."""
+        return any(self._in_pool("evaluation", self.documents("evaluation")))
+
     def documents(self, split: Split) -> Sequence[Document]:
         """The evaluated documents (lm-eval's choice of split), or the examples that importance is measured on.
 
@@ -197,7 +202,7 @@ class Task:
         plain = [doc for _, doc in documents]
         places = self._in_pool(split, plain) if num_fewshot > 0 else []
         paper = self.protocol == "paper"
-        excludes = not self.inner.has_training_docs() if paper else any(places) or self._lm_eval_excludes
+        excludes = not self.inner.has_training_docs() if paper else any(places) or self.lm_eval_excludes
         self._check_pool(num_fewshot, excluding=not few_shot.shared and excludes)
         shots = self._shared_shots(few_shot)
         used = self._used(split, plain, shots)
@@ -284,7 +289,7 @@ class Task:
                               f"{self.name!r}; {FEWER}", fields=SHOTS)
 
     @property
-    def _lm_eval_excludes(self) -> bool:
+    def lm_eval_excludes(self) -> bool:
         """Whether lm-eval draws one shot more, to leave out the document itself, wherever the document comes from."""
         return bool(self.inner.fewshot_cfg.split == self.inner.config.test_split)
 
