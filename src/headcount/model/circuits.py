@@ -293,7 +293,7 @@ def ov_copying(
             small[layer] += torch.einsum("ihd,ihe->hde", values, doubled(read)).to(small[layer].device)
 
         _probe(model, anatomy, rows, told, visit)
-    straight: list[Tensor] = [torch.empty(0)] * anatomy.num_layers
+    straight: list[Tensor] = [torch.empty(0, dtype=torch.bool)] * anatomy.num_layers  # of layers without heads
 
     def check(layer: int, z: Tensor, attention: Tensor) -> None:
         seen = _values(anatomy.layers[layer], z, attention).to(told_of[layer].device)

@@ -31,19 +31,13 @@ def narrowed(base: Any) -> Any:
     """
     of_base = base.config_class
 
-    class NarrowedConfig(of_base):  # type: ignore[misc, valid-type]
-        model_type = PREFIX + of_base.model_type
+    def narrowed_init(self: Any, config: PreTrainedConfig) -> None:
+        base.__init__(self, config)
+        narrow(self, config.headcount)
 
-    class Narrowed(base):  # type: ignore[misc]
-        config_class = NarrowedConfig
-
-        def __init__(self, config: PreTrainedConfig) -> None:
-            super().__init__(config)
-            narrow(self, config.headcount)
-
-    for made, of in ((NarrowedConfig, of_base), (Narrowed, base)):
-        made.__name__ = made.__qualname__ = name_of(of)
-    return Narrowed
+    told = {"model_type": PREFIX + of_base.model_type, "__module__": __name__}
+    config = type(name_of(of_base), (of_base,), told)
+    return type(name_of(base), (base,), {"config_class": config, "__init__": narrowed_init, "__module__": __name__})
 
 
 def name_of(base: Any) -> str:

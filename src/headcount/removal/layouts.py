@@ -8,10 +8,10 @@ bias stays. Keys and values go with the last head of their group. What else an a
   behind it;
 - a vector with a number for each head (attention sinks) loses numbers.
 
-Fused projections differ in the order of their rows, and nothing in them says which it is (`_is_by_group`). Attention of
-which no head is left is a constant, its output projection's bias. An FFN goes with the norm that feeds it alone; a norm
-on its output stays, and makes norm(0) of nothing. Whatever is not known here is refused by name; that what is known is right
-is proved on the user's model, block by block (`headcount.removal.narrow`).
+Fused projections differ in the order of their rows, and nothing in them says which it is (`_is_by_group`). Attention
+of which no head is left is a constant, its output projection's bias. An FFN goes with the norm that feeds it alone; a
+norm on its output stays, and makes norm(0) of nothing. Whatever is not known here is refused by name; that what is
+known is right is proved on the user's model, block by block (`headcount.removal.narrow`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _KV_NUMBERS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _SHARE_NUMBERS = ("num_key_value_groups",)
 _WIDTH_NUMBERS = ("split_size", "embed_dim", "all_head_size", "hidden_size")
 _KV_WIDTH_NUMBERS = ("kv_dim",)
-Kept = Int[np.ndarray, " kept"]
+Kept = Int[np.ndarray, " _"]
 
 
 @dataclass(eq=False)
@@ -175,13 +175,15 @@ class _Attention:
                 continue
             if parameter.dim() >= 2 and parameter.shape[0] == count:
                 self._keep(f"{name}.{inner}", 0, index, parameter)
-            elif parameter.dim() == 1 and parameter.numel() % count == 0:
+            elif parameter.dim() == 1:
                 # Columns of the norm's output that are passed on, of which some were dropped before, perhaps.
-                again = isinstance(module, Columns)
                 runs = module.runs if isinstance(module, Columns) else [(0, parameter.numel())]
-                columns = np.concatenate([np.arange(*run) for run in runs]).reshape(count, -1)[index].ravel()
-                self.found.told.setdefault("columns", {})[self._full(name)] = _runs(columns)
-                if not again:
+                columns = np.concatenate([np.arange(*run) for run in runs])
+                if len(columns) % count:
+                    raise self._unknown(name, parameter)
+                kept = columns.reshape(count, -1)[index].ravel()
+                self.found.told.setdefault("columns", {})[self._full(name)] = _runs(kept)
+                if not isinstance(module, Columns):
                     self.found.source[f"{self._full(name)}.norm.{inner}"] = f"{self._full(name)}.{inner}"
             else:
                 raise self._unknown(name, parameter)
