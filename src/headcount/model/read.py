@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from headcount.errors import ModelError
 from headcount.model import checkpoint, removed
 from headcount.model.anatomy import Names, find_anatomy
+from headcount.model.placement import DISK
 from headcount.model.source import TRUST, Source, failure, said
 from headcount.model.weight_files import UNREADABLE
 
@@ -78,7 +82,17 @@ def read(
                          "`apply_chat_template`", fields=("apply_chat_template",))
     options = {**common, "config": config, "dtype": wanted.dtype, "device_map": wanted.device_map,
                "attn_implementation": wanted.attn_implementation}
-    model, notes = _model(wanted.name, source, options)
+    if wanted.device_map != DISK:
+        model, notes = _model(wanted.name, source, options)
+        return model, reader, notes
+    # What does not lie in the files as the model wants it (stacked experts) is written here, while the model is there.
+    spilled = tempfile.mkdtemp(prefix="headcount-weights-")
+    try:
+        model, notes = _model(wanted.name, source, options | {"device_map": {"": DISK}, "offload_folder": spilled})
+    except BaseException:
+        shutil.rmtree(spilled, ignore_errors=True)
+        raise
+    weakref.finalize(model, shutil.rmtree, spilled, ignore_errors=True)
     return model, reader, notes
 
 
@@ -178,8 +192,10 @@ def _of_another_class(model: PreTrainedModel) -> tuple[str, ...]:
 def quiet() -> Iterator[None]:
     """Hold back bars and warnings of transformers and its hub: what matters of them is raised as an error here."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    hub_level = hub_logging.get_verbosity()
+    hub_level, offloading = hub_logging.get_verbosity(), logging.getLogger("accelerate")
+    offloading_level = offloading.level
     hub_logging.set_verbosity(logging.CRITICAL)
+    offloading.setLevel(logging.CRITICAL)
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -189,5 +205,6 @@ def quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
+        offloading.setLevel(offloading_level)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

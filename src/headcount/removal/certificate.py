@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +34,8 @@ from headcount.removal.narrow import Plan, logits_apart, tolerance
 
 FILE, EXPECTED = "headcount.json", "expected.safetensors"
 FORMAT = 1
+# A list of numbers or of names of components, over several lines.
+_LIST = re.compile(r'\[\n((?:\s*(?:\d+|"L\d+(?:H\d+|F)"),?\n)+)\s*\]')
 Backend = Literal["headcount", "transformers"]
 
 
@@ -42,13 +45,14 @@ def write(
 ) -> None:
     """Write the certificate, the expected logits and the model card into a folder that holds all else already."""
     loaded = plan.loaded
-    save_file({"input_ids": ids.contiguous(), "logits": expected.contiguous()}, folder / EXPECTED)
+    # Not by save_file, whose files nobody but their owner may read.
+    (folder / EXPECTED).write_bytes(save({"input_ids": ids.contiguous(), "logits": expected.contiguous()}))
     told = {
         "format": FORMAT, "written_as": format, "headcount": headcount.__version__,
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": {"name": loaded.name, "identity": loaded.identity, "class": type(loaded.model).__name__,
                   "dtype": str(loaded.model.dtype).removeprefix("torch."), "notes": list(loaded.notes),
-                  "source": loaded.provenance.get("source"), "commit": loaded.provenance.get("commit")},
+                  "commit": loaded.provenance.get("commit")},
         "removed": {"heads_per_layer": list(loaded.anatomy.heads_per_layer),
                     "heads": [str(head) for head in plan.mask.heads_removed],
                     "ffns": [f"L{layer}F" for layer in plan.mask.ffns_removed]},
@@ -58,7 +62,14 @@ def write(
                      "transformers": transformers.__version__}}
     (folder / "README.md").write_text(card(told), encoding="utf-8")
     told["files"] = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    (folder / FILE).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(_as_text(told), encoding="utf-8")
+
+
+def _as_text(told: Mapping[str, Any]) -> str:
+    """JSON for people: lists of numbers and names stand on one line."""
+    text = json.dumps(told, indent=1, ensure_ascii=False)
+    return _LIST.sub(lambda found: f"[{', '.join(part.strip() for part in found[1].split(',') if part.strip())}]",
+                     text) + "\n"
 
 
 def digest(path: Path) -> str:

@@ -64,7 +64,8 @@ class ModelSpec:
     """Where the model runs: cpu, cuda, cuda:1, mps; by default the GPU where there is one."""
 
     device_map: str | None = field(default=None, metadata=MEANS)
-    """How the model is split over devices, as in transformers (auto, balanced, ...)."""
+    """How the model is split over devices, as in transformers (auto, balanced, ...); disk leaves the weights in their
+    files, and reads them a module at a time."""
 
     attn_implementation: str | None = None
     """Attention kernel, as in transformers (sdpa, eager)."""
