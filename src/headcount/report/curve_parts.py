@@ -5,14 +5,16 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from headcount.analysis.rows import COMMON, MEAN, TASK, own_orders
+from headcount.analysis.rows import FREE_FORM, MEAN, TASK, UNIFORM, UNIFORM_COMMON, own_orders
 from headcount.analysis.study import Study
 from headcount.report.words import COMPONENT_NAMES, better_or_worse, number_of, share, shots, signed, told
 from headcount.stats.intervals import COSTS_MORE, UNKNOWN, WITHIN
 
 BY = {"gradient": "each task's own order", "oracle": "each task's own order", "common": "one order for all tasks",
+       UNIFORM: "each task's own order, layers of one shape", UNIFORM_COMMON: "one order for all tasks, one shape",
        "random": "at random"}
-_DASHES = {"each task's own order": [1, 0], "one order for all tasks": [1, 3], "at random": [4, 3]}
+_DASHES = {"each task's own order": [1, 0], "one order for all tasks": [1, 3], BY[UNIFORM]: [9, 2],
+           BY[UNIFORM_COMMON]: [9, 2, 1, 2], "at random": [4, 3]}
 OF_OWN_ORDER = 'datum.by == "each task\'s own order"'
 _TASKS_NAMED = 6
 BANDS = "Bands are 95 % intervals over documents; point at a mark for its numbers."
@@ -35,6 +37,13 @@ def order_dashes(rows: pd.DataFrame) -> alt.StrokeDash:
                           legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, labelLimit=260))
 
 
+def shape_words(curves: pd.DataFrame) -> str:
+    """How a figure draws curves that leave every layer the same shape; empty where there are none."""
+    return ("Long dashes: every layer keeps the same shape, so that what is left fits a model class that every library "
+            "has (dots between them where one order is for all tasks).") if curves["order"].isin([*FREE_FORM]).any() \
+        else ""
+
+
 def curve_tooltip() -> list[alt.Tooltip]:
     """What a mark of a curve says when it is pointed at."""
     return [alt.Tooltip("task:N"), alt.Tooltip("shots:N"), alt.Tooltip("by:N", title="removed"),
@@ -51,8 +60,8 @@ def curve_tooltip() -> list[alt.Tooltip]:
 def costs_more(study: Study, row: pd.Series, fraction: float) -> str:
     """What one set for all tasks costs at this step on single tasks; those at chance have nothing to lose."""
     curves, k = study.curves(), int(row["num_fewshot"])
-    at = curves[(curves["order"] == COMMON) & (curves["component"] == row["component"]) & (curves["scope"] == TASK)
-                & (curves["num_fewshot"] == k) & (curves["fraction"] == fraction)]
+    at = curves[(curves["order"] == row["order"]) & (curves["component"] == row["component"])
+                & (curves["scope"] == TASK) & (curves["num_fewshot"] == k) & (curves["fraction"] == fraction)]
     at = at[[study.above_chance[str(task), k] for task in at["task"]]]
     if at.empty:
         return ""

@@ -9,7 +9,20 @@ import altair as alt
 import pandas as pd
 
 from headcount.analysis.curves import first_differences
-from headcount.analysis.rows import COMMON, MEAN, TASK, groups, labelled, labels_of, mean_or_first, of_scope
+from headcount.analysis.rows import (
+    COMMON,
+    FREE_FORM,
+    MEAN,
+    ONE_SET,
+    TASK,
+    UNIFORM,
+    UNIFORM_COMMON,
+    groups,
+    labelled,
+    labels_of,
+    mean_or_first,
+    of_scope,
+)
 from headcount.analysis.study import Study
 from headcount.report import words
 from headcount.report.curve_parts import (
@@ -21,6 +34,7 @@ from headcount.report.curve_parts import (
     curve_sentence,
     curve_tooltip,
     order_dashes,
+    shape_words,
 )
 from headcount.report.induction_heads import induction_sentence
 from headcount.report.section import Section, Table, mean_first, plain_columns, section, thousandths
@@ -39,12 +53,16 @@ def constants(description: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def headline(study: Study) -> list[str]:
-    """How many heads and FFNs can go, most shots first: each task by its own order, then one set for all tasks."""
+    """How many heads and FFNs can go, most shots first: each task by its own order, then one set for all tasks.
+
+    Where every layer keeps the same shape, heads are told of after both.
+    """
     table = study.free_fractions()
     means = of_scope(table, MEAN)
     summary = means if len(means) else table
-    ordered = summary.assign(common=summary["order"] == COMMON).sort_values(
-        ["num_fewshot", "component", "common"], ascending=[False, False, True], kind="stable")
+    later = {COMMON: 1, UNIFORM: 2, UNIFORM_COMMON: 3}
+    ordered = summary.assign(place=[later.get(order, 0) for order in summary["order"]]).sort_values(
+        ["num_fewshot", "component", "place"], ascending=[False, False, True], kind="stable")
     sentences: list[str] = []
     for k, of_k in groups(ordered, "num_fewshot"):
         undefined = of_k["free_fraction"].isna()
@@ -74,21 +92,22 @@ def _can_go(study: Study, row: pd.Series) -> str:
     total = heads if row["component"] == "head" else ffns
     names, margin = COMPONENT_NAMES[row["component"]][1], study.spec["margin"]
     what = "mean accuracy" if row["scope"] == MEAN else f"accuracy on {row['task']}"
-    by = f"one set of {names} for all tasks" if row["order"] == COMMON else (
+    by = f"one set of {names} for all tasks" if row["order"] in ONE_SET else (
         "each task by its own order" if row["scope"] == MEAN else "by its own order")
+    by += ", every layer of the same shape" if row["order"] in FREE_FORM else ""
     beginning = f"With {shots(int(row['num_fewshot']))}, {by}: "
     if row["free_fraction"] > 0:
         said = (f"{share(row['free_fraction'])} of the {names} ({row['removed']:.0f} of {total}, "
                 f"{millions(row['parameters_removed'])} parameters) can go. {what[0].upper()}{what[1:]} is then "
                 f"{row['accuracy']:.3f}, the full model's {row['full_accuracy']:.3f} ({_interval(row, margin)}; "
                 f"{told(WITHIN, margin)} at every step up to this share).")
-        if row["order"] != COMMON:
+        if row["order"] not in ONE_SET:
             return f"{beginning}{said}{_on_those_above_chance(row)}"
         return f"{beginning}{said}{costs_more(study, row, float(row['free_fraction']))}"
     if row["next_fraction"] != row["next_fraction"]:
         return f"{beginning}no step removes one of the {total} {names}: ask for larger --fractions."
     verdict = told(row["next_verdict"], margin, needed=row["next_documents"], documents=row["documents"])
-    loses = costs_more(study, row, float(row["next_fraction"])) if row["order"] == COMMON else ""
+    loses = costs_more(study, row, float(row["next_fraction"])) if row["order"] in ONE_SET else ""
     return (f"{beginning}no share of the {names} is shown to be free. Already without {row['next_removed']:.0f} of "
             f"{total}, {what} changes by {signed(row['next_difference'])} points (95 % interval "
             f"{words.bounds(row['next_low'], row['next_high'], margin)}): {verdict}.{loses}")
@@ -124,7 +143,8 @@ def sections(study: Study) -> Iterator[Section]:
     yield section(
         NAME, "How much can go", lambda: headline_figure(pruned, study.free_fractions(), baselines),
         "Accuracy as the least important components are removed: from each task by its own order (solid), from all "
-        "tasks by one order (dotted), in random orders (dashed).", BANDS, "A diamond marks the free fraction, "
+        "tasks by one order (dotted), in random orders (dashed).", shape_words(pruned), BANDS,
+        "A diamond marks the free fraction, "
         f"the largest share at which {words.told(WITHIN, study.spec['margin'])}, as at every step up to it.",
         curve_sentence(study, "head"))
 
@@ -196,7 +216,8 @@ def free_fractions_table(study: Study, free: pd.DataFrame) -> Table:
     free = mean_first(free)
     frame = thousandths(free, "accuracy").assign(
         component=free["component"].replace({"head": "heads", "ffn": "FFNs"}),
-        removed_by=["one order" if order == COMMON else "own order" for order in free["order"]],
+        removed_by=[("one order" if order in ONE_SET else "own order") + (", one shape" if order in FREE_FORM else "")
+                    for order in free["order"]],
         free=[words.share(f) if f == f else "not defined" for f in free["free_fraction"]],
         at_most=[words.share(f) if f == f else "" for f in free["free_high"]],
         interval=[words.bounds(low, high, margin) if fraction > 0 else "" for fraction, low, high in zip(

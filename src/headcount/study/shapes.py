@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from headcount.errors import ModelError, OptionError
+from headcount.errors import ModelError, OptionError, few
 from headcount.masks import Mask, removal_order
 
 
@@ -45,11 +45,11 @@ def shape_of(heads_per_layer: Sequence[int], groups_per_layer: Sequence[int]) ->
     Raises:
         ModelError: If they have none.
     """
-    shapes = sorted(set(zip(heads_per_layer, groups_per_layer, strict=True)))
+    shapes = sorted(set(zip(heads_per_layer, groups_per_layer, strict=False)))
     if len(shapes) != 1 or 0 in shapes[0]:
-        told = ", ".join(f"{heads} heads in {groups} KV groups" for heads, groups in shapes[:3])
-        raise ModelError(f"`uniform` leaves every layer the same shape, and this model's layers do not begin with one "
-                         f"({told}): leave it out", fields=("uniform",))
+        told = few([f"{heads} in {groups}" for heads, groups in shapes], "shapes") or "not known"
+        raise ModelError("`uniform` leaves every layer the same shape, and this model's layers have no one shape to "
+                         f"begin with (heads in KV groups: {told}); leave it out", fields=("uniform",))
     heads, groups = shapes[0]
     return Shape(groups, heads // groups)
 

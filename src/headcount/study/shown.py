@@ -44,13 +44,14 @@ def told_apart(asked: Sequence[Mapping[str, Any]], shown: int) -> list[str]:
         One line for each other one: its number, from 1, and its options where they differ.
     """
     now, read, lists = asked[shown], readers(), ("tasks", "shots", "unseen")
+    known = with_later(now["spec"])
     lines = []
     for number, one in enumerate(asked, 1):
         if number - 1 != shown:
             parts = parts_asked(one)
             differ = [f"measured: {_measured(one)}"] if _measured(one) != _measured(now) else []
             differ += [_in_words(name, value) for name, value in with_later(one["spec"]).items()
-                       if value != with_later(now["spec"]).get(name) and (name in lists or {*read.get(name, ())} & {*parts})]
+                       if value != known.get(name) and (name in lists or {*read.get(name, ())} & {*parts})]
             lines.append(f"{number}: {'; '.join(differ) or 'other numbers of documents'}")
     return lines
 
