@@ -7,15 +7,17 @@ import pandas as pd
 
 from headcount.analysis.rows import FREE_FORM, MEAN, TASK, UNIFORM, UNIFORM_COMMON, own_orders
 from headcount.analysis.study import Study
+from headcount.report.style import shots_colour
 from headcount.report.words import COMPONENT_NAMES, better_or_worse, number_of, share, shots, signed, told
 from headcount.stats.intervals import COSTS_MORE, UNKNOWN, WITHIN
 
 BY = {"gradient": "each task's own order", "oracle": "each task's own order", "common": "one order for all tasks",
-       UNIFORM: "each task's own order, layers of one shape", UNIFORM_COMMON: "one order for all tasks, one shape",
+       UNIFORM: "own order, one shape", UNIFORM_COMMON: "one order, one shape",
        "random": "at random"}
 _DASHES = {"each task's own order": [1, 0], "one order for all tasks": [1, 3], BY[UNIFORM]: [9, 2],
            BY[UNIFORM_COMMON]: [9, 2, 1, 2], "at random": [4, 3]}
 OF_OWN_ORDER = 'datum.by == "each task\'s own order"'
+_OF_ONE_SHAPE = f'datum.by == "{BY[UNIFORM]}" || datum.by == "{BY[UNIFORM_COMMON]}"'
 _TASKS_NAMED = 6
 BANDS = "Bands are 95 % intervals over documents; point at a mark for its numbers."
 
@@ -39,9 +41,20 @@ def order_dashes(rows: pd.DataFrame) -> alt.StrokeDash:
 
 def shape_words(curves: pd.DataFrame) -> str:
     """How a figure draws curves that leave every layer the same shape; empty where there are none."""
-    return ("Long dashes: every layer keeps the same shape, so that what is left fits a model class that every library "
-            "has (dots between them where one order is for all tasks).") if curves["order"].isin([*FREE_FORM]).any() \
-        else ""
+    return ("Squares on long dashes: every layer keeps the same shape, which a stock model class that names its head "
+            "size can hold (with dots between the dashes where one order is for all tasks)."
+            ) if curves["order"].isin([*FREE_FORM]).any() else ""
+
+
+def curve_marks(base: alt.Chart, rows: pd.DataFrame, size: int) -> list[alt.Chart]:
+    """A mark at every step: dots, and hollow squares where every layer keeps the same shape; `rows` as drawn."""
+    encoded = base.encode(y=alt.Y("accuracy:Q"), color=shots_colour(rows), tooltip=curve_tooltip())
+    if not rows["by"].isin([BY[order] for order in FREE_FORM]).any():
+        return [encoded.mark_circle(size=size, opacity=1)]
+    of_others, of_shapes = f"!({_OF_ONE_SHAPE})", f"datum.percent > 0 && ({_OF_ONE_SHAPE})"
+    return [encoded.transform_filter(of_others).mark_circle(size=size, opacity=1),
+            encoded.transform_filter(of_shapes).mark_point(shape="square", size=1.8 * size, filled=False, fill="white",
+                                                           strokeWidth=1.5, opacity=1)]
 
 
 def curve_tooltip() -> list[alt.Tooltip]:

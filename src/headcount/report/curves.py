@@ -17,8 +17,8 @@ from headcount.report.curve_parts import (
     OF_OWN_ORDER,
     costs_more,
     curve_data,
+    curve_marks,
     curve_sentence,
-    curve_tooltip,
     order_dashes,
     shape_words,
 )
@@ -42,9 +42,7 @@ def task_curves(curves: pd.DataFrame, component: str) -> Chart:
         color=shots_colour(rows))
     line = base.mark_line(strokeWidth=1.8).encode(y=alt.Y("accuracy:Q"), color=shots_colour(rows),
                                                   strokeDash=order_dashes(rows))
-    dots = base.mark_circle(size=16, opacity=1).encode(y=alt.Y("accuracy:Q"), color=shots_colour(rows),
-                                                       tooltip=curve_tooltip())
-    chart = alt.layer(band, line, dots, data=rows).properties(width=180, height=125).facet(
+    chart = alt.layer(band, line, *curve_marks(base, rows, 16), data=rows).properties(width=180, height=125).facet(
         facet=alt.Facet("task:N", title=None, sort=tasks, header=alt.Header(labelFontSize=12, labelFontWeight="bold")),
         columns=4)
     return dressed(chart).configure_legend(orient="top", **LEGEND)

@@ -31,8 +31,8 @@ from headcount.report.curve_parts import (
     OF_OWN_ORDER,
     costs_more,
     curve_data,
+    curve_marks,
     curve_sentence,
-    curve_tooltip,
     order_dashes,
     shape_words,
 )
@@ -188,14 +188,13 @@ def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, fl
     band = base.transform_filter(OF_OWN_ORDER).mark_area(opacity=0.18).encode(
         y=alt.Y("low:Q", title="accuracy"), y2=alt.Y2("high:Q"), color=shots_colour(described))
     line = base.mark_line(strokeWidth=2).encode(y=y, color=shots_colour(described), strokeDash=order_dashes(described))
-    dots = base.mark_circle(size=30, opacity=1).encode(y=y, color=shots_colour(described), tooltip=curve_tooltip())
     guess = pd.DataFrame({"accuracy": sorted(set(baselines.values()))[:1]})
     chance = alt.Chart(guess).mark_rule(color="#888", strokeDash=[2, 3]).encode(y=alt.Y("accuracy:Q"))
     word = alt.Chart(guess).mark_text(align="left", dx=4, color="#666", fontSize=10).encode(
         y=alt.Y("accuracy:Q"), x=alt.datum(100), text=alt.TextValue("guessing"))
     marks = free[free["free_fraction"] > 0].assign(percent=lambda t: 100 * t["free_fraction"], by=lambda t: t[
         "order"].map(BY), shots=lambda t: t["num_fewshot"].map(shots))
-    layers = [band, chance, word, line, dots]
+    layers = [band, chance, word, line, *curve_marks(base, described, 30)]
     if len(marks):
         # Filled where each task goes by its own order, hollow where all go by one.
         layers.append(alt.Chart(marks).mark_point(shape="diamond", size=190, filled=True, strokeWidth=2,

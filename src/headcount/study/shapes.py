@@ -1,4 +1,4 @@
-"""Masks that leave every layer the same shape, so that what is left fits a model class that is in every library.
+"""Masks that leave every layer the same shape, so that what is left fits a stock model class that names its head size.
 
 A shape is a number of KV groups that every layer keeps, and a number of query heads that every kept group keeps. Of a
 model of H heads in G groups a layer there are G * H/G shapes (1 to G groups, 1 to H/G heads in each), the full model's

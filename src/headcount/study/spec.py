@@ -169,8 +169,8 @@ class StudySpec(InductionSpec):
 
     uniform: bool = field(default=False, metadata=_OF_CURVES | LATER)
     """Measure curves of heads, besides, that leave every layer the same shape: as many KV groups, and as many heads in
-    each. What is left then fits a model class that every library has. Steps are the shares that such shapes remove,
-    for each of --fractions the largest that does not exceed it; the other curves are measured there too."""
+    each. What is left then fits a stock model class that names its head size. Steps are the shares that such shapes
+    remove, for each of --fractions the largest that does not exceed it; free-form curves are measured there too."""
 
     head_score: Literal["example", "position"] | None = field(default=None, metadata=_OF_ORDERS)
     """Which gradient score orders the heads: `example`, the paper's equation 8 (the default under protocol sound), or
