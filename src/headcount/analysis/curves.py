@@ -15,6 +15,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from headcount.analysis.points import (
+    ByShots,
     Key,
     Points,
     changes,
@@ -114,7 +115,6 @@ AGAINST_RANDOM = Table(
         Column("difference", "float64", "-1..1", "accuracy less random"),
         interval_of("the difference, over documents and draws; missing for a single draw", "-1..1", "difference_low",
                     "difference_high")))
-ByShots = Mapping[int, Mapping[str, Points]]
 
 
 def curve_points(

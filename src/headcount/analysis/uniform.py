@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from headcount.analysis.curves import ByShots
-from headcount.analysis.points import Points, compared, finished, removed_by, with_mean
+from headcount.analysis.points import ByShots, Points, compared, finished, removed_by, with_mean
 from headcount.analysis.rows import FREE_FORM, Scoped
 from headcount.analysis.schema import OF_SCOPE, Column, Table, changes_of, columns, interval_of
 from headcount.stats import intervals
