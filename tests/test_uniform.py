@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -135,6 +136,9 @@ def test_a_model_of_unlike_layers_is_refused_in_a_line(heads: tuple[int, ...], g
     assert "\n" not in str(refused.value)
 
 
+TINY = StudySpec("tiny", tasks=("icl_plural", "icl_gerund"), shots=(1,), limit=20, importance_limit=4,
+                 ffn_order="gradient", fractions=(0.25, 0.5, 0.8), common_fractions=(0.5,), random_orders=1,
+                 random_fractions=(0.5,))
 FACTS = [TaskFacts("a", "fa", {1: 9}, {1: 12}), TaskFacts("b", "fb", {1: 7}, {1: 12})]
 
 
@@ -168,6 +172,8 @@ def test_uniform_curves_are_jobs_of_their_own_and_others_keep_their_names() -> N
     for one in asked:
         if isinstance(one.job, Evaluation):
             assert job_from(one.key) == one.job
+    of_all = " ".join(name_of(one.job) for one in asked)
+    assert (len(asked), hashlib.sha256(of_all.encode()).hexdigest()[:16]) == (42, "183899caedf8cdcd"), "these stay"
     shaped = next(one for one in asked if one.key.get("curve", {}).get("order") == "uniform")
     assert shaped.key["curve"]["groups"] == 3
     assert shaped.title == "a, 1-shot: heads in one shape, 33% to 67%"
@@ -190,9 +196,12 @@ def test_what_has_no_uniform_curve_is_refused_in_a_line(options: dict[str, Any],
     assert said in refused.value.on_command_line()
 
 
-TINY = StudySpec("tiny", tasks=("icl_plural", "icl_gerund"), shots=(1,), limit=20, importance_limit=4,
-                 ffn_order="gradient", fractions=(0.25, 0.5, 0.8), common_fractions=(0.5,), random_orders=1,
-                 random_fractions=(0.5,))
+def test_a_model_of_unlike_layers_is_refused_before_it_is_timed() -> None:
+    loaded = tiny.loaded("llama")
+    first, *others = loaded.anatomy.layers
+    unlike = dataclasses.replace(loaded.anatomy, layers=(dataclasses.replace(first, num_kv_heads=4), *others))
+    with pytest.raises(ModelError, match=r"\(heads in KV groups: 4 in 2 and 4 in 4\)"):
+        prepare(dataclasses.replace(TINY, uniform=True), loaded=dataclasses.replace(loaded, anatomy=unlike))
 
 
 @pytest.fixture(scope="module")

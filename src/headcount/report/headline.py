@@ -226,17 +226,20 @@ def free_fractions_table(study: Study, free: pd.DataFrame) -> Table:
         there=[_next(row) for _, row in free.iterrows()],
         differs_at=[f"{words.share(f)} ({words.better_or_worse(d)})" if f == f else "no step" for f, d in zip(
             first["fraction"], first["difference"], strict=True)])
+    shapes = (" 'One shape': every layer keeps as many KV groups, and every group as many heads."
+              if free["order"].isin([*FREE_FORM]).any() else "")
     columns = ["task", "num_fewshot", "component", "removed_by", "free", "at_most", "accuracy", "interval", "next_step",
                "there", "differs_at"]
     return Table(
         "Free fractions", f"Free: the largest share at which {words.told(WITHIN, margin)}, as at every step up to it; "
         "unlimited documents might show more, up to 'at most' (both are the ends of a 95 % interval); not defined "
         "where the full model is not shown to be above guessing or a constant answer. Removed by each task's own "
-        "order, or by one order for all tasks. Accuracy at the free share, and the 95 % interval of its difference to "
-        "the full model in points. Next step: the same for the first step that is not free. 'There': whether that step "
-        "is shown to cost more than the margin, or these documents cannot tell, and how many in all would, if as large "
-        "a share of them changed. 'Differs at': the first step at which accuracy is shown to be better or worse than "
-        "the full model's (McNemar's exact test, p < 0.05, corrected for the curve's steps by Holm's method).",
+        f"order, or by one order for all tasks.{shapes} Accuracy at the free share, and the 95 % interval of its "
+        "difference to the full model in points. Next step: the same for the first step that is not free. 'There': "
+        "whether that step is shown to cost more than the margin, or these documents cannot tell, and how many in all "
+        "would, if as large a share of them changed. 'Differs at': the first step at which accuracy is shown to be "
+        "better or worse than the full model's (McNemar's exact test, p < 0.05, corrected for the curve's steps by "
+        "Holm's method).",
         plain_columns(frame[columns]))
 
 
