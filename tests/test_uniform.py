@@ -21,6 +21,7 @@ from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask, prune
 from headcount.report.curves import sections, tables, task_curves
 from headcount.report.headline import headline
+from headcount.report.headline import sections as first_sections
 from headcount.report.uniform import uniform_sentence
 from headcount.study.check import check
 from headcount.study.jobs import Evaluation, job_from, name_of
@@ -284,6 +285,7 @@ def test_the_report_and_the_terminal_say_what_a_shape_costs(
     assert '"own order, one shape"' in drawn
     assert '"one order, one shape"' in drawn
     assert "square" in drawn
+    assert "square" in json.dumps(next(first_sections(study)).page().to_dict())
     assert "one shape" not in json.dumps(task_curves(hc.open_study(folder, asked=1).curves(), "head").to_dict())
     assert any("every layer of the same shape" in one or "nothing can be said" in one for one in headline(study))
     print_curves(study, Asked(TINY.tasks, (1,)))
