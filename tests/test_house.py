@@ -28,7 +28,7 @@ ARROWS = {
     "removal": {"measure", "engine", "model", "tasks", "stats"},
     "study": {"measure", "engine", "model", "tasks"},
     "analysis": {"stats", "study.described", "study.ledger", "study.codec", "study.jobs", "study.spec",
-                 "study.masksets", "study.shown"},
+                 "study.masksets", "study.shapes", "study.shown"},
     "report": {"analysis", "stats"},
 }
 # Libraries that one place alone may import.

@@ -172,16 +172,19 @@ def test_a_single_task_has_no_order_of_all_tasks() -> None:
 
 
 def test_orders_of_more_tasks_take_the_place_of_earlier_ones(tmp_path: Path) -> None:
-    loaded = tiny.loaded("llama")
-    two = dataclasses.replace(SPEC, tasks=TASKS[:2], out=tmp_path, measure=("curves",), random_orders=0)
+    loaded, of_one_set = tiny.loaded("llama"), "order in ('common', 'uniform common')"
+    two = dataclasses.replace(SPEC, tasks=TASKS[:2], out=tmp_path, measure=("curves",), random_orders=0,
+                              uniform=True)
     run_study(two, loaded=loaded)
     run_study(dataclasses.replace(two, tasks=TASKS[2:]), loaded=loaded)  # asked alone it has no common order
     three = run_study(dataclasses.replace(two, tasks=TASKS), loaded=loaded)
-    members = hc.open_study(three)._evaluations.query("order == 'common'")["members"]
+    members = hc.open_study(three)._evaluations.query(of_one_set)["members"]
     assert set(members) == {2, 3}, "both are kept"
-    found = hc.open_study(three).curves().query("order == 'common'")
+    assert set(hc.open_study(three)._shown.query(of_one_set)["members"]) == {3}, "one is shown"
+    found = hc.open_study(three).curves().query(of_one_set)
+    assert found["order"].nunique() == 2
     alone = run_study(dataclasses.replace(two, tasks=TASKS, out=tmp_path / "alone"), loaded=loaded)
-    expected = hc.open_study(alone).curves().query("order == 'common'")
+    expected = hc.open_study(alone).curves().query(of_one_set)
     pd.testing.assert_frame_equal(found.reset_index(drop=True), expected.reset_index(drop=True))
 
 

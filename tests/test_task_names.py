@@ -21,6 +21,7 @@ from headcount.report.page import sections, tables, write_report
 from headcount.study.ledger import Ledger
 from headcount.study.masksets import (
     CommonCurve,
+    CommonUniformCurve,
     FullModel,
     Grid,
     GridOrder,
@@ -30,6 +31,7 @@ from headcount.study.masksets import (
     SingleFFNs,
     SingleHeads,
     Transfer,
+    UniformCurve,
 )
 from test_page import induction_entry
 
@@ -61,8 +63,10 @@ def study_of(folder: Path, names: tuple[str, ...]) -> Study:
     """A study of all that is measured; every task's numbers depend on its place alone."""
     ledger = Ledger(synthetic.write(folder, tasks=names, shots=SHOTS, documents=DOCUMENTS, full=90))
     known = ledger.read_json("study.json") or {}
-    spec = {**known["spec"], "measure": ["curves", "grid", "transfer", "induction"], "common_fractions": [0.25]}
-    ledger.write_json("study.json", {**known, "spec": spec})
+    spec = {**known["spec"], "measure": ["curves", "grid", "transfer", "induction"], "common_fractions": [0.25],
+            "uniform": True}
+    groups = {**known["anatomy"], "kv_groups_per_layer": known["anatomy"]["heads_per_layer"]}
+    ledger.write_json("study.json", {**known, "spec": spec, "anatomy": groups})
     for entry in list(ledger.entries("importance")):
         rng = np.random.default_rng([names.index(entry.job["task"]), entry.job["num_fewshot"]])
         scores = entry.table["importance"] + 0.02 * rng.random(len(entry.table))
@@ -73,6 +77,9 @@ def study_of(folder: Path, names: tuple[str, ...]) -> Study:
     for (i, task), k in itertools.product(enumerate(names), SHOTS):
         together = {**ordered, "importance": everything, "aggregate": "mean"}
         add(ledger, names, task, k, {**together, "order": "common"}, "head", (0.25,), "common")
+        add(ledger, names, task, k, {**ordered, "order": "uniform", "groups": 4, "importance": "x"}, "head", (0.25,),
+            "uniform")
+        add(ledger, names, task, k, {**together, "order": "uniform common", "groups": 4}, "head", (0.25,), "shape")
         orders = {"heads": {**ordered, "order": "gradient", "importance": "x"},
                   "ffns": {"component": "ffn", "order": "oracle", "importance": "y"}}
         add(ledger, names, task, k, {"order": "grid", "points": [[0.25, 0.25]], **orders}, "both", (0.25,), "grid")
@@ -159,6 +166,8 @@ ORDERS = [GridOrder(component=component, order="gradient", importance="x") for c
     (Grid(heads=ORDERS[0], ffns=ORDERS[1], points=((0.5, 0.5),)), Scoped("own")),
     (CommonCurve(importance=("x", "y"), **OF_HEADS), Scoped("all tasks")),
     (OwnCurve(order="oracle", importance="x", **OF_HEADS), Scoped("own")),
+    (UniformCurve(groups=2, importance="x", **OF_HEADS), Scoped("own")),
+    (CommonUniformCurve(groups=2, importance=("x", "y"), **OF_HEADS), Scoped("all tasks")),
     (RandomCurve(order_seed=7, **OF_HEADS), Scoped("random")),
     (FullModel(), Scoped("none")), (SingleFFNs((0,)), Scoped("none")), (SingleHeads(((0, 1),)), Scoped("none"))])
 def test_whose_order_removes_is_told_by_the_masks(masks: MaskSet, donor: Scoped) -> None:

@@ -337,22 +337,41 @@ def print_importance(study: Study, asked: Asked, component: Component, method: s
 
 
 def print_curves(study: Study, asked: Asked) -> None:
-    """Accuracy along every curve, a table per task: ten fractions fit in 80 columns."""
-    from headcount.analysis.rows import groups, labelled
+    """Accuracy along every curve, a table per task: ten fractions fit in 80 columns.
+
+    Curves that leave every layer the same shape have fractions of their own: a table more, and what the shape costs.
+    """
+    from headcount.analysis.rows import FREE_FORM, groups, labelled
+    from headcount.report.uniform import uniform_sentence
+
+    cost = asked.of(study.uniform_cost(), study)
+    added = {*cost["fraction"]} - {*study.spec["fractions"], *study.spec.get("common_fractions", ())}
+    for task, of_task in groups(labelled(asked.of(study.curves(), study)), "task"):
+        shaped = of_task["order"].isin([*FREE_FORM])
+        _out.print(f"[bold]{task}[/bold]: accuracy", highlight=False)
+        _print_curves(of_task[~shaped & ~of_task["fraction"].isin(added)])
+        if shaped.any():
+            beside = of_task["order"].isin([order for orders in FREE_FORM.values() for order in orders])
+            _print_curves(of_task[(shaped | beside) & (of_task["component"] == "head") & of_task["fraction"].isin(
+                of_task.loc[shaped, "fraction"])])
+    if sentence := uniform_sentence(cost):
+        _out.print(sentence, highlight=False)
+    _print_truncations(study, asked)
+
+
+def _print_curves(rows: pd.DataFrame) -> None:
+    from headcount.analysis.rows import groups
 
     names = {"head": "heads", "ffn": "FFNs", "gradient": "by gradient", "oracle": "by oracle", "random": "at random",
-             "common": "by one order"}
-    for task, of_task in groups(labelled(asked.of(study.curves(), study)), "task"):
-        fractions = sorted(of_task["fraction"].unique())
-        table = _table("shots|r", "% removed of", *(f"{100 * f:.3g}|r" for f in fractions))
-        table.padding = (0, 1, 0, 0)
-        for (k, component, order), curve in groups(of_task, "num_fewshot", "component", "order"):
-            at = dict(zip(curve["fraction"], curve["accuracy"], strict=True))
-            table.add_row(str(k), f"{names[component]} {names.get(order, order)}",
-                          *(f"{at[f]:.2f}".removeprefix("0") if f in at else "" for f in fractions))
-        _out.print(f"[bold]{task}[/bold]: accuracy", highlight=False)
-        _out.print(table)
-    _print_truncations(study, asked)
+             "common": "by one order", "uniform": "in one shape", "uniform common": "by one order, in one shape"}
+    fractions = sorted(rows["fraction"].unique())
+    table = _table("shots|r", "% removed of", *(f"{100 * f:.3g}|r" for f in fractions))
+    table.padding = (0, 1, 0, 0)
+    for (k, component, order), curve in groups(rows, "num_fewshot", "component", "order"):
+        at = dict(zip(curve["fraction"], curve["accuracy"], strict=True))
+        table.add_row(str(k), f"{names[component]} {names.get(order, order)}",
+                      *(f"{at[f]:.2f}".removeprefix("0") if f in at else "" for f in fractions))
+    _out.print(table)
 
 
 def print_induction(study: Study, shown: int = 12) -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from headcount.analysis.points import (
+    ByShots,
     Key,
     Points,
     changes,
@@ -24,7 +25,7 @@ from headcount.analysis.points import (
     removed_by,
     with_mean,
 )
-from headcount.analysis.rows import COMMON, MEAN, RANDOM, TASK, Scoped, groups
+from headcount.analysis.rows import COMMON, MEAN, RANDOM, TASK, UNIFORM, UNIFORM_COMMON, Scoped, groups
 from headcount.analysis.schema import (
     COMPONENT,
     OF_SCOPE,
@@ -39,8 +40,9 @@ from headcount.stats.baselines import NO_INTERVAL
 from headcount.stats.paired import holm
 from headcount.stats.resampling import LEVEL
 
+_ONE_SHAPE = "`uniform`, `uniform common`: by the same two, heads that leave every layer the same shape"
 _ORDER = Column("order", "str", "", "`gradient` or `oracle`: each task's own, by that importance; `common`: that of "
-                "all tasks together, one set for all tasks")
+                f"all tasks together, one set for all tasks; {_ONE_SHAPE}")
 _FRACTION = Column("fraction", "float64", "0..1", "share of all heads, or FFNs, that is removed")
 _VERDICT = ("`within` (a loss of the margin is ruled out), `costs more` (a loss of more than the margin is shown) "
             "or `unknown`")
@@ -50,7 +52,7 @@ CURVES = Table(
         OF_SCOPE,
         Column("component", "str", "", "`head` or `ffn`; `none` in a study without curves"),
         Column("order", "str", "", "`gradient` or `oracle`: each task's own, by that importance; `common`: that of "
-               "all tasks together; `random`; `none` in a study without curves"),
+               f"all tasks together; {_ONE_SHAPE}; `random`; `none` in a study without curves"),
         Column("fraction", "float64", "0..1", "share of all heads, or FFNs, that is removed; 0 is the full model"),
         Column("removed", "int64", "components", "how many heads, or FFNs, are removed"),
         Column("parameters_removed", "float64", "parameters", "how many parameters that removes; the mean where "
@@ -113,7 +115,6 @@ AGAINST_RANDOM = Table(
         Column("difference", "float64", "-1..1", "accuracy less random"),
         interval_of("the difference, over documents and draws; missing for a single draw", "-1..1", "difference_low",
                     "difference_high")))
-ByShots = Mapping[int, Mapping[str, Points]]
 
 
 def curve_points(
@@ -125,8 +126,8 @@ def curve_points(
         evaluations: `Study.evaluations()`, of the scores that are shown.
         tasks: In the order in which they are wanted, and what the best constant answer to each gets
             (`stats.baseline`); other tasks are left out.
-        fractions: Those of curves, by order ("gradient", "oracle", "common", "random"): a task that was unseen has
-            random orders at transfer's.
+        fractions: Those of curves, by order ("gradient", "oracle", "common", "random", ...): a task that was unseen
+            has random orders at transfer's.
     """
     rows = evaluations[(evaluations["split"] == "evaluation") & evaluations["task"].isin(list(tasks))]
     by_shots: dict[int, dict[str, Points]] = {}
@@ -163,7 +164,8 @@ def _curve_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of the points that every task has; heads before FFNs, own orders before the common one and random ones."""
     keys: list[Any] = [key for key in tasks[0].values if all(key in t.values for t in tasks)]
-    keys.sort(key=lambda key: (key[0] != "head", key[1] == RANDOM, key[1] == COMMON, key))
+    last = (COMMON, UNIFORM, UNIFORM_COMMON, RANDOM)
+    keys.sort(key=lambda key: (key[0] != "head", last.index(key[1]) + 1 if key[1] in last else 0, key))
     of_keys = compared(tasks, [None, *keys])
     for component, order in dict.fromkeys(key[:2] for key in keys) or [("none", "none")]:
         steps = [None, *(key for key in keys if key[:2] == (component, order))]

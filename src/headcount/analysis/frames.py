@@ -11,8 +11,8 @@ import pandas as pd
 
 from headcount.analysis.rows import (
     ALL_TASKS,
-    COMMON,
     NONE,
+    ONE_SET,
     OTHER_TASKS,
     OWN,
     RANDOM,
@@ -32,11 +32,11 @@ from headcount.study.jobs import (
 from headcount.study.masksets import (
     AGGREGATE,
     OTHERS,
-    CommonCurve,
+    ByOneTask,
+    BySeveral,
     Grid,
     GridOrder,
     MaskSet,
-    OwnCurve,
     RandomCurve,
     Transfer,
 )
@@ -49,7 +49,8 @@ EVALUATIONS = Table(
         Column("split", "str", "", "`evaluation`, or `examples` for the oracle's training documents"),
         Column("component", "str", "", "what is removed: `none`, `head`, `ffn` or `both`"),
         Column("order", "str", "", "`none` for the full model; `gradient`, `oracle`: the task's own; `common`: the "
-               "one order of all tasks; `random`; `single` for one head or FFN alone off; `grid` for heads and FFNs "
+               "one order of all tasks; `uniform`, `uniform common`: the same two where every layer is left one shape; "
+               "`random`; `single` for one head or FFN alone off; `grid` for heads and FFNs "
                "together; `transfer` for another task's order"),
         Column("donor_scope", "str", "", "whose order removes: `none`, `own` (the task's), `task` (another task's), "
                "`all tasks` (together), `other tasks` (all but this one, together) or `random`"),
@@ -109,14 +110,14 @@ def donor_of(masks: MaskSet) -> Scoped:
         return Scoped(scope, masks.donor if scope == TASK else "")
     if isinstance(masks, Grid):
         return Scoped(ALL_TASKS if masks.donor else OWN)
-    return Scoped(OWN if isinstance(masks, OwnCurve) else ALL_TASKS if isinstance(masks, CommonCurve) else
+    return Scoped(OWN if isinstance(masks, ByOneTask) else ALL_TASKS if isinstance(masks, BySeveral) else
                   RANDOM if isinstance(masks, RandomCurve) else NONE)
 
 
 def _shared_by(masks: MaskSet) -> tuple[int, str | None]:
     """How many tasks have a part in the order that masks go by, and how their importance becomes one."""
     order = masks.heads if isinstance(masks, Grid) else masks
-    if not isinstance(order, GridOrder | CommonCurve | Transfer):
+    if not isinstance(order, GridOrder | BySeveral):
         return 1, None
     return (1 if isinstance(order.importance, str) else len(order.importance)), order.aggregate
 
@@ -173,7 +174,7 @@ def of_one_order(rows: pd.DataFrame) -> pd.DataFrame:
     several of as many: what goes by two of them is no one set. Kept is that of the most tasks, on the most tasks. Of
     transfer earlier ones of fewer tasks stay, which may have been measured on more documents.
     """
-    together = (rows["donor_scope"] == ALL_TASKS) & rows["order"].isin(["grid", "transfer", COMMON])
+    together = (rows["donor_scope"] == ALL_TASKS) & rows["order"].isin(["grid", "transfer", *ONE_SET])
     dropped: list[int] = []
     for (order, *_), of_kind in rows[together].groupby(["order", "num_fewshot", "component"]):
         known = of_kind.groupby("order_of").agg(members=("members", "first"), tasks=("task", "nunique"),
@@ -208,6 +209,6 @@ def hidden_scores(jobs: Iterable[Job], scores: Mapping[str, str]) -> list[str]:
         scores: Which score orders heads, and which FFNs.
     """
     measured = {(job.masks.component, scores_of_masks(job.masks)) for job in jobs
-                if isinstance(job, Evaluation) and isinstance(job.masks, OwnCurve | CommonCurve | Transfer)}
+                if isinstance(job, Evaluation) and isinstance(job.masks, ByOneTask | BySeveral)}
     return sorted(f"{'heads' if component == 'head' else 'FFNs'} by {score}" for component, score in measured
                   if score != scores[component])

@@ -83,6 +83,10 @@ class Points:
         return Sample(values, self.passages, bounded)
 
 
+# By number of shots and task.
+ByShots: TypeAlias = Mapping[int, Mapping[str, Points]]
+
+
 @dataclass(frozen=True)
 class Compared:
     """A mean over documents (and tasks), and its difference to another; bounds are those of 95 % intervals.

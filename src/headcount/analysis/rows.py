@@ -21,6 +21,11 @@ NONE, OWN, ALL_TASKS, OTHER_TASKS = "none", "own", "all tasks", "other tasks"
 AGGREGATES = (MEAN, MEAN_OF_RANKS)
 # A task's own orders; the one order for all tasks, that of their importance together.
 OWN_ORDERS, COMMON = ("gradient", "oracle"), "common"
+# Both of these where every layer is left the same shape, and the orders that free-form curves go by.
+UNIFORM, UNIFORM_COMMON = "uniform", "uniform common"
+FREE_FORM = {UNIFORM: OWN_ORDERS, UNIFORM_COMMON: (COMMON,)}
+# The orders by which what goes is the same for all tasks.
+ONE_SET = (COMMON, UNIFORM_COMMON)
 RELIABLE = 0.5  # of an order that is less reliable, most of what tells components apart is noise
 # How scopes are called where people read them, in the order of their rows, below the tasks.
 _WORDS = {MEAN: "mean", MEAN_OF_RANKS: "mean of ranks", ALL_TASKS: "mean", OTHER_TASKS: "mean without own",
@@ -142,5 +147,5 @@ def of_fraction(table: pd.DataFrame, fraction: float | None, near: float = 0.5) 
 
 
 def own_orders(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each task's own order: neither the common one nor random ones."""
+    """The rows of each task's own order: neither the common one nor random ones, nor those of one shape."""
     return table[table["order"].isin(OWN_ORDERS)]

@@ -47,20 +47,22 @@ from headcount.analysis.induction import (
     shown_entries,
 )
 from headcount.analysis.points import Points, finished
-from headcount.analysis.rows import ALL_TASKS, COMMON, OWN, OWN_ORDERS, RANDOM
+from headcount.analysis.rows import ALL_TASKS, COMMON, FREE_FORM, OWN, OWN_ORDERS, RANDOM
 from headcount.analysis.schema import Table
 from headcount.analysis.top_sets import TOP_OVERLAPS, TOP_SETS, overlap_table, top_table
 from headcount.analysis.transfer import TRANSFER, transfer_table, unshown
+from headcount.analysis.uniform import UNIFORM_COST, uniform_table
 from headcount.errors import StudyError
 from headcount.study.described import check_description
 from headcount.study.jobs import Done, Evaluation, ImportanceJob, InductionScores, Job, job_from
 from headcount.study.ledger import Found, Ledger, is_left_over
+from headcount.study.shapes import shape_of, shares
 from headcount.study.shown import Shown, told_apart
 from headcount.study.spec import scores_of
 
 # All tables of a study, each the method of this name.
 TABLES = (EVALUATIONS, IMPORTANCE, AGGREGATE_IMPORTANCE, DEPTH, ORDERS, AGREEMENT, CURVES, FREE_FRACTIONS,
-          AGAINST_RANDOM, GRID, TRANSFER, CORRELATIONS, TOP_SETS, TOP_OVERLAPS, INDUCTION, RETAINED,
+          AGAINST_RANDOM, UNIFORM_COST, GRID, TRANSFER, CORRELATIONS, TOP_SETS, TOP_OVERLAPS, INDUCTION, RETAINED,
           INDUCTION_AMONG_IMPORTANT, DEGENERATE)
 
 
@@ -167,6 +169,10 @@ class Study:
     @_gives(AGAINST_RANDOM)
     def against_random(self) -> pd.DataFrame:
         return against_random(self._points)
+
+    @_gives(UNIFORM_COST)
+    def uniform_cost(self) -> pd.DataFrame:
+        return uniform_table(self._points, self.spec["margin"])
 
     @_gives(GRID)
     def grid(self) -> pd.DataFrame:
@@ -428,7 +434,17 @@ class Study:
 
     @functools.cached_property
     def _points(self) -> dict[int, dict[str, Points]]:
-        spec = self.spec
-        fractions = {**dict.fromkeys(OWN_ORDERS, spec["fractions"]), COMMON: spec.get("common_fractions", ()),
+        spec, shaped = self.spec, self._uniform_shares
+        fractions = {**{order: [*spec["fractions"], *shaped] for order in OWN_ORDERS},
+                     COMMON: [*spec.get("common_fractions", ()), *shaped], **dict.fromkeys(FREE_FORM, shaped),
                      RANDOM: [*spec["fractions"], *spec.get("random_fractions", ())]}
         return curve_points(self._shown, {task: self._constant(task) for task in spec["tasks"]}, fractions)
+
+    @functools.cached_property
+    def _uniform_shares(self) -> tuple[float, ...]:
+        """The shares that curves of uniform shapes remove, where these were asked for."""
+        if not self.spec.get("uniform"):
+            return ()
+        anatomy = self.description["anatomy"]
+        full = shape_of(anatomy["heads_per_layer"], anatomy.get("kv_groups_per_layer", ()))
+        return shares(self.spec["fractions"], full)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from headcount.analysis.rows import COMMON, MEAN, TASK, own_orders
+from headcount.analysis.rows import FREE_FORM, MEAN, TASK, UNIFORM, UNIFORM_COMMON, own_orders
 from headcount.analysis.study import Study
+from headcount.report.style import shots_colour
 from headcount.report.words import COMPONENT_NAMES, better_or_worse, number_of, share, shots, signed, told
 from headcount.stats.intervals import COSTS_MORE, UNKNOWN, WITHIN
 
 BY = {"gradient": "each task's own order", "oracle": "each task's own order", "common": "one order for all tasks",
+       UNIFORM: "own order, one shape", UNIFORM_COMMON: "one order, one shape",
        "random": "at random"}
-_DASHES = {"each task's own order": [1, 0], "one order for all tasks": [1, 3], "at random": [4, 3]}
+_DASHES = {"each task's own order": [1, 0], "one order for all tasks": [1, 3], BY[UNIFORM]: [9, 2],
+           BY[UNIFORM_COMMON]: [9, 2, 1, 2], "at random": [4, 3]}
 OF_OWN_ORDER = 'datum.by == "each task\'s own order"'
+_OF_ONE_SHAPE = f'datum.by == "{BY[UNIFORM]}" || datum.by == "{BY[UNIFORM_COMMON]}"'
 _TASKS_NAMED = 6
 BANDS = "Bands are 95 % intervals over documents; point at a mark for its numbers."
 
@@ -35,6 +39,24 @@ def order_dashes(rows: pd.DataFrame) -> alt.StrokeDash:
                           legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=2, symbolSize=300, labelLimit=260))
 
 
+def shape_words(curves: pd.DataFrame) -> str:
+    """How a figure draws curves that leave every layer the same shape; empty where there are none."""
+    return ("Squares on long dashes: every layer keeps the same shape, which a stock model class that names its head "
+            "size can hold (with dots between the dashes where one order is for all tasks)."
+            ) if curves["order"].isin([*FREE_FORM]).any() else ""
+
+
+def curve_marks(base: alt.Chart, rows: pd.DataFrame, size: int) -> list[alt.Chart]:
+    """A mark at every step: dots, and hollow squares where every layer keeps the same shape; `rows` as drawn."""
+    encoded = base.encode(y=alt.Y("accuracy:Q"), color=shots_colour(rows), tooltip=curve_tooltip())
+    if not rows["by"].isin([BY[order] for order in FREE_FORM]).any():
+        return [encoded.mark_circle(size=size, opacity=1)]
+    of_others, of_shapes = f"!({_OF_ONE_SHAPE})", f"datum.percent > 0 && ({_OF_ONE_SHAPE})"
+    return [encoded.transform_filter(of_others).mark_circle(size=size, opacity=1),
+            encoded.transform_filter(of_shapes).mark_point(shape="square", size=1.8 * size, filled=False, fill="white",
+                                                           strokeWidth=1.5, opacity=1)]
+
+
 def curve_tooltip() -> list[alt.Tooltip]:
     """What a mark of a curve says when it is pointed at."""
     return [alt.Tooltip("task:N"), alt.Tooltip("shots:N"), alt.Tooltip("by:N", title="removed"),
@@ -51,8 +73,8 @@ def curve_tooltip() -> list[alt.Tooltip]:
 def costs_more(study: Study, row: pd.Series, fraction: float) -> str:
     """What one set for all tasks costs at this step on single tasks; those at chance have nothing to lose."""
     curves, k = study.curves(), int(row["num_fewshot"])
-    at = curves[(curves["order"] == COMMON) & (curves["component"] == row["component"]) & (curves["scope"] == TASK)
-                & (curves["num_fewshot"] == k) & (curves["fraction"] == fraction)]
+    at = curves[(curves["order"] == row["order"]) & (curves["component"] == row["component"])
+                & (curves["scope"] == TASK) & (curves["num_fewshot"] == k) & (curves["fraction"] == fraction)]
     at = at[[study.above_chance[str(task), k] for task in at["task"]]]
     if at.empty:
         return ""

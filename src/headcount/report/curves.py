@@ -17,12 +17,14 @@ from headcount.report.curve_parts import (
     OF_OWN_ORDER,
     costs_more,
     curve_data,
+    curve_marks,
     curve_sentence,
-    curve_tooltip,
     order_dashes,
+    shape_words,
 )
 from headcount.report.section import Section, Table, mean_first, plain_columns, section, thousandths
 from headcount.report.style import COMPONENTS, LEGEND, Chart, dressed, shots_colour
+from headcount.report.uniform import uniform_sentence, uniform_tables
 from headcount.report.words import COMPONENT_NAMES, better_or_worse, share, shots, signed, told
 from headcount.stats.intervals import COSTS_MORE
 
@@ -40,9 +42,7 @@ def task_curves(curves: pd.DataFrame, component: str) -> Chart:
         color=shots_colour(rows))
     line = base.mark_line(strokeWidth=1.8).encode(y=alt.Y("accuracy:Q"), color=shots_colour(rows),
                                                   strokeDash=order_dashes(rows))
-    dots = base.mark_circle(size=16, opacity=1).encode(y=alt.Y("accuracy:Q"), color=shots_colour(rows),
-                                                       tooltip=curve_tooltip())
-    chart = alt.layer(band, line, dots, data=rows).properties(width=180, height=125).facet(
+    chart = alt.layer(band, line, *curve_marks(base, rows, 16), data=rows).properties(width=180, height=125).facet(
         facet=alt.Facet("task:N", title=None, sort=tasks, header=alt.Header(labelFontSize=12, labelFontWeight="bold")),
         columns=4)
     return dressed(chart).configure_legend(orient="top", **LEGEND)
@@ -52,7 +52,9 @@ def common_sentence(study: Study, component: str) -> str:
     """What one set for all tasks costs beside each task's own order, at the most shots and the largest common step."""
     curves = study.curves()
     rows = curves[(curves["component"] == component) & (curves["scope"] == MEAN) & (curves["fraction"] > 0)]
-    common = rows[rows["order"] == COMMON]
+    # Shares of uniform shapes are measured for these to be compared with.
+    asked = study.spec.get("common_fractions") or list(rows["fraction"])
+    common = rows[(rows["order"] == COMMON) & rows["fraction"].isin(asked)]
     if common.empty:
         return ""
     common = common[common["num_fewshot"] == common["num_fewshot"].max()]
@@ -106,7 +108,8 @@ def sections(study: Study) -> Iterator[Section]:
     if (pruned["component"] == "head").any():
         yield section("head_curves", "Pruning heads, task by task", lambda: task_curves(pruned, "head"),
                        _by_task(study, "head"), differences_sentence(study, "head"),
-                       common_sentence(study, "head"), BANDS)
+                       common_sentence(study, "head"), uniform_sentence(study.uniform_cost()),
+                       shape_words(pruned), BANDS)
     if (pruned["component"] == "ffn").any():
         yield section("ffn_curves", "Pruning FFNs, task by task", lambda: task_curves(pruned, "ffn"),
                        _by_task(study, "ffn"), differences_sentence(study, "ffn"),
@@ -177,6 +180,7 @@ def tables(study: Study) -> Iterator[Table]:
         yield Table("Importance beside random orders", "Accuracy by the measured order and by random ones (their "
                     "mean, the least and the most accurate draw); the difference of the two, paired over documents "
                     "and draws, with its 95 % interval.", plain_columns(rows))
+    yield from uniform_tables(study)
     curves = study.curves()
     pruned = curves[(curves["fraction"] > 0)]
     if len(pruned):

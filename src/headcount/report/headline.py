@@ -9,7 +9,20 @@ import altair as alt
 import pandas as pd
 
 from headcount.analysis.curves import first_differences
-from headcount.analysis.rows import COMMON, MEAN, TASK, groups, labelled, labels_of, mean_or_first, of_scope
+from headcount.analysis.rows import (
+    COMMON,
+    FREE_FORM,
+    MEAN,
+    ONE_SET,
+    TASK,
+    UNIFORM,
+    UNIFORM_COMMON,
+    groups,
+    labelled,
+    labels_of,
+    mean_or_first,
+    of_scope,
+)
 from headcount.analysis.study import Study
 from headcount.report import words
 from headcount.report.curve_parts import (
@@ -18,9 +31,10 @@ from headcount.report.curve_parts import (
     OF_OWN_ORDER,
     costs_more,
     curve_data,
+    curve_marks,
     curve_sentence,
-    curve_tooltip,
     order_dashes,
+    shape_words,
 )
 from headcount.report.induction_heads import induction_sentence
 from headcount.report.section import Section, Table, mean_first, plain_columns, section, thousandths
@@ -39,12 +53,16 @@ def constants(description: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def headline(study: Study) -> list[str]:
-    """How many heads and FFNs can go, most shots first: each task by its own order, then one set for all tasks."""
+    """How many heads and FFNs can go, most shots first: each task by its own order, then one set for all tasks.
+
+    Where every layer keeps the same shape, heads are told of after both.
+    """
     table = study.free_fractions()
     means = of_scope(table, MEAN)
     summary = means if len(means) else table
-    ordered = summary.assign(common=summary["order"] == COMMON).sort_values(
-        ["num_fewshot", "component", "common"], ascending=[False, False, True], kind="stable")
+    later = {COMMON: 1, UNIFORM: 2, UNIFORM_COMMON: 3}
+    ordered = summary.assign(place=[later.get(order, 0) for order in summary["order"]]).sort_values(
+        ["num_fewshot", "component", "place"], ascending=[False, False, True], kind="stable")
     sentences: list[str] = []
     for k, of_k in groups(ordered, "num_fewshot"):
         undefined = of_k["free_fraction"].isna()
@@ -74,21 +92,22 @@ def _can_go(study: Study, row: pd.Series) -> str:
     total = heads if row["component"] == "head" else ffns
     names, margin = COMPONENT_NAMES[row["component"]][1], study.spec["margin"]
     what = "mean accuracy" if row["scope"] == MEAN else f"accuracy on {row['task']}"
-    by = f"one set of {names} for all tasks" if row["order"] == COMMON else (
+    by = f"one set of {names} for all tasks" if row["order"] in ONE_SET else (
         "each task by its own order" if row["scope"] == MEAN else "by its own order")
+    by += ", every layer of the same shape" if row["order"] in FREE_FORM else ""
     beginning = f"With {shots(int(row['num_fewshot']))}, {by}: "
     if row["free_fraction"] > 0:
         said = (f"{share(row['free_fraction'])} of the {names} ({row['removed']:.0f} of {total}, "
                 f"{millions(row['parameters_removed'])} parameters) can go. {what[0].upper()}{what[1:]} is then "
                 f"{row['accuracy']:.3f}, the full model's {row['full_accuracy']:.3f} ({_interval(row, margin)}; "
                 f"{told(WITHIN, margin)} at every step up to this share).")
-        if row["order"] != COMMON:
+        if row["order"] not in ONE_SET:
             return f"{beginning}{said}{_on_those_above_chance(row)}"
         return f"{beginning}{said}{costs_more(study, row, float(row['free_fraction']))}"
     if row["next_fraction"] != row["next_fraction"]:
         return f"{beginning}no step removes one of the {total} {names}: ask for larger --fractions."
     verdict = told(row["next_verdict"], margin, needed=row["next_documents"], documents=row["documents"])
-    loses = costs_more(study, row, float(row["next_fraction"])) if row["order"] == COMMON else ""
+    loses = costs_more(study, row, float(row["next_fraction"])) if row["order"] in ONE_SET else ""
     return (f"{beginning}no share of the {names} is shown to be free. Already without {row['next_removed']:.0f} of "
             f"{total}, {what} changes by {signed(row['next_difference'])} points (95 % interval "
             f"{words.bounds(row['next_low'], row['next_high'], margin)}): {verdict}.{loses}")
@@ -124,7 +143,8 @@ def sections(study: Study) -> Iterator[Section]:
     yield section(
         NAME, "How much can go", lambda: headline_figure(pruned, study.free_fractions(), baselines),
         "Accuracy as the least important components are removed: from each task by its own order (solid), from all "
-        "tasks by one order (dotted), in random orders (dashed).", BANDS, "A diamond marks the free fraction, "
+        "tasks by one order (dotted), in random orders (dashed).", shape_words(pruned), BANDS,
+        "A diamond marks the free fraction, "
         f"the largest share at which {words.told(WITHIN, study.spec['margin'])}, as at every step up to it.",
         curve_sentence(study, "head"))
 
@@ -168,14 +188,13 @@ def _curve_panel(rows: pd.DataFrame, free: pd.DataFrame, baselines: dict[int, fl
     band = base.transform_filter(OF_OWN_ORDER).mark_area(opacity=0.18).encode(
         y=alt.Y("low:Q", title="accuracy"), y2=alt.Y2("high:Q"), color=shots_colour(described))
     line = base.mark_line(strokeWidth=2).encode(y=y, color=shots_colour(described), strokeDash=order_dashes(described))
-    dots = base.mark_circle(size=30, opacity=1).encode(y=y, color=shots_colour(described), tooltip=curve_tooltip())
     guess = pd.DataFrame({"accuracy": sorted(set(baselines.values()))[:1]})
     chance = alt.Chart(guess).mark_rule(color="#888", strokeDash=[2, 3]).encode(y=alt.Y("accuracy:Q"))
     word = alt.Chart(guess).mark_text(align="left", dx=4, color="#666", fontSize=10).encode(
         y=alt.Y("accuracy:Q"), x=alt.datum(100), text=alt.TextValue("guessing"))
     marks = free[free["free_fraction"] > 0].assign(percent=lambda t: 100 * t["free_fraction"], by=lambda t: t[
         "order"].map(BY), shots=lambda t: t["num_fewshot"].map(shots))
-    layers = [band, chance, word, line, dots]
+    layers = [band, chance, word, line, *curve_marks(base, described, 30)]
     if len(marks):
         # Filled where each task goes by its own order, hollow where all go by one.
         layers.append(alt.Chart(marks).mark_point(shape="diamond", size=190, filled=True, strokeWidth=2,
@@ -196,7 +215,8 @@ def free_fractions_table(study: Study, free: pd.DataFrame) -> Table:
     free = mean_first(free)
     frame = thousandths(free, "accuracy").assign(
         component=free["component"].replace({"head": "heads", "ffn": "FFNs"}),
-        removed_by=["one order" if order == COMMON else "own order" for order in free["order"]],
+        removed_by=[("one order" if order in ONE_SET else "own order") + (", one shape" if order in FREE_FORM else "")
+                    for order in free["order"]],
         free=[words.share(f) if f == f else "not defined" for f in free["free_fraction"]],
         at_most=[words.share(f) if f == f else "" for f in free["free_high"]],
         interval=[words.bounds(low, high, margin) if fraction > 0 else "" for fraction, low, high in zip(
@@ -206,17 +226,20 @@ def free_fractions_table(study: Study, free: pd.DataFrame) -> Table:
         there=[_next(row) for _, row in free.iterrows()],
         differs_at=[f"{words.share(f)} ({words.better_or_worse(d)})" if f == f else "no step" for f, d in zip(
             first["fraction"], first["difference"], strict=True)])
+    shapes = (" 'One shape': every layer keeps as many KV groups, and every group as many heads."
+              if free["order"].isin([*FREE_FORM]).any() else "")
     columns = ["task", "num_fewshot", "component", "removed_by", "free", "at_most", "accuracy", "interval", "next_step",
                "there", "differs_at"]
     return Table(
         "Free fractions", f"Free: the largest share at which {words.told(WITHIN, margin)}, as at every step up to it; "
         "unlimited documents might show more, up to 'at most' (both are the ends of a 95 % interval); not defined "
         "where the full model is not shown to be above guessing or a constant answer. Removed by each task's own "
-        "order, or by one order for all tasks. Accuracy at the free share, and the 95 % interval of its difference to "
-        "the full model in points. Next step: the same for the first step that is not free. 'There': whether that step "
-        "is shown to cost more than the margin, or these documents cannot tell, and how many in all would, if as large "
-        "a share of them changed. 'Differs at': the first step at which accuracy is shown to be better or worse than "
-        "the full model's (McNemar's exact test, p < 0.05, corrected for the curve's steps by Holm's method).",
+        f"order, or by one order for all tasks.{shapes} Accuracy at the free share, and the 95 % interval of its "
+        "difference to the full model in points. Next step: the same for the first step that is not free. 'There': "
+        "whether that step is shown to cost more than the margin, or these documents cannot tell, and how many in all "
+        "would, if as large a share of them changed. 'Differs at': the first step at which accuracy is shown to be "
+        "better or worse than the full model's (McNemar's exact test, p < 0.05, corrected for the curve's steps by "
+        "Holm's method).",
         plain_columns(frame[columns]))
 
 

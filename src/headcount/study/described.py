@@ -41,6 +41,7 @@ class _Request(TypedDict, total=False):
 
 class _Anatomy(TypedDict, total=False):
     heads_per_layer: Required[list[Annotated[int, Field(ge=0)]]]
+    kv_groups_per_layer: list[Annotated[int, Field(ge=0)]]
     parameters: int
     parameters_per_head: list[int]
     parameters_per_ffn: list[int]

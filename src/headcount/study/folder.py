@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from headcount.errors import StudyError
 from headcount.study.described import check_description, parts_asked
 from headcount.study.ledger import Ledger
-from headcount.study.spec import ModelSpec, Part, StudySpec, fields_that, readers, scores_of
+from headcount.study.spec import ModelSpec, Part, StudySpec, fields_that, readers, scores_of, with_later
 
 if TYPE_CHECKING:
     from headcount.model.load import LoadedModel
@@ -173,7 +173,7 @@ def request(
         Options ("spec") and "parts", to be saved.
     """
     new = spec.to_json() | {"tasks": list(tasks), "unseen": list(unseen)}
-    old: Mapping[str, Any] = (before or {}).get("spec", {})
+    old: Mapping[str, Any] = with_later((before or {}).get("spec", {}))
     read = readers()
     said = {name for name, read_by in read.items() if {*read_by} & {*parts}}
     if not tasks:
@@ -216,7 +216,7 @@ def asked_before(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> li
 
 def _is_part(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether all that an earlier request shows is shown by a later one, too."""
-    parts, spec, later = parts_asked(one), one["spec"], other["spec"]
+    parts, spec, later = parts_asked(one), with_later(one["spec"]), other["spec"]
     named = all({*spec.get(name, ())} <= {*later[name]} for name in ("tasks", "shots", "unseen"))
     alike = all(spec.get(name) == later[name] for name, read_by in readers().items() if {*read_by} & {*parts})
     documents = all(_same_documents(known, other[kind].get(task, {}))

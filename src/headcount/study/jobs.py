@@ -23,7 +23,10 @@ from headcount.errors import StudyError
 from headcount.study.ledger import job_id
 from headcount.study.masksets import (
     STRICT,
+    ByOneTask,
+    BySeveral,
     CommonCurve,
+    CommonUniformCurve,
     FullModel,
     Grid,
     GridOrder,
@@ -33,6 +36,7 @@ from headcount.study.masksets import (
     SingleFFNs,
     SingleHeads,
     Transfer,
+    UniformCurve,
 )
 
 Weights: TypeAlias = Literal["trained", "random"]
@@ -53,14 +57,16 @@ def _kind_of_masks(value: Any) -> str:
     if order == "single":
         return "SingleHeads" if component == "head" else "SingleFFNs"
     return {"none": "FullModel", "gradient": "OwnCurve", "oracle": "OwnCurve", "random": "RandomCurve",
-            "common": "CommonCurve", "transfer": "Transfer", "grid": "Grid"}.get(str(order), "")
+            "common": "CommonCurve", "transfer": "Transfer", "grid": "Grid", "uniform": "UniformCurve",
+            "uniform common": "CommonUniformCurve"}.get(str(order), "")
 
 
 Masks = Annotated[
     Annotated[FullModel, Tag("FullModel")] | Annotated[SingleFFNs, Tag("SingleFFNs")]
     | Annotated[SingleHeads, Tag("SingleHeads")] | Annotated[OwnCurve, Tag("OwnCurve")]
     | Annotated[RandomCurve, Tag("RandomCurve")] | Annotated[CommonCurve, Tag("CommonCurve")]
-    | Annotated[Transfer, Tag("Transfer")] | Annotated[Grid, Tag("Grid")],
+    | Annotated[Transfer, Tag("Transfer")] | Annotated[Grid, Tag("Grid")]
+    | Annotated[UniformCurve, Tag("UniformCurve")] | Annotated[CommonUniformCurve, Tag("CommonUniformCurve")],
     Discriminator(_kind_of_masks)]
 
 
@@ -330,8 +336,8 @@ def scores_of_masks(masks: MaskSet) -> str:
     """
     if isinstance(masks, Grid):
         return f"{_score(masks.heads)} {_score(masks.ffns)}"
-    return _score(masks) if isinstance(masks, OwnCurve | CommonCurve | Transfer) else ""
+    return _score(masks) if isinstance(masks, ByOneTask | BySeveral) else ""
 
 
-def _score(order: OwnCurve | CommonCurve | Transfer | GridOrder) -> str:
+def _score(order: ByOneTask | BySeveral | GridOrder) -> str:
     return order.score or "accuracy"

@@ -17,10 +17,12 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from pydantic import ConfigDict
 
 from headcount.masks import Component, Head, Mask, blocks_run, prune, random_order, removal_order
 from headcount.study.codec import stored_order, stored_scores
+from headcount.study.shapes import shape_of, uniform_mask
 
 Method: TypeAlias = Literal["gradient", "oracle"]
 _PLURAL = {"head": "heads", "ffn": "FFNs"}
@@ -38,7 +40,7 @@ class Label:
 
     Attributes:
         order: By what components go: "none" (the full model), "single", "gradient", "oracle", "common", "random",
-            "transfer" or "grid".
+            "transfer", "grid", "uniform" or "uniform common".
         component: What is removed: "none", "head", "ffn" or "both".
         donor: Whose order it is, where it is not the task's own.
         order_seed: Of a random order; -1 of any other.
@@ -283,6 +285,68 @@ class CommonCurve(_SharedCurve):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UniformCurve(_Curve):
+    """Heads removed by the task's own order so that every layer keeps the same shape (`headcount.study.shapes`).
+
+    Attributes:
+        groups: KV groups of every layer of the model.
+        importance: The entry that the order is read from.
+        score: As in `OwnCurve`.
+    """
+
+    groups: int
+    importance: str
+    score: str | None = None
+    order: Literal["uniform"] = "uniform"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """As in `FullModel`."""
+        return (self.importance,)
+
+    @property
+    def title(self) -> str:
+        """As in `FullModel`."""
+        return f"{_PLURAL[self.component]} in one shape{self.span}"
+
+    def masks(self, heads_per_layer: Sequence[int], importance: Sequence[pd.DataFrame]) -> Labelled:
+        """As in `FullModel`."""
+        scores = aggregate_scores(importance, self.component, self.score)
+        return _of_one_shape(self, heads_per_layer, scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonUniformCurve(_SharedCurve):
+    """The same by the order of all tasks together, as one smaller model for all of them would be.
+
+    Attributes:
+        groups: As in `UniformCurve`.
+    """
+
+    groups: int
+    order: Literal["uniform common"] = "uniform common"
+
+    @property
+    def title(self) -> str:
+        """As in `FullModel`."""
+        return f"{_PLURAL[self.component]} in one shape by the order of all tasks{self.span}"
+
+    def masks(self, heads_per_layer: Sequence[int], importance: Sequence[pd.DataFrame]) -> Labelled:
+        """As in `FullModel`."""
+        scores = aggregate_scores(importance, self.component, self.score, self.aggregate or "mean")
+        return _of_one_shape(self, heads_per_layer, scores)
+
+
+def _of_one_shape(
+    curve: UniformCurve | CommonUniformCurve, heads_per_layer: Sequence[int],
+    scores: Sequence[Float[np.ndarray, " head"]],
+) -> Labelled:
+    """The masks of every step of a curve that leaves layers of one shape."""
+    full = shape_of(heads_per_layer, [curve.groups] * len(heads_per_layer))
+    return [(uniform_mask(f, full, scores), Label(curve.order, curve.component, fraction=f)) for f in curve.fractions]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transfer(_SharedCurve):
     """Removed by the order of another task, or of several.
 
@@ -379,7 +443,10 @@ class Grid:
                  dataclasses.replace(label, fraction=h, ffn_fraction=f)) for h, f in self.points]
 
 
-MaskSet: TypeAlias = FullModel | SingleFFNs | SingleHeads | OwnCurve | RandomCurve | CommonCurve | Transfer | Grid
+# Curves by the order of one task, which names one entry of importance; by one that several tasks may have a part in.
+ByOneTask: TypeAlias = OwnCurve | UniformCurve
+BySeveral: TypeAlias = CommonCurve | CommonUniformCurve | Transfer
+MaskSet: TypeAlias = FullModel | SingleFFNs | SingleHeads | ByOneTask | RandomCurve | BySeveral | Grid
 
 
 def steps_of(masks: MaskSet) -> tuple[Step, ...]:
@@ -405,10 +472,16 @@ def aggregate_order(
         score: As in `headcount.study.codec.stored_order`.
         how: "mean" of the scores, or of the "ranks".
     """
+    return removal_order(*aggregate_scores(tables, component, score, how))
+
+
+def aggregate_scores(
+    tables: Sequence[pd.DataFrame], component: Component, score: str | None, how: str = "mean"
+) -> list[Float[np.ndarray, " component"]]:
+    """The scores that decide such an order, the first one first; arguments as in `aggregate_order`."""
     if len(tables) == 1:
-        return stored_order(tables[0], component, score)
+        return stored_scores(tables[0], component, score)
     if how == "ranks":
-        ranks = [np.argsort(stored_order(table, component, score)) for table in tables]
-        return removal_order(np.mean(ranks, axis=0))
+        return [np.mean([np.argsort(stored_order(table, component, score)) for table in tables], axis=0)]
     scores = [stored_scores(table, component, score) for table in tables]
-    return removal_order(*(np.mean(kind, axis=0) for kind in zip(*scores, strict=True)))
+    return [np.mean(kind, axis=0) for kind in zip(*scores, strict=True)]

@@ -32,6 +32,7 @@ from headcount.study.masksets import (
     OWN,
     RESERVED_DONORS,
     CommonCurve,
+    CommonUniformCurve,
     FullModel,
     Grid,
     GridOrder,
@@ -43,9 +44,11 @@ from headcount.study.masksets import (
     SingleHeads,
     Step,
     Transfer,
+    UniformCurve,
     steps_of,
     with_steps,
 )
+from headcount.study.shapes import shape_of, shares
 from headcount.study.spec import CURVES, INDUCTION_TEXTS, Part, StudySpec
 
 T = TypeVar("T")
@@ -125,7 +128,7 @@ def _oracle_split(spec: StudySpec) -> Literal["evaluation", "examples"]:
 
 def plan(
     spec: StudySpec, model: str, heads_per_layer: Sequence[int], tasks: Sequence[TaskFacts],
-    parts: Sequence[Part] = CURVES, *, through_norms: bool = False,
+    parts: Sequence[Part] = CURVES, *, through_norms: bool = False, groups_per_layer: Sequence[int] = (),
 ) -> list[PlannedJob]:
     """All jobs of a study in an order in which they can be done.
 
@@ -137,8 +140,13 @@ def plan(
         parts: What of the study is wanted; a curve brings the importance that orders it.
         through_norms: Whether the model norms what its branches put out (`LoadedModel.norms`). Gradient scores
             are then taken through these norms, which an earlier version did not do: their entries have other names.
+        groups_per_layer: The model's number of KV groups of every layer; only `uniform` needs them.
+
+    Raises:
+        HeadcountError: If uniform curves are asked for, and the model or the fractions allow none.
     """
-    planners = [_Planner(spec, model, tuple(heads_per_layer), task, k, through_norms)
+    steps = uniform_steps(spec, heads_per_layer, groups_per_layer, parts)
+    planners = [_Planner(spec, model, tuple(heads_per_layer), task, k, through_norms, steps)
                 for task in tasks for k in spec.shots]
     jobs: dict[str, PlannedJob] = {}
     wanted = [*(p.jobs(parts) for p in planners if not p.task.unseen)]
@@ -155,6 +163,29 @@ def plan(
     for planned in itertools.chain.from_iterable(wanted):
         jobs.setdefault(name_of(planned.job), planned)
     return list(jobs.values())
+
+
+@dataclass(frozen=True)
+class UniformSteps:
+    """The steps of curves that leave every layer the same shape; none where they are not asked for.
+
+    Attributes:
+        shares: Shares of heads that are removed.
+        groups: KV groups of every layer of the model.
+    """
+
+    shares: tuple[float, ...] = ()
+    groups: int = 0
+
+
+def uniform_steps(
+    spec: StudySpec, heads_per_layer: Sequence[int], groups_per_layer: Sequence[int], parts: Sequence[Part]
+) -> UniformSteps:
+    """The steps of uniform curves; arguments and errors as of `plan`."""
+    if not spec.uniform or "curve" not in parts:
+        return UniformSteps()
+    full = shape_of(heads_per_layer, groups_per_layer)
+    return UniformSteps(shares(spec.fractions, full), full.groups)
 
 
 def missing(planned: Sequence[PlannedJob], measured: Iterable[Evaluation]) -> list[PlannedJob | None]:
@@ -241,6 +272,7 @@ class _Planner:
     task: TaskFacts
     num_fewshot: int
     through_norms: bool = False
+    uniform: UniformSteps = UniformSteps()
 
     @property
     def documents(self) -> int:
@@ -316,10 +348,18 @@ class _Planner:
     def _curves(self, component: Component) -> Iterator[PlannedJob]:
         own = self._together(component, [self])
         curve = OwnCurve(component=component, order=own.method, importance=own.names[0], score=own.score,
-                         fractions=self.spec.fractions)
+                         fractions=self._beside_uniform(component, self.spec.fractions))
         yield from self._chunked(curve, self.documents)
+        if component == "head" and self.uniform.shares:
+            shaped = UniformCurve(component=component, importance=own.names[0], score=own.score,
+                                  groups=self.uniform.groups, fractions=self.uniform.shares)
+            yield from self._chunked(shaped, self.documents)
         for i in range(self.spec.random_orders):
             yield from self._random(component, i, self.spec.fractions_of_random, self.documents)
+
+    def _beside_uniform(self, component: Component, fractions: Sequence[float]) -> tuple[float, ...]:
+        """A curve's fractions, and those of uniform shapes: each of these has a free-form one beside it."""
+        return tuple(sorted({*fractions, *(self.uniform.shares if component == "head" else ())}))
 
     def _random(
         self, component: Component, number: int, fractions: Sequence[float], documents: int
@@ -331,8 +371,11 @@ class _Planner:
         """This task pruned by the order of all tasks together, as one smaller model for all of them would be."""
         for component in ("head", "ffn"):
             order = self._together(component, donors)
-            yield from self._chunked(CommonCurve(**order.shared, fractions=self.spec.fractions_of_common),
-                                     self.documents)
+            fractions = self._beside_uniform(component, self.spec.fractions_of_common)
+            yield from self._chunked(CommonCurve(**order.shared, fractions=fractions), self.documents)
+            if component == "head" and self.uniform.shares:
+                shaped = CommonUniformCurve(**order.shared, groups=self.uniform.groups, fractions=self.uniform.shares)
+                yield from self._chunked(shaped, self.documents)
 
     def grid(self, donors: Sequence[_Planner], with_curves: bool) -> Iterator[PlannedJob]:
         """Heads and FFNs pruned jointly, by this task's own orders (points of curves are left out) or by all tasks'."""

@@ -17,7 +17,7 @@ from headcount.errors import ModelError, OptionError, StudyError, few
 from headcount.study.folder import check_data, check_model, check_options, other_orders, previous
 from headcount.study.jobs import Evaluation, job_from
 from headcount.study.ledger import Ledger
-from headcount.study.plan import PlannedJob, TaskFacts, missing, plan, reads
+from headcount.study.plan import PlannedJob, TaskFacts, missing, plan, reads, uniform_steps
 from headcount.study.spec import Part, StudySpec, parts_of
 
 if TYPE_CHECKING:
@@ -193,6 +193,8 @@ def prepare(
                 task.prompts(split, _few_shot(spec, k, 1))
     reporter.stage(f"loading {spec.model}")
     loaded = _proved(_unchanged(loaded) if loaded is not None else _load(spec), spec, parts)
+    groups = [part.num_kv_heads for part in loaded.anatomy.layers]
+    uniform_steps(spec, loaded.anatomy.heads_per_layer, groups, parts)  # refuses what has none, before it is timed
     identity = loaded.identity if ledger is None else check_model(loaded, before, ledger)
     reporter.stage("timing rows and batches")
     budget = _budget(loaded, spec, before)
@@ -200,7 +202,8 @@ def prepare(
     for task in tasks.values():
         reporter.stage("planning", len(facts), len(tasks))
         facts.append(_facts(loaded, task, spec, splits[task.name], budget, unseen=task.name in unseen))
-    jobs = plan(spec, identity, loaded.anatomy.heads_per_layer, facts, parts, through_norms=bool(loaded.norms))
+    jobs = plan(spec, identity, loaded.anatomy.heads_per_layer, facts, parts, through_norms=bool(loaded.norms),
+                groups_per_layer=groups)
     ready = Plan(spec, loaded, identity, tasks, unseen, tuple(facts), budget, parts, tuple(jobs), ledger,
                  other_orders(spec, before) if "curve" in parts else "",
                  tuple(ledger.damaged()) if ledger is not None else ())

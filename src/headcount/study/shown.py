@@ -18,17 +18,16 @@ from headcount.errors import OptionError, StudyError
 from headcount.study.described import parts_asked
 from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job, name_of
 from headcount.study.masksets import (
-    CommonCurve,
+    ByOneTask,
+    BySeveral,
     Grid,
     MaskSet,
-    OwnCurve,
     Step,
-    Transfer,
     steps_of,
     with_steps,
 )
 from headcount.study.plan import PlannedJob, TaskFacts, plan
-from headcount.study.spec import CURVES, StudySpec, fields_that, readers
+from headcount.study.spec import CURVES, StudySpec, fields_that, readers, with_later
 
 _SAID = {"evaluate": "accuracy", "heads": "importance of heads", "ffns": "importance of FFNs", "curve": "curves",
          "head_oracle": "the oracle of heads"}
@@ -45,13 +44,14 @@ def told_apart(asked: Sequence[Mapping[str, Any]], shown: int) -> list[str]:
         One line for each other one: its number, from 1, and its options where they differ.
     """
     now, read, lists = asked[shown], readers(), ("tasks", "shots", "unseen")
+    known = with_later(now["spec"])
     lines = []
     for number, one in enumerate(asked, 1):
         if number - 1 != shown:
             parts = parts_asked(one)
             differ = [f"measured: {_measured(one)}"] if _measured(one) != _measured(now) else []
-            differ += [_in_words(name, value) for name, value in one["spec"].items()
-                       if value != now["spec"].get(name) and (name in lists or {*read.get(name, ())} & {*parts})]
+            differ += [_in_words(name, value) for name, value in with_later(one["spec"]).items()
+                       if value != known.get(name) and (name in lists or {*read.get(name, ())} & {*parts})]
             lines.append(f"{number}: {'; '.join(differ) or 'other numbers of documents'}")
     return lines
 
@@ -162,8 +162,9 @@ def _jobs(
         raise StudyError(f"study.json holds options that are none: {error}") from error
     facts = [_facts(name, known, spec.shots, unseen=unseen) for unseen, kind in ((False, "tasks"), (True, "unseen"))
              for name, known in description.get(kind, {}).items()]
-    heads = description["anatomy"]["heads_per_layer"]
-    return plan(spec, model, heads, facts, parts, through_norms=through_norms)
+    anatomy = description["anatomy"]
+    return plan(spec, model, anatomy["heads_per_layer"], facts, parts, through_norms=through_norms,
+                groups_per_layer=anatomy.get("kv_groups_per_layer", ()))
 
 
 def _facts(name: str, known: Mapping[str, Any], shots: Sequence[int], *, unseen: bool) -> TaskFacts:
@@ -187,9 +188,9 @@ def _question(job: Job) -> Job:
 
 def _without_names(masks: MaskSet) -> MaskSet:
     """Masks without the names of the entries that their orders are read from."""
-    if isinstance(masks, OwnCurve):
+    if isinstance(masks, ByOneTask):
         return dataclasses.replace(masks, importance="")
-    if isinstance(masks, CommonCurve | Transfer):
+    if isinstance(masks, BySeveral):
         return dataclasses.replace(masks, importance=())
     if isinstance(masks, Grid):
         return dataclasses.replace(masks, heads=dataclasses.replace(masks.heads, importance=()),

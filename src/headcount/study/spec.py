@@ -31,6 +31,8 @@ BINDS = {"binds": True}
 GROWS = {"grows": True}
 # Where things lie and how work is cut up; by other means the same is asked.
 MEANS = {"means": True}
+# An option that folders of earlier versions do not know, and that by default asks for what these measured.
+LATER = {"later": True}
 
 
 def _read_by(*parts: Part) -> dict[str, tuple[Part, ...]]:
@@ -166,6 +168,11 @@ class StudySpec(InductionSpec):
     """Shares removed from all tasks by one order, that of all tasks together: what one smaller model loses. By default
     the first four of --fractions."""
 
+    uniform: bool = field(default=False, metadata=_OF_CURVES | LATER)
+    """Measure curves of heads, besides, that leave every layer the same shape: as many KV groups, and as many heads in
+    each. What is left then fits a stock model class that names its head size. Steps are the shares that such shapes
+    remove, for each of --fractions the largest that does not exceed it; free-form curves are measured there too."""
+
     head_score: Literal["example", "position"] | None = field(default=None, metadata=_OF_ORDERS)
     """Which gradient score orders the heads: `example`, the paper's equation 8 (the default under protocol sound), or
     `position`, absolute values per position, which the paper's code computes (the default under protocol paper)."""
@@ -230,6 +237,8 @@ class StudySpec(InductionSpec):
                "`measure` transfer; name it, or leave them out (those of a preset or `config`: with `unseen` and no "
                "task after it)",
                "unseen", "measure", "config")
+        _check(not self.uniform or "curves" in self.measure, "`uniform` asks for curves: name them with `measure`, or "
+               "leave it out", "uniform", "measure")
         _check(len(set(self.shots)) == len(self.shots), f"`shots` names a number twice: {_listed(self.shots)}", "shots")
         for name in ("fractions", "grid_fractions", "transfer_fractions", "random_fractions", "common_fractions"):
             if (fractions := getattr(self, name)) is not None:
@@ -296,6 +305,12 @@ def scores_of(spec: Mapping[str, Any]) -> dict[str, str]:
 def fields_that(spec: type, mark: str) -> tuple[str, ...]:
     """The names of a spec's fields whose metadata have a mark: "binds", "grows" or "means"."""
     return tuple(f.name for f in dataclasses.fields(spec) if f.metadata.get(mark))
+
+
+def with_later(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved options, and what they say of options that came after them; none where nothing was saved."""
+    later = {name: getattr(StudySpec, name) for name in fields_that(StudySpec, "later")}
+    return {**later, **spec} if spec else {}
 
 
 def readers() -> dict[str, tuple[Part, ...]]:
