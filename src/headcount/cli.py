@@ -38,7 +38,6 @@ app.meta.suppress_keyboard_interrupt = False
 app.meta.group_parameters = cyclopts.Group("Session")
 
 Spec = Annotated[StudySpec, Parameter(name="*")]
-_NO_CHOICE = ChoiceSpec()
 # What a verb calls an option for short.
 _SHORT = {"induction": {"--seeds": "--induction-seeds", "--lengths": "--induction-lengths"},
           "heads": {"--sample": "--head-sample"}}
@@ -189,7 +188,7 @@ def report(folder: Path, *, asked: int | None = None, skip_pictures: bool = Fals
 
 @app.command
 def mask(
-    folder: Path, *, choice: Annotated[ChoiceSpec, Parameter(name="*")] = _NO_CHOICE, asked: int | None = None,
+    folder: Path, *, choice: Annotated[ChoiceSpec | None, Parameter(name="*")] = None, asked: int | None = None,
 ) -> None:
     """Print which heads and FFNs go at one measured point of a study, as JSON: `headcount mask DIR --free > mask.json`.
 
@@ -202,7 +201,7 @@ def mask(
     """
     from headcount.analysis.study import open_study
 
-    chosen = open_study(folder, asked).choose(choice)
+    chosen = open_study(folder, asked).choose(choice or ChoiceSpec())
     sys.stderr.write(f"{chosen.describe()}\n")
     sys.stdout.write(chosen.to_json())
 

@@ -44,6 +44,7 @@ class Choice:
         order: By what parts go: "mean", the order of all tasks together, or a task's name.
         of_all_tasks: Whether it is the order of all tasks together (a task may be called "mean").
         num_fewshot: Number of shots.
+        most_shots: Whether no number of shots was asked for, so that it is the most that was measured by this order.
         row: The point's row of table `removable`.
         everywhere: By one task's order, the row of the same point over all tasks, where they were pruned by it.
         among: From how many points that remove something it was chosen.
@@ -57,6 +58,7 @@ class Choice:
     order: str
     of_all_tasks: bool
     num_fewshot: int
+    most_shots: bool
     row: dict[str, Any]
     everywhere: dict[str, Any] | None
     among: int
@@ -84,7 +86,8 @@ class Choice:
         goes = (f"{row['heads_removed']} of {heads} heads and {row['ffns_removed']} of {ffns} FFNs go by "
                 f"{_by(self.order, of_all=self.of_all_tasks)}: {row['parameters_removed']:,} of {self.parameters:,} "
                 f"parameters ({100 * row['parameters_removed_share']:.1f} %).")
-        said = f"The study measured there, {_with(self.num_fewshot)}, {_measured(row)}: {_told(row, self.margin)}."
+        shots = _with(self.num_fewshot) + (" (the most that it has)" if self.most_shots else "")
+        said = f"The study measured there, {shots}, {_measured(row)}: {_told(row, self.margin)}."
         if self.everywhere is not None:
             said += f" On all its tasks together: {_measured(self.everywhere)}."
         return f"{goes} {said} {self._chosen()}"
@@ -150,8 +153,8 @@ def choose(
     row = _as_dict(rows.iloc[found])
     same = [_as_dict(one) for _, one in everywhere[everywhere["mask"] == row["mask"]].iterrows()]
     choice = Choice(
-        MaskFile(masks[row["mask"]], model, identity), way, asked, order, donor.scope == ALL_TASKS, k, row,
-        same[0] if same else None, int((rows["parameters_removed"] > 0).sum()), parameters, margin)
+        MaskFile(masks[row["mask"]], model, identity), way, asked, order, donor.scope == ALL_TASKS, k,
+        spec.shots is None, row, same[0] if same else None, int((rows["parameters_removed"] > 0).sum()), parameters, margin)
     file = MaskFile(choice.mask, model, identity, _source(choice, study))
     return dataclasses.replace(choice, file=file)
 

@@ -120,8 +120,11 @@ def measured_points(
                        & evaluations["order"].isin([*OWN_ORDERS, COMMON, "grid", "transfer"])
                        & evaluations["donor_scope"].isin([OWN, TASK, ALL_TASKS])]
     found: dict[Point, dict[str, Measured]] = {}
-    for key, group in groups(_by_one_common_order(rows), "task", "num_fewshot", "component", "donor_scope", "donor",
-                             "fraction", "ffn_fraction", "job", "mask_number"):
+    # Of as many documents a curve counts before the grid, and this before transfer: entries come in no order.
+    rows = _by_one_common_order(rows)
+    rows = rows.sort_values("order", key=lambda order: order.map({"grid": 1, "transfer": 2}).fillna(0), kind="stable")
+    for key, group in groups(rows, "task", "num_fewshot", "component", "donor_scope", "donor", "fraction",
+                             "ffn_fraction", "job", "mask_number"):
         task, k, component, scope, name, fraction, ffn_fraction, job, number = key
         donor = Scoped(ALL_TASKS) if scope == ALL_TASKS else of_task(str(task if scope == OWN else name))
         shares = {"head": (fraction, 0.0), "ffn": (0.0, fraction)}.get(component, (fraction, ffn_fraction))
