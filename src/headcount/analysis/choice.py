@@ -154,7 +154,8 @@ def choose(
     same = [_as_dict(one) for _, one in everywhere[everywhere["mask"] == row["mask"]].iterrows()]
     choice = Choice(
         MaskFile(masks[row["mask"]], model, identity), way, asked, order, donor.scope == ALL_TASKS, k,
-        spec.shots is None, row, same[0] if same else None, int((rows["parameters_removed"] > 0).sum()), parameters, margin)
+        spec.shots is None, row, same[0] if same else None, int((rows["parameters_removed"] > 0).sum()), parameters,
+        margin)
     file = MaskFile(choice.mask, model, identity, _source(choice, study))
     return dataclasses.replace(choice, file=file)
 
