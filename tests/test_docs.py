@@ -39,12 +39,16 @@ def test_tables_that_the_paper_page_names_are_written() -> None:
     assert named <= {table.name for table in TABLES if table.written}
 
 
+# Tables that came after the results were measured; they are made of the entries, which are not kept here.
+LATER = {"removable", "removed"}
+
+
 @pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda folder: folder.name)
 def test_results_have_the_tables_of_this_version(folder: Path) -> None:
     tables = {path.stem: path.read_text(encoding="utf-8") for path in (folder / "tables").glob("*.csv")}
-    assert set(tables) == {table.name for table in TABLES if table.written}
+    assert set(tables) == {table.name for table in TABLES if table.written} - LATER
     for table in TABLES:
-        if table.written:
+        if table.name in tables:
             assert tables[table.name].splitlines()[0].split(",") == table.names
     for text in tables.values():
         assert not re.search(r"[,\"](/|\.\./|~)", text), "no path of the machine that made them"

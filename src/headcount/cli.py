@@ -20,7 +20,7 @@ from cyclopts import App, Parameter
 import headcount
 from headcount.engine.waiting import wait_asleep
 from headcount.errors import HeadcountError, OptionError, UnavailableError
-from headcount.study.spec import PRESETS, InductionSpec, ModelSpec, Part, StudySpec
+from headcount.study.spec import PRESETS, ChoiceSpec, InductionSpec, ModelSpec, Part, StudySpec
 
 if TYPE_CHECKING:
     from headcount.analysis.study import Study
@@ -192,6 +192,26 @@ def report(folder: Path, *, asked: int | None = None, skip_pictures: bool = Fals
         skip_pictures: Write the page and its tables alone, without the figures as PNG and PDF.
     """
     _report(folder, asked, pictures=not skip_pictures)
+
+
+@app.command
+def mask(
+    folder: Path, *, choice: Annotated[ChoiceSpec | None, Parameter(name="*")] = None, asked: int | None = None,
+) -> None:
+    """Print which heads and FFNs go at one measured point of a study, as JSON: `headcount mask DIR --free > mask.json`.
+
+    One of --free, --within, --parameters, or --heads and --ffns says which point. What goes, and what the study
+    measured there, is said on stderr.
+
+    Args:
+        folder: The study folder, as --out named it.
+        asked: As for `headcount report`.
+    """
+    from headcount.analysis.study import open_study
+
+    chosen = open_study(folder, asked).choose(choice or ChoiceSpec())
+    sys.stderr.write(f"{chosen.describe()}\n")
+    sys.stdout.write(chosen.to_json())
 
 
 @app.command

@@ -75,9 +75,9 @@ EVALUATIONS = Table(
         Column("num_options", "int64", "options", "how many options the document has")),
     "Of what was asked for last, or of the request that `asked` names; what others measured is not among it.",
     further="other metrics of the task, such as acc_norm", written=False)
-# What of each row only this room needs: the number of its entry, of how many tasks its order is, and which importance
-# it was read from.
-_INNER = ("job", "members", "order_of")
+# What of each row only this room needs: the number of its entry and of its mask there, of how many tasks its order is,
+# and which importance it was read from.
+_INNER = ("job", "mask_number", "members", "order_of")
 # Of a mask's label what an earlier version did not write.
 _LABELS = {"component": "none", "order": "none", "order_seed": -1, "fraction": 0.0, "ffn_fraction": 0.0, "layer": -1,
            "head": -1, "heads_removed": 0, "ffns_removed": 0, "parameters_removed": 0}
@@ -144,8 +144,8 @@ def evaluation_rows(
         of_job = {"task": job.task, "num_fewshot": job.num_fewshot, "split": job.split,
                   "donor_scope": donor.scope, "donor": donor.task, "score": scores_of_masks(job.masks), "job": number,
                   "members": members, "order_of": " ".join(sorted(job.masks.needs))}
-        labels = [{**of_job, **{name: label.get(name, missing) for name, missing in _LABELS.items()}}
-                  for label in entry.info["masks"]]
+        labels = [{**of_job, **{name: label.get(name, missing) for name, missing in _LABELS.items()},
+                   "mask_number": position} for position, label in enumerate(entry.info["masks"])]
         there = np.array(steps(job), bool)
         mask = entry.table["mask"].to_numpy()
         order = np.argsort(mask, kind="stable")

@@ -6,7 +6,7 @@ documents of a task that share a passage together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -160,19 +160,25 @@ def removed_by(tasks: Sequence[Points], key: Key) -> Removed:
 
 
 def finished(of_tasks: Mapping[str, Points]) -> dict[str, Points]:
-    """The tasks that a mean is taken over; of an unfinished study those that are done.
+    """The tasks that a mean is taken over (`most_shared`); of an unfinished study those that are done."""
+    taken = most_shared({task: points.values for task, points in of_tasks.items()})
+    return {task: points for task, points in of_tasks.items() if task in taken}
+
+
+def most_shared(of_tasks: Mapping[str, Iterable[Key]]) -> list[str]:
+    """The tasks whose means are taken, by the points that each task has.
 
     A mean has the points that all its tasks have, so one task that is under way would cost the others theirs. Taken
     are as many tasks, those with the most points first, as leave the most: tasks times points that they share.
     """
     most, taken, shared = 0, 0, None
-    names = sorted(of_tasks, key=lambda task: -len(of_tasks[task].values))
+    sets = {task: {*keys} for task, keys in of_tasks.items()}
+    names = sorted(sets, key=lambda task: -len(sets[task]))
     for number, task in enumerate(names, 1):
-        keys = {*of_tasks[task].values}
-        shared = keys if shared is None else shared & keys
+        shared = sets[task] if shared is None else shared & sets[task]
         if number * len(shared) >= most:
             most, taken = number * len(shared), number
-    return {task: points for task, points in of_tasks.items() if task in names[:taken]}
+    return names[:taken]
 
 
 def with_mean(

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from headcount.analysis import documents, frames
+from headcount.analysis.choice import Choice, choose
 from headcount.analysis.correlations import CORRELATIONS, correlation_table
 from headcount.analysis.curves import (
     AGAINST_RANDOM,
@@ -47,6 +48,14 @@ from headcount.analysis.induction import (
     shown_entries,
 )
 from headcount.analysis.points import Points, finished
+from headcount.analysis.removal import (
+    REMOVABLE,
+    REMOVED,
+    Removal,
+    measured_points,
+    removal_points,
+    removed_table,
+)
 from headcount.analysis.rows import ALL_TASKS, COMMON, FREE_FORM, OWN, OWN_ORDERS, RANDOM
 from headcount.analysis.schema import Table
 from headcount.analysis.top_sets import TOP_OVERLAPS, TOP_SETS, overlap_table, top_table
@@ -54,16 +63,17 @@ from headcount.analysis.transfer import TRANSFER, transfer_table, unshown
 from headcount.analysis.uniform import UNIFORM_COST, uniform_table
 from headcount.errors import StudyError
 from headcount.study.described import check_description
-from headcount.study.jobs import Done, Evaluation, ImportanceJob, InductionScores, Job, job_from
+from headcount.study.jobs import Done, Evaluation, ImportanceJob, InductionScores, Job, job_from, name_of
 from headcount.study.ledger import Found, Ledger, is_left_over
+from headcount.study.masksets import MaskSet
 from headcount.study.shapes import shape_of, shares
 from headcount.study.shown import Shown, told_apart
-from headcount.study.spec import scores_of
+from headcount.study.spec import ChoiceSpec, scores_of
 
 # All tables of a study, each the method of this name.
 TABLES = (EVALUATIONS, IMPORTANCE, AGGREGATE_IMPORTANCE, DEPTH, ORDERS, AGREEMENT, CURVES, FREE_FRACTIONS,
           AGAINST_RANDOM, UNIFORM_COST, GRID, TRANSFER, CORRELATIONS, TOP_SETS, TOP_OVERLAPS, INDUCTION, RETAINED,
-          INDUCTION_AMONG_IMPORTANT, DEGENERATE)
+          INDUCTION_AMONG_IMPORTANT, DEGENERATE, REMOVABLE, REMOVED)
 
 
 class _Entries(NamedTuple):
@@ -212,6 +222,47 @@ class Study:
     def degenerate(self) -> pd.DataFrame:
         distinct = self.distinct_values if self.ordering_scores["ffn"] == "accuracy" else {}
         return pd.concat([self.weak_results(), documents.coarse_oracles(distinct, self._layers)], ignore_index=True)
+
+    @_gives(REMOVABLE)
+    def removable(self) -> pd.DataFrame:
+        return self._removal.table
+
+    @_gives(REMOVED)
+    def removed(self) -> pd.DataFrame:
+        return removed_table(self._removal, {name_of(entry.job): entry.table for entry in self._entries.importance})
+
+    def mask(
+        self, *, free: bool = False, within: float | None = None, parameters: float | None = None,
+        heads: float | None = None, ffns: float | None = None, order: str | None = None,
+        num_fewshot: int | None = None,
+    ) -> Choice:
+        """The mask of one measured point, and what the study says of it (`headcount.analysis.choice`).
+
+        One of the ways to choose is given, of a table that `removable` is.
+
+        Args:
+            free: The fewest parameters at which a loss of the margin is ruled out, as at every smaller step.
+            within: The fewest parameters at which a loss of so many points is ruled out.
+            parameters: The most accurate point that leaves at most this share of the parameters.
+            heads: This point: the share of heads that is removed.
+            ffns: This point: the share of FFNs that is removed.
+            order: By whose order parts go: "mean", that of all tasks together (the default where it was measured), or a
+                task's name.
+            num_fewshot: At this number of shots; by default at the most that the study has.
+
+        Raises:
+            OptionError: If no point is as asked; the message names the nearest, or what there is.
+            StudyError: If the study has no pruned model yet.
+        """
+        return self.choose(ChoiceSpec(free=free, within=within, parameters=parameters, heads=heads, ffns=ffns,
+                                      order=order, shots=num_fewshot))
+
+    def choose(self, spec: ChoiceSpec) -> Choice:
+        """As `mask`, by options that lie in one object, as the command line gives them."""
+        return choose(
+            self.removable(), spec, tasks=tuple(self.tasks), masks=self._removal.masks, margin=self.spec["margin"],
+            model=str(self.model.get("name", "")), identity=str(self.model.get("identity", "")),
+            study=self.folder.resolve().name, parameters=self.description["anatomy"]["parameters"])
 
     def weak_results(self) -> pd.DataFrame:
         """Of `degenerate` what is of the full model's accuracies."""
@@ -448,3 +499,14 @@ class Study:
         anatomy = self.description["anatomy"]
         full = shape_of(anatomy["heads_per_layer"], anatomy.get("kv_groups_per_layer", ()))
         return shares(self.spec["fractions"], full)
+
+    @functools.cached_property
+    def _removal(self) -> Removal:
+        entries = self._entries.evaluation
+
+        def held(job: int, number: int) -> tuple[str | None, MaskSet]:
+            return entries[job].info["masks"][number].get("mask"), entries[job].job.masks
+
+        measured = measured_points(self._shown, list(self.tasks), held)
+        return removal_points(measured, self._full_models, self.spec["margin"], self.description["anatomy"][
+            "parameters"], {task: self._constant(task) for task in self.tasks}, self.above_chance)

@@ -279,6 +279,49 @@ class StudySpec(InductionSpec):
                 for k, v in (dataclasses.asdict(self) | decided).items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChoiceSpec:
+    """Which measured point of a study a model is reduced to; one of the ways to say it."""
+
+    free: bool = False
+    """The fewest parameters at which the study rules out a loss of its margin, as at every smaller step."""
+
+    within: float | None = field(default=None, metadata={"least": 0, "most": 100})
+    """The fewest parameters at which a loss of so many points of accuracy is ruled out."""
+
+    parameters: float | None = field(default=None, metadata=SHARE)
+    """The most accurate measured point that leaves at most this share of the parameters."""
+
+    heads: float | None = field(default=None, metadata=SHARE)
+    """This measured point: the share of heads that is removed."""
+
+    ffns: float | None = field(default=None, metadata=SHARE)
+    """This measured point: the share of FFNs that is removed."""
+
+    order: str | None = None
+    """By whose order heads and FFNs go: mean, that of all tasks together (the default where it was measured), or a
+    task's name."""
+
+    shots: int | None = field(default=None, metadata=NATURAL)
+    """At which number of shots the study is asked; by default at the most that it has."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        names = {"point": ("heads", "ffns")}
+        _check(len(self.ways) < 2, "choose one measured point, not "
+               + " and ".join(f"`{name}`" for way in self.ways for name in names.get(way, (way,))
+                              if getattr(self, name) is not None),
+               "free", "within", "parameters", "heads", "ffns")
+
+    @property
+    def ways(self) -> tuple[Literal["free", "within", "parameters", "point"], ...]:
+        """The ways in which a point is asked for: one, or none."""
+        given: dict[Literal["free", "within", "parameters", "point"], bool] = {
+            "free": self.free, "within": self.within is not None, "parameters": self.parameters is not None,
+            "point": self.heads is not None or self.ffns is not None}
+        return tuple(way for way, asked in given.items() if asked)
+
+
 # Of induction scores, by protocol: how many lengths, and how many texts of each.
 INDUCTION_TEXTS = {"sound": (7, 14), "paper": (100, 1)}
 # Options that `--preset NAME` stands for; the command line and --config win.
