@@ -271,7 +271,8 @@ def remove(
             check_mask(file, spec.model, loaded.identity, loaded.anatomy.heads_per_layer)
         reporter.stage("looking at what goes")
         removed = removed_from(loaded, file.mask)
-    terminal.print_savings(removed)
+    if format != "masked":
+        terminal.print_savings(removed)
     if dry_run:
         return
     with terminal.reporter() as reporter:
@@ -356,8 +357,8 @@ def _mask_of(path: Path | None, choice: ChoiceSpec | None) -> MaskFile:
     from headcount.mask_file import read_mask
 
     if choice is not None and (choice.ways or choice.uniform or choice.order or choice.shots is not None):
-        raise OptionError("a `mask` says itself what goes, and the other options choose a point of a `study`: leave out "
-                          "one or the other", fields=("mask", "study"))
+        raise OptionError("a `mask` says itself what goes, and the other options choose a point of a `study`: leave "
+                          "out one or the other", fields=("mask", "study"))
     return read_mask(path or "")
 
 

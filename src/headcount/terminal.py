@@ -305,7 +305,7 @@ def print_sentence(text: str) -> None:
 def print_savings(removed: Removed) -> None:
     """What goes and what that saves, before it is done."""
     print_sentence(f"{removed.savings}.")
-    for note in removed.plan.loaded.notes:
+    for note in removed.loaded.notes:
         print_note(note)
 
 

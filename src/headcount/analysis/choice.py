@@ -30,6 +30,8 @@ from headcount.stats.intervals import COSTS_MORE, WITHIN
 from headcount.study.spec import ChoiceSpec
 
 _EQUAL = 1e-9
+# A share is told with three digits, and may be given so.
+_TOLD = 6e-4
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -240,7 +242,7 @@ def _parameters(rows: pd.DataFrame, share: float, place: str) -> int:
 
 
 def _at(rows: pd.DataFrame, heads: float, ffns: float, place: str) -> int:
-    found = rows[((rows["heads_fraction"] - heads).abs() < _EQUAL) & ((rows["ffns_fraction"] - ffns).abs() < _EQUAL)]
+    found = rows[((rows["heads_fraction"] - heads).abs() < _TOLD) & ((rows["ffns_fraction"] - ffns).abs() < _TOLD)]
     if len(found):
         return int(found.index.to_numpy()[0])
     alone = [(f"{name} alone at", [f"{f:.3g}" for f in rows.loc[(rows[other] == 0) & (rows[column] > 0), column]])

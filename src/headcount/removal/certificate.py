@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM
 
 import headcount
 from headcount.errors import ModelError, first_line
-from headcount.model.load import load
+from headcount.masks import Mask
+from headcount.model.load import LoadedModel, load
 from headcount.model.read import quiet
 from headcount.removal.card import card
 from headcount.removal.cost import Savings
-from headcount.removal.narrow import Plan, logits_apart, tolerance
+from headcount.removal.narrow import logits_apart, tolerance
 
 FILE, EXPECTED = "headcount.json", "expected.safetensors"
 FORMAT = 1
@@ -40,11 +41,10 @@ Backend = Literal["headcount", "transformers"]
 
 
 def write(
-    folder: Path, plan: Plan, saved: Savings, format: str, proofs: Sequence[Mapping[str, Any]], ids: Tensor,
+    folder: Path, loaded: LoadedModel, mask: Mask, saved: Savings, format: str, proofs: Sequence[Mapping[str, Any]], ids: Tensor,
     expected: Tensor, chosen: Mapping[str, Any] | None, confirmation: Mapping[str, Any] | None,
 ) -> None:
     """Write the certificate, the expected logits and the model card into a folder that holds all else already."""
-    loaded = plan.loaded
     # Not by save_file, whose files nobody but their owner may read.
     (folder / EXPECTED).write_bytes(save({"input_ids": ids.contiguous(), "logits": expected.contiguous()}))
     told = {
@@ -54,8 +54,8 @@ def write(
                   "dtype": str(loaded.model.dtype).removeprefix("torch."), "notes": list(loaded.notes),
                   "commit": loaded.provenance.get("commit")},
         "removed": {"heads_per_layer": list(loaded.anatomy.heads_per_layer),
-                    "heads": [str(head) for head in plan.mask.heads_removed],
-                    "ffns": [f"L{layer}F" for layer in plan.mask.ffns_removed]},
+                    "heads": [str(head) for head in mask.heads_removed],
+                    "ffns": [f"L{layer}F" for layer in mask.ffns_removed]},
         "saved": {**asdict(saved), "share_left": saved.share_left, "prefill_flops_left": saved.time_left},
         "chosen": chosen, "confirmation": confirmation, "proofs": list(proofs),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,

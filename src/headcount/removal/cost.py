@@ -15,7 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
+from headcount.model.load import LoadedModel
 from headcount.removal.narrow import Plan
 from headcount.removal.shards import size
 
@@ -78,6 +80,14 @@ def savings(plan: Plan) -> Savings:
         loaded.anatomy.num_parameters, sum(p.numel() for p in plan.empty.parameters()),
         sum(map(size, tensors.values())), flops(_on_meta(loaded.model)), flops(plan.empty), loaded.anatomy.num_heads,
         len(mask.heads_removed), loaded.anatomy.num_layers, len(mask.ffns_removed))
+
+
+def unsaved(loaded: LoadedModel, mask: Mask) -> Savings:
+    """What zeros in place of weights save: nothing."""
+    parameters = loaded.anatomy.num_parameters
+    counted = flops(_on_meta(loaded.model))
+    return Savings(parameters, parameters, sum(map(size, loaded.model.parameters())), counted, counted,
+                   loaded.anatomy.num_heads, len(mask.heads_removed), loaded.anatomy.num_layers, len(mask.ffns_removed))
 
 
 def flops(model: PreTrainedModel | None) -> int | None:

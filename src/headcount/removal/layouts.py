@@ -230,7 +230,8 @@ class _Attention:
         if not self.is_even or "split" in self.found.told:
             if not hasattr(attention, "config"):
                 raise ModelError(f"{type(attention).__name__} does not go through transformers' attention interface, "
-                                 "so its KV groups cannot keep unlike numbers of heads")
+                                 "so its KV groups cannot keep unlike numbers of heads; use `format='masked'`",
+                                 fields=("format='masked'",))
             self.found.told["kv_of_head"] = self.kv_of_head.tolist()
 
     def _rows(self, name: str, module: nn.Module, rows: Kept) -> None:
@@ -267,7 +268,7 @@ class _Attention:
     def _unknown(self, name: str, what: nn.Module | Tensor) -> ModelError:
         kind = f"a parameter of shape {tuple(what.shape)}" if isinstance(what, Tensor) else type(what).__name__
         return ModelError(f"heads cannot be removed from {type(self.part.attention).__name__}: which part of {name} "
-                          f"({kind}) belongs to a head is not known")
+                          f"({kind}) belongs to a head is not known; use `format='masked'`", fields=("format='masked'",))
 
 
 def _rows_of(module: nn.Module, count: int, index: Kept, otherwise: ModelError) -> Kept:
@@ -315,7 +316,7 @@ def _cut_ffn(found: Cut, part: LayerAnatomy, names: Mapping[int, str], outputs: 
     linear = {name: m for name, m in inside.named_children() if hasattr(m, "in_features") or hasattr(m, "nx")}
     if down not in linear.values():
         raise ModelError(f"the FFN of {type(part.block).__name__} cannot be removed: what of it ends in {output} is "
-                         "not known")
+                         "not known; use `format='masked'`", fields=("format='masked'",))
     others = sum(1 for _ in inside.parameters()) > sum(1 for m in linear.values() for _ in m.parameters())
     if part.ffn is not None and (others or any(hasattr(m, "nx") for m in linear.values())):
         _constant(found, part, names[id(part.ffn)], output, outputs, bias=False)

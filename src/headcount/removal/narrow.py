@@ -61,7 +61,6 @@ def planned(loaded: LoadedModel, mask: Mask) -> Plan:
     """
     model, anatomy = loaded.model, loaded.anatomy
     anatomy.check(mask)
-    _check_kind(loaded)
     with torch.no_grad(), _outputs_seen(loaded) as outputs:
         parts = learned(model, anatomy, probe_tokens(model))
     names = {id(module): name for name, module in model.named_modules()}
@@ -72,8 +71,12 @@ def planned(loaded: LoadedModel, mask: Mask) -> Plan:
     return Plan(loaded, mask, blocks, parts, cuts, _empty(loaded, mask, blocks, cuts))
 
 
-def _check_kind(loaded: LoadedModel) -> None:
-    """Refuse what cannot be cut."""
+def check_kind(loaded: LoadedModel) -> None:
+    """Refuse what cannot be cut.
+
+    Raises:
+        ModelError: If weights are quantised, or lie on several devices.
+    """
     model = loaded.model
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
         raise ModelError(f"{loaded.name} is quantised, and rows cannot be cut out of coded weights: remove from the "
@@ -178,10 +181,10 @@ class Walk:
         try:
             error = apart(first(twin(hidden.clone(), *call.args, **call.kwargs)), masked)
         except FAILURES as failure:
-            raise not_known(plan, f"block {number}, made smaller, does not run ({failure})") from failure
+            raise not_known(plan.loaded.model, f"block {number}, made smaller, does not run ({failure})") from failure
         if not error <= tolerance(masked.dtype):
-            raise not_known(plan, f"block {number}, made smaller, puts out something else than under the mask "
-                            f"({error:.1e} of the spread)")
+            raise not_known(plan.loaded.model, f"block {number}, made smaller, puts out something else than under the "
+                            f"mask ({error:.1e} of the spread)")
         self.worst = max(self.worst, error)
 
     def logits(self) -> Float[Tensor, "batch pos vocabulary"]:
@@ -194,9 +197,9 @@ class Walk:
         return logits.reshape(*self.ids.shape, -1).float().cpu()
 
 
-def not_known(plan: Plan, why: str) -> ModelError:
+def not_known(model: PreTrainedModel, why: str) -> ModelError:
     """Physical removal is refused for this model, and the format that always works is offered."""
-    return ModelError(f"what the mask leaves out cannot be removed from {type(plan.loaded.model).__name__}: {why}; use "
+    return ModelError(f"what the mask leaves out cannot be removed from {type(model).__name__}: {why}; use "
                       "`format='masked'`, which sets weights to zero", fields=("format='masked'",))
 
 

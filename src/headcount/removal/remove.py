@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +27,19 @@ from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, load, wrap
 from headcount.removal import certificate, stock
-from headcount.removal.cost import Savings, savings
-from headcount.removal.narrow import Plan, Walk, fill_rest, logits_apart, not_known, planned, put, tolerance
-from headcount.removal.save import total, write_transformers, written
+from headcount.removal.cost import Savings, savings, unsaved
+from headcount.removal.narrow import (
+    Plan,
+    Walk,
+    check_kind,
+    fill_rest,
+    logits_apart,
+    not_known,
+    planned,
+    put,
+    tolerance,
+)
+from headcount.removal.save import write_transformers, written
 from headcount.removal.weights_on_disk import on_disk
 
 Format = Literal["transformers", "stock", "masked"]
@@ -45,20 +54,31 @@ class Removed:
     """What `remove` gives: the model without some heads and FFNs.
 
     Attributes:
-        plan: How it is made.
-        savings: What that saves.
+        loaded: The full model, which stays as it is.
+        mask: What stays.
     """
 
-    plan: Plan
-    savings: Savings
+    loaded: LoadedModel
+    mask: Mask
 
     def __repr__(self) -> str:
-        return f"Removed({self.savings})"
+        heads, ffns = len(self.mask.heads_removed), len(self.mask.ffns_removed)
+        return (f"Removed({heads} of {self.loaded.anatomy.num_heads} heads and {ffns} of "
+                f"{self.loaded.anatomy.num_layers} FFNs of {self.loaded.name})")
 
-    @property
-    def mask(self) -> Mask:
-        """What stays."""
-        return self.plan.mask
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """How the model becomes smaller.
+
+        Raises:
+            ModelError: If it is of a family of which it is not known what belongs to a head or an FFN.
+        """
+        return planned(self.loaded, self.mask)
+
+    @functools.cached_property
+    def savings(self) -> Savings:
+        """What that saves; raises as `plan` does."""
+        return savings(self.plan)
 
     @functools.cached_property
     def model(self) -> LoadedModel:
@@ -67,19 +87,17 @@ class Removed:
         Raises:
             ModelError: If they are not the same, or the weights of the full model lie on the disk.
         """
-        plan = self.plan
-        if on_disk(plan.loaded.model):
-            raise ModelError(f"the weights of {plan.loaded.name} lie on the disk: save the smaller model and load "
-                             "that")
-        ids = prompts(plan.loaded)
-        walk = Walk(plan, ids)
-        for _ in walk.blocks():
+        loaded = self.loaded
+        if on_disk(loaded.model):
+            raise ModelError(f"the weights of {loaded.name} lie on the disk: save the smaller model and load that")
+        ids, plan = prompts(loaded), self.plan
+        for _ in Walk(plan, ids).blocks():
             pass
         fill_rest(plan)
-        plan.empty.generation_config = plan.loaded.model.generation_config
-        made = wrap(plan.empty, plan.loaded.tokenizer, f"{plan.loaded.name} (removed)")
-        made = dataclasses.replace(made, apply_chat_template=plan.loaded.apply_chat_template)
-        _check(made, ids, masked_logits(plan, ids), plan, "in memory")
+        plan.empty.generation_config = loaded.model.generation_config
+        made = wrap(plan.empty, loaded.tokenizer, f"{loaded.name} (removed)")
+        made = dataclasses.replace(made, apply_chat_template=loaded.apply_chat_template)
+        _check(made, ids, self._masked_logits(ids), "in memory")
         return made
 
     def save(
@@ -98,20 +116,59 @@ class Removed:
 
         Raises:
             OptionError: If the folder exists, the format is unknown or does not fit the mask, or the disk is full.
-            ModelError: If the smaller model is not the masked one.
+            ModelError: If the smaller model is not the masked one, or it is not known how it becomes smaller.
         """
         if format not in FORMATS:
             raise OptionError(f"`format` is {', '.join(FORMATS)}, not {format!r}", fields=("format",))
-        out, plan = Path(out), self.plan
-        ids = prompts(plan.loaded)
-        needed = total(plan) if format == "transformers" else 4 * plan.loaded.anatomy.num_parameters
-        with written(out, needed) as folder:
-            if format == "transformers":
-                proofs, expected = _streamed(plan, folder, ids)
-            else:
-                proofs, expected = _whole(plan, folder, ids, format)
-            certificate.write(folder, plan, self.savings, format, proofs, ids, expected, chosen, confirmation)
+        out, loaded = Path(out), self.loaded
+        saved = unsaved(loaded, self.mask) if format == "masked" else self.savings
+        ids = prompts(loaded)
+        with written(out, saved.bytes_left) as folder:
+            write = self._streamed if format == "transformers" else functools.partial(self._whole, format)
+            proofs, expected = write(folder, ids)
+            certificate.write(folder, loaded, self.mask, saved, format, proofs, ids, expected, chosen, confirmation)
         return out
+
+    def _streamed(self, folder: Path, ids: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+        """The default format: block by block; then read again, whole where the full model is in memory."""
+        plan, loaded, walk = self.plan, self.loaded, Walk(self.plan, ids)
+        write_transformers(walk, folder)
+        _write_beside(loaded, folder)
+        proofs = [_proof("each block, while it was written", walk.worst, loaded)]
+        if on_disk(loaded.model):
+            again = Walk(plan, ids)
+            for _, block in again.blocks(functools.partial(_from_files, plan, _weight_map(folder))):
+                block.to("meta")
+            return [*proofs, _proof("each block, read again from the files", again.worst, loaded)], walk.logits()
+        expected = self._masked_logits(ids)
+        return [*proofs, self._reloaded(folder, ids, expected)], expected
+
+    def _whole(self, format: Format, folder: Path, ids: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+        """A format whose tensors have transformers' own names and shapes: written by transformers."""
+        loaded = self.loaded
+        if on_disk(loaded.model):
+            raise ModelError(f"the weights of {loaded.name} lie on the disk, and only `format='transformers'` is written "
+                             "block by block: load it into memory", fields=("format='transformers'",))
+        expected = self._masked_logits(ids)
+        if format == "stock":
+            stock.write_stock(self.plan, folder)
+        else:
+            stock.write_masked(loaded, self.mask, folder)
+        _write_beside(loaded, folder)
+        return [self._reloaded(folder, ids, expected)], expected
+
+    def _masked_logits(self, ids: Tensor) -> Tensor:
+        """Logits of the masked model, through its plain forward pass."""
+        with ablated(self.loaded.anatomy, self.mask):
+            return logits(self.loaded, ids)
+
+    def _reloaded(self, folder: Path, ids: Tensor, expected: Tensor) -> dict[str, Any]:
+        """The proof that the folder, read again, is the masked model."""
+        loaded = self.loaded
+        again = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."), device=str(loaded.device),
+                     attn_implementation=loaded.model.config.get_text_config()._attn_implementation)
+        error = _check(again, ids, expected, "loaded again")
+        return _proof("logits of the whole model, loaded again from the files", error, loaded)
 
 
 def remove(model: LoadedModel, mask: Mask) -> Removed:
@@ -123,14 +180,13 @@ def remove(model: LoadedModel, mask: Mask) -> Removed:
 
     Raises:
         OptionError: If the mask is of another model, or leaves everything as it is.
-        ModelError: If the model is quantised, on several devices, or of a family of which it is not known what belongs
-            to a head or an FFN.
+        ModelError: If the model is quantised, or on several devices.
     """
     model.anatomy.check(mask)
     if mask.is_full:
         raise OptionError("the mask leaves everything as it is: there is nothing to remove")
-    plan = planned(model, mask)
-    return Removed(plan, savings(plan))
+    check_kind(model)
+    return Removed(model, mask)
 
 
 def prompts(loaded: LoadedModel) -> Tensor:
@@ -151,67 +207,21 @@ def logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
     return found.float().cpu()
 
 
-def masked_logits(plan: Plan, ids: Tensor) -> Tensor:
-    """Logits of the masked model, through its plain forward pass."""
-    with ablated(plan.loaded.anatomy, plan.mask):
-        return logits(plan.loaded, ids)
-
-
-def _check(small: LoadedModel, ids: Tensor, expected: Tensor, plan: Plan, where: str) -> float:
+def _check(small: LoadedModel, ids: Tensor, expected: Tensor, where: str) -> float:
     """How far the smaller model's logits are from the masked model's; too far is refused."""
     try:
         error = logits_apart(logits(small, ids), expected)
     except FAILURES as failure:
-        raise not_known(plan, f"{where}, the smaller model does not run ({failure})") from failure
-    allowed = tolerance(plan.loaded.model.dtype)
+        raise not_known(small.model, f"{where}, the smaller model does not run ({failure})") from failure
+    allowed = tolerance(small.model.dtype)
     if not error <= allowed:
-        raise not_known(plan, f"{where}, the smaller model's logits differ from the masked model's by {error:.1e} of "
-                        f"their spread, where {allowed:.0e} is allowed")
+        raise not_known(small.model, f"{where}, the smaller model's logits differ from the masked model's by {error:.1e} "
+                        f"of their spread, where {allowed:.0e} is allowed")
     return error
 
 
-def _proof(what: str, largest: float, plan: Plan) -> dict[str, Any]:
-    return {"what": what, "largest": largest, "tolerance": tolerance(plan.loaded.model.dtype)}
-
-
-def _streamed(plan: Plan, folder: Path, ids: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
-    """The default format: block by block; then read again, whole where the full model is in memory."""
-    loaded, walk = plan.loaded, Walk(plan, ids)
-    write_transformers(walk, folder)
-    _write_beside(loaded, folder)
-    proofs = [_proof("each block, while it was written", walk.worst, plan)]
-    if on_disk(loaded.model):
-        again = Walk(plan, ids)
-        for _, block in again.blocks(functools.partial(_from_files, plan, _weight_map(folder))):
-            block.to("meta")
-        return [*proofs, _proof("each block, read again from the files", again.worst, plan)], walk.logits()
-    expected = masked_logits(plan, ids)
-    reloaded = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."), device=str(loaded.device),
-                    attn_implementation=loaded.model.config.get_text_config()._attn_implementation)
-    error = _check(reloaded, ids, expected, plan, "loaded again")
-    del reloaded
-    gc.collect()
-    return [*proofs, _proof("logits of the whole model, loaded again from the files", error, plan)], expected
-
-
-def _whole(
-    plan: Plan, folder: Path, ids: Tensor, format: Format
-) -> tuple[list[dict[str, Any]], Tensor]:
-    """A format whose tensors have transformers' own names and shapes: written by transformers."""
-    loaded = plan.loaded
-    if on_disk(loaded.model):
-        raise ModelError(f"the weights of {loaded.name} lie on the disk, and only `format='transformers'` is written "
-                         "block by block: load it into memory", fields=("format='transformers'",))
-    expected = masked_logits(plan, ids)
-    if format == "stock":
-        stock.write_stock(plan, folder)
-    else:
-        stock.write_masked(plan, folder)
-    _write_beside(loaded, folder)
-    reloaded = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."), device=str(loaded.device),
-                    attn_implementation=loaded.model.config.get_text_config()._attn_implementation)
-    error = _check(reloaded, ids, expected, plan, "loaded again")
-    return [_proof("logits of the whole model, loaded again from the files", error, plan)], expected
+def _proof(what: str, largest: float, loaded: LoadedModel) -> dict[str, Any]:
+    return {"what": what, "largest": largest, "tolerance": tolerance(loaded.model.dtype)}
 
 
 def _write_beside(loaded: LoadedModel, folder: Path) -> None:

@@ -22,7 +22,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from headcount.errors import OptionError
+from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
+from headcount.model.load import LoadedModel
 from headcount.model.removed import base_of
 from headcount.removal.narrow import Plan, Walk, fill_rest, put
 
@@ -68,6 +70,10 @@ def _shape(plan: Plan) -> tuple[int, int, int]:
         raise OptionError(f"a stock class has layers of one shape, and the mask leaves others ({where}): choose a mask "
                           "of `--uniform` curves, or use `format='transformers'`",
                           fields={"--uniform": "--uniform", "format='transformers'": "--format transformers"})
+    if any("columns" in one.told for one in plan.cuts):
+        raise OptionError("a norm of queries and keys reads all heads at once, so that those of removed heads stay, for "
+                          "which a stock class has no place: use `format='transformers'` or 'masked'",
+                          fields=("format='transformers'",))
     head_dim = getattr(layers[0].attention, "head_dim", None)
     return sum(shapes[0]), len(shapes[0]), head_dim if isinstance(head_dim, int) else layers[0].d_head
 
@@ -97,7 +103,7 @@ def _built(
         with torch.device("meta"):
             made: PreTrainedModel = of_base._from_config(of_base.config_class(**settings)).eval()
     except (*FAILURES, StrictDataclassError) as error:
-        return None, " ".join(str(error).split())[:160]
+        return None, f"its config takes no such numbers ({' '.join(str(error).split())[:160]})"
     shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
     if shapes == wanted:
         return made, ""
@@ -119,19 +125,18 @@ def _filled(plan: Plan, made: PreTrainedModel) -> PreTrainedModel:
     return made
 
 
-def write_masked(plan: Plan, folder: Path) -> None:
+def write_masked(loaded: LoadedModel, mask: Mask, folder: Path) -> None:
     """Write the model as it was, with zeros in place of what was removed."""
-    model = plan.loaded.model
-    zeros = dict(_zeros(plan))
+    model = loaded.model
+    zeros = dict(_zeros(loaded, mask))
     weights = {name: zeros.get(name, value) for name, value in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=weights)
 
 
-def _zeros(plan: Plan) -> Iterator[tuple[str, Tensor]]:
+def _zeros(loaded: LoadedModel, mask: Mask) -> Iterator[tuple[str, Tensor]]:
     """Tensors with zeros, by name."""
-    model, mask = plan.loaded.model, plan.mask
-    names = {id(module): name for name, module in model.named_modules()}
-    for part, heads, ffn in zip(plan.loaded.anatomy.layers, mask.heads, mask.ffns, strict=True):
+    names = {id(module): name for name, module in loaded.model.named_modules()}
+    for part, heads, ffn in zip(loaded.anatomy.layers, mask.heads, mask.ffns, strict=True):
         out: Any = part.out_proj
         if not heads.all():
             weight = out.weight.detach().clone()
