@@ -41,8 +41,8 @@ Backend = Literal["headcount", "transformers"]
 
 
 def write(
-    folder: Path, loaded: LoadedModel, mask: Mask, saved: Savings, format: str, proofs: Sequence[Mapping[str, Any]], ids: Tensor,
-    expected: Tensor, chosen: Mapping[str, Any] | None, confirmation: Mapping[str, Any] | None,
+    folder: Path, loaded: LoadedModel, mask: Mask, saved: Savings, format: str, proofs: Sequence[Mapping[str, Any]],
+    ids: Tensor, expected: Tensor, chosen: Mapping[str, Any] | None, confirmation: Mapping[str, Any] | None,
 ) -> None:
     """Write the certificate, the expected logits and the model card into a folder that holds all else already."""
     # Not by save_file, whose files nobody but their owner may read.

@@ -268,7 +268,8 @@ class _Attention:
     def _unknown(self, name: str, what: nn.Module | Tensor) -> ModelError:
         kind = f"a parameter of shape {tuple(what.shape)}" if isinstance(what, Tensor) else type(what).__name__
         return ModelError(f"heads cannot be removed from {type(self.part.attention).__name__}: which part of {name} "
-                          f"({kind}) belongs to a head is not known; use `format='masked'`", fields=("format='masked'",))
+                          f"({kind}) belongs to a head is not known; use `format='masked'`",
+                          fields=("format='masked'",))
 
 
 def _rows_of(module: nn.Module, count: int, index: Kept, otherwise: ModelError) -> Kept:

@@ -147,8 +147,8 @@ class Removed:
         """A format whose tensors have transformers' own names and shapes: written by transformers."""
         loaded = self.loaded
         if on_disk(loaded.model):
-            raise ModelError(f"the weights of {loaded.name} lie on the disk, and only `format='transformers'` is written "
-                             "block by block: load it into memory", fields=("format='transformers'",))
+            raise ModelError(f"the weights of {loaded.name} lie on the disk, and only `format='transformers'` is "
+                             "written block by block: load it into memory", fields=("format='transformers'",))
         expected = self._masked_logits(ids)
         if format == "stock":
             stock.write_stock(self.plan, folder)
@@ -215,8 +215,8 @@ def _check(small: LoadedModel, ids: Tensor, expected: Tensor, where: str) -> flo
         raise not_known(small.model, f"{where}, the smaller model does not run ({failure})") from failure
     allowed = tolerance(small.model.dtype)
     if not error <= allowed:
-        raise not_known(small.model, f"{where}, the smaller model's logits differ from the masked model's by {error:.1e} "
-                        f"of their spread, where {allowed:.0e} is allowed")
+        raise not_known(small.model, f"{where}, the smaller model's logits differ from the masked model's by "
+                        f"{error:.1e} of their spread, where {allowed:.0e} is allowed")
     return error
 
 

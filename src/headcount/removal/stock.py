@@ -70,9 +70,9 @@ def _shape(plan: Plan) -> tuple[int, int, int]:
         raise OptionError(f"a stock class has layers of one shape, and the mask leaves others ({where}): choose a mask "
                           "of `--uniform` curves, or use `format='transformers'`",
                           fields={"--uniform": "--uniform", "format='transformers'": "--format transformers"})
-    if any("columns" in one.told for one in plan.cuts):
-        raise OptionError("a norm of queries and keys reads all heads at once, so that those of removed heads stay, for "
-                          "which a stock class has no place: use `format='transformers'` or 'masked'",
+    if any("columns" in layer.told for layer in plan.cuts):
+        raise OptionError("a norm of queries and keys reads all heads at once, so that those of removed heads stay, "
+                          "for which a stock class has no place: use `format='transformers'` or 'masked'",
                           fields=("format='transformers'",))
     head_dim = getattr(layers[0].attention, "head_dim", None)
     return sum(shapes[0]), len(shapes[0]), head_dim if isinstance(head_dim, int) else layers[0].d_head
