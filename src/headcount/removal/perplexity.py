@@ -119,7 +119,8 @@ def windows(tokens: int, longest: int) -> Iterator[tuple[int, int, int]]:
 def _nats(logits: Float[Tensor, "pos vocab"], targets: Int[Tensor, " pos"]) -> float:
     """Negative log-likelihood of these targets, summed in double precision."""
     total = 0.0
-    for some, wanted in zip(logits.split(_AT_ONCE), targets.to(logits.device).split(_AT_ONCE), strict=True):
-        nats = torch.nn.functional.cross_entropy(some.float(), wanted, reduction="none")
+    for start in range(0, len(targets), _AT_ONCE):
+        some, wanted = logits[start : start + _AT_ONCE], targets[start : start + _AT_ONCE]
+        nats = torch.nn.functional.cross_entropy(some.float(), wanted.to(some.device), reduction="none")
         total += float(nats.double().sum())
     return total

@@ -86,7 +86,7 @@ def continuations(
                 raise OptionError(f"the prompt {prompt[:40]!r} has {ids.shape[1]} tokens, and the window of "
                                   f"{loaded.name} {loaded.max_length}: give another prompt")
             # What a model's own settings would add to plain greedy decoding is named here, too.
-            how = GenerationConfig(
+            how = GenerationConfig(  # type: ignore[no-untyped-call]
                 do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=padding,
                 max_new_tokens=min(new_tokens, loaded.max_length - ids.shape[1]))
             generate: Any = loaded.model.generate

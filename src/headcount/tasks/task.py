@@ -117,6 +117,10 @@ class Task:
         used = dict.fromkeys(s for s in (config.training_split, config.validation_split, config.test_split) if s)
         return {split: len(self.inner.dataset[split]) for split in used if split in self.inner.dataset}
 
+    def split_name(self, split: Split) -> str:
+        """What lm-eval calls a split of this task."""
+        return self._split_named(split)
+
     @property
     def is_produced(self) -> bool:
         """Whether the answer is no choice: greedy decoding must give the continuation."""
@@ -340,12 +344,14 @@ class Task:
         return self._origins[split]
 
     def _origin_of(self, split: Split) -> Origin:
+        return origin_of(self.name, self.inner, self._split_named(split), self.inner.config.process_docs, self.place)
+
+    def _split_named(self, split: Split) -> str:
         config = self.inner.config
-        name = {"train": config.training_split, "validation": config.validation_split,
-                "test": config.test_split}[self.examples_split]
         if split == "evaluation":
-            name = config.test_split if self.inner.has_test_docs() else config.validation_split
-        return origin_of(self.name, self.inner, name, config.process_docs, self.place)
+            return str(config.test_split if self.inner.has_test_docs() else config.validation_split)
+        return str({"train": config.training_split, "validation": config.validation_split,
+                    "test": config.test_split}[self.examples_split])
 
     def _check_shot(self, shot: Document) -> None:
         position = self._pool.position(shot)
