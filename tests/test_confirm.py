@@ -32,7 +32,7 @@ WORDS = ("apples", "bridges", "candles", "doors", "engines", "forests", "gardens
 def question(number: int) -> dict[str, object]:
     word = WORDS[number % len(WORDS)]
     return {"goal": f"{word} {number}: how many {word} are there?", "sol1": f"There are {number} of them.",
-            "sol2": f"Nobody has seen {number + 3} {word}.", "label": number % 2}
+            "sol2": f"There are {number + 3} of them.", "label": number % 2}
 
 
 def write_documents(folder: Path, name: str, **splits: Sequence[dict[str, object]]) -> Path:
@@ -88,9 +88,11 @@ def test_the_papers_shuffled_documents_are_followed(plain: Path) -> None:
 
 
 def test_shared_shots_are_no_documents_of_a_confirmation(tmp_path: Path) -> None:
-    documents = write_documents(tmp_path, "piqa", validation=questions(*range(60)))
-    task = hc.get_tasks("piqa", data=documents, examples_split="validation")["piqa"]
-    facts = StudyFacts(("piqa",), 3, limit=20, importance_limit=20, examples_split="validation", shared_shots=True)
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"context": doc["goal"], "options": [doc["sol1"], doc["sol2"]], "gold": 0}) + "\n"
+                           for doc in questions(*range(60))))
+    task = hc.get_tasks(own, examples_split="validation")["own"]
+    facts = StudyFacts(("own",), 3, limit=20, importance_limit=20, examples_split="validation", shared_shots=True)
     few_shot = hc.measure.evaluate.FewShot(3, None, facts.seed, shared=True)
     order = [prompt.doc_id for prompt in task.prompts("evaluation", few_shot)]
     assert len(order) == 57 and task.doc_ids("evaluation", few_shot) == order
@@ -125,7 +127,8 @@ def its_own_shot(prompt: Prompt) -> bool:
     return prompt.pairs[0][0].count(str(prompt.doc["goal"])) > 1
 
 
-def test_a_confirmation_is_what_a_whole_evaluation_says_of_these_documents(plain: Path, mask: Mask) -> None:
+def test_a_confirmation_is_what_a_whole_evaluation_says_of_these_documents(plain: Path) -> None:
+    mask = Mask.full(tiny.loaded().anatomy.heads_per_layer).without_heads([(0, 0)]).without_ffns([1, 2])
     write_documents(plain, "copa", train=copa(range(40)), validation=copa(range(100, 150)))
     facts = StudyFacts(("piqa", "copa"), 2, plain, limit=25)
     found = confirm(tiny.loaded(), mask, facts)
@@ -150,7 +153,7 @@ def test_a_confirmation_is_what_a_whole_evaluation_says_of_these_documents(plain
 
 def copa(numbers: range) -> list[dict[str, object]]:
     return [{"premise": f"The {WORDS[i % 20]} number {i} fell down.", "choice1": f"It broke {i} times.",
-             "choice2": "Nobody cared at all.", "question": "effect", "label": i % 2, "idx": i} for i in numbers]
+             "choice2": f"It broke {i + 3} times.", "question": "effect", "label": i % 2, "idx": i} for i in numbers]
 
 
 def test_a_removed_model_confirms_alike(plain: Path, mask: Mask) -> None:
@@ -192,13 +195,13 @@ def test_facts_are_read_off_what_a_study_was_asked_for() -> None:
             "model": "m", "fractions": [0.1]}
     facts = StudyFacts(("piqa", "copa"), 5, Path("docs"), 40, 7, "validation", 3, True, "paper", 0.01)
     assert facts_of(spec) == facts and facts_of(spec, 1).num_fewshot == 1
-    written = hc.StudySpec(model="m", tasks=("piqa",)).to_dict()
+    written = hc.StudySpec(model="m", tasks=("piqa",)).to_json()
     assert facts_of(written) == StudyFacts(("piqa",), 5)
 
 
 def test_what_cannot_be_confirmed_is_refused(plain: Path, mask: Mask) -> None:
     facts = StudyFacts(("piqa",), data=plain, limit=30)
-    with pytest.raises(OptionError, match="at least 1 document, not `n` 0"):
+    with pytest.raises(OptionError, match="at least 1 document, not n 0"):
         confirm(tiny.loaded(), mask, facts, 0)
     with pytest.raises(OptionError, match="load it as the study did"):
         confirm(tiny.loaded(), mask, StudyFacts(("piqa",), apply_chat_template=True))
@@ -306,7 +309,7 @@ def test_the_terminal_shows_accuracies_perplexity_and_both_continuations(
     shown = capsys.readouterr().out
     assert "piqa" in shown and PROMPTS[0] in shown and f"{texts[1].bits_per_byte:.3f}" in shown
     flat = " ".join(shown.split())
-    assert found.sentence in flat
+    assert found.sentence[1:] in flat
     terminal.print_confirmation(found)
     assert PROMPTS[0] not in capsys.readouterr().out
 
