@@ -83,7 +83,8 @@ def test_the_papers_shuffled_documents_are_followed(plain: Path) -> None:
     few_shot = hc.measure.evaluate.FewShot(0, 25)
     evaluated = {prompt.doc_id for prompt in task.prompts("evaluation", few_shot)}
     split, others = other_documents(task, StudyFacts(("piqa",), limit=25, protocol="paper"))
-    assert split == "evaluation" and len(others) == 35
+    assert split == "evaluation"
+    assert len(others) == 35
     assert {*others} == {*range(60)} - evaluated != {*range(25, 60)}
 
 
@@ -95,7 +96,8 @@ def test_shared_shots_are_no_documents_of_a_confirmation(tmp_path: Path) -> None
     facts = StudyFacts(("own",), 3, limit=20, importance_limit=20, examples_split="validation", shared_shots=True)
     few_shot = hc.measure.evaluate.FewShot(3, None, facts.seed, shared=True)
     order = [prompt.doc_id for prompt in task.prompts("evaluation", few_shot)]
-    assert len(order) == 57 and task.doc_ids("evaluation", few_shot) == order
+    assert len(order) == 57
+    assert task.doc_ids("evaluation", few_shot) == order
     assert other_documents(task, facts) == ("evaluation", order[20:])
 
 
@@ -116,7 +118,8 @@ def test_no_document_is_among_its_own_shots(plain: Path, mask: Mask) -> None:
     few_shot = hc.measure.evaluate.FewShot(5, None)
     itself = [own.doc_id for own in task.prompts("examples", few_shot) if its_own_shot(own)]
     kept = task.prompts("examples", few_shot, apart=True)
-    assert itself and not any(map(its_own_shot, kept))
+    assert itself
+    assert not any(map(its_own_shot, kept))
     assert sorted([*itself, *(own.doc_id for own in kept)]) == [*range(40)]
     facts = StudyFacts(("piqa",), 5, importance_limit=10, protocol="paper")
     found = confirm(tiny.loaded(), mask, facts, tasks={"piqa": task})
@@ -144,10 +147,12 @@ def test_a_confirmation_is_what_a_whole_evaluation_says_of_these_documents(plain
         assert (one.split, one.split_name, one.compared.documents) == ("evaluation", "validation", rest.sum())
         assert (one.compared.full, one.compared.removed) == pytest.approx(values.mean(axis=1))
     mean = found.mean
-    assert mean is not None and (mean.full, mean.removed) == pytest.approx(np.mean(means, axis=0))
+    assert mean is not None
+    assert (mean.full, mean.removed) == pytest.approx(np.mean(means, axis=0))
     low, high = (bound[0] for bound in difference_interval(changes))
     assert (mean.low, mean.high) == pytest.approx((low, high))
-    assert mean.verdict == verdict(low, high, 0.02) and mean.low <= mean.difference <= mean.high
+    assert mean.verdict == verdict(low, high, 0.02)
+    assert mean.low <= mean.difference <= mean.high
     assert mean.removed != mean.full  # else nothing is shown
 
 
@@ -167,10 +172,12 @@ def test_a_removed_model_confirms_alike(plain: Path, mask: Mask) -> None:
 def test_a_task_without_other_documents_is_named(plain: Path, mask: Mask) -> None:
     write_documents(plain, "copa", train=copa(range(10)), validation=copa(range(100, 130)))
     found = confirm(tiny.loaded(), mask, StudyFacts(("piqa", "copa"), data=plain, limit=30, importance_limit=100))
-    assert found.left_out == ("copa",) and [one.task for one in found.tasks] == ["piqa"]
+    assert found.left_out == ("copa",)
+    assert [one.task for one in found.tasks] == ["piqa"]
     assert found.sentence.endswith("; copa has no other documents")
     nothing = confirm(tiny.loaded(), mask, StudyFacts(("copa",), data=plain, importance_limit=100))
-    assert nothing.mean is None and nothing.sentence == "nothing could be confirmed: copa has no other documents"
+    assert nothing.mean is None
+    assert nothing.sentence == "nothing could be confirmed: copa has no other documents"
     assert json.loads(json.dumps(nothing.to_dict()))["mean"] is None
 
 
@@ -178,15 +185,18 @@ def test_the_sentence_says_what_was_measured_and_json_holds_it(plain: Path) -> N
     everything = Mask.full(tiny.loaded().anatomy.heads_per_layer)
     found = confirm(tiny.loaded(), everything, StudyFacts(("piqa",), data=plain, importance_limit=15))
     of = found.tasks[0].compared
-    assert of.difference == 0 and of.verdict == "unknown"  # 25 documents rule nothing out
+    assert of.difference == 0
+    assert of.verdict == "unknown"
     share = f"{of.full:.3f}"[1:]
     assert found.sentence == (
         f"on 25 other documents of piqa (training documents that importance did not read) accuracy is {share}, the "
         f"full model's {share}: 0.0 points (95 % interval {100 * of.low:.1f} to {100 * of.high:+.1f}); a loss of 2 "
         "points is neither ruled out nor shown")
     told = json.loads(json.dumps(found.to_dict()))
-    assert told["sentence"] == found.sentence and told["tasks"][0]["split"] == "examples"
-    assert told["mean"]["difference"] == 0 and told["tasks"][0]["split_name"] == "train"
+    assert told["sentence"] == found.sentence
+    assert told["tasks"][0]["split"] == "examples"
+    assert told["mean"]["difference"] == 0
+    assert told["tasks"][0]["split_name"] == "train"
 
 
 def test_facts_are_read_off_what_a_study_was_asked_for() -> None:
@@ -194,7 +204,8 @@ def test_facts_are_read_off_what_a_study_was_asked_for() -> None:
             "examples_split": "validation", "seed": 3, "shared_shots": True, "protocol": "paper", "margin": 0.01,
             "model": "m", "fractions": [0.1]}
     facts = StudyFacts(("piqa", "copa"), 5, Path("docs"), 40, 7, "validation", 3, True, "paper", 0.01)
-    assert facts_of(spec) == facts and facts_of(spec, 1).num_fewshot == 1
+    assert facts_of(spec) == facts
+    assert facts_of(spec, 1).num_fewshot == 1
     written = hc.StudySpec(model="m", tasks=("piqa",)).to_json()
     assert facts_of(written) == StudyFacts(("piqa",), 5)
 
@@ -214,7 +225,8 @@ def test_perplexity_is_what_a_loop_over_positions_gives(family: str, masked: boo
     loaded, text = tiny.loaded(family), read_text()[:400]
     ids = [loaded.tokenizer.bos_token_id, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
     longest, count = 40, len(ids) - 1
-    assert count > 3 * longest and count % longest
+    assert count > 3 * longest
+    assert count % longest
     alone = remove(loaded, mask).model.model if masked else loaded.model
     total = 0.0
     for token in range(count):
@@ -243,7 +255,8 @@ def test_windows_are_those_of_lm_evals_rolling_log_likelihood() -> None:
 
 def test_a_text_is_read_or_refused(tmp_path: Path) -> None:
     assert read_text().startswith("Four score and seven years ago")
-    assert 4000 < len(read_text()) < 8000 and read_text().isascii()
+    assert 4000 < len(read_text()) < 8000
+    assert read_text().isascii()
     own = tmp_path / "own.txt"
     with pytest.raises(DataError, match="cannot be read"):
         read_text(own)
@@ -260,8 +273,10 @@ def test_continuations_are_the_removed_models(family: str, mask: Mask, capfd: py
     loaded = tiny.loaded(family)
     of_full, of_masked = continuations(loaded, None, new_tokens=6), continuations(loaded, mask, new_tokens=6)
     assert capfd.readouterr() == ("", "")
-    assert of_full == greedy(loaded, 6) and of_masked == greedy(remove(loaded, mask).model, 6)
-    assert of_full != of_masked and len(of_full) == len(PROMPTS)
+    assert of_full == greedy(loaded, 6)
+    assert of_masked == greedy(remove(loaded, mask).model, 6)
+    assert of_full != of_masked
+    assert len(of_full) == len(PROMPTS)
 
 
 def greedy(loaded: hc.model.load.LoadedModel, new_tokens: int) -> list[str]:
@@ -307,7 +322,9 @@ def test_the_terminal_shows_accuracies_perplexity_and_both_continuations(
     texts = perplexity(loaded, None, read_text()[:200]), perplexity(loaded, mask, read_text()[:200])
     terminal.print_confirmation(found, perplexities=texts, writing=write(loaded, mask, new_tokens=6))
     shown = capsys.readouterr().out
-    assert "piqa" in shown and PROMPTS[0] in shown and f"{texts[1].bits_per_byte:.3f}" in shown
+    assert "piqa" in shown
+    assert PROMPTS[0] in shown
+    assert f"{texts[1].bits_per_byte:.3f}" in shown
     flat = " ".join(shown.split())
     assert found.sentence[1:] in flat
     terminal.print_confirmation(found)
