@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from headcount.masks import Component
     from headcount.model.load import LoadedModel
     from headcount.removal.certificate import CheckedModel
+    from headcount.removal.confirm import Confirmation
+    from headcount.removal.perplexity import Perplexity
     from headcount.removal.remove import Removed
+    from headcount.removal.writing import Writing
     from headcount.study.check import Checked
     from headcount.study.plan import PlannedJob
     from headcount.study.prepare import Plan
@@ -453,6 +456,50 @@ def print_summary(study: Study, report: Path) -> None:
         for line in others:
             _out.print(line, highlight=False)
     _out.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
+
+
+def print_confirmation(
+    confirmation: Confirmation, *, perplexities: tuple[Perplexity, Perplexity] | None = None,
+    writing: Writing | None = None,
+) -> None:
+    """Full against removed, on documents that chose nothing.
+
+    Args:
+        confirmation: Accuracies.
+        perplexities: Of the full and of the removed model, of the same text.
+        writing: What both go on with after the same prompts.
+    """
+    table = _table("task", "documents|r", "of", "full|r", "removed|r", "difference|r", "95 % interval|r", "verdict")
+    rows = [(one.task, one.split_name, one.compared) for one in confirmation.tasks]
+    if confirmation.mean is not None and len(rows) > 1:
+        rows.append(("mean over tasks", "", confirmation.mean))
+    for task, split, of in rows:
+        table.add_row(task, str(of.documents), split, f"{of.full:.3f}", f"{of.removed:.3f}",
+                      f"{100 * of.difference:+.1f}",
+                      f"{100 * of.low:+.1f} to {100 * of.high:+.1f}" if of.low == of.low else "none", of.verdict)
+    if rows:
+        _out.print(table)
+    out = functools.partial(_out.print, highlight=False, markup=False)
+    out(f"{confirmation.sentence[:1].upper()}{confirmation.sentence[1:]}.")
+    if perplexities is not None:
+        full, removed = perplexities
+        out(f"Perplexity of a text of {full.tokens:,} tokens: full {full.perplexity:.4g}, removed "
+            f"{removed.perplexity:.4g}; bits per byte: full {full.bits_per_byte:.3f}, removed "
+            f"{removed.bits_per_byte:.3f}.")
+    if writing is not None:
+        _print_writing(writing)
+
+
+def _print_writing(writing: Writing) -> None:
+    from rich.text import Text  # plain: a model may write what looks like markup
+
+    table = _table("prompt", "full model", "removed")
+    for texts in zip(writing.prompts, writing.full, writing.removed, strict=True):
+        table.add_row(*(Text(" ".join(text.split())) for text in texts))
+    table.padding = (0, 1, 1, 0)
+    _out.print(table)
+    _out.print(f"4-grams that repeat what was written before: full {writing.full_repeated:.0%}, removed "
+               f"{writing.removed_repeated:.0%}", highlight=False)
 
 
 def _print_agreement(study: Study, asked: Asked) -> None:

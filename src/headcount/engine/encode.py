@@ -82,7 +82,7 @@ def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
 
 
 def _encode_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> list[list[int]]:
-    prefix = _prefix_id(tokenizer)
+    prefix = prefix_id(tokenizer)
     beginning = str(tokenizer.decode([prefix])) if prefix is not None else ""
     begun = [bool(beginning) and s.startswith(beginning) for s in strings]
     encoded: list[list[int]] = [[] for _ in strings]
@@ -97,7 +97,7 @@ def _encode_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) 
 
 
 def _after_nothing(tokenizer: PreTrainedTokenizerBase, continuation: str) -> tuple[list[int], list[int]]:
-    prefix = _prefix_id(tokenizer)
+    prefix = prefix_id(tokenizer)
     if prefix is None:
         raise ModelError("an empty context needs a tokenizer with a BOS or EOS token; this one has neither")
     ids = list(tokenizer.encode(continuation, add_special_tokens=False))
@@ -113,7 +113,8 @@ def _one_by_one(
     return list(left), list(right)
 
 
-def _prefix_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def prefix_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands before a text without context: BOS, else EOS, as in lm-eval."""
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return prefix if prefix is None else int(prefix)
 

@@ -131,11 +131,25 @@ def prepare(
 ) -> Prepared:
     """Build, encode and pack a task's prompts; the options are those of `evaluate`."""
     prompts = task.prompts(split, few_shot, chat=loaded.chat)
+    return prepare_prompts(loaded, task, prompts, few_shot.num_fewshot, split=split, trees=trees, budget=budget)
+
+
+def prepare_prompts(
+    loaded: LoadedModel,
+    task: Task,
+    prompts: Sequence[Prompt],
+    num_fewshot: int,
+    *,
+    split: Split = "evaluation",
+    trees: bool | None = None,
+    budget: Budget | None = None,
+) -> Prepared:
+    """Encode and pack prompts that a task has built, or some of them."""
     requests = _encoded(loaded, task, prompts)
     counts = [len(p.pairs) for p in prompts]
     by_document = [requests[end - n : end] for n, end in zip(counts, np.cumsum(counts), strict=True)]
     packed = Engine.of(loaded).pack(by_document, budget, trees)
-    return Prepared(task, few_shot.num_fewshot, tuple(prompts), tuple(counts), packed, task.passages(split, prompts),
+    return Prepared(task, num_fewshot, tuple(prompts), tuple(counts), packed, task.passages(split, prompts),
                     sum(r.truncated for r in requests), columns_of(loaded) if task.protocol == "paper" else None,
                     split)
 

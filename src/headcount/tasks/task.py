@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,6 +117,10 @@ class Task:
         used = dict.fromkeys(s for s in (config.training_split, config.validation_split, config.test_split) if s)
         return {split: len(self.inner.dataset[split]) for split in used if split in self.inner.dataset}
 
+    def split_name(self, split: Split) -> str:
+        """What lm-eval calls a split of this task."""
+        return self._split_named(split)
+
     @property
     def is_produced(self) -> bool:
         """Whether the answer is no choice: greedy decoding must give the continuation."""
@@ -178,8 +182,18 @@ class Task:
             raise OptionError(f"all {len(documents)} documents of task {self.name!r} are shots; {FEWER}", fields=SHOTS)
         return left
 
+    def doc_ids(self, split: Split, few_shot: FewShot = FewShot()) -> list[int]:
+        """The numbers of the documents that `prompts` prompts, in its order; no prompt is built."""
+        documents = self.documents(split)
+        used = self._used(split, documents, self._shared_shots(few_shot))
+        order: Iterable[int] = range(len(documents))
+        if self.protocol == "paper":
+            order = (doc_id for doc_id, _ in self._papers_draws(split, documents, few_shot))
+        return [doc_id for doc_id in order if doc_id not in used][: few_shot.limit]
+
     def prompts(
-        self, split: Split, few_shot: FewShot = FewShot(), *, chat: PreTrainedTokenizerBase | None = None
+        self, split: Split, few_shot: FewShot = FewShot(), *, chat: PreTrainedTokenizerBase | None = None,
+        apart: bool = False,
     ) -> list[Prompt]:
         """Prompts of the first documents of a split.
 
@@ -191,6 +205,7 @@ class Task:
             split: Which documents.
             few_shot: How many documents, and which shots stand before each.
             chat: A tokenizer whose chat template is put around the prompts, each shot a turn, as lm-eval does.
+            apart: Leave out documents that are among their own shots, as the paper's code draws training documents.
 
         Raises:
             OptionError: If there are too few documents to draw the shots from.
@@ -215,6 +230,8 @@ class Task:
                     break
                 if doc_id in used:
                     continue
+                if apart and places and any(self._pool.position(shot) in places[doc_id] for shot in drawn):
+                    continue
                 fixed = shots if few_shot.shared else drawn if paper else None
                 with self._sampling(doc_id, () if fixed is not None or not places else places[doc_id], fixed):
                     prompts.append(self._prompt(split, doc_id, *documents[doc_id], num_fewshot, template))
@@ -222,12 +239,16 @@ class Task:
 
     def passages(self, split: Split, prompts: Sequence[Prompt]) -> Int[np.ndarray, " doc"]:
         """A number for every document, equal for those that share a passage; whatever the shots before them."""
+        return passages(self.texts(split, {prompt.doc_id: prompt.doc for prompt in prompts}))
+
+    def texts(self, split: Split, documents: Mapping[int, Document]) -> list[str]:
+        """Documents, by their numbers in the split, with their right answers, without shots."""
         with compiled_once():
-            for prompt in prompts:
-                if (split, prompt.doc_id) not in self._texts:
-                    plain = self._prompt(split, prompt.doc_id, prompt.doc_id, prompt.doc, 0, None)
-                    self._texts[split, prompt.doc_id] = "".join(plain.pairs[plain.gold])
-        return passages([self._texts[split, prompt.doc_id] for prompt in prompts])
+            for doc_id, doc in documents.items():
+                if (split, doc_id) not in self._texts:
+                    plain = self._prompt(split, doc_id, doc_id, doc, 0, None)
+                    self._texts[split, doc_id] = "".join(plain.pairs[plain.gold])
+        return [self._texts[split, doc_id] for doc_id in documents]
 
     def metrics(self, prompt: Prompt, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
         """lm-eval's own metrics of one document that are plain numbers.
@@ -323,12 +344,14 @@ class Task:
         return self._origins[split]
 
     def _origin_of(self, split: Split) -> Origin:
+        return origin_of(self.name, self.inner, self._split_named(split), self.inner.config.process_docs, self.place)
+
+    def _split_named(self, split: Split) -> str:
         config = self.inner.config
-        name = {"train": config.training_split, "validation": config.validation_split,
-                "test": config.test_split}[self.examples_split]
         if split == "evaluation":
-            name = config.test_split if self.inner.has_test_docs() else config.validation_split
-        return origin_of(self.name, self.inner, name, config.process_docs, self.place)
+            return str(config.test_split if self.inner.has_test_docs() else config.validation_split)
+        return str({"train": config.training_split, "validation": config.validation_split,
+                    "test": config.test_split}[self.examples_split])
 
     def _check_shot(self, shot: Document) -> None:
         position = self._pool.position(shot)
