@@ -1,4 +1,4 @@
-"""From a study to a removed model by commands: what is told, what is refused in one line, and what lm-eval makes of it."""
+"""From a study to a removed model by commands: what is told, what is refused, and what lm-eval makes of it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 import lm_eval
 import numpy as np
 import pytest
-import tiny
 from lm_eval.models.huggingface import HFLM
 
 import headcount as hc
+import tiny
 from headcount.cli import main
 from headcount.engine.pack import Budget
 from headcount.masks import Mask
-from headcount.tasks.load import get_tasks
 from headcount.tasks.lm_eval_yaml import write_tasks
+from headcount.tasks.load import get_tasks
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model, data = tiny.saved(folder / "model"), folder / "data"
     for name in ("piqa", "copa_like"):
         tiny.write_task(data, name)
-    out = folder / "study"
-    command = ["study", str(model), "--tasks", "piqa", "--data", str(data), "--shots", "0", "--fractions", "0.25",
-               "0.5", "--random-orders", "1", "--measure", "curves", "grid", "--grid", "0.25", "0.5", "--out", str(out)]
-    assert main(command) == 0
-    return model, out
+    spec = hc.StudySpec(model=str(model), tasks=("piqa",), data=data, shots=(0,), fractions=(0.25, 0.5),
+                        grid_fractions=(0.25, 0.5), random_orders=1, measure=("curves", "grid"), out=folder / "study")
+    return model, hc.run_study(spec)
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -105,7 +103,8 @@ def test_a_mask_file_is_taken_and_anything_wrong_is_one_line(
         assert said in captured.replace("--shots 5", "--num-fewshot 5"), captured
         assert captured.count("\n") == 0, captured
     assert not (tmp_path / "none").exists()
-    assert main(["remove", str(model), "--mask", str(mask), "--out", str(tmp_path / "zeros"), "--format", "masked"]) == 0
+    zeros = ["remove", str(model), "--mask", str(mask), "--format", "masked", "--skip-confirm"]
+    assert main([*zeros, "--out", str(tmp_path / "zeros")]) == 0
 
 
 def test_lm_eval_unchanged_gets_the_masked_models_answers(tmp_path: Path) -> None:
