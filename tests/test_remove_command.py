@@ -87,7 +87,7 @@ def test_a_mask_file_is_taken_and_anything_wrong_is_one_line(
     wrong = {
         "by one of --study and --mask": [str(model), *out],
         "say which measured point": [str(model), "--study", str(folder), *out],
-        "the mask is of another model": [str(other), "--mask", str(mask), *out],
+        "--mask is of another model": [str(other), "--mask", str(mask), *out],
         "is no study of": [str(other), "--study", str(folder), "--heads", "0.5", *out],
         "leave out one or the other": [str(model), "--mask", str(mask), "--free", *out],
         "cannot be read": [str(model), "--mask", str(tmp_path / "nothing.json"), *out],
