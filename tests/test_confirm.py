@@ -104,11 +104,13 @@ def test_shared_shots_are_no_documents_of_a_confirmation(tmp_path: Path) -> None
 def test_documents_that_equal_a_read_one_or_share_its_passage_are_left_out(tmp_path: Path) -> None:
     passage = "A long passage about a harbour where ships of many nations come and go every day of the year. "
     twins = [question(900 + i) | {"goal": f"{passage}Question {i}?"} for i in range(2)]
+    short = {"goal": "Red?", "sol1": "No.", "sol2": "Yes.", "label": 0}
     documents = write_documents(
         tmp_path, "piqa", train=questions(*range(100, 110)),
-        validation=[*questions(*range(30)), twins[0], twins[1], question(7), question(103), *questions(*range(40, 70))])
+        validation=[*questions(*range(29)), short, *twins, short, question(103), *questions(*range(40, 70))])
     facts = StudyFacts(("piqa",), limit=31)
-    # 31 shares its passage with 30, 32 equals document 7, 33 a training document that importance was measured on.
+    # 31 shares its passage with 30; 32 equals document 29, which is too short for a passage; and 33 equals a training
+    # document that importance was measured on.
     assert other_documents(task_of(documents), facts) == ("evaluation", [*range(34, 64)])
 
 
@@ -143,22 +145,28 @@ def test_a_confirmation_is_what_a_whole_evaluation_says_of_these_documents(plain
         rest = np.isin(whole.doc_ids, other_documents(tasks[one.task], facts)[1])
         values = whole.correct[:, rest]
         means.append(values.mean(axis=1))
-        changes.append(Sample(values[1:] - values[:1], None))
+        assert whole.passages is not None
+        changes.append(Sample(values[1:] - values[:1], whole.passages[rest]))
         assert (one.split, one.split_name, one.compared.documents) == ("evaluation", "validation", rest.sum())
+        assert rest.sum() == {"piqa": 35, "copa": 24}[one.task]  # document 25 of COPA is on 24's passage
         assert (one.compared.full, one.compared.removed) == pytest.approx(values.mean(axis=1))
     mean = found.mean
     assert mean is not None
     assert (mean.full, mean.removed) == pytest.approx(np.mean(means, axis=0))
     low, high = (bound[0] for bound in difference_interval(changes))
     assert (mean.low, mean.high) == pytest.approx((low, high))
+    alone = difference_interval([Sample(one.values) for one in changes])
+    assert mean.high - mean.low > float(alone.high[0] - alone.low[0]) + 0.001
     assert mean.verdict == verdict(low, high, 0.02)
     assert mean.low <= mean.difference <= mean.high
     assert mean.removed != mean.full  # else nothing is shown
 
 
 def copa(numbers: range) -> list[dict[str, object]]:
-    return [{"premise": f"The {WORDS[i % 20]} number {i} fell down.", "choice1": f"It broke {i} times.",
-             "choice2": f"It broke {i + 3} times.", "question": "effect", "label": i % 2, "idx": i} for i in numbers]
+    """Two questions on each passage."""
+    return [{"premise": f"The {WORDS[i // 2 % 20]} number {i // 2} fell off a high shelf early this morning.",
+             "choice1": f"It broke {i} times.", "choice2": f"It broke {i + 3} times.", "question": "effect",
+             "label": i % 2, "idx": i} for i in numbers]
 
 
 def test_a_removed_model_confirms_alike(plain: Path, mask: Mask) -> None:

@@ -469,13 +469,13 @@ def print_confirmation(
         perplexities: Of the full and of the removed model, of the same text.
         writing: What both go on with after the same prompts.
     """
-    table = _table("task", "documents|r", "of", "full|r", "removed|r", "difference|r", "95 % interval|r", "verdict")
-    rows = [(one.task, one.split_name, one.compared) for one in confirmation.tasks]
+    table = _table("task", "documents", "full|r", "removed|r", "points|r", "95 % interval|r", "verdict")  # 80 columns
+    rows = [(one.task, f"{one.compared.documents} {one.split_name if one.split == 'examples' else ''}".rstrip(),
+             one.compared) for one in confirmation.tasks]
     if confirmation.mean is not None and len(rows) > 1:
-        rows.append(("mean over tasks", "", confirmation.mean))
-    for task, split, of in rows:
-        table.add_row(task, str(of.documents), split, f"{of.full:.3f}", f"{of.removed:.3f}",
-                      f"{100 * of.difference:+.1f}",
+        rows.append(("mean over tasks", str(confirmation.mean.documents), confirmation.mean))
+    for task, documents, of in rows:
+        table.add_row(task, documents, f"{of.full:.3f}", f"{of.removed:.3f}", f"{100 * of.difference:+.1f}",
                       f"{100 * of.low:+.1f} to {100 * of.high:+.1f}" if of.low == of.low else "none", of.verdict)
     if rows:
         _out.print(table)
@@ -495,7 +495,7 @@ def _print_writing(writing: Writing) -> None:
 
     table = _table("prompt", "full model", "removed")
     for texts in zip(writing.prompts, writing.full, writing.removed, strict=True):
-        table.add_row(*(Text(" ".join(text.split())) for text in texts))
+        table.add_row(*(Text(" ".join(text.split()), overflow="fold") for text in texts))
     table.padding = (0, 1, 1, 0)
     _out.print(table)
     _out.print(f"4-grams that repeat what was written before: full {writing.full_repeated:.0%}, removed "
