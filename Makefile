@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check parity bench models tables faults format clean
+.PHONY: help setup demo test readme check parity bench models removal tables faults format clean
 
 help:
 	@echo "make demo    measure SmolLM2-135M on the embedded word tasks and write headcount-demo/report.html"
@@ -12,6 +12,8 @@ help:
 	@echo "make check   ruff and mypy --strict"
 	@echo "make parity  compare SmolLM2 with lm-eval's HF backend on every task and write docs/parity.md (hours)"
 	@echo "make bench   time SmolLM2's measurements against the obvious way and write docs/performance.md"
+	@echo "make readme  run README's example of a removal on SmolLM2, command by command"
+	@echo "make removal write the tables of docs/removal.md, measured on the families that the tests go through"
 	@echo "make models  write docs/models.md from the table of families that the tests go through"
 	@echo "make tables  write docs/tables.md from the declarations of a study's tables"
 	@echo "make faults  flip bits of a small study's entries and kill its runs: nothing is believed, nothing is lost"
@@ -34,6 +36,9 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
+readme: setup
+	$(BIN)/python -m pytest -m long
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -46,6 +51,9 @@ bench: setup
 
 models: setup
 	$(BIN)/python tools/models_page.py
+
+removal: setup
+	$(BIN)/python tools/removal_page.py
 
 tables: setup
 	$(BIN)/python tools/tables_page.py

@@ -17,7 +17,8 @@ from headcount import terminal
 from headcount.errors import DataError, OptionError
 from headcount.masks import Mask
 from headcount.model.load import wrap
-from headcount.removal.confirm import Confirmation, StudyFacts, confirm, facts_of, other_documents
+from headcount.removal.confirm import StudyFacts, confirm, facts_of, other_documents
+from headcount.removal.confirmed import Confirmed
 from headcount.removal.perplexity import Perplexity, perplexity, read_text
 from headcount.removal.remove import remove
 from headcount.removal.writing import PROMPTS, continuations, repeated, write
@@ -360,17 +361,17 @@ def test_the_terminal_shows_accuracies_perplexity_and_both_continuations(
     plain: Path, mask: Mask, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = tiny.loaded()
-    found: Confirmation = confirm(loaded, mask, StudyFacts(("piqa",), data=plain, limit=30))
+    found = confirm(loaded, mask, StudyFacts(("piqa",), data=plain, limit=30))
     texts = perplexity(loaded, None, read_text()[:200]), perplexity(loaded, mask, read_text()[:200])
-    terminal.print_confirmation(found, perplexities=texts, writing=write(loaded, mask, new_tokens=6))
+    terminal.print_confirmed(Confirmed(found, *texts, write(loaded, mask, new_tokens=6)))
     shown = capsys.readouterr().out
     assert "piqa" in shown
     assert PROMPTS[0] in shown
     assert f"{texts[1].bits_per_byte:.3f}" in shown
     flat = " ".join(shown.split())
     assert found.sentence[1:] in flat
-    terminal.print_confirmation(found)
-    assert PROMPTS[0] not in capsys.readouterr().out
+    terminal.print_confirmed(Confirmed(None, *texts, write(loaded, mask, new_tokens=6)))
+    assert "piqa" not in capsys.readouterr().out
 
 
 def test_perplexity_beyond_all_numbers_is_said_in_json() -> None:

@@ -1,4 +1,4 @@
-"""From a study to a removed model by commands: what is told, what is refused in one line, and what lm-eval makes of it."""
+"""From a study to a removed model by commands: what is told, what is refused, and what lm-eval makes of it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 import lm_eval
 import numpy as np
 import pytest
-import tiny
 from lm_eval.models.huggingface import HFLM
 
 import headcount as hc
+import tiny
 from headcount.cli import main
 from headcount.engine.pack import Budget
 from headcount.masks import Mask
-from headcount.tasks.load import get_tasks
 from headcount.tasks.lm_eval_yaml import write_tasks
+from headcount.tasks.load import get_tasks
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,17 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model, data = tiny.saved(folder / "model"), folder / "data"
     for name in ("piqa", "copa_like"):
         tiny.write_task(data, name)
-    out = folder / "study"
-    command = ["study", str(model), "--tasks", "piqa", "--data", str(data), "--shots", "0", "--fractions", "0.25",
-               "0.5", "--random-orders", "1", "--measure", "curves", "grid", "--grid", "0.25", "0.5", "--out", str(out)]
-    assert main(command) == 0
-    return model, out
+    spec = hc.StudySpec(model=str(model), tasks=("piqa",), data=data, shots=(0,), fractions=(0.25, 0.5),
+                        grid_fractions=(0.25, 0.5), random_orders=1, measure=("curves", "grid"), out=folder / "study")
+    return model, hc.run_study(spec)
+
+
+def run(command: list[str]) -> int:
+    """A command's exit code."""
+    try:
+        return main(command)
+    except SystemExit as ended:
+        return int(str(ended.code))
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -44,10 +50,10 @@ def test_a_study_says_what_goes_and_the_folder_is_that_model(
     model, folder = study
     out = tmp_path / "small"
     command = ["remove", str(model), "--study", str(folder), "--heads", "0.25", "--out", str(out), "--skip-confirm"]
-    assert main([*command, "--dry-run"]) == 0
+    assert run([*command, "--dry-run"]) == 0
     assert not out.exists()
     assert "3 of 12 heads and 0 of 3 FFNs go" in told(capsys)
-    assert main(command) == 0
+    assert run(command) == 0
     said = told(capsys)
     assert "on piqa (8 documents)" in said
     assert "proved: logits of the whole model, loaded again from the files" in said
@@ -58,19 +64,12 @@ def test_a_study_says_what_goes_and_the_folder_is_that_model(
     assert json.loads((folder / "removed" / "small.json").read_text()) == certificate
     assert chosen.describe() in (out / "README.md").read_text()
     for backend in ("headcount", "transformers"):
-        assert main(["check", str(out), "--backend", backend]) == 0
+        assert run(["check", str(out), "--backend", backend]) == 0
     assert "it is what was written" in told(capsys)
-    assert main(["study", str(out), "--tasks", "icl_plural", "--shots", "0", "--limit", "2", "--dry-run"]) == 0
+    assert run(["study", str(out), "--tasks", "icl_plural", "--shots", "0", "--limit", "2", "--dry-run"]) == 0
     (out / "config.json").write_text((out / "config.json").read_text() + " ")
-    assert main_exits(["check", str(out)]) == 1
+    assert run(["check", str(out)]) == 1
     assert "changed: config.json" in told(capsys)
-
-
-def main_exits(command: list[str]) -> int:
-    try:
-        return main(command)
-    except SystemExit as exit_:
-        return int(str(exit_.code))
 
 
 def test_a_mask_file_is_taken_and_anything_wrong_is_one_line(
@@ -80,7 +79,7 @@ def test_a_mask_file_is_taken_and_anything_wrong_is_one_line(
     other = tmp_path / "other"
     tiny.model("llama", seed=1).save_pretrained(other)
     tiny.tokenizer().save_pretrained(other)
-    assert main(["mask", str(folder), "--heads", "0.5"]) == 0
+    assert run(["mask", str(folder), "--heads", "0.5"]) == 0
     mask = tmp_path / "mask.json"
     mask.write_text(capsys.readouterr().out, encoding="utf-8")
     (tmp_path / "there").mkdir()
@@ -88,7 +87,7 @@ def test_a_mask_file_is_taken_and_anything_wrong_is_one_line(
     wrong = {
         "by one of --study and --mask": [str(model), *out],
         "say which measured point": [str(model), "--study", str(folder), *out],
-        "the mask is of another model": [str(other), "--mask", str(mask), *out],
+        "--mask is of another model": [str(other), "--mask", str(mask), *out],
         "is no study of": [str(other), "--study", str(folder), "--heads", "0.5", *out],
         "leave out one or the other": [str(model), "--mask", str(mask), "--free", *out],
         "cannot be read": [str(model), "--mask", str(tmp_path / "nothing.json"), *out],
@@ -100,12 +99,13 @@ def test_a_mask_file_is_taken_and_anything_wrong_is_one_line(
         "no measured point is": [str(model), "--study", str(folder), "--within", "0", *out],
         "no points that leave every layer one shape": [str(model), "--study", str(folder), "--uniform", "--free", *out]}
     for said, options in wrong.items():
-        assert main(["remove", *options]) == 2, said
+        assert run(["remove", *options]) == 2, said
         captured = capsys.readouterr().err.strip()
         assert said in captured.replace("--shots 5", "--num-fewshot 5"), captured
         assert captured.count("\n") == 0, captured
     assert not (tmp_path / "none").exists()
-    assert main(["remove", str(model), "--mask", str(mask), "--out", str(tmp_path / "zeros"), "--format", "masked"]) == 0
+    zeros = ["remove", str(model), "--mask", str(mask), "--format", "masked", "--skip-confirm"]
+    assert run([*zeros, "--out", str(tmp_path / "zeros")]) == 0
 
 
 def test_lm_eval_unchanged_gets_the_masked_models_answers(tmp_path: Path) -> None:

@@ -220,7 +220,8 @@ def mask(
 def remove(
     spec: Annotated[ModelSpec, Parameter(name="*")], *, out: Path, study: Path | None = None, mask: Path | None = None,
     choice: Annotated[ChoiceSpec | None, Parameter(name="*")] = None, asked: int | None = None,
-    format: Literal["transformers", "stock", "masked"] = "transformers", dry_run: bool = False,
+    format: Literal["transformers", "stock", "masked"] = "transformers", confirm: int | None = None,
+    text: Path | None = None, prompts: Path | None = None, skip_confirm: bool = False, dry_run: bool = False,
 ) -> None:
     """Remove heads and FFNs from a model for good, and write what is left: `headcount remove MODEL --study DIR --free`.
 
@@ -236,6 +237,11 @@ def remove(
         format: transformers is really smaller and loads with trust_remote_code=True, and by headcount without; stock
             is a class of transformers as it is, for masks that leave every layer one shape (--uniform); masked has the
             same shapes with zeros: it loads everywhere and saves nothing.
+        confirm: Full and removed model are compared once more on documents that chose nothing, at most so many a task;
+            by default all that the study did not evaluate, else 200 of those that importance did not read.
+        text: Plain text whose perplexity is compared, in place of one that comes along.
+        prompts: Prompts, one a line, that both models continue, in place of some that come along.
+        skip_confirm: Leave all three out.
         dry_run: Say what would go, what the study measured there and what that saves, and write nothing.
     """
     from headcount import terminal
@@ -275,10 +281,21 @@ def remove(
         terminal.print_savings(removed)
     if dry_run:
         return
+    compared = None
+    if not skip_confirm and options.get("device_map") != "disk":
+        with terminal.reporter() as reporter:
+            reporter.stage("comparing full and removed")
+            from headcount.removal.confirm import facts_of
+            from headcount.removal.confirmed import confirmed
+
+            facts = None if opened is None or point is None else facts_of(opened.spec, point.num_fewshot)
+            compared = confirmed(loaded, file.mask, facts, confirm, text=text, prompts=prompts)
+        terminal.print_confirmed(compared)
+    chosen = None if point is None else {**file.source, "sentence": point.describe()}
     with terminal.reporter() as reporter:
         reporter.stage(f"writing {out}")
-        removed.save(out, format=format, chosen=None if point is None else {**file.source,
-                                                                           "sentence": point.describe()})
+        removed.save(out, format=format, chosen=chosen,
+                     confirmation=None if compared is None else compared.to_dict())
         if study is not None:
             from headcount.removal.certificate import kept_with_study
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from headcount.model.load import LoadedModel
     from headcount.removal.certificate import CheckedModel
     from headcount.removal.confirm import Confirmation
-    from headcount.removal.perplexity import Perplexity
+    from headcount.removal.confirmed import Confirmed
     from headcount.removal.remove import Removed
     from headcount.removal.writing import Writing
     from headcount.study.check import Checked
@@ -458,17 +458,20 @@ def print_summary(study: Study, report: Path) -> None:
     _out.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
 
 
-def print_confirmation(
-    confirmation: Confirmation, *, perplexities: tuple[Perplexity, Perplexity] | None = None,
-    writing: Writing | None = None,
-) -> None:
-    """Full against removed, on documents that chose nothing.
+def print_confirmed(confirmed: Confirmed) -> None:
+    """Full against removed: accuracy on documents that chose nothing, a text's perplexity, continuations."""
+    out = functools.partial(_out.print, highlight=False, markup=False)
+    if confirmed.accuracy is not None:
+        _print_confirmation(confirmed.accuracy)
+        sentence = confirmed.accuracy.sentence
+        out(f"{sentence[:1].upper()}{sentence[1:]}.")
+    full, removed = confirmed.full, confirmed.removed
+    out(f"Perplexity of a text of {full.tokens:,} tokens: full {full.perplexity:.4g}, removed "
+        f"{removed.perplexity:.4g}; bits per byte: full {full.bits_per_byte:.3f}, removed {removed.bits_per_byte:.3f}.")
+    _print_writing(confirmed.writing)
 
-    Args:
-        confirmation: Accuracies.
-        perplexities: Of the full and of the removed model, of the same text.
-        writing: What both go on with after the same prompts.
-    """
+
+def _print_confirmation(confirmation: Confirmation) -> None:
     table = _table("task", "documents", "full|r", "removed|r", "points|r", "95 % interval|r", "verdict")  # 80 columns
     rows = [(one.task, f"{one.compared.documents} {one.split_name if one.split == 'examples' else ''}".rstrip(),
              one.compared) for one in confirmation.tasks]
@@ -479,15 +482,6 @@ def print_confirmation(
                       f"{100 * of.low:+.1f} to {100 * of.high:+.1f}" if of.low == of.low else "none", of.verdict)
     if rows:
         _out.print(table)
-    out = functools.partial(_out.print, highlight=False, markup=False)
-    out(f"{confirmation.sentence[:1].upper()}{confirmation.sentence[1:]}.")
-    if perplexities is not None:
-        full, removed = perplexities
-        out(f"Perplexity of a text of {full.tokens:,} tokens: full {full.perplexity:.4g}, removed "
-            f"{removed.perplexity:.4g}; bits per byte: full {full.bits_per_byte:.3f}, removed "
-            f"{removed.bits_per_byte:.3f}.")
-    if writing is not None:
-        _print_writing(writing)
 
 
 def _print_writing(writing: Writing) -> None:

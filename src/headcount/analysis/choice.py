@@ -252,8 +252,10 @@ def _at(rows: pd.DataFrame, heads: float, ffns: float, place: str) -> int:
     joint = [f"{h:.3g} and {f:.3g}" for h, f in zip(both["heads_fraction"], both["ffns_fraction"], strict=True)]
     steps = (*alone, ("both at", [few(joint, "pairs", 8)] if joint else []))
     there = [f"{what} {' '.join(shares)}" for what, shares in steps if shares]
+    hint = ("" if joint or not (heads and ffns) else "; a grid by the order of all tasks is measured with `measure` "
+            "curves grid and `grid_order` mean")
     raise OptionError(f"`heads` {heads:.3g} with `ffns` {ffns:.3g} was not measured {place}; measured are "
-                      f"{'; '.join(there)}", fields=("heads", "ffns"))
+                      f"{'; '.join(there)}{hint}", fields=("heads", "ffns", "measure", "grid_order"))
 
 
 def _fewest(rows: pd.DataFrame) -> int:
