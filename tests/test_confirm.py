@@ -219,6 +219,16 @@ def test_facts_are_read_off_what_a_study_was_asked_for() -> None:
     assert facts_of(written) == StudyFacts(("piqa",), 5)
 
 
+def test_what_the_same_folder_read_for_another_request_chose_something(plain: Path) -> None:
+    spec = {"tasks": ["piqa"], "shots": [0], "limit": 10, "importance_limit": 10}
+    asked = [{"tasks": {"piqa": {"by_shots": {"0": {"documents": 25, "examples": None}}}}, "unseen": {}},
+             {"tasks": {"copa": {"documents": 50}}, "unseen": {"piqa": {"by_shots": {"0": {"documents": 40}}}}}]
+    assert other_documents(task_of(plain), facts_of(spec, asked=asked[:1])) == ("evaluation", [*range(25, 60)])
+    assert other_documents(task_of(plain), facts_of(spec, asked=asked)) == ("evaluation", [*range(40, 60)])
+    assert other_documents(task_of(plain), facts_of(spec)) == ("evaluation", [*range(10, 60)])
+    assert facts_of(spec | {"limit": None}, asked=asked).limit_of("piqa", "evaluation") is None
+
+
 def test_what_cannot_be_confirmed_is_refused(plain: Path, mask: Mask) -> None:
     facts = StudyFacts(("piqa",), data=plain, limit=30)
     with pytest.raises(OptionError, match="at least 1 document, not n 0"):
@@ -301,21 +311,45 @@ def greedy(loaded: hc.model.load.LoadedModel, new_tokens: int) -> list[str]:
     return texts
 
 
-def test_a_models_own_settings_do_not_hide_that_it_repeats_itself(mask: Mask) -> None:
+@pytest.mark.parametrize("settings", [
+    {"do_sample": True, "temperature": 0.7, "repetition_penalty": 5.0, "no_repeat_ngram_size": 2}, {"num_beams": 3},
+    {"return_dict_in_generate": True}, {"stop_strings": ["a"]}, {"suppress_tokens": [*range(1500)]},
+    {"guidance_scale": 3.0}, {"num_return_sequences": 2}, {"penalty_alpha": 0.6}, {"max_time": 1e-9}])
+def test_a_models_own_settings_do_not_change_what_is_written(mask: Mask, settings: dict[str, object]) -> None:
     built = tiny.model("llama")
-    built.generation_config.update(do_sample=True, temperature=0.7, repetition_penalty=5.0, no_repeat_ngram_size=2)
+    for name, value in settings.items():
+        setattr(built.generation_config, name, value)
+    own = built.generation_config
     loaded = wrap(built, tiny.tokenizer())
     assert continuations(loaded, mask, new_tokens=12) == continuations(tiny.loaded(), mask, new_tokens=12)
+    assert built.generation_config is own
+
+
+def test_a_model_ends_where_its_own_settings_say(mask: Mask) -> None:
+    text = continuations(tiny.loaded(), mask, PROMPTS[:1], 6)[0]
+    third = int(tiny.loaded().tokenizer(text)["input_ids"][2])
+    built = tiny.model("llama")
+    built.generation_config.eos_token_id = [third]
+    assert len(continuations(wrap(built, tiny.tokenizer()), mask, PROMPTS[:1], 6)[0]) < len(text)
 
 
 def test_repeated_4_grams_show_a_model_that_can_no_longer_write(mask: Mask) -> None:
-    reader = tiny.tokenizer()
-    assert repeated(reader, ["cold hot cold hot cold hot cold hot cold hot " * 4]) > 0.8
-    assert repeated(reader, [read_text()[:60]]) == 0 == repeated(reader, ["", "a"])
-    # A text of its own each: what two continuations have in common repeats nothing.
-    assert repeated(reader, [read_text()[:60]] * 2) == 0
+    assert repeated([[1, 2] * 20]) > 0.8
+    assert repeated([[7] * 40]) > 0.9
+    assert repeated([[*range(30)]]) == 0 == repeated([[], [1]])
+    # A continuation of its own each: what two have in common repeats nothing.
+    assert repeated([[*range(30)]] * 2) == 0
     written = write(tiny.loaded(), mask, new_tokens=6)
     assert json.loads(json.dumps(written.to_dict()))["removed"] == list(written.removed)
+
+
+def test_repeated_tokens_that_no_text_shows_are_counted(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny.loaded()
+    monkeypatch.setattr(loaded.model, "generate", lambda input_ids, **_: torch.cat(
+        [input_ids, torch.full((1, 24), loaded.tokenizer.bos_token_id)], dim=1))
+    written = write(loaded, mask)
+    assert written.removed[0] == ""
+    assert written.removed_repeated == pytest.approx(20 / 21)
 
 
 def test_a_prompt_longer_than_the_window_is_refused() -> None:

@@ -288,7 +288,8 @@ def remove(
             from headcount.removal.confirm import facts_of
             from headcount.removal.confirmed import confirmed
 
-            facts = None if opened is None or point is None else facts_of(opened.spec, point.num_fewshot)
+            facts = None if opened is None or point is None else facts_of(
+                opened.spec, point.num_fewshot, opened.description.get("asked", ()))
             compared = confirmed(loaded, file.mask, facts, confirm, text=text, prompts=prompts)
         terminal.print_confirmed(compared)
     chosen = None if point is None else {**file.source, "sentence": point.describe()}

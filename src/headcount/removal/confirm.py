@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from headcount.stats.intervals import (
 from headcount.tasks.fewshot import LM_EVAL_SEED, Document, FewShot
 from headcount.tasks.load import get_tasks
 from headcount.tasks.passages import passages
-from headcount.tasks.task import Protocol, Split, Task
+from headcount.tasks.task import SPLITS, Protocol, Split, Task
 
 # How many training documents are taken, where no number is named.
 TRAINING = 200
@@ -72,6 +72,8 @@ class StudyFacts:
         protocol: "sound" or "paper".
         margin: The loss that is to be ruled out, 0..1.
         apply_chat_template: Whether prompts stand in the model's chat template.
+        also_read: Numbers of documents that the same folder was asked for besides, by task and split: `limit` and
+            `importance_limit` are at least these.
     """
 
     tasks: tuple[str, ...]
@@ -85,20 +87,44 @@ class StudyFacts:
     protocol: Protocol = "sound"
     margin: float = 0.02
     apply_chat_template: bool = False
+    also_read: Mapping[str, Mapping[Split, int]] = field(default_factory=dict)
+
+    def limit_of(self, task: str, split: Split) -> int | None:
+        """How many documents of a task's split were read, the first ones; None: all."""
+        limit = self.limit if split == "evaluation" else self.importance_limit
+        return None if limit is None else max(limit, self.also_read.get(task, {}).get(split, 0))
 
 
-def facts_of(spec: Mapping[str, Any], num_fewshot: int | None = None) -> StudyFacts:
+def facts_of(
+    spec: Mapping[str, Any], num_fewshot: int | None = None, asked: Sequence[Mapping[str, Any]] = ()
+) -> StudyFacts:
     """The facts of a study, from what was asked for it (`open_study(folder).spec`).
 
     Args:
         spec: Plain data, as study.json has it.
         num_fewshot: At this number of shots; by default the most that the study has, as where a point is chosen.
+        asked: All that the folder was asked for (`open_study(folder).description["asked"]`): whoever chose a point may
+            have seen what another request measured on more documents.
     """
     names = ("limit", "importance_limit", "examples_split", "seed", "shared_shots", "protocol", "margin",
              "apply_chat_template")
     data = spec.get("data")
     return StudyFacts(tuple(spec["tasks"]), max(spec["shots"]) if num_fewshot is None else num_fewshot,
-                      Path(data) if data is not None else None, **{name: spec[name] for name in names if name in spec})
+                      Path(data) if data is not None else None, **{name: spec[name] for name in names if name in spec},
+                      also_read=_also_read(asked))
+
+
+def _also_read(asked: Sequence[Mapping[str, Any]]) -> dict[str, dict[Split, int]]:
+    """The largest number of documents that any request read, by task and split."""
+    names: dict[Split, str] = {"evaluation": "documents", "examples": "examples"}
+    most: dict[str, dict[Split, int]] = {}
+    for request in asked:
+        for task, known in [*request.get("tasks", {}).items(), *request.get("unseen", {}).items()]:
+            for numbers in [known, *known.get("by_shots", {}).values()]:
+                for split, name in names.items():
+                    of_task = most.setdefault(task, {})
+                    of_task[split] = max(of_task.get(split, 0), numbers.get(name) or 0)
+    return most
 
 
 @dataclass(frozen=True)
@@ -258,9 +284,9 @@ def other_documents(task: Task, study: StudyFacts, n: int | None = None) -> tupl
         study: Which documents the study read.
         n: The first so many of them; None: all evaluated ones, 200 of training documents.
     """
-    limits: dict[Split, int | None] = {"evaluation": study.limit, "examples": study.importance_limit}
     read, rest = list[str](), dict[Split, dict[int, Document]]()
-    for split, limit in limits.items():
+    for split in SPLITS:
+        limit = study.limit_of(task.name, split)
         try:
             documents = task.documents(split)
         except TaskError:
