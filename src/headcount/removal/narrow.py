@@ -29,6 +29,7 @@ from headcount.model.hooks import layer_ablated
 from headcount.model.load import LoadedModel
 from headcount.model.removed import FORMAT, base_of, narrowed
 from headcount.removal.layouts import Cut, cut, merged
+from headcount.removal.weights_on_disk import give_back, on_disk
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +173,8 @@ class Walk:
                 self._compare(i, twin, hidden, own, masked)
                 hidden = masked
                 yield i, twin
+                if on_disk(model):
+                    give_back()
         self._hidden = hidden
 
     def _compare(self, number: int, twin: nn.Module, hidden: Tensor, call: Call, masked: Tensor) -> None:

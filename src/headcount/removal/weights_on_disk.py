@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 import psutil
 from torch import nn
@@ -16,6 +18,13 @@ _TIMES = 2.2
 def on_disk(model: nn.Module) -> bool:
     """Whether weights are fetched when they are needed (accelerate's offloading)."""
     return any(p.is_meta for p in model.parameters())
+
+
+def give_back() -> None:
+    """Hand memory that was freed back to the system: glibc keeps what lies between blocks of a few megabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def too_large(name: str, revision: str | None) -> bool:
