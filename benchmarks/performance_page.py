@@ -9,6 +9,7 @@ import numpy as np
 
 from against_lm_eval import SETTINGS
 from headcount.tasks.catalog import PAPER14
+from removal import DOCUMENTS, EXAMPLES, GOAL, SHOTS, TASKS, share_of_promise
 
 Row = dict[str, Any]
 
@@ -47,6 +48,14 @@ def _goals(kept: dict[str, list[Row]]) -> str:
         peaks = {r["masks"]: r["peak"] for r in rows}
         found.append(("peak memory, 100 masks / 1", peaks[100] / rows[0]["peak"], 1.5, "at most"))
     found += [("the demo, minutes", r["wall"] / 60, 5, "at most") for r in kept.get("demo", [])]
+    for r in kept.get("removal", []):
+        without = f"SmolLM2 without {r['heads']:.0%} of its heads and {r['ffns']:.0%} of its FFNs"
+        if r["kind"] == "load":
+            found.append((f"`load` of {without} / of the full one", r["seconds"]["removed"] / r["seconds"]["full"], 1.0,
+                          "at most"))
+        elif (r["heads"], r["ffns"]) == GOAL:
+            found.append((f"time of a prefill saved / promised by its arithmetic, {without}", share_of_promise(r), 0.7,
+                          "at least"))
     lines = ["| figure | goal | measured | |", "|---|--:|--:|---|"]
     for figure, measured, goal, side in found:
         reached = measured <= goal + 1e-9 if side == "at most" else measured >= goal
@@ -181,9 +190,56 @@ def _waiting(rows: list[Row]) -> str:
         f"{r['slowest']:.2f} | {r['cpu']:.2f} |" for r in rows), ""])
 
 
+def _removal(rows: list[Row]) -> str:
+    points, (loads,) = [r for r in rows if r["kind"] == "point"], [r for r in rows if r["kind"] == "load"]
+    timed = [r for r in points if "sides" in r]
+    some = timed[0]
+    lines = ["## Removal", "", f"SmolLM2-135M, {some['dtype']}: the full model, the same under a mask's gates, and "
+             "with the masked heads and FFNs removed, timed in turns; each figure is a median over rounds "
+             f"({', '.join(map(str, sorted({r['rounds'] for r in timed})))}). *Prefill* is {some['prefill_tokens']} "
+             f"tokens with the logits of the last position alone; *decode* is greedy `generate` of "
+             f"{some['new_tokens']} tokens with a cache, behind a prompt of {some['prompt_tokens']}. *Promised* is what the arithmetic of "
+             "the prefill says is saved of its time, *saved* what was saved. Gates give an FFN that is off no "
+             "positions, so that masked FFNs cost nothing either; masked heads cost what they did. *Peak* is the "
+             "weights and the most that a prefill allocates at once beside them; *cache* its keys and values.", "",
+             f"Accuracy: mean over {', '.join(TASKS)} with {SHOTS} shared shots, {DOCUMENTS} documents each, with 95 % "
+             f"intervals. One order for all of them: mean importance (heads by gradient, FFNs by oracle) on {EXAMPLES} "
+             "examples each.", "",
+             "![Accuracy against the time of a prefill: heads removed alone, FFNs alone, and both together]"
+             "(images/removal-time.png)", "",
+             "*Labels: heads removed / FFNs removed, in %.*", "",
+             "| heads / FFNs removed | parameters, M | weights, MB | cache, MB | peak, MB | prefill, tokens/s: full | "
+             "masked | removed | promised | saved | decode, tokens/s: full | masked | removed | accuracy | difference, "
+             "points |", "|---|" + "--:|" * 14]
+    for r in points:
+        what = f"{r['heads']:.0%} / {r['ffns']:.0%}"
+        lost = (f"{r['accuracy']:.3f} ({r['low']:.2f} to {r['high']:.2f}) | {100 * r['difference']:+.1f} "
+                f"({100 * r['difference_low']:+.1f} to {100 * r['difference_high']:+.1f})")
+        if "sides" not in r:
+            full = some["sides"]["full"]
+            lines.append(f"| {what} | {r['parameters'] / 1e6:.1f} | {full['bytes'] / 1e6:.0f} | "
+                         f"{full['cache_bytes'] / 1e6:.1f} | {some['peak']['full'] / 1e6:.0f} | | | | | | | | | "
+                         f"{r['accuracy']:.3f} ({r['low']:.2f} to {r['high']:.2f}) | |")
+            continue
+        sides, small = r["sides"], r["sides"]["removed"]
+        prefill, decode = (" | ".join(f"{sides[side][way]:,.{digits}f}" for side in ("full", "masked", "removed"))
+                           for way, digits in (("prefill", 0), ("decode", 1)))
+        saved = 1 - sides["full"]["prefill"] / small["prefill"]
+        lines.append(f"| {what} | {r['parameters'] / 1e6:.1f} | {small['bytes'] / 1e6:.0f} | "
+                     f"{small['cache_bytes'] / 1e6:.1f} | {r['peak']['removed'] / 1e6:.0f} | {prefill} | "
+                     f"{r['promised']:.0%} | {saved:.0%} | {decode} | {lost} |")
+    busy = max(r["others"] for r in (*timed, loads))
+    seconds = loads["seconds"]
+    return "\n".join([*lines, "", f"`load` of a folder takes {seconds['full']:.2f} s of the full model, and "
+                      f"{seconds['removed']:.2f} s without {loads['heads']:.0%} of the heads and "
+                      f"{loads['ffns']:.0%} of the FFNs (medians of {loads['rounds']} in turns; files of {loads['bytes']['full'] / 1e6:.0f} "
+                      f"and {loads['bytes']['removed'] / 1e6:.0f} MB). Meanwhile other processes kept up to {busy:.1f} "
+                      "cores busy.", ""])
+
+
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "counts": _counts, "scoring": _scoring, "importance": _importance, "induction": _induction, "oracles": _oracles,
-    "scaling": _scaling, "demo": _demo, "waiting": _waiting}
+    "scaling": _scaling, "demo": _demo, "waiting": _waiting, "removal": _removal}
 _HEAD = """\
 # Performance
 

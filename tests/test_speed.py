@@ -123,7 +123,7 @@ def test_nothing_to_time_is_refused(wrong: dict[str, int]) -> None:
 
 
 def test_promised_arithmetic_is_that_of_the_pass_that_is_timed() -> None:
-    """The output layer at one position, not at all of them: of a tiny model with many tokens it is nearly everything."""
+    """The output layer at one position, not at all of them: of a tiny model that would be nearly all."""
     loaded = tiny.loaded("llama")
     with torch.device("meta"):
         empty = type(loaded.model)(loaded.model.config)

@@ -1,5 +1,4 @@
-"""How fast a model runs full, masked and removed: tokens per second of a prefill and of decoding, and what memory it
-takes.
+"""How fast a model runs full, masked and removed, in tokens per second of a prefill and of decoding, and its memory.
 
 A side is a model that is ready to run inside a `with` block: the full one, the full one under a mask's gates, the
 smaller one. A round runs each side once, one after the other, so that what else the machine does meanwhile falls on all
