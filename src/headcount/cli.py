@@ -19,11 +19,13 @@ from cyclopts import App, Parameter
 
 import headcount
 from headcount.engine.waiting import wait_asleep
-from headcount.errors import HeadcountError, OptionError, UnavailableError
+from headcount.errors import HeadcountError, OptionError, StudyError, UnavailableError
 from headcount.study.spec import PRESETS, ChoiceSpec, InductionSpec, ModelSpec, Part, StudySpec
 
 if TYPE_CHECKING:
     from headcount.analysis.study import Study
+    from headcount.mask_file import MaskFile
+    from headcount.model.load import LoadedModel
     from headcount.terminal import Asked
 
 app = App(
@@ -215,18 +217,104 @@ def mask(
 
 
 @app.command
-def check(folder: Path) -> None:
-    """Prove a study folder's entries by their checksums: which are whole, which damaged, and what is measured again.
+def remove(
+    spec: Annotated[ModelSpec, Parameter(name="*")], *, out: Path, study: Path | None = None, mask: Path | None = None,
+    choice: Annotated[ChoiceSpec | None, Parameter(name="*")] = None, asked: int | None = None,
+    format: Literal["transformers", "stock", "masked"] = "transformers", dry_run: bool = False,
+) -> None:
+    """Remove heads and FFNs from a model for good, and write what is left: `headcount remove MODEL --study DIR --free`.
 
-    The exit code is 1 where anything is damaged, or study.json or all entries are missing. Entries of earlier versions
-    have no checksum and are unverified.
+    Which ones a study says, at one of its measured points (--free, --within, --parameters, or --heads and --ffns), or a
+    file that `headcount mask` wrote (--mask). The smaller model is proved equal to the masked one, block by block and
+    after it was loaded again.
 
     Args:
-        folder: The study folder, as --out named it.
+        out: The new folder: safetensors, config, tokenizer, certificate (headcount.json) and model card.
+        study: The study folder that says what can go; it must be a study of this model.
+        mask: A mask file, in place of a study.
+        asked: As for `headcount report`.
+        format: transformers is really smaller and loads with trust_remote_code=True, and by headcount without; stock
+            is a class of transformers as it is, for masks that leave every layer one shape (--uniform); masked has the
+            same shapes with zeros: it loads everywhere and saves nothing.
+        dry_run: Say what would go, what the study measured there and what that saves, and write nothing.
+    """
+    from headcount import terminal
+
+    if (study is None) == (mask is None):
+        raise OptionError("say what goes by one of `study` and `mask`", fields=("study", "mask"))
+    if out.exists():
+        raise OptionError(f"{out} exists already: name another folder with `out`, or delete it", fields=("out",))
+    opened = point = None
+    if study is None:
+        file = _mask_of(mask, choice)
+    else:
+        from headcount.analysis.study import open_study
+
+        opened = open_study(study, asked)
+        point = opened.choose(choice or ChoiceSpec())
+        file = point.file
+        terminal.print_sentence(point.describe())
+    with terminal.reporter() as reporter:
+        reporter.stage(f"loading {spec.model}")
+        from headcount.mask_file import check_mask
+        from headcount.model.load import load
+        from headcount.removal.remove import remove as removed_from
+        from headcount.removal.weights_on_disk import too_large
+
+        options = dataclasses.asdict(spec)
+        if spec.device is None and spec.device_map is None and too_large(spec.model, spec.revision):
+            options["device_map"] = "disk"
+        loaded = load(options.pop("model"), **options)
+        if opened is not None:
+            _check_study(opened, loaded)
+        else:
+            check_mask(file, spec.model, loaded.identity, loaded.anatomy.heads_per_layer)
+        reporter.stage("looking at what goes")
+        removed = removed_from(loaded, file.mask)
+    terminal.print_savings(removed)
+    if dry_run:
+        return
+    with terminal.reporter() as reporter:
+        reporter.stage(f"writing {out}")
+        removed.save(out, format=format, chosen=None if point is None else {**file.source,
+                                                                           "sentence": point.describe()})
+        if study is not None:
+            from headcount.removal.certificate import kept_with_study
+
+            kept_with_study(out, study)
+    terminal.print_removed(out)
+
+
+@app.command
+def check(
+    folder: Path, *, backend: Literal["headcount", "transformers"] = "headcount", device: str | None = None,
+) -> None:
+    """Prove a study folder's entries by their checksums, or a removed model's files and logits on this machine.
+
+    Of a study: which entries are whole, which damaged, and what is measured again. The exit code is 1 where anything is
+    damaged, or study.json or all entries are missing. Entries of earlier versions have no checksum and are unverified.
+
+    Of a removed model: the largest difference of its logits to those that came along. The exit code is 1 beyond the
+    tolerance, and where a file is not the one that was written.
+
+    Args:
+        folder: The study folder, as --out named it, or the removed model's.
+        backend: Load the removed model by headcount, or by transformers, which runs the code in its folder.
+        device: Where the removed model runs; by default the first GPU, else the CPU.
     """
     from headcount import terminal
     from headcount.study.check import check as checked
 
+    if (folder / "headcount.json").is_file():
+        from headcount.removal.certificate import check as proved
+
+        with terminal.reporter() as reporter:
+            reporter.stage(f"loading {folder}")
+            proof = proved(folder, backend, device)
+        terminal.print_proved(proof)
+        if not proof.holds:
+            raise SystemExit(1)
+        return
     found = checked(folder)
     terminal.print_checked(found)
     if not found.holds:
@@ -261,6 +349,30 @@ def demo(*, out: Path = Path("headcount-demo"), dry_run: bool = False) -> None:
     """
     study(StudySpec(model="smollm2", tasks=DEMO_TASKS, shots=(0, 5), limit=200, importance_limit=50, shared_shots=True,
                     fractions=(0.1, 0.2, 0.3, 0.5), random_orders=3, out=out), dry_run=dry_run)
+
+
+def _mask_of(path: Path | None, choice: ChoiceSpec | None) -> MaskFile:
+    """The mask of a file, which is for no study's point."""
+    from headcount.mask_file import read_mask
+
+    if choice is not None and (choice.ways or choice.uniform or choice.order or choice.shots is not None):
+        raise OptionError("a `mask` says itself what goes, and the other options choose a point of a `study`: leave out "
+                          "one or the other", fields=("mask", "study"))
+    return read_mask(path or "")
+
+
+def _check_study(study: Study, loaded: LoadedModel) -> None:
+    """Refuse a study of another model."""
+    from headcount.study.folder import check_model
+    from headcount.study.ledger import Ledger
+
+    try:
+        check_model(loaded, study.description, Ledger(study.folder))
+    except StudyError as error:
+        known = study.model
+        raise StudyError(f"{study.folder} is no study of {loaded.name} as it was loaded: it is of {known.get('name')} "
+                         f"({known.get('dtype')}, {known.get('attn_implementation')}), or of other weights, code or "
+                         "tokenizer; name its model, with the options that the study was given") from error
 
 
 class _Stopped(KeyboardInterrupt):

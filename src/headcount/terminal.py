@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from headcount.engine.neighbours import Speed
     from headcount.masks import Component
     from headcount.model.load import LoadedModel
+    from headcount.removal.certificate import CheckedModel
+    from headcount.removal.remove import Removed
     from headcount.study.check import Checked
     from headcount.study.plan import PlannedJob
     from headcount.study.prepare import Plan
@@ -293,6 +295,42 @@ def print_checked(checked: Checked) -> None:
             + ("; this folder's commands:" if checked.commands else ""))
         for command in checked.commands:
             out(f"  {command}")
+
+
+def print_sentence(text: str) -> None:
+    """Some sentences, as they are."""
+    _out.print(text, highlight=False, markup=False)
+
+
+def print_savings(removed: Removed) -> None:
+    """What goes and what that saves, before it is done."""
+    print_sentence(f"{removed.savings}.")
+    for note in removed.plan.loaded.notes:
+        print_note(note)
+
+
+def print_removed(folder: Path) -> None:
+    """What was written, what was proved of it, and how it is loaded."""
+    from headcount.removal.certificate import certificate_of
+
+    told = certificate_of(folder)
+    for proof in told["proofs"]:
+        print_sentence(f"proved: {proof['what']}, differs from the masked model by {proof['largest']:.1e} of the "
+                       f"spread at most ({proof['tolerance']:.0e} is allowed)")
+    trust = ", trust_remote_code=True" if told["written_as"] == "transformers" else ""
+    print_sentence(f"{folder} is written: AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust}), or "
+                   f"headcount.load({str(folder)!r})")
+
+
+def print_proved(checked: CheckedModel) -> None:
+    """What a copy of a removed model was found to be."""
+    removed = checked.told["removed"]
+    print_sentence(f"{checked.folder}: {checked.told['model']['name']} without {len(removed['heads'])} heads and "
+                   f"{len(removed['ffns'])} FFNs, loaded by {checked.backend}: the largest difference of logits is "
+                   f"{checked.largest:.1e} of their spread ({checked.allowed:.0e} is allowed)")
+    for name in checked.changed:
+        print_sentence(f"changed: {name} is not the file that was written: copy the folder again")
+    print_sentence("it is what was written" if checked.holds else "it is not what was written")
 
 
 def print_accuracy(study: Study, asked: Asked) -> None:

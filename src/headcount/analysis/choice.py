@@ -138,7 +138,8 @@ def choose(
     everywhere = rows[rows["scope"] == MEAN] if donor.scope == TASK else rows.iloc[:0]
     if donor.scope == TASK:
         rows = rows[rows["scope"] == TASK]
-    rows, place = rows.reset_index(drop=True), f"by {_by(order, of_all=donor.scope == ALL_TASKS)}, {_with(k)}"
+    rows = _of_shape(rows, study, uniform=spec.uniform).reset_index(drop=True)
+    place = f"by {_by(order, of_all=donor.scope == ALL_TASKS)}, {_with(k)}"
     way, asked = spec.ways[0], 0.0
     if way == "free":
         found = _free(rows, margin, place)
@@ -181,6 +182,15 @@ def _order(table: pd.DataFrame, asked: str | None, tasks: tuple[str, ...]) -> tu
         return together, mean
     raise OptionError(f"by `order` {asked!r} nothing was removed in this study; there is {few(there, 'tasks', 12)}",
                       fields=("order",))
+
+
+def _of_shape(rows: pd.DataFrame, study: str, *, uniform: bool) -> pd.DataFrame:
+    """Points of free form, or those that leave every layer one shape; the full model is among both."""
+    found = rows[(rows["uniform"] == uniform) | (rows["parameters_removed"] == 0)]
+    if uniform and not rows["uniform"].any():
+        raise OptionError(f"study {study} has no points that leave every layer one shape: measure them with `headcount "
+                          "study ... --uniform`, or choose without `uniform`", fields=("uniform",))
+    return found
 
 
 def _shots(rows: pd.DataFrame, asked: int | None, order: str, *, of_all: bool) -> int:

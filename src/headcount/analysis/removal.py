@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from headcount.analysis.points import Points, compared, most_shared, points_of, removed_by
-from headcount.analysis.rows import ALL_TASKS, COMMON, MEAN, OWN, OWN_ORDERS, TASK, Scoped, groups, of_task
+from headcount.analysis.rows import ALL_TASKS, COMMON, FREE_FORM, MEAN, OWN, OWN_ORDERS, TASK, Scoped, groups, of_task
 from headcount.analysis.schema import COMPONENT, NUM_FEWSHOT, OF_SCOPE, Column, Table, columns, interval_of
 from headcount.masks import Component, Mask, all_heads
 from headcount.stats import intervals
@@ -35,6 +35,7 @@ REMOVABLE = Table(
         OF_SCOPE, _DONOR,
         Column("heads_fraction", "float64", "0..1", "share of all heads that is removed"),
         Column("ffns_fraction", "float64", "0..1", "share of all FFNs that is removed"),
+        Column("uniform", "bool", "", "whether heads went so that every layer keeps one shape (curves of `--uniform`)"),
         Column("heads_removed", "int64", "heads", "how many heads are removed"),
         Column("ffns_removed", "int64", "FFNs", "how many FFNs are removed"),
         Column("parameters_removed", "int64", "parameters", "how many parameters that removes"),
@@ -68,12 +69,13 @@ REMOVED = Table(
 
 
 class Point(NamedTuple):
-    """A measured point: shares of heads and of FFNs that are removed by an order."""
+    """A measured point: shares of heads and of FFNs that are removed by an order, and whether to one shape a layer."""
 
     donor: Scoped
     num_fewshot: int
     heads: float
     ffns: float
+    uniform: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,18 +119,20 @@ def measured_points(
         held: The mask that an entry holds, and the set that it is one of, by the entry's number and the mask's in it.
     """
     rows = evaluations[(evaluations["split"] == "evaluation") & evaluations["task"].isin(list(tasks))
-                       & evaluations["order"].isin([*OWN_ORDERS, COMMON, "grid", "transfer"])
+                       & evaluations["order"].isin([*OWN_ORDERS, COMMON, "grid", "transfer", *FREE_FORM])
                        & evaluations["donor_scope"].isin([OWN, TASK, ALL_TASKS])]
+    rows = rows.assign(uniform=rows["order"].isin(list(FREE_FORM)))
     found: dict[Point, dict[str, Measured]] = {}
     # Of as many documents a curve counts before the grid, and this before transfer: entries come in no order.
     rows = _by_one_common_order(rows)
     rows = rows.sort_values("order", key=lambda order: order.map({"grid": 1, "transfer": 2}).fillna(0), kind="stable")
     for key, group in groups(rows, "task", "num_fewshot", "component", "donor_scope", "donor", "fraction",
-                             "ffn_fraction", "job", "mask_number"):
-        task, k, component, scope, name, fraction, ffn_fraction, job, number = key
+                             "ffn_fraction", "uniform", "job", "mask_number"):
+        task, k, component, scope, name, fraction, ffn_fraction, uniform, job, number = key
         donor = Scoped(ALL_TASKS) if scope == ALL_TASKS else of_task(str(task if scope == OWN else name))
         shares = {"head": (fraction, 0.0), "ffn": (0.0, fraction)}.get(component, (fraction, ffn_fraction))
-        point = Point(donor, int(k), *(round(float(share), 9) for share in shares))
+        of_heads, of_ffns = (round(float(share), 9) for share in shares)
+        point = Point(donor, int(k), of_heads, of_ffns, bool(uniform))
         mask, masks = held(int(job), int(number))
         known = found.setdefault(point, {}).get(str(task))
         if mask is not None and (known is None or len(known.rows) < len(group)):
@@ -229,7 +233,7 @@ def _rows(
     if not points:
         return
     first, tasks = next(iter(points.items()))
-    whole = first._replace(heads=0.0, ffns=0.0)
+    whole = first._replace(heads=0.0, ffns=0.0, uniform=False)
     by_documents: dict[tuple[tuple[str, int, bytes], ...], list[Point]] = {
         tuple(bases.add(task, whole, None) for task in tasks): [whole]}
     heads_per_layer = Mask.from_json(next(iter(tasks.values())).mask).heads_per_layer
@@ -243,7 +247,7 @@ def _rows(
         masks[point] = Mask.from_json(some.mask)
         components: tuple[tuple[Component, float], ...] = (("head", point.heads), ("ffn", point.ffns))
         for component, share in components:
-            if share:
+            if share and not point.uniform:
                 removal.ordered.setdefault((point.donor, point.num_fewshot, component), some.masks)
     removal.masks.update({mask.digest(): mask for mask in masks.values()})
     rows: list[tuple[Point, dict[str, Any]]] = []
@@ -260,6 +264,7 @@ def _rows(
             rows.append((point, {
                 **scoped._asdict(), "num_fewshot": point.num_fewshot, "donor_scope": point.donor.scope,
                 "donor": point.donor.task, "heads_fraction": point.heads, "ffns_fraction": point.ffns,
+                "uniform": point.uniform,
                 "heads_removed": int(gone.heads), "ffns_removed": int(gone.ffns),
                 "parameters_removed": int(gone.parameters), "parameters_removed_share": gone.parameters / parameters,
                 **{name: getattr(one, name) for name in ("accuracy", "low", "high", "difference", "difference_low",
@@ -277,7 +282,8 @@ def removed_table(removal: Removal, importance: Mapping[str, pd.DataFrame]) -> p
         importance: Tables of importance by the names of their entries.
     """
     rows: list[dict[str, Any]] = []
-    for (scope, name, k), points in groups(removal.table, "donor_scope", "donor", "num_fewshot"):
+    for (scope, name, k), points in groups(
+            removal.table[~removal.table["uniform"]], "donor_scope", "donor", "num_fewshot"):
         components: tuple[Component, Component] = ("head", "ffn")
         for component in components:
             share = "heads_fraction" if component == "head" else "ffns_fraction"

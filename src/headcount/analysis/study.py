@@ -234,7 +234,7 @@ class Study:
     def mask(
         self, *, free: bool = False, within: float | None = None, parameters: float | None = None,
         heads: float | None = None, ffns: float | None = None, order: str | None = None,
-        num_fewshot: int | None = None,
+        num_fewshot: int | None = None, uniform: bool = False,
     ) -> Choice:
         """The mask of one measured point, and what the study says of it (`headcount.analysis.choice`).
 
@@ -249,13 +249,14 @@ class Study:
             order: By whose order parts go: "mean", that of all tasks together (the default where it was measured), or a
                 task's name.
             num_fewshot: At this number of shots; by default at the most that the study has.
+            uniform: Choose among points that leave every layer one shape (curves of `--uniform`).
 
         Raises:
             OptionError: If no point is as asked; the message names the nearest, or what there is.
             StudyError: If the study has no pruned model yet.
         """
         return self.choose(ChoiceSpec(free=free, within=within, parameters=parameters, heads=heads, ffns=ffns,
-                                      order=order, shots=num_fewshot))
+                                      order=order, shots=num_fewshot, uniform=uniform))
 
     def choose(self, spec: ChoiceSpec) -> Choice:
         """As `mask`, by options that lie in one object, as the command line gives them."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import headcount
-from headcount.errors import ModelError
+from headcount.errors import ModelError, first_line
 from headcount.model.load import load
 from headcount.model.read import quiet
 from headcount.removal.card import card
@@ -79,7 +79,7 @@ def digest(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedModel:
     """What a removed model's folder was found to be.
 
     Attributes:
@@ -104,12 +104,33 @@ class Checked:
         return self.largest <= self.allowed and not self.changed
 
 
-def is_certified(folder: Path) -> bool:
-    """Whether a folder is one of a removed model."""
-    return (folder / FILE).is_file()
+def certificate_of(folder: Path) -> dict[str, Any]:
+    """What a removed model's certificate says.
+
+    Raises:
+        ModelError: If it cannot be read.
+    """
+    try:
+        told: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        known = all(isinstance(told[name], dict) for name in ("files", "model", "removed", "saved"))
+        known = known and isinstance(getattr(torch, told["model"]["dtype"]), torch.dtype) and told["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"the certificate {folder / FILE} cannot be read ({first_line(error)}): copy the folder again"
+                         ) from error
+    if not known:
+        raise ModelError(f"the certificate {folder / FILE} is damaged, or of another version of headcount: copy the "
+                         "folder again")
+    return told
 
 
-def check(folder: Path, backend: Backend = "headcount", device: str | None = None) -> Checked:
+def kept_with_study(folder: Path, study: Path) -> None:
+    """Put a copy of the certificate into the study that chose what was removed, where its page finds it."""
+    place = study / "removed" / f"{folder.resolve().name}.json"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text((folder / FILE).read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def check(folder: Path, backend: Backend = "headcount", device: str | None = None) -> CheckedModel:
     """Prove a removed model's folder on this machine: its files, and its logits by loading it.
 
     Args:
@@ -120,11 +141,8 @@ def check(folder: Path, backend: Backend = "headcount", device: str | None = Non
     Raises:
         ModelError: If its certificate cannot be read, or the model cannot be loaded.
     """
-    try:
-        told = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        files, dtype = dict(told["files"]), getattr(torch, told["model"]["dtype"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"the certificate {folder / FILE} cannot be read ({error}): copy the folder again") from error
+    told = certificate_of(folder)
+    files, dtype = told["files"], getattr(torch, told["model"]["dtype"])
     changed = tuple(name for name, known in files.items()
                     if not (folder / name).is_file() or digest(folder / name) != known)
     try:
@@ -136,7 +154,7 @@ def check(folder: Path, backend: Backend = "headcount", device: str | None = Non
     if found.shape != wanted.shape:
         raise ModelError(f"{folder} gives logits of shape {tuple(found.shape)}, where {tuple(wanted.shape)} is "
                          "expected: copy the folder again")
-    return Checked(folder, told, tuple(name for name in changed if name != "README.md"), backend,
+    return CheckedModel(folder, told, tuple(name for name in changed if name != "README.md"), backend,
                    logits_apart(found, wanted), tolerance(dtype))
 
 

@@ -298,6 +298,9 @@ class ChoiceSpec:
     ffns: float | None = field(default=None, metadata=SHARE)
     """This measured point: the share of FFNs that is removed."""
 
+    uniform: bool = False
+    """Choose among the points that leave every layer one shape, which the study has with --uniform."""
+
     order: str | None = None
     """By whose order heads and FFNs go: mean, that of all tasks together (the default where it was measured), or a
     task's name."""
