@@ -193,48 +193,47 @@ def _waiting(rows: list[Row]) -> str:
 def _removal(rows: list[Row]) -> str:
     points, (loads,) = [r for r in rows if r["kind"] == "point"], [r for r in rows if r["kind"] == "load"]
     timed = [r for r in points if "sides" in r]
-    some = timed[0]
-    lines = ["## Removal", "", f"SmolLM2-135M, {some['dtype']}: the full model, the same under a mask's gates, and "
-             "with the masked heads and FFNs removed, timed in turns; each figure is a median over rounds "
-             f"({', '.join(map(str, sorted({r['rounds'] for r in timed})))}). *Prefill* is {some['prefill_tokens']} "
-             f"tokens with the logits of the last position alone; *decode* is greedy `generate` of "
-             f"{some['new_tokens']} tokens with a cache, behind a prompt of {some['prompt_tokens']}. *Promised* is what the arithmetic of "
-             "the prefill says is saved of its time, *saved* what was saved. Gates give an FFN that is off no "
-             "positions, so that masked FFNs cost nothing either; masked heads cost what they did. *Peak* is the "
-             "weights and the most that a prefill allocates at once beside them; *cache* its keys and values.", "",
-             f"Accuracy: mean over {', '.join(TASKS)} with {SHOTS} shared shots, {DOCUMENTS} documents each, with 95 % "
-             f"intervals. One order for all of them: mean importance (heads by gradient, FFNs by oracle) on {EXAMPLES} "
-             "examples each.", "",
-             "![Accuracy against the time of a prefill: heads removed alone, FFNs alone, and both together]"
-             "(images/removal-time.png)", "",
-             "*Labels: heads removed / FFNs removed, in %.*", "",
-             "| heads / FFNs removed | parameters, M | weights, MB | cache, MB | peak, MB | prefill, tokens/s: full | "
-             "masked | removed | promised | saved | decode, tokens/s: full | masked | removed | accuracy | difference, "
-             "points |", "|---|" + "--:|" * 14]
+    some, seconds, megabytes = timed[0], loads["seconds"], {k: n / 1e6 for k, n in loads["bytes"].items()}
+    rounds = sorted({r["rounds"] for r in timed})
+    lines = [
+        "## Removal", "", f"SmolLM2-135M, {some['dtype']}: the full model, the same under a mask's gates, and with the "
+        f"masked heads and FFNs removed, timed in turns; figures are medians of {rounds[0]} rounds ({rounds[-1]} at "
+        f"{_gone(loads)}). *Prefill* is {some['prefill_tokens']} tokens with the logits of the last position alone; "
+        f"*decode* is greedy `generate` of {some['new_tokens']} tokens with a cache, behind a prompt of "
+        f"{some['prompt_tokens']}. *Promised* is the share of the prefill's arithmetic that is saved, *saved* that of "
+        "its time. Gates give an FFN that is off no positions, so that masked FFNs cost nothing either; masked heads "
+        "cost what they did. *Cache* is keys and values of a prefill; *peak* is the weights and the most that a prefill "
+        "has allocated at once beside them.", "",
+        f"Accuracy: mean over {', '.join(TASKS)} with {SHOTS} shared shots, {DOCUMENTS} documents each, with 95 % "
+        "intervals. One order for all of them, by mean importance (heads by gradient, FFNs by oracle) on "
+        f"{EXAMPLES} examples each.", "",
+        "![Accuracy against the time of a prefill: heads removed alone, FFNs alone, and both](images/removal-time.png)",
+        "", "*Labels: heads removed / FFNs removed, in %. Vertical lines: 95 % intervals.*", "",
+        "| heads / FFNs removed | parameters, M | weights, MB | cache, MB | peak, MB | accuracy | difference, points |",
+        "|---|" + "--:|" * 6]
     for r in points:
-        what = f"{r['heads']:.0%} / {r['ffns']:.0%}"
-        lost = (f"{r['accuracy']:.3f} ({r['low']:.2f} to {r['high']:.2f}) | {100 * r['difference']:+.1f} "
-                f"({100 * r['difference_low']:+.1f} to {100 * r['difference_high']:+.1f})")
-        if "sides" not in r:
-            full = some["sides"]["full"]
-            lines.append(f"| {what} | {r['parameters'] / 1e6:.1f} | {full['bytes'] / 1e6:.0f} | "
-                         f"{full['cache_bytes'] / 1e6:.1f} | {some['peak']['full'] / 1e6:.0f} | | | | | | | | | "
-                         f"{r['accuracy']:.3f} ({r['low']:.2f} to {r['high']:.2f}) | |")
-            continue
-        sides, small = r["sides"], r["sides"]["removed"]
+        small = r["sides"]["removed"] if "sides" in r else some["sides"]["full"]
+        peak = r["peak"]["removed"] if "peak" in r else some["peak"]["full"]
+        lines.append(f"| {_gone(r)} | {r['parameters'] / 1e6:.1f} | {small['bytes'] / 1e6:.0f} | "
+                     f"{small['cache_bytes'] / 1e6:.1f} | {peak / 1e6:.0f} | {r['accuracy']:.3f} ({r['low']:.2f} to "
+                     f"{r['high']:.2f}) | " + (f"{100 * r['difference']:+.1f} ({100 * r['difference_low']:+.1f} to "
+                                               f"{100 * r['difference_high']:+.1f}) |" if "sides" in r else "|"))
+    lines += ["", "| heads / FFNs removed | prefill, tokens/s: full | masked | removed | promised | saved | "
+              "decode, tokens/s: full | masked | removed | others |", "|---|" + "--:|" * 9]
+    for r in timed:
+        sides = r["sides"]
         prefill, decode = (" | ".join(f"{sides[side][way]:,.{digits}f}" for side in ("full", "masked", "removed"))
                            for way, digits in (("prefill", 0), ("decode", 1)))
-        saved = 1 - sides["full"]["prefill"] / small["prefill"]
-        lines.append(f"| {what} | {r['parameters'] / 1e6:.1f} | {small['bytes'] / 1e6:.0f} | "
-                     f"{small['cache_bytes'] / 1e6:.1f} | {r['peak']['removed'] / 1e6:.0f} | {prefill} | "
-                     f"{r['promised']:.0%} | {saved:.0%} | {decode} | {lost} |")
-    busy = max(r["others"] for r in (*timed, loads))
-    seconds = loads["seconds"]
-    return "\n".join([*lines, "", f"`load` of a folder takes {seconds['full']:.2f} s of the full model, and "
-                      f"{seconds['removed']:.2f} s without {loads['heads']:.0%} of the heads and "
-                      f"{loads['ffns']:.0%} of the FFNs (medians of {loads['rounds']} in turns; files of {loads['bytes']['full'] / 1e6:.0f} "
-                      f"and {loads['bytes']['removed'] / 1e6:.0f} MB). Meanwhile other processes kept up to {busy:.1f} "
-                      "cores busy.", ""])
+        saved = 1 - sides["full"]["prefill"] / sides["removed"]["prefill"]
+        lines.append(f"| {_gone(r)} | {prefill} | {r['promised']:.0%} | {saved:.0%} | {decode} | {r['others']:.1f} |")
+    return "\n".join([*lines, "", "*Others* is how many cores other processes kept busy meanwhile. `load` of the full "
+                      f"model's folder ({megabytes['full']:.0f} MB) takes {seconds['full']:.2f} s, of that without "
+                      f"{_gone(loads)} ({megabytes['removed']:.0f} MB) {seconds['removed']:.2f} s (medians of "
+                      f"{loads['rounds']} in turns).", ""])
+
+
+def _gone(row: Row) -> str:
+    return f"{row['heads']:.0%} / {row['ffns']:.0%}"
 
 
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {

@@ -148,7 +148,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
          "label": f"{100 * r['heads']:.0f}/{100 * r['ffns']:.0f}"} for r in points])
     base = alt.Chart(frame).encode(
         x=alt.X("time:Q", title="time of a prefill of 512 tokens (% of the full model's)",
-                scale=alt.Scale(zero=True, reverse=True)),
+                scale=alt.Scale(zero=True)),
         color=alt.Color("kind:N", title="removed", scale=alt.Scale(domain=list(kinds), range=["black", *PALETTE])),
         shape=alt.Shape("kind:N", title="removed",
                         scale=alt.Scale(domain=list(kinds), range=["diamond", "circle", "square", "triangle-up"])))
