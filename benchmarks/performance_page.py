@@ -202,8 +202,8 @@ def _removal(rows: list[Row]) -> str:
         f"*decode* is greedy `generate` of {some['new_tokens']} tokens with a cache, behind a prompt of "
         f"{some['prompt_tokens']}. *Promised* is the share of the prefill's arithmetic that is saved, *saved* that of "
         "its time. Gates give an FFN that is off no positions, so that masked FFNs cost nothing either; masked heads "
-        "cost what they did. *Cache* is keys and values of a prefill; *peak* is the weights and the most that a prefill "
-        "has allocated at once beside them.", "",
+        "cost what they did. *Cache* is keys and values of a prefill; *peak* is the weights and the most that a "
+        "prefill has allocated at once beside them.", "",
         f"Accuracy: mean over {', '.join(TASKS)} with {SHOTS} shared shots, {DOCUMENTS} documents each, with 95 % "
         "intervals. One order for all of them, by mean importance (heads by gradient, FFNs by oracle) on "
         f"{EXAMPLES} examples each.", "",

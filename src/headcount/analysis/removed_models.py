@@ -26,7 +26,7 @@ _MOST_BYTES, _MOST_HEADS = 16 * 2**20, 10**6
 
 
 class SideSpeed(NamedTuple):
-    """What was measured of one side: bytes of weights, the most memory, tokens a second of a prefill and of decoding."""
+    """What was measured of one side: bytes of weights, the most memory, tokens a second of prefill and decoding."""
 
     bytes: float
     peak_bytes: float

@@ -17,7 +17,8 @@ from headcount.report.style import PALETTE, Chart, dressed
 
 FULL, HEADS, FFNS, BOTH, ONE_SHAPE = ("nothing (full model)", "heads alone", "FFNs alone", "heads and FFNs",
                                       "heads, every layer one shape")
-_FRONT, _GUESSED, _MODELS = "the best at each size", "guessing", "models that were written"
+_GUESSED, _WIDTH = "guessing", 640
+_LEGEND = ["removed (labels: % of the heads /", "% of the FFNs)"]
 # How kinds of points are drawn: colour, shape.
 _KINDS = {FULL: ("black", "diamond"), HEADS: (PALETTE[0], "circle"), FFNS: (PALETTE[1], "triangle-up"),
           BOTH: (PALETTE[2], "square"), ONE_SHAPE: (PALETTE[3], "cross")}
@@ -40,7 +41,8 @@ def cost_figure(rows: pd.DataFrame, baseline: float, models: Mapping[str, str]) 
     colours, shapes = ([_KINDS[kind][i] for kind in kinds] for i in (0, 1))
     base = alt.Chart(data).encode(
         x=alt.X("left:Q", title="parameters left (% of the full model's)", scale=alt.Scale(zero=False)),
-        color=alt.Color("kind:N", title="removed", scale=alt.Scale(domain=kinds, range=colours)))
+        color=alt.Color("kind:N", title=_LEGEND, scale=alt.Scale(domain=kinds, range=colours),
+                        legend=alt.Legend(symbolOpacity=1)))
     y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(zero=False))
     guessed = alt.Chart(pd.DataFrame([{"accuracy": baseline, "what": _GUESSED}])).encode(y=y)
     front = base.transform_filter("datum.front").encode(
@@ -49,14 +51,14 @@ def cost_figure(rows: pd.DataFrame, baseline: float, models: Mapping[str, str]) 
         f"datum.kind == '{HEADS}' || datum.kind == '{FFNS}'").mark_line(strokeWidth=1, opacity=0.6)
     layers = [
         guessed.mark_rule(strokeDash=[4, 3], color="#57606a"),
-        guessed.mark_text(align="left", dx=4, dy=-6, color="#57606a", fontSize=11).encode(
-            x=alt.value(0), text=alt.Text("what:N")),
+        guessed.mark_text(align="right", dx=-4, dy=-6, color="#57606a", fontSize=11).encode(
+            x=alt.value(_WIDTH), text=alt.Text("what:N")),
         base.mark_rule(opacity=0.25).encode(y=alt.Y("low:Q", title="accuracy"), y2=alt.Y2("high:Q")),
         curves.encode(y=y),
         front.mark_line(interpolate="step-after", strokeWidth=2),
         base.mark_point(filled=True, opacity=1, size=55).encode(
             y=y, tooltip=_tooltip(),
-            shape=alt.Shape("kind:N", title="removed", scale=alt.Scale(domain=kinds, range=shapes))),
+            shape=alt.Shape("kind:N", title=_LEGEND, scale=alt.Scale(domain=kinds, range=shapes))),
         front.transform_filter(f"datum.kind != '{FULL}'").mark_text(
             align="right", dx=-6, dy=-8, fontSize=10).encode(text=alt.Text("what:N"))]
     if models and (data["model"] != "").any():
@@ -64,7 +66,7 @@ def cost_figure(rows: pd.DataFrame, baseline: float, models: Mapping[str, str]) 
         layers += [chosen.mark_point(shape="circle", size=260, strokeWidth=2, filled=False, opacity=1),
                    chosen.mark_text(align="left", dx=11, dy=12, fontSize=12, fontWeight="bold").encode(
                        text=alt.Text("model:N"))]
-    return dressed(alt.layer(*layers).properties(width=640, height=380))
+    return dressed(alt.layer(*layers).properties(width=_WIDTH, height=380))
 
 
 def _points(rows: pd.DataFrame, models: Mapping[str, str]) -> pd.DataFrame:
@@ -112,9 +114,10 @@ def cost_sentence(rows: pd.DataFrame) -> str:
         if small.empty or (best := small.sort_values("difference", kind="stable").iloc[-1])["mask"] in told:
             continue
         told.add(best["mask"])
-        lost = words.points(best).replace("(", "(95 % interval ", 1) if not said else words.points(best)
+        known = best["difference_low"] == best["difference_low"]
+        interval = f" ({'' if said else '95 % interval '}{words.between(best)})" if known else ""
         said.append(f"with at most {words.percent(size)} of the parameters it is that without {_without(best)}, which "
-                    f"changes accuracy by {lost} points")
+                    f"changes accuracy by {words.signed(best['difference'])} points{interval}")
     if not said:
         return (f"{where} all measured points keep more than {words.percent(_SIZES[0])} of the parameters.")
     return (f"{where} the full model's accuracy is {full['accuracy']:.3f}. The most accurate measured point: "
