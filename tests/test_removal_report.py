@@ -18,9 +18,8 @@ from headcount.analysis.study import Study
 from headcount.masks import Mask
 from headcount.report import page
 from headcount.report.removal import cost_figure, cost_sentence, sections, tables
-from headcount.study.ledger import Ledger
 from test_maps import drawn, rows_of
-from test_removal_choice import DOCUMENTS, STEADY, common, described, study_of
+from test_removal_choice import STEADY, described, study_of
 
 
 @pytest.fixture(scope="module")
