@@ -18,7 +18,7 @@ from headcount.report.style import PALETTE, Chart, dressed
 FULL, HEADS, FFNS, BOTH, ONE_SHAPE = ("nothing (full model)", "heads alone", "FFNs alone", "heads and FFNs",
                                       "heads, every layer one shape")
 _GUESSED, _WIDTH = "guessing", 640
-_LEGEND = ["removed (labels: % of the heads /", "% of the FFNs)"]
+_LEGEND = ["removed (labels: in %,", "heads / FFNs)"]
 # How kinds of points are drawn: colour, shape.
 _KINDS = {FULL: ("black", "diamond"), HEADS: (PALETTE[0], "circle"), FFNS: (PALETTE[1], "triangle-up"),
           BOTH: (PALETTE[2], "square"), ONE_SHAPE: (PALETTE[3], "cross")}
@@ -40,7 +40,8 @@ def cost_figure(rows: pd.DataFrame, baseline: float, models: Mapping[str, str]) 
     kinds = [kind for kind in _KINDS if (data["kind"] == kind).any()]
     colours, shapes = ([_KINDS[kind][i] for kind in kinds] for i in (0, 1))
     base = alt.Chart(data).encode(
-        x=alt.X("left:Q", title="parameters left (% of the full model's)", scale=alt.Scale(zero=False)),
+        x=alt.X("left:Q", title="parameters left (% of the full model's)",
+                scale=alt.Scale(zero=False, nice=False, padding=24)),
         color=alt.Color("kind:N", title=_LEGEND, scale=alt.Scale(domain=kinds, range=colours),
                         legend=alt.Legend(symbolOpacity=1)))
     y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(zero=False))
@@ -207,7 +208,7 @@ def _row(one: RemovedModel, study: Study, *, speeds: bool) -> dict[str, object]:
     left = one.parameters if zeros else one.parameters_left
     row: dict[str, object] = {
         "name": one.name, "what went": went, "format": one.format,
-        "parameters": f"{words.millions(left)} ({words.millions(one.parameters)})",
+        "parameters": f"{left:,} ({one.parameters:,})",
         "weights, MB": (f"{one.bytes_left / 1e6:,.0f}" if not zeros else "")
         + (f" ({full.bytes / 1e6:,.0f})" if full is not None else "")}
     if speeds:
