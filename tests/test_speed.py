@@ -12,7 +12,7 @@ import torch
 
 import headcount as hc
 import tiny
-from headcount.errors import OptionError
+from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel
@@ -120,6 +120,24 @@ def test_nothing_to_time_is_refused(wrong: dict[str, int]) -> None:
         measured_speed({"full": side}, **wrong)  # type: ignore[dict-item, arg-type]
     with pytest.raises(OptionError, match="nothing to time"):
         measured_speed({})
+
+
+def test_a_side_that_does_not_run_is_named() -> None:
+    loaded = tiny.loaded("llama")
+
+    @contextlib.contextmanager
+    def broken() -> Iterator[torch.nn.Module]:
+        def fails(*_: object) -> None:
+            raise RuntimeError("no such kernel\nand more")
+
+        handle = loaded.model.register_forward_pre_hook(fails)
+        try:
+            yield loaded.model
+        finally:
+            handle.remove()
+
+    with pytest.raises(ModelError, match=r"^mine cannot be timed: .* \(no such kernel\)$"):
+        measured_speed({"mine": broken}, rounds=1, new_tokens=2)  # type: ignore[dict-item]
 
 
 def test_promised_arithmetic_is_that_of_the_pass_that_is_timed() -> None:

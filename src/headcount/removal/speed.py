@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from headcount.engine import neighbours
-from headcount.errors import OptionError
+from headcount.errors import ModelError, OptionError, first_line
+from headcount.model.contracts import FAILURES
 from headcount.model.hooks import ablated
 from headcount.model.read import quiet
 from headcount.removal.cost import TOKENS, last_position
@@ -133,6 +134,7 @@ def measured_speed(
 
     Raises:
         OptionError: If there is nothing to time.
+        ModelError: If a side does not run, or cannot generate.
     """
     if not sides or rounds < 1 or prefill_tokens < 1 or prompt_tokens < 1 or new_tokens < 2:
         raise OptionError(f"there is nothing to time: `sides` {', '.join(sides) or 'is empty'}, `rounds` {rounds}, "
@@ -149,10 +151,14 @@ def measured_speed(
     with torch.inference_mode(), quiet(), neighbours.watch(threads) as load:
         for number in range(rounds + 1):  # the first warms up
             for name, side in sides.items():
-                with side() as model:
-                    run = _Run(model, clock)
-                    seconds = run.prefill(prefill_tokens, found[name])
-                    step = run.decode(prompt_tokens, new_tokens)
+                try:
+                    with side() as model:
+                        run = _Run(model, clock)
+                        seconds = run.prefill(prefill_tokens, found[name])
+                        step = run.decode(prompt_tokens, new_tokens)
+                except FAILURES as error:
+                    raise ModelError(f"{name} cannot be timed: it does not run, or does not generate "
+                                     f"({first_line(error)})") from error
                 if number:
                     found[name].prefill.append(prefill_tokens / seconds)
                     found[name].decode.append(1 / step)
