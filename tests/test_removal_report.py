@@ -104,14 +104,14 @@ def test_the_figure_has_every_point_and_joins_the_front(study: Study) -> None:
 
 def test_the_sentence_tells_the_best_point_of_a_few_sizes(study: Study) -> None:
     said = cost_sentence(costs(study.removable()))
-    assert said.startswith("With 5 shots on the mean over tasks the full model's accuracy is 0.800. The most accurate "
-                           "measured point: with at most 90 % of the parameters it is that without 25 % of the heads "
-                           "and 50 % of the FFNs, which changes accuracy by 0.0 points (95 % interval ")
+    assert said.startswith("With 5 shots on the mean over tasks the full model's accuracy is 0.800. Most accurate "
+                           "of what was measured: with at most 90 % of the parameters the model without 25 % of the "
+                           "heads and 50 % of the FFNs, whose accuracy changes by 0.0 points (95 % interval ")
     assert "at most 75 %" not in said, "none is so small"
     rows = costs(study.removable())
     smaller = cost_sentence(rows.assign(left=rows["left"] - 0.05))
-    assert ("; with at most 75 % of the parameters it is that without 50 % of the heads and 50 % of the FFNs, which "
-            "changes accuracy by \N{MINUS SIGN}25.0 points (\N{MINUS SIGN}") in smaller
+    assert ("; with at most 75 % of the parameters the model without 50 % of the heads and 50 % of the FFNs, whose "
+            "accuracy changes by \N{MINUS SIGN}25.0 points (\N{MINUS SIGN}") in smaller
     assert "at most 50 %" not in smaller
     weak = costs(study.removable()).assign(above_baseline=False)
     assert "nothing can be said" in cost_sentence(weak)

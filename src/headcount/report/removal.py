@@ -18,7 +18,7 @@ from headcount.report.style import PALETTE, Chart, dressed
 FULL, HEADS, FFNS, BOTH, ONE_SHAPE = ("nothing (full model)", "heads alone", "FFNs alone", "heads and FFNs",
                                       "heads, every layer one shape")
 _GUESSED, _WIDTH = "guessing", 640
-_LEGEND = ["removed (labels: in %,", "heads / FFNs)"]
+_LEGEND = ["removed (labels: % of the", "heads / % of the FFNs)"]
 # How kinds of points are drawn: colour, shape.
 _KINDS = {FULL: ("black", "diamond"), HEADS: (PALETTE[0], "circle"), FFNS: (PALETTE[1], "triangle-up"),
           BOTH: (PALETTE[2], "square"), ONE_SHAPE: (PALETTE[3], "cross")}
@@ -117,11 +117,11 @@ def cost_sentence(rows: pd.DataFrame) -> str:
         told.add(best["mask"])
         known = best["difference_low"] == best["difference_low"]
         interval = f" ({'' if said else '95 % interval '}{words.between(best)})" if known else ""
-        said.append(f"with at most {words.percent(size)} of the parameters it is that without {_without(best)}, which "
-                    f"changes accuracy by {words.signed(best['difference'])} points{interval}")
+        said.append(f"with at most {words.percent(size)} of the parameters the model without {_without(best)}, whose "
+                    f"accuracy changes by {words.signed(best['difference'])} points{interval}")
     if not said:
         return (f"{where} all measured points keep more than {words.percent(_SIZES[0])} of the parameters.")
-    return (f"{where} the full model's accuracy is {full['accuracy']:.3f}. The most accurate measured point: "
+    return (f"{where} the full model's accuracy is {full['accuracy']:.3f}. Most accurate of what was measured: "
             f"{'; '.join(said)}.")
 
 
