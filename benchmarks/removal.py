@@ -26,7 +26,7 @@ from headcount.measure.importance import ffn_importance, head_importance
 from headcount.model.load import LoadedModel, load
 from headcount.removal.cost import TOKENS, last_position
 from headcount.removal.remove import Removed, remove
-from headcount.removal.speed import measured_speed, sides_of
+from headcount.removal.speed import MeasuredSpeed, measured_speed, sides_of
 from headcount.stats.intervals import Sample, accuracy_interval, difference_interval
 from headcount.tasks.load import get_tasks
 
@@ -35,6 +35,8 @@ TASKS = ("icl_plural", "icl_past_tense", "icl_antonym")
 SHOTS, EXAMPLES, DOCUMENTS = 5, 20, 40
 # Tokens that are decoded.
 NEW = 16
+# Where more of the cores than this is another's, a point is timed again, so often at most.
+_QUIET, _AGAIN = 0.25, 2
 ALONE = (0.2, 0.4, 0.6, 0.8)
 JOINT = ((0.2, 0.2), (0.4, 0.2), (0.5, 0.2), (0.4, 0.4), (0.6, 0.4), (0.6, 0.6), (0.8, 0.8))
 # Of which the goal speaks.
@@ -55,13 +57,21 @@ def removal(loaded: LoadedModel, data: Path, rounds: int = 4, loads: int = 7) ->
             rows.append({**row, "parameters": whole, "left": 1.0})
             continue
         removed = remove(loaded, mask)
-        speed = measured_speed(sides_of(removed), rounds=3 * rounds if point == GOAL else rounds, new_tokens=NEW)
+        speed = _timed(removed, 3 * rounds if point == GOAL else rounds)
         rows.append({**row, "parameters": removed.savings.parameters_left, "left": removed.savings.share_left,
                      "promised": 1 - (removed.savings.time_left or float("nan")), **speed.to_dict(),
                      "peak": {"full": _peak(loaded), "removed": _peak(removed.model)}})
         if point == GOAL:
             rows.append(_loads(removed, loads))
     return rows
+
+
+def _timed(removed: Removed, rounds: int) -> MeasuredSpeed:
+    """The speeds of a point; once more where other processes took cores, and then the quieter of both."""
+    found: list[MeasuredSpeed] = []
+    while len(found) < _AGAIN and (not found or found[-1].others > _QUIET):
+        found.append(measured_speed(sides_of(removed), rounds=rounds, new_tokens=NEW))
+    return min(found, key=lambda one: one.others)
 
 
 def _masks(loaded: LoadedModel) -> list[Mask]:
@@ -149,12 +159,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     base = alt.Chart(frame).encode(
         x=alt.X("time:Q", title="time of a prefill of 512 tokens (% of the full model's)",
                 scale=alt.Scale(zero=True)),
-        color=alt.Color("kind:N", title="removed", scale=alt.Scale(domain=list(kinds), range=["black", *PALETTE])),
-        shape=alt.Shape("kind:N", title="removed",
-                        scale=alt.Scale(domain=list(kinds), range=["diamond", "circle", "square", "triangle-up"])))
+        color=alt.Color("kind:N", title="removed", legend=alt.Legend(symbolOpacity=1),
+                        scale=alt.Scale(domain=list(kinds), range=["black", *PALETTE[: len(kinds) - 1]])))
+    shape = alt.Shape("kind:N", title="removed",
+                      scale=alt.Scale(domain=list(kinds), range=["diamond", "circle", "square", "triangle-up"]))
     accuracy = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
     bars = base.mark_rule(opacity=0.4).encode(y=alt.Y("low:Q", title="accuracy"), y2=alt.Y2("high:Q"))
-    marks = base.mark_point(filled=True, opacity=1, size=70).encode(y=accuracy)
+    marks = base.mark_point(filled=True, opacity=1, size=70).encode(y=accuracy, shape=shape)
     text = base.mark_text(dx=7, dy=-7, align="left", fontSize=10).encode(y=accuracy, text=alt.Text("label:N"))
     chart = dressed(alt.layer(bars, marks, text).properties(width=620, height=340))
     figure = description(lambda: chart)
