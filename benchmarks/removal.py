@@ -8,6 +8,7 @@ the other, and at each point the three sides in turns (`headcount.removal.speed`
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 import time
@@ -127,6 +128,7 @@ def _loads(removed: Removed, rounds: int) -> Row:
         with neighbours.watch(torch.get_num_threads()) as beside:
             for number in range(rounds + 1):
                 for side, folder in folders.items():
+                    gc.collect()  # else the models of earlier loads are freed during some load, always the same side's
                     start = time.perf_counter()
                     load(folder, device="cpu")
                     if number:  # the first reads files that are not in memory yet
