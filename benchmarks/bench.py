@@ -11,6 +11,7 @@ oracles     single FFNs off, and single heads off, by layer sweep / one evaluati
 scaling     seconds and peak memory against masks, documents, layers, length of prompts
 demo        wall time of the demo, by kind of job, beside the speed of matrix products
 waiting     short scoring passes by how torch's threads wait, without and with busy processes beside
+removal     prefill, decoding, memory and accuracy of full, masked and removed models, from 0 to 80 % of heads and FFNs
 
 Nothing else should run meanwhile.
 """
@@ -31,6 +32,8 @@ from typing import Any
 from headcount.engine.waiting import wait_asleep
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Of torch's profiler, which says where it begins and ends.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 wait_asleep()
 
 import torch
@@ -40,12 +43,14 @@ import against_the_obvious
 from headcount.model.load import LoadedModel, load
 from headcount.tasks.catalog import PAPER14
 from performance_page import page
+from removal import draw, removal
 from waiting import waiting
 
 _ROOT = Path(__file__).resolve().parents[1]
 _WHOLE = {"counts": against_lm_eval.counts, "importance": against_the_obvious.importance,
           "induction": against_the_obvious.induction, "oracles": against_the_obvious.oracles,
-          "scaling": against_the_obvious.scaling, "demo": against_the_obvious.demo, "waiting": waiting}
+          "scaling": against_the_obvious.scaling, "demo": against_the_obvious.demo, "waiting": waiting,
+          "removal": removal}
 SECTIONS = (*_WHOLE, "scoring")
 
 
@@ -74,6 +79,8 @@ def main() -> None:
     if pairs:
         kept["scoring"] = {"when": pairs[-1]["when"], "rows": [p["rows"] for p in pairs]}
     options.page.write_text(page(kept), encoding="utf-8")
+    if "removal" in options.sections:
+        draw(kept["removal"]["rows"], options.page.parent / "images" / "removal-time.png")
 
 
 def _scoring(loaded: LoadedModel, options: argparse.Namespace) -> None:

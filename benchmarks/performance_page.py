@@ -9,6 +9,7 @@ import numpy as np
 
 from against_lm_eval import SETTINGS
 from headcount.tasks.catalog import PAPER14
+from removal import DOCUMENTS, EXAMPLES, GOAL, SHOTS, TASKS, share_of_promise
 
 Row = dict[str, Any]
 
@@ -47,6 +48,14 @@ def _goals(kept: dict[str, list[Row]]) -> str:
         peaks = {r["masks"]: r["peak"] for r in rows}
         found.append(("peak memory, 100 masks / 1", peaks[100] / rows[0]["peak"], 1.5, "at most"))
     found += [("the demo, minutes", r["wall"] / 60, 5, "at most") for r in kept.get("demo", [])]
+    for r in kept.get("removal", []):
+        without = f"SmolLM2 without {r['heads']:.0%} of its heads and {r['ffns']:.0%} of its FFNs"
+        if r["kind"] == "load":
+            found.append((f"`load` of {without} / of the full one", r["seconds"]["removed"] / r["seconds"]["full"], 1.0,
+                          "at most"))
+        elif (r["heads"], r["ffns"]) == GOAL:
+            found.append((f"time of a prefill saved / promised by its arithmetic, {without}", share_of_promise(r), 0.7,
+                          "at least"))
     lines = ["| figure | goal | measured | |", "|---|--:|--:|---|"]
     for figure, measured, goal, side in found:
         reached = measured <= goal + 1e-9 if side == "at most" else measured >= goal
@@ -181,9 +190,55 @@ def _waiting(rows: list[Row]) -> str:
         f"{r['slowest']:.2f} | {r['cpu']:.2f} |" for r in rows), ""])
 
 
+def _removal(rows: list[Row]) -> str:
+    points, (loads,) = [r for r in rows if r["kind"] == "point"], [r for r in rows if r["kind"] == "load"]
+    timed = [r for r in points if "sides" in r]
+    some, seconds, megabytes = timed[0], loads["seconds"], {k: n / 1e6 for k, n in loads["bytes"].items()}
+    rounds = sorted({r["rounds"] for r in timed})
+    lines = [
+        "## Removal", "", f"SmolLM2-135M, {some['dtype']}: the full model, the same under a mask's gates, and with the "
+        f"masked heads and FFNs removed, timed in turns; figures are medians of {rounds[0]} rounds ({rounds[-1]} at "
+        f"{_gone(loads)}). *Prefill* is {some['prefill_tokens']} tokens with the logits of the last position alone; "
+        f"*decode* is greedy `generate` of {some['new_tokens']} tokens with a cache, behind a prompt of "
+        f"{some['prompt_tokens']}. *Promised* is the share of the prefill's arithmetic that is saved, *saved* that of "
+        "its time. Gates give an FFN that is off no positions, so that masked FFNs cost nothing either; masked heads "
+        "cost what they did. *Cache* is keys and values of a prefill; *peak* is the weights and the most that a "
+        "prefill has allocated at once beside them.", "",
+        f"Accuracy: mean over {', '.join(TASKS)} with {SHOTS} shared shots, {DOCUMENTS} documents each, with 95 % "
+        "intervals. One order for all of them, by mean importance (heads by gradient, FFNs by oracle) on "
+        f"{EXAMPLES} examples each.", "",
+        "![Accuracy against the time of a prefill: heads removed alone, FFNs alone, and both](images/removal-time.png)",
+        "", "*Labels: heads removed / FFNs removed, in %. Vertical lines: 95 % intervals.*", "",
+        "| heads / FFNs removed | parameters, M | weights, MB | cache, MB | peak, MB | accuracy | difference, points |",
+        "|---|" + "--:|" * 6]
+    for r in points:
+        small = r["sides"]["removed"] if "sides" in r else some["sides"]["full"]
+        peak = r["peak"]["removed"] if "peak" in r else some["peak"]["full"]
+        lines.append(f"| {_gone(r)} | {r['parameters'] / 1e6:.1f} | {small['bytes'] / 1e6:.0f} | "
+                     f"{small['cache_bytes'] / 1e6:.1f} | {peak / 1e6:.0f} | {r['accuracy']:.3f} ({r['low']:.2f} to "
+                     f"{r['high']:.2f}) | " + (f"{100 * r['difference']:+.1f} ({100 * r['difference_low']:+.1f} to "
+                                               f"{100 * r['difference_high']:+.1f}) |" if "sides" in r else "|"))
+    lines += ["", "| heads / FFNs removed | prefill, tokens/s: full | masked | removed | promised | saved | "
+              "decode, tokens/s: full | masked | removed | others |", "|---|" + "--:|" * 9]
+    for r in timed:
+        sides = r["sides"]
+        prefill, decode = (" | ".join(f"{sides[side][way]:,.{digits}f}" for side in ("full", "masked", "removed"))
+                           for way, digits in (("prefill", 0), ("decode", 1)))
+        saved = 1 - sides["full"]["prefill"] / sides["removed"]["prefill"]
+        lines.append(f"| {_gone(r)} | {prefill} | {r['promised']:.0%} | {saved:.0%} | {decode} | {r['others']:.1f} |")
+    return "\n".join([*lines, "", "*Others* is how many cores other processes kept busy meanwhile. `load` of the full "
+                      f"model's folder ({megabytes['full']:.0f} MB) takes {seconds['full']:.2f} s, of that without "
+                      f"{_gone(loads)} ({megabytes['removed']:.0f} MB) {seconds['removed']:.2f} s (medians of "
+                      f"{loads['rounds']} in turns).", ""])
+
+
+def _gone(row: Row) -> str:
+    return f"{row['heads']:.0%} / {row['ffns']:.0%}"
+
+
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "counts": _counts, "scoring": _scoring, "importance": _importance, "induction": _induction, "oracles": _oracles,
-    "scaling": _scaling, "demo": _demo, "waiting": _waiting}
+    "scaling": _scaling, "demo": _demo, "waiting": _waiting, "removal": _removal}
 _HEAD = """\
 # Performance
 

@@ -101,7 +101,7 @@ def test_a_room_has_four_floors_at_most(of: str) -> None:
 
 
 @pytest.mark.parametrize("question", ["importance", "curves", "grid", "transfer", "correlations", "top_sets",
-                                      "prediction", "induction"])
+                                      "prediction", "induction", "removal"])
 def test_a_question_has_the_same_name_on_both_sides(question: str) -> None:
     assert {f"analysis.{question}", f"report.{question}"} <= modules().keys()
 

@@ -264,13 +264,34 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path: Path, monke
     assert [path.name for path in out.parent.iterdir()] == ["small"]
 
 
-def test_a_smaller_block_that_is_not_the_masked_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The proof can fail: with a wrong column nothing is written."""
+def test_a_smaller_block_that_is_not_the_masked_one_is_refused() -> None:
+    """The proof can fail: a column in another's place is found."""
     loaded = tiny.loaded("llama")
     plan = planned(loaded, without(loaded.anatomy, [(1, 1)]))
     kept = plan.cuts[1].kept["self_attn.o_proj.weight"]
     kept[1] = kept[1][::-1].copy()
     with pytest.raises(ModelError, match="block 1, made smaller, puts out something else"):
+        list(Walk(plan, tokens()).blocks())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt-350m", "gemma3", "mixtral", "olmo2", "falcon"])
+def test_proofs_of_bfloat16_are_made_in_float32(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures are those of float32, and a head in another's place is no rounding."""
+    loaded = wrap(of_family(family).bfloat16(), reader(), name=family)
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    mask = masks(family, loaded.anatomy)[0]
+    folder = remove(loaded, mask).save(tmp_path / "small")
+    told = json.loads((folder / "headcount.json").read_text())
+    assert max(proof["largest"] for proof in told["proofs"]) < 1e-4
+    assert certificate.check(folder, "transformers").holds
+    assert AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).dtype == torch.bfloat16
+    assert all(torch.equal(before[name], value) for name, value in loaded.model.state_dict().items())
+    plan = planned(loaded, mask)
+    wrong = planned(loaded, without(loaded.anatomy, [(0, 3), (1, 0)], mask.ffns_removed)).cuts  # type: ignore[arg-type]
+    monkeypatch.setattr(plan.cuts[0], "kept", wrong[0].kept)
+    with pytest.raises(ModelError, match="block 0, made smaller, puts out something else"):
         list(Walk(plan, tokens()).blocks())
 
 

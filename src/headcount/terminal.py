@@ -318,8 +318,8 @@ def print_removed(folder: Path) -> None:
 
     told = certificate_of(folder)
     for proof in told["proofs"]:
-        print_sentence(f"proved: {proof['what']}, differs from the masked model by {proof['largest']:.1e} of the "
-                       f"spread at most ({proof['tolerance']:.0e} is allowed)")
+        print_sentence(f"proved: {proof['what']}, differs from the masked model by at most "
+                       f"{proof['largest']:.1e} of {proof['in']} ({proof['tolerance']:.0e} is allowed)")
     trust = ", trust_remote_code=True" if told["written_as"] == "transformers" else ""
     print_sentence(f"{folder} is written: AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust}), or "
                    f"headcount.load({str(folder)!r})")
@@ -330,7 +330,7 @@ def print_proved(checked: CheckedModel) -> None:
     removed = checked.told["removed"]
     print_sentence(f"{checked.folder}: {checked.told['model']['name']} without {len(removed['heads'])} heads and "
                    f"{len(removed['ffns'])} FFNs, loaded by {checked.backend}: the largest difference of logits is "
-                   f"{checked.largest:.1e} of their spread ({checked.allowed:.0e} is allowed)")
+                   f"{checked.largest:.1e} of their range ({checked.allowed:.0e} is allowed)")
     for name in checked.changed:
         print_sentence(f"changed: {name} is not the file that was written: copy the folder again")
     print_sentence("it is what was written" if checked.holds else "it is not what was written")

@@ -19,7 +19,19 @@ import numpy as np
 import pandas as pd
 
 from headcount.analysis.points import Points, compared, most_shared, points_of, removed_by
-from headcount.analysis.rows import ALL_TASKS, COMMON, FREE_FORM, MEAN, OWN, OWN_ORDERS, TASK, Scoped, groups, of_task
+from headcount.analysis.rows import (
+    ALL_TASKS,
+    COMMON,
+    FREE_FORM,
+    MEAN,
+    OWN,
+    OWN_ORDERS,
+    TASK,
+    Scoped,
+    groups,
+    most_shots,
+    of_task,
+)
 from headcount.analysis.schema import COMPONENT, NUM_FEWSHOT, OF_SCOPE, Column, Table, columns, interval_of
 from headcount.masks import Component, Mask, all_heads
 from headcount.stats import intervals
@@ -307,6 +319,33 @@ def removed_table(removal: Removal, importance: Mapping[str, pd.DataFrame]) -> p
                     "fraction": min(fraction for fraction, parts in gone.items() if position in parts)})
             rows += sorted(of_component, key=lambda row: (row["fraction"], row["position"] if told else 0))
     return REMOVED.frame(rows)
+
+
+def costs(removable: pd.DataFrame) -> pd.DataFrame:
+    """The points that accuracy is drawn against cost of, the full model among them; empty where nothing is pruned.
+
+    They are those by the order of all tasks together at the most shots (in a study of one task, by its own order), of
+    table `removable`, with further columns: `left`, the share of the parameters that is left; `shown`, `shown_low` and
+    `shown_high`, the accuracy and its interval moved by what the full model's accuracy is more, or less, on all its
+    documents than on the point's, so that points of unlike documents stand beside one another as `choose` compares
+    them; and `front`, whether no other point has as few parameters and loses as little.
+    """
+    rows = removable[removable["donor_scope"] == ALL_TASKS]
+    if rows.empty and removable.loc[removable["scope"] == TASK, "task"].nunique() == 1:
+        rows = removable[removable["scope"] == TASK]
+    rows = most_shots(rows).reset_index(drop=True)
+    whole = rows[rows["parameters_removed"] == 0]
+    if whole.empty or len(whole) == len(rows):
+        return rows.iloc[:0].assign(left=[], shown=[], shown_low=[], shown_high=[], front=[])
+    # Steps at which not one head or FFN goes are the full model once more.
+    whole = whole.sort_values(["documents", "heads_fraction", "ffns_fraction"], ascending=[False, True, True]).iloc[:1]
+    rows = pd.concat([whole, rows[rows["parameters_removed"] > 0]], ignore_index=True)
+    moved = rows["accuracy"].iloc[0] - (rows["accuracy"] - rows["difference"])
+    gone, lost = rows["parameters_removed"].to_numpy(), (-rows["difference"]).round(9).to_numpy()
+    beaten = [bool(((gone >= g) & (lost <= x) & ((gone > g) | (lost < x))).any())
+              for g, x in zip(gone, lost, strict=True)]
+    return rows.assign(left=1 - rows["parameters_removed_share"], shown=rows["accuracy"] + moved,
+                       shown_low=rows["low"] + moved, shown_high=rows["high"] + moved, front=[not b for b in beaten])
 
 
 def _gone(mask: Mask, component: Component) -> set[int]:

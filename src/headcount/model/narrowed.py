@@ -183,7 +183,8 @@ def _resize(block: nn.Module, path: str, shape: Sequence[int] | None) -> None:
     module, old = block.get_submodule(owner), block.get_parameter(path)
     setattr(module, name, None)
     if shape is not None:
-        kept = old.detach()[tuple(slice(0, size) for size in shape)].clone()
+        # Without values there is nothing to cut out, which on the meta device takes most of the time.
+        kept = old.new_empty(shape) if old.is_meta else old.detach()[tuple(slice(0, n) for n in shape)].clone()
         setattr(module, name, nn.Parameter(kept, requires_grad=old.requires_grad))
 
 

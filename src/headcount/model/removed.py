@@ -22,6 +22,13 @@ from headcount.model.narrowed import PREFIX, narrow
 FORMAT = 1
 
 
+class _Told(dict[str, Any]):
+    """`config.headcount`, which nothing changes: transformers copies configs dozens of times while it loads a model."""
+
+    def __deepcopy__(self, memo: object) -> _Told:
+        return self
+
+
 @functools.cache
 def narrowed(base: Any) -> Any:
     """A family's class whose models are as small as their config says, with a config of a type of its own.
@@ -35,7 +42,10 @@ def narrowed(base: Any) -> Any:
         base.__init__(self, config)
         narrow(self, config.headcount)
 
-    told = {"model_type": PREFIX + of_base.model_type, "__module__": __name__}
+    def keeps(self: Any, name: str, value: Any) -> None:
+        of_base.__setattr__(self, name, _Told(value) if name == "headcount" and type(value) is dict else value)
+
+    told = {"model_type": PREFIX + of_base.model_type, "__module__": __name__, "__setattr__": keeps}
     config = type(name_of(of_base), (of_base,), told)
     return type(name_of(base), (base,), {"config_class": config, "__init__": narrowed_init, "__module__": __name__})
 

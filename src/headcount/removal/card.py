@@ -39,7 +39,7 @@ def card(told: Mapping[str, Any]) -> str:
               "or with headcount, which runs no code from the folder: `headcount.load(FOLDER)`.", "",
               "`headcount check FOLDER` compares its logits with those that `expected.safetensors` holds.", "",
               "## What was proved", ""]
-    lines += [f"- {proof['what']}: differs from the masked model by {proof['largest']:.1e} of the spread at most "
+    lines += [f"- {proof['what']}: differs from the masked model by at most {proof['largest']:.1e} of {proof['in']} "
               f"({proof['tolerance']:.0e} is allowed)" for proof in told["proofs"]]
     lines += ["", "## What was removed", "", f"Heads: {', '.join(removed['heads']) or 'none'}.", "",
               f"FFNs: {', '.join(removed['ffns']) or 'none'}.", ""]

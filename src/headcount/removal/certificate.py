@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import headcount
-from headcount.errors import ModelError, first_line
+from headcount.errors import ModelError, few, first_line
 from headcount.masks import Mask
 from headcount.model.load import LoadedModel, load
 from headcount.model.read import quiet
 from headcount.removal.card import card
 from headcount.removal.cost import Savings
-from headcount.removal.narrow import logits_apart, tolerance
+from headcount.removal.narrow import TOLERANCE, logits_apart
 
 FILE, EXPECTED = "headcount.json", "expected.safetensors"
 FORMAT = 1
@@ -142,7 +142,7 @@ def check(folder: Path, backend: Backend = "headcount", device: str | None = Non
         ModelError: If its certificate cannot be read, or the model cannot be loaded.
     """
     told = certificate_of(folder)
-    files, dtype = told["files"], getattr(torch, told["model"]["dtype"])
+    files = told["files"]
     changed = tuple(name for name, known in files.items()
                     if not (folder / name).is_file() or digest(folder / name) != known)
     try:
@@ -150,25 +150,29 @@ def check(folder: Path, backend: Backend = "headcount", device: str | None = Non
         ids, wanted = expected["input_ids"], expected["logits"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ModelError(f"{folder / EXPECTED} is damaged or not there: copy the folder again") from error
+    code = [name for name in changed if name.endswith((".py", ".json"))]
+    if code and backend == "transformers":
+        raise ModelError(f"{folder} is not what was written ({few(code)} changed), and transformers would run code "
+                         "from it: read what changed, or copy the folder again")
     found = _logits(folder, told, backend, device, ids)
     if found.shape != wanted.shape:
         raise ModelError(f"{folder} gives logits of shape {tuple(found.shape)}, where {tuple(wanted.shape)} is "
                          "expected: copy the folder again")
     return CheckedModel(folder, told, tuple(name for name in changed if name != "README.md"), backend,
-                   logits_apart(found, wanted), tolerance(dtype))
+                   logits_apart(found, wanted), TOLERANCE)
 
 
 @torch.no_grad()
 def _logits(folder: Path, told: Mapping[str, Any], backend: Backend, device: str | None, ids: Tensor) -> Tensor:
-    dtype = told["model"]["dtype"]
+    # In float32, whatever the type of the weights: they are exact in it, and differences mean something.
     if backend == "headcount":
-        loaded = load(folder, dtype=dtype, device=device)
+        loaded = load(folder, dtype="float32", device=device)
         logits: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
         return logits.float().cpu()
     try:
         with quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=told["written_as"] == "transformers", dtype=getattr(torch, dtype))
+                folder, trust_remote_code=told["written_as"] == "transformers", dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(f"transformers cannot load {folder} ({' '.join(str(error).split())[:200]}): copy it again"
                          ) from error

@@ -1,13 +1,15 @@
 """What a removal saves, told before anything is computed: parameters, bytes, and the arithmetic of a prefill.
 
 Arithmetic is counted by torch itself (`FlopCounterMode`) on models without weights, for one text of 512 tokens: what
-the matrix products and attention of a prefill take. A mixture of experts chooses its experts by the values, so that it
+the matrix products and attention of a prefill take, with the logits of the last position alone, as generation has it
+(`headcount.removal.speed` times the same pass). A mixture of experts chooses its experts by the values, so that it
 cannot be counted without them.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,11 +107,17 @@ def flops(model: PreTrainedModel | None) -> int | None:
     mask = torch.zeros(1, 1, tokens, tokens, dtype=model.dtype, device="meta")
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+            model(input_ids=ids, attention_mask=mask, use_cache=False, **last_position(model))
     except (*FAILURES, NotImplementedError):
         return None
     counted = int(counter.get_total_flops())
     return counted or None
+
+
+def last_position(model: PreTrainedModel) -> dict[str, int]:
+    """The argument by which a forward pass gives the logits of the last position alone; empty where there is none."""
+    name = "logits_to_keep"
+    return {name: 1} if name in inspect.signature(model.forward).parameters else {}
 
 
 def _on_meta(model: PreTrainedModel) -> PreTrainedModel | None:

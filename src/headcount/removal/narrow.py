@@ -1,9 +1,9 @@
 """A model without the heads and FFNs that a mask leaves out, proved equal to the masked one, block by block.
 
 The smaller model is its family's class, built without weights and narrowed as its config says
-(`headcount.model.narrowed`). Then one block after another gets the rows and columns that stay (`layouts`), and is given
-what the masked model's block is given: what both put out must agree. So at any moment no more than one block and its
-smaller twin need to be in memory.
+(`headcount.model.narrowed`). Then one block after another gets the rows and columns that stay (`layouts`), and is
+given what the masked model's block is given: what both put out, computed in float32 whatever the weights' type, must
+agree. So at any moment no more than one block and its smaller twin need to be in memory.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.hooks import layer_ablated
 from headcount.model.load import LoadedModel
 from headcount.model.removed import FORMAT, base_of, narrowed
+from headcount.removal.in_float32 import as_float32, in_float32
 from headcount.removal.layouts import Cut, cut, merged
 from headcount.removal.weights_on_disk import give_back, on_disk
 
@@ -125,6 +126,9 @@ def _empty(loaded: LoadedModel, mask: Mask, blocks: str, cuts: tuple[Cut, ...]) 
     return empty
 
 
+# How far apart two computations of one thing may be, in float32: standard deviations of a block's output, or of the
+# range of logits.
+TOLERANCE = 1e-4
 # Arguments that blocks may write into, such as keys and values for later layers (Gemma-4).
 _WRITTEN = (MutableMapping, MutableSequence)
 Filled = Callable[[nn.Module, int], None]
@@ -158,13 +162,13 @@ class Walk:
         """
         plan, model = self.plan, self.plan.loaded.model
         inputs = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
-        with torch.no_grad():
+        with torch.no_grad(), in_float32(model):
             hidden, calls = entered(model, self._blocks, inputs)
+            hidden = as_float32(hidden)
             twins, copies = plan.empty.get_submodule(plan.blocks), dict[int, Any]()
-            for i, (block, call) in enumerate(zip(self._blocks, calls, strict=True)):
+            for i, (block, call) in enumerate(zip(self._blocks, map(_precise, calls), strict=True)):
                 own = _owned(call, copies)  # before the masked block writes into what it hands to later ones
-                with layer_ablated(block.part, plan.mask.heads[i], bool(plan.mask.ffns[i])):
-                    masked = first(block.part.block(hidden.clone(), *call.args, **call.kwargs))
+                masked = self._masked(i, hidden, call)
                 twin = twins.get_submodule(str(i))
                 if filled is None:
                     fill(twin, plan.cuts[i], block.part.block, hidden.device)
@@ -177,15 +181,25 @@ class Walk:
                     give_back()
         self._hidden = hidden
 
+    def _masked(self, number: int, hidden: Tensor, call: Call) -> Tensor:
+        plan, part = self.plan, self._blocks[number].part
+        with layer_ablated(part, plan.mask.heads[number], bool(plan.mask.ffns[number])):
+            try:
+                return first(part.block(hidden.clone(), *call.args, **call.kwargs))
+            except FAILURES as failure:
+                raise not_known(plan.loaded.model, f"block {number} does not run by itself, in float32 ({failure})"
+                                ) from failure
+
     def _compare(self, number: int, twin: nn.Module, hidden: Tensor, call: Call, masked: Tensor) -> None:
         plan = self.plan
         if not plan.cuts[number].told and not any(isinstance(v, _WRITTEN) for v in (*call.args, *call.kwargs.values())):
             return  # the same block, with the same weights, which hands nothing else to later ones
         try:
-            error = apart(first(twin(hidden.clone(), *call.args, **call.kwargs)), masked)
+            with in_float32(twin):
+                error = apart(first(twin(hidden.clone(), *call.args, **call.kwargs)), masked)
         except FAILURES as failure:
             raise not_known(plan.loaded.model, f"block {number}, made smaller, does not run ({failure})") from failure
-        if not error <= tolerance(masked.dtype):
+        if not error <= TOLERANCE:
             raise not_known(plan.loaded.model, f"block {number}, made smaller, puts out something else than under the "
                             f"mask ({error:.1e} of the spread)")
         self.worst = max(self.worst, error)
@@ -195,7 +209,7 @@ class Walk:
         if self._hidden is None:
             raise ValueError("not all blocks were passed")
         rows = self._hidden.reshape(-1, self._hidden.shape[-1])
-        with torch.no_grad():
+        with torch.no_grad(), in_float32(self.plan.loaded.model):
             (_, logits), = finished(self.plan.loaded.model, self._blocks, [(None, rows)])
         return logits.reshape(*self.ids.shape, -1).float().cpu()
 
@@ -206,26 +220,6 @@ def not_known(model: PreTrainedModel, why: str) -> ModelError:
                       "`format='masked'`, which sets weights to zero", fields=("format='masked'",))
 
 
-def logits_apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
-    """The largest difference of logits relative to their spread, the largest less the smallest of the second."""
-    known = other[torch.isfinite(other)]
-    spread = float(known.max() - known.min()) if known.numel() else 1.0
-    return apart(one, other) * float(known.double().std()) / max(spread, 1e-30)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far apart two computations of one thing may be, in spreads: 1e-4, or what a coarse type's steps allow."""
-    return max(1e-4, 16 * torch.finfo(dtype).eps)
-
-
-def _owned(call: Call, copies: dict[int, Any]) -> Call:
-    """The same arguments, with the smaller blocks' own copies of those that blocks write into for later ones."""
-    def own(value: Any) -> Any:
-        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, _WRITTEN) else value
-
-    return Call(tuple(map(own, call.args)), {name: own(value) for name, value in call.kwargs.items()})
-
-
 def apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
     """The largest difference of two tensors, in standard deviations of the second; infinite where it is no number."""
     a, b = one.detach().double().cpu(), other.detach().double().cpu()
@@ -234,6 +228,26 @@ def apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
         return float("inf")
     error = float((a[known] - b[known]).abs().max() / b[known].std().clamp_min(1e-30)) if known.any() else 0.0
     return float("inf") if error != error else error
+
+
+def logits_apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
+    """The largest difference of logits relative to their spread, the largest less the smallest of the second."""
+    known = other[torch.isfinite(other)]
+    spread = float(known.max() - known.min()) if known.numel() else 1.0
+    return apart(one, other) * float(known.double().std()) / max(spread, 1e-30)
+
+
+def _precise(call: Call) -> Call:
+    """The same arguments in float32."""
+    return Call(as_float32(call.args), {name: as_float32(value) for name, value in call.kwargs.items()})
+
+
+def _owned(call: Call, copies: dict[int, Any]) -> Call:
+    """The same arguments, with the smaller blocks' own copies of those that blocks write into for later ones."""
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, _WRITTEN) else value
+
+    return Call(tuple(map(own, call.args)), {name: own(value) for name, value in call.kwargs.items()})
 
 
 def fill(twin: nn.Module, how: Cut, block: nn.Module, device: torch.device) -> None:

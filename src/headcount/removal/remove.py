@@ -1,9 +1,10 @@
 """`remove(model, mask)`: a model without what the mask leaves out, in memory or as a folder, proved equal each time.
 
-Three proofs are made of every folder. *Blocks*: each smaller block puts out what the masked model's does, before it is
-written. *Logits*: the logits of the model in memory are those of the masked model, through the plain forward pass. And
-*reloaded*: the folder is read again by headcount's own loader, and compared with the masked model anew. Where weights
-lie on the disk, so that the model need not fit into memory, the second is not made, and the third block by block.
+Every folder is proved, in float32 whatever its type. *Blocks*, of the default format: each smaller block puts out what
+the masked model's does, before it is written. *Logits*: the folder is read again by headcount's own loader, and gives
+the logits of the masked model's plain forward pass; where weights lie on the disk, so that the model need not fit into
+memory, it is compared block by block instead. Of a model that stays in memory (`Removed.model`) blocks and logits are
+compared.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, load, wrap
 from headcount.removal import certificate, stock
 from headcount.removal.cost import Savings, savings, unsaved
+from headcount.removal.in_float32 import in_float32
 from headcount.removal.narrow import (
+    TOLERANCE,
     Plan,
     Walk,
     check_kind,
@@ -37,7 +40,6 @@ from headcount.removal.narrow import (
     not_known,
     planned,
     put,
-    tolerance,
 )
 from headcount.removal.save import write_transformers, written
 from headcount.removal.weights_on_disk import on_disk
@@ -45,6 +47,8 @@ from headcount.removal.weights_on_disk import on_disk
 Format = Literal["transformers", "stock", "masked"]
 FORMATS: tuple[Format, ...] = ("transformers", "stock", "masked")
 PROMPTS = ("The capital of France is", "Once upon a time there was a")
+# What differences are told in.
+_DEVIATIONS, _RANGE = "standard deviations of what the block puts out", "the range of the logits"
 # How many tokens each of them has, and how many random ones there are besides.
 TOKENS = 8
 
@@ -134,12 +138,12 @@ class Removed:
         plan, loaded, walk = self.plan, self.loaded, Walk(self.plan, ids)
         write_transformers(walk, folder)
         _write_beside(loaded, folder)
-        proofs = [_proof("each block, while it was written", walk.worst, loaded)]
+        proofs = [_proof("each block, while it was written", walk.worst, _DEVIATIONS)]
         if on_disk(loaded.model):
             again = Walk(plan, ids)
             for _, block in again.blocks(functools.partial(_from_files, plan, _weight_map(folder))):
                 block.to("meta")
-            return [*proofs, _proof("each block, read again from the files", again.worst, loaded)], walk.logits()
+            return [*proofs, _proof("each block, read again from the files", again.worst, _DEVIATIONS)], walk.logits()
         expected = self._masked_logits(ids)
         return [*proofs, self._reloaded(folder, ids, expected)], expected
 
@@ -168,7 +172,7 @@ class Removed:
         again = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."), device=str(loaded.device),
                      attn_implementation=loaded.model.config.get_text_config()._attn_implementation)
         error = _check(again, ids, expected, "loaded again")
-        return _proof("logits of the whole model, loaded again from the files", error, loaded)
+        return _proof("logits of the whole model, loaded again from the files", error, _RANGE)
 
 
 def remove(model: LoadedModel, mask: Mask) -> Removed:
@@ -202,8 +206,9 @@ def prompts(loaded: LoadedModel) -> Tensor:
 
 @torch.no_grad()
 def logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
-    """Logits at all positions, in float32 on the CPU."""
-    found: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
+    """Logits at all positions, computed in float32 whatever the weights' type."""
+    with in_float32(loaded.model):
+        found: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
     return found.float().cpu()
 
 
@@ -213,15 +218,14 @@ def _check(small: LoadedModel, ids: Tensor, expected: Tensor, where: str) -> flo
         error = logits_apart(logits(small, ids), expected)
     except FAILURES as failure:
         raise not_known(small.model, f"{where}, the smaller model does not run ({failure})") from failure
-    allowed = tolerance(small.model.dtype)
-    if not error <= allowed:
+    if not error <= TOLERANCE:
         raise not_known(small.model, f"{where}, the smaller model's logits differ from the masked model's by "
-                        f"{error:.1e} of their spread, where {allowed:.0e} is allowed")
+                        f"{error:.1e} of their spread, where {TOLERANCE:.0e} is allowed")
     return error
 
 
-def _proof(what: str, largest: float, loaded: LoadedModel) -> dict[str, Any]:
-    return {"what": what, "largest": largest, "tolerance": tolerance(loaded.model.dtype)}
+def _proof(what: str, largest: float, unit: str) -> dict[str, Any]:
+    return {"what": what, "largest": largest, "tolerance": TOLERANCE, "in": unit}
 
 
 def _write_beside(loaded: LoadedModel, folder: Path) -> None:

@@ -31,6 +31,7 @@ from headcount.report import (
     importance,
     induction,
     prediction,
+    removal,
     top_sets,
     transfer,
     words,
@@ -41,7 +42,7 @@ from headcount.report.style import description, save
 from headcount.stats.intervals import WITHIN
 
 # The questions, in the order of the page: each has sections and tables. A new one is one more name here.
-QUESTIONS = (headline, importance, curves, grid, correlations, top_sets, transfer, prediction, induction)
+QUESTIONS = (headline, importance, curves, grid, removal, correlations, top_sets, transfer, prediction, induction)
 # Tables that are written as CSV: names of files, and of the study's methods.
 _CSV = tuple(table.name for table in TABLES if table.written)
 _FFN = "FFN: the feed-forward block of a layer."

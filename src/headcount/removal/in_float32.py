@@ -1,0 +1,83 @@
+"""Computing in float32 with weights of a coarser type, a module at a time.
+
+In bfloat16 two computations of the same thing differ by so much that a wrong head can hide among it. So what is proved
+is proved in float32: before a module runs, its own weights and buffers are fetched (from the disk, where they lie
+there) and made float32; after it ran it gets back what it had. No more than one module's weights are held twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+Kept = list[tuple[Any, str, Any]]
+
+
+@contextlib.contextmanager
+def in_float32(*models: nn.Module) -> Iterator[None]:
+    """Run these modules, and all in them, with weights made float32; nothing is done where they are that already."""
+    with contextlib.ExitStack() as undo:
+        for model in models:
+            if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
+                continue
+            for module in model.modules():
+                if any(p.is_floating_point() for p in _own(module).values()):
+                    undo.enter_context(_cast(module))
+        yield
+
+
+def as_float32(value: Any) -> Any:
+    """Tensors of a coarser type than float32 made float32, also in tuples; what may be written into stays as it is."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() and value.itemsize < 4 else value
+    return tuple(map(as_float32, value)) if type(value) is tuple else value
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
+@contextlib.contextmanager
+def _cast(module: nn.Module) -> Iterator[None]:
+    """Hooks on one module; its forward is its own, not accelerate's, which would fetch the coarse weights again."""
+    kept: Kept = []
+    inner: Callable[..., Any] | None = module.__dict__.get("_old_forward")
+
+    def before(called: nn.Module, args: Any) -> None:
+        if kept:  # called from within itself
+            return
+        with align_module_device(called):
+            made = {name: value.detach().float() for name, value in _own(called).items() if value.is_floating_point()}
+        wheres: tuple[dict[str, Any], ...] = (called._parameters, called._buffers)
+        for where in wheres:
+            for name in [name for name in where if name in made]:
+                kept.append((where, name, where[name]))
+                value = made[name]
+                where[name] = nn.Parameter(value, requires_grad=False) if where is wheres[0] else value
+
+    def after(called: nn.Module, args: Any, output: Any) -> None:
+        restore()
+
+    def restore() -> None:
+        for where, name, value in kept:
+            where[name] = value
+        kept.clear()
+
+    handles = [module.register_forward_pre_hook(before, prepend=True),
+               module.register_forward_hook(after, always_call=True)]
+    outer = module.__dict__.get("forward")
+    try:
+        if inner is not None:
+            module.__dict__["forward"] = inner
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if inner is not None:
+            module.__dict__["forward"] = outer
+        restore()
