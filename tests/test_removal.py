@@ -115,7 +115,7 @@ def test_a_removed_model_is_the_masked_one(family: str) -> None:
 def test_what_is_not_known_is_refused_by_name_and_set_to_zero_instead(family: str, tmp_path: Path) -> None:
     loaded = wrap(of_family(family), reader(), name=family)
     mask = without(loaded.anatomy, whole(loaded.anatomy, 0))
-    with pytest.raises(ModelError, match=f"{type(loaded.model).__name__}.*format='masked'"):
+    with pytest.raises(ModelError, match=f"(?i){family.partition('-')[0]}.*format='masked'"):
         _ = remove(loaded, without(loaded.anatomy, [(0, 0), (1, 1), *whole(loaded.anatomy, 0)])).model
     zeroed = remove(loaded, mask).save(tmp_path / "zeroed", format="masked")
     same = AutoModelForCausalLM.from_pretrained(zeroed)

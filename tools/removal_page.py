@@ -34,13 +34,14 @@ _TABLE = """\
 Every family of the tests' table (tiny, random throughout, transformers {version}), {kinds}. *Differs* is the largest
 difference of logits between the removed model in memory and the masked one, in standard deviations of the logits, over
 {masks} masks: a layer without heads, a layer without its FFN, a layer without both, one head left of a KV group, and
-groups with unlike numbers of heads. The columns behind are formats and who loads them: ✓ ran, and gave the masked
+groups with unlike numbers of heads. *Masks* says of how many of them it was removed; the others are refused, see
+below. The columns behind are formats and who loads them: ✓ ran, and gave the masked
 model's logits within 1e-4; - does not fit. *transformers* is `AutoModelForCausalLM` with `trust_remote_code=True` (both
 kernels where the family has them, `generate` with its cache, and `save_pretrained` and loading again), *headcount* is
 `headcount.load`. *stock* and *masked* are loaded by `AutoModelForCausalLM` without remote code.
 
-| family | differs | transformers | headcount | stock | masked |
-|---|---|---|---|---|---|
+| family | differs | masks | transformers | headcount | stock | masked |
+|---|---|---|---|---|---|---|
 {rows}
 
 What is refused, and why (of `stock`: above):
@@ -80,7 +81,7 @@ def _family(family: str) -> tuple[list[str], list[tuple[str, str]]]:
             continue
         gone += 1
         worst = max(worst, _apart(_logits(small.model, ids), _masked(loaded, mask, ids)))
-    cells = [f"{worst:.0e}" if gone else ""]
+    cells = [f"{worst:.0e}" if gone else "", f"{gone} of 5"]
     mask = next((mask for _, mask in reversed(list(_masks(loaded.anatomy))) if _fits(loaded, mask)), None)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

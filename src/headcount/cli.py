@@ -218,10 +218,11 @@ def mask(
 
 @app.command
 def remove(
-    spec: Annotated[ModelSpec, Parameter(name="*")], *, out: Path, study: Path | None = None, mask: Path | None = None,
-    choice: Annotated[ChoiceSpec | None, Parameter(name="*")] = None, asked: int | None = None,
-    format: Literal["transformers", "stock", "masked"] = "transformers", confirm: int | None = None,
-    text: Path | None = None, prompts: Path | None = None, skip_confirm: bool = False, dry_run: bool = False,
+    spec: Annotated[ModelSpec, Parameter(name="*")], *, out: Path | None = None, study: Path | None = None,
+    mask: Path | None = None, choice: Annotated[ChoiceSpec | None, Parameter(name="*")] = None,
+    asked: int | None = None, format: Literal["transformers", "stock", "masked"] = "transformers",
+    confirm: int | None = None, text: Path | None = None, prompts: Path | None = None, skip_confirm: bool = False,
+    speed: bool = False, dry_run: bool = False,
 ) -> None:
     """Remove heads and FFNs from a model for good, and write what is left: `headcount remove MODEL --study DIR --free`.
 
@@ -242,16 +243,25 @@ def remove(
         text: Plain text whose perplexity is compared, in place of one that comes along.
         prompts: Prompts, one a line, that both models continue, in place of some that come along.
         skip_confirm: Leave all three out.
+        speed: Time the full, the masked and the removed model in turns: prefill of 512 tokens, and decoding.
         dry_run: Say what would go, what the study measured there and what that saves, and write nothing.
     """
     from headcount import terminal
 
     if (study is None) == (mask is None):
         raise OptionError("say what goes by one of `study` and `mask`", fields=("study", "mask"))
-    if out.exists():
+    if out is None and not dry_run:
+        raise OptionError("a removed model needs a folder; name it with `out`", fields=("out",))
+    if out is not None and out.exists():
         raise OptionError(f"{out} exists already: name another folder with `out`, or delete it", fields=("out",))
+    if skip_confirm and (confirm is not None or text is not None or prompts is not None):
+        raise OptionError("`skip_confirm` leaves out what `confirm`, `text` and `prompts` are for: give it, or them",
+                          fields=("skip_confirm", "confirm", "text", "prompts"))
     opened = point = None
     if study is None:
+        if confirm is not None:
+            raise OptionError("which documents chose nothing only a `study` says: leave out `confirm`, or choose by a "
+                              "study", fields=("study", "confirm"))
         file = _mask_of(mask, choice)
     else:
         from headcount.analysis.study import open_study
@@ -262,46 +272,53 @@ def remove(
         terminal.print_sentence(point.describe())
     with terminal.reporter() as reporter:
         reporter.stage(f"loading {spec.model}")
-        from headcount.mask_file import check_mask
         from headcount.model.load import load
+        from headcount.removal.confirm import facts_of
         from headcount.removal.remove import remove as removed_from
         from headcount.removal.weights_on_disk import too_large
 
         options = dataclasses.asdict(spec)
-        if spec.device is None and spec.device_map is None and too_large(spec.model, spec.revision):
+        placed = spec.device is not None or spec.device_map is not None
+        if format == "transformers" and not placed and too_large(spec.model, spec.revision, spec.dtype):
             options["device_map"] = "disk"
         loaded = load(options.pop("model"), **options)
         if opened is not None:
             _check_study(opened, loaded)
-        else:
-            check_mask(file, spec.model, loaded.identity, loaded.anatomy.heads_per_layer)
         reporter.stage("looking at what goes")
-        removed = removed_from(loaded, file.mask)
-    if format != "masked":
-        terminal.print_savings(removed)
-    if dry_run:
+        removed = removed_from(loaded, file.mask if opened is not None else file)
+        removed.check(format, out)
+    terminal.print_savings(removed, format)
+    if dry_run or out is None:
         return
-    compared = None
-    if not skip_confirm and options.get("device_map") != "disk":
+    facts = None
+    if opened is not None and point is not None:
+        facts = facts_of(opened.spec, point.num_fewshot, opened.description.get("asked", ()))
+    compared = timed = None
+    if not skip_confirm and options.get("device_map") == "disk":
+        terminal.print_note("the weights stay on the disk, so full and removed model are not compared on other "
+                            "documents, a text and prompts")
+    elif not skip_confirm:
         with terminal.reporter() as reporter:
             reporter.stage("comparing full and removed")
-            from headcount.removal.confirm import facts_of
             from headcount.removal.confirmed import confirmed
 
-            facts = None if opened is None or point is None else facts_of(
-                opened.spec, point.num_fewshot, opened.description.get("asked", ()))
             compared = confirmed(loaded, file.mask, facts, confirm, text=text, prompts=prompts)
         terminal.print_confirmed(compared)
-    chosen = None if point is None else {**file.source, "sentence": point.describe()}
+    if speed:
+        with terminal.reporter() as reporter:
+            reporter.stage("timing full, masked and removed")
+            from headcount.removal.speed import measured_speed, sides_of
+
+            timed = measured_speed(sides_of(removed)).to_dict()
     with terminal.reporter() as reporter:
         reporter.stage(f"writing {out}")
-        removed.save(out, format=format, chosen=chosen,
+        removed.save(out, format=format, chosen=file.source or None, speed=timed,
                      confirmation=None if compared is None else compared.to_dict())
-        if study is not None:
-            from headcount.removal.certificate import kept_with_study
-
-            kept_with_study(out, study)
     terminal.print_removed(out)
+    if study is not None:
+        from headcount.removal.certificate import kept_with_study
+
+        kept_with_study(out, study)
 
 
 @app.command

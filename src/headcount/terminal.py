@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from headcount.removal.certificate import CheckedModel
     from headcount.removal.confirm import Confirmation
     from headcount.removal.confirmed import Confirmed
-    from headcount.removal.remove import Removed
+    from headcount.removal.remove import Format, Removed
     from headcount.removal.writing import Writing
     from headcount.study.check import Checked
     from headcount.study.plan import PlannedJob
@@ -305,9 +305,9 @@ def print_sentence(text: str) -> None:
     _out.print(text, highlight=False, markup=False)
 
 
-def print_savings(removed: Removed) -> None:
+def print_savings(removed: Removed, format: Format) -> None:
     """What goes and what that saves, before it is done."""
-    print_sentence(f"{removed.savings}.")
+    print_sentence(f"{removed.savings_as(format)}.")
     for note in removed.loaded.notes:
         print_note(note)
 
@@ -317,9 +317,13 @@ def print_removed(folder: Path) -> None:
     from headcount.removal.certificate import certificate_of
 
     told = certificate_of(folder)
+    if told["speed"] is not None:
+        for what, key in (("prefill", "prefill"), ("decoding", "decode")):
+            print_sentence(f"{what}, tokens a second: " + ", ".join(
+                f"{side} {one[key]:,.1f}" for side, one in told["speed"]["sides"].items()))
     for proof in told["proofs"]:
         print_sentence(f"proved: {proof['what']}, differs from the masked model by at most "
-                       f"{proof['largest']:.1e} of {proof['in']} ({proof['tolerance']:.0e} is allowed)")
+                       f"{proof['largest']:.1e} {proof['in']} ({proof['tolerance']:.0e} is allowed)")
     trust = ", trust_remote_code=True" if told["written_as"] == "transformers" else ""
     print_sentence(f"{folder} is written: AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust}), or "
                    f"headcount.load({str(folder)!r})")
@@ -327,9 +331,10 @@ def print_removed(folder: Path) -> None:
 
 def print_proved(checked: CheckedModel) -> None:
     """What a copy of a removed model was found to be."""
-    removed = checked.told["removed"]
-    print_sentence(f"{checked.folder}: {checked.told['model']['name']} without {len(removed['heads'])} heads and "
-                   f"{len(removed['ffns'])} FFNs, loaded by {checked.backend}: the largest difference of logits is "
+    from headcount.removal.card import gone
+
+    print_sentence(f"{checked.folder}: {checked.told['model']['name']} without {gone(checked.told)}, loaded by "
+                   f"{checked.backend}: the largest difference of logits is "
                    f"{checked.largest:.1e} of their range ({checked.allowed:.0e} is allowed)")
     for name in checked.changed:
         print_sentence(f"changed: {name} is not the file that was written: copy the folder again")

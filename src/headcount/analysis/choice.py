@@ -128,11 +128,12 @@ def choose(
         StudyError: If the study has no pruned model yet.
     """
     if not spec.ways:
-        raise OptionError("say which measured point: `free`, `within` so many points, at most so many `parameters`, or "
-                          "`heads` and `ffns`", fields=("free", "within", "parameters", "heads", "ffns"))
+        raise OptionError("say which measured point: `free`, `within` so many points, at most this share of "
+                          "`parameters`, or `heads` and `ffns`",
+                          fields=("free", "within", "parameters", "heads", "ffns"))
     if not (table["parameters_removed"] > 0).any():
         raise StudyError(f"study {study} has measured no pruned model yet, neither curves nor a grid, so there is none "
-                         "to choose")
+                         "to choose: run `headcount curve` or `headcount study` in its folder")
     donor, order = _order(table, spec.order, tasks)
     rows = table[(table["donor_scope"] == donor.scope) & (table["donor"] == donor.task)]
     k = _shots(rows, spec.shots, order, of_all=donor.scope == ALL_TASKS)
@@ -159,8 +160,8 @@ def choose(
         MaskFile(masks[row["mask"]], model, identity), way, asked, order, donor.scope == ALL_TASKS, k,
         spec.shots is None, row, same[0] if same else None, int((rows["parameters_removed"] > 0).sum()), parameters,
         margin)
-    file = MaskFile(choice.mask, model, identity, _source(choice, study))
-    return dataclasses.replace(choice, file=file)
+    source = {**_source(choice, study), "sentence": choice.describe()}
+    return dataclasses.replace(choice, file=MaskFile(choice.mask, model, identity, source))
 
 
 def _order(table: pd.DataFrame, asked: str | None, tasks: tuple[str, ...]) -> tuple[Scoped, str]:
@@ -235,8 +236,8 @@ def _parameters(rows: pd.DataFrame, share: float, place: str) -> int:
     if found.empty:
         least = rows.iloc[int(left.to_numpy().argmin())]
         raise OptionError(f"no measured point leaves at most {share:.3g} of the `parameters` {place}; the one that "
-                          f"leaves least, {_named(least)}, leaves {left.min():.3f}: {_measured(least)}",
-                          fields=("parameters",))
+                          f"leaves least, {_named(least)}, leaves {left.min():.3f}: {_measured(least)}. "
+                          "Measure larger `fractions`, or a grid", fields=("parameters", "fractions"))
     best = found[found["difference"] >= found["difference"].max() - _EQUAL]
     return _fewest(best)
 

@@ -76,8 +76,9 @@ REMOVED = Table(
         Column("position", "Int64", "1..", "its place in the order, 1 goes first; missing where the importance that "
                "ordered it is not in the folder"),
         Column("fraction", "float64", "0..1", "the smallest measured share of heads, or FFNs, at which it is gone")),
-    "At a point of table `removable` the heads are gone whose `fraction` is at most its `heads_fraction`, and the FFNs "
-    "whose `fraction` is at most its `ffns_fraction`. `headcount mask` writes this list for one point.")
+    "At a point of table `removable` that is not `uniform` the heads are gone whose `fraction` is at most its "
+    "`heads_fraction`, and the FFNs whose `fraction` is at most its `ffns_fraction`. `headcount mask` writes this "
+    "list for one point.")
 
 
 class Point(NamedTuple):

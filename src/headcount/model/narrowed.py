@@ -112,7 +112,7 @@ class Columns(nn.Module):
 
     Args:
         norm: The norm; it reads all heads, since its scale depends on them.
-        runs: First and last-but-one column of each stretch that is kept.
+        runs: Of each stretch that is kept the first column, and the one behind the last.
     """
 
     def __init__(self, norm: nn.Module, runs: Sequence[Sequence[int]]) -> None:

@@ -24,8 +24,7 @@ def card(told: Mapping[str, Any]) -> str:
         told: The certificate, as `headcount.removal.certificate` writes it.
     """
     model, saved, removed = told["model"], told["saved"], told["removed"]
-    gone = f"{_count(len(removed['heads']), 'head')} and {_count(len(removed['ffns']), 'FFN')}"
-    lines = ["---", *_front(told), "---", "", f"# {model['name']} without {gone}", "",
+    lines = ["---", *_front(told), "---", "", f"# {model['name']} without {gone(told)}", "",
              f"headcount {told['headcount']} removed {len(removed['heads'])} of {saved['heads']} attention heads and "
              f"{len(removed['ffns'])} of {saved['ffns']} feed-forward blocks. {_IS[told['written_as']]}", ""]
     if told["written_as"] != "masked":
@@ -39,12 +38,19 @@ def card(told: Mapping[str, Any]) -> str:
               "or with headcount, which runs no code from the folder: `headcount.load(FOLDER)`.", "",
               "`headcount check FOLDER` compares its logits with those that `expected.safetensors` holds.", "",
               "## What was proved", ""]
-    lines += [f"- {proof['what']}: differs from the masked model by at most {proof['largest']:.1e} of {proof['in']} "
+    lines += [f"- {proof['what']}: differs from the masked model by at most {proof['largest']:.1e} {proof['in']} "
               f"({proof['tolerance']:.0e} is allowed)" for proof in told["proofs"]]
     lines += ["", "## What was removed", "", f"Heads: {', '.join(removed['heads']) or 'none'}.", "",
               f"FFNs: {', '.join(removed['ffns']) or 'none'}.", ""]
     lines += [f"Note: {note}." for note in model["notes"]]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def gone(told: Mapping[str, Any]) -> str:
+    """`12 heads and 3 FFNs`."""
+    removed = told["removed"]
+    counts = ((len(removed["heads"]), "head"), (len(removed["ffns"]), "FFN"))
+    return " and ".join(_count(n, what) for n, what in counts if n)
 
 
 def _front(told: Mapping[str, Any]) -> list[str]:
@@ -54,15 +60,30 @@ def _front(told: Mapping[str, Any]) -> list[str]:
 
 
 def _cost(told: Mapping[str, Any]) -> list[str]:
-    lines = []
+    lines: list[str] = []
     chosen, confirmation = told["chosen"], told["confirmation"]
-    if chosen and chosen.get("sentence"):
-        lines.append(f"By the study that chose it: {chosen['sentence']}")
+    if chosen:
+        said = chosen.get("sentence") or f"the mask comes from {chosen.get('study') or 'a file'}."
+        lines += [f"By what chose it: {said}", ""]
     if confirmation and confirmation.get("sentence"):
-        lines += ["", f"On documents that chose nothing: {confirmation['sentence']}"]
-    if not lines:
-        lines.append("Not measured: the mask was given by hand.")
+        said = confirmation["sentence"]
+        lines += [f"On documents that chose nothing: {said[:1].upper()}{said[1:]}.", ""]
+    if confirmation:
+        full, removed = (confirmation["perplexity"][side] for side in ("full", "removed"))
+        writing = confirmation["writing"]
+        lines += [f"Bits per byte of a plain text: {full['bits_per_byte']:.3f} full, {removed['bits_per_byte']:.3f} "
+                  f"removed. 4-grams that repeat in greedy continuations: {writing['full_repeated']:.0%} full, "
+                  f"{writing['removed_repeated']:.0%} removed.", "", "| prompt | full | removed |", "|---|---|---|"]
+        lines += [f"| {' | '.join(map(_cell, texts))} |" for texts in
+                  zip(writing["prompts"], writing["full"], writing["removed"], strict=True)]
+    if not confirmation:
+        lines.append("It was not compared with the full model on documents, a text or prompts.")
     return lines
+
+
+def _cell(text: str) -> str:
+    """A text in a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _count(n: int, what: str) -> str:

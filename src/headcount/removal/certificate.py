@@ -43,6 +43,7 @@ Backend = Literal["headcount", "transformers"]
 def write(
     folder: Path, loaded: LoadedModel, mask: Mask, saved: Savings, format: str, proofs: Sequence[Mapping[str, Any]],
     ids: Tensor, expected: Tensor, chosen: Mapping[str, Any] | None, confirmation: Mapping[str, Any] | None,
+    speed: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the certificate, the expected logits and the model card into a folder that holds all else already."""
     # Not by save_file, whose files nobody but their owner may read.
@@ -57,12 +58,22 @@ def write(
                     "heads": [str(head) for head in mask.heads_removed],
                     "ffns": [f"L{layer}F" for layer in mask.ffns_removed]},
         "saved": {**asdict(saved), "share_left": saved.share_left, "prefill_flops_left": saved.time_left},
-        "chosen": chosen, "confirmation": confirmation, "proofs": list(proofs),
+        "removed_before": _before(loaded), "chosen": chosen, "confirmation": confirmation, "speed": speed,
+        "proofs": list(proofs),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__}}
     (folder / "README.md").write_text(card(told), encoding="utf-8")
     told["files"] = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / FILE).write_text(_as_text(told), encoding="utf-8")
+
+
+def _before(loaded: LoadedModel) -> dict[str, Any] | None:
+    """What was gone from the model already; None where nothing was."""
+    told = getattr(loaded.model.config, "headcount", None)
+    if told is None:
+        return None
+    return {"heads_left_per_layer": list(told["num_heads"]),
+            "ffns": [f"L{layer}F" for layer, stays in enumerate(told["ffns"]) if not stays]}
 
 
 def _as_text(told: Mapping[str, Any]) -> str:
@@ -85,7 +96,7 @@ class CheckedModel:
     Attributes:
         folder: Which.
         told: Its certificate.
-        changed: Files that are not what was written, or are gone; a page that was edited is among them.
+        changed: Files that are not what was written, or are gone; not the model card, which anyone may edit.
         backend: By what it was loaded.
         largest: The largest difference of logits to what is expected, relative to their spread.
         allowed: How much it may be.
@@ -125,9 +136,14 @@ def certificate_of(folder: Path) -> dict[str, Any]:
 
 def kept_with_study(folder: Path, study: Path) -> None:
     """Put a copy of the certificate into the study that chose what was removed, where its page finds it."""
-    place = study / "removed" / f"{folder.resolve().name}.json"
+    text, number = (folder / FILE).read_text(encoding="utf-8"), 1
+    name = folder.resolve().name
+    place = study / "removed" / f"{name}.json"
     place.parent.mkdir(exist_ok=True)
-    place.write_text((folder / FILE).read_text(encoding="utf-8"), encoding="utf-8")
+    while place.exists() and place.read_text(encoding="utf-8") != text:  # another folder of this name
+        number += 1
+        place = study / "removed" / f"{name}-{number}.json"
+    place.write_text(text, encoding="utf-8")
 
 
 def check(folder: Path, backend: Backend = "headcount", device: str | None = None) -> CheckedModel:

@@ -97,6 +97,8 @@ def cut(
     Raises:
         ModelError: If the attention or the FFN holds something of which nothing is known here.
     """
+    if not heads.all():
+        _check_heads(config)
     found = Cut()
     names = {id(module): name for name, module in part.block.named_modules()}
     attention = names[id(part.attention)]
@@ -109,6 +111,17 @@ def cut(
     if not ffn:
         _cut_ffn(found, part, names, outputs[1])
     return found
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    """Refuse families whose heads depend on how many there are."""
+    kind = config.model_type.removeprefix(PREFIX)
+    why = ("each head's bias of position (ALiBi) depends on the number of heads"
+           if kind in ("bloom", "mpt") or getattr(config, "alibi", False) is True else
+           "rows of its fused projection stand in four parts" if kind == "codegen" else "")
+    if why:
+        raise ModelError(f"heads cannot be removed from a model of type {kind}: {why}; use `format='masked'`",
+                         fields=("format='masked'",))
 
 
 class _Attention:
@@ -146,11 +159,11 @@ class _Attention:
         elif name in (*_QUERIES, *_LATENT_HEADS):
             if name == "q_proj" and self._norm_over_all(("q_norm", "q_layernorm", "query_layernorm"), part.num_heads):
                 return
-            self._rows(name, module, _rows_of(module, part.num_heads, self.heads, self._fail(name, module)))
+            self._rows(name, module, _rows_of(module, part.num_heads, self.heads, self._unknown(name, module)))
         elif name in (*_KEYS, *_VALUES):
             if name in _KEYS and self._norm_over_all(("k_norm", "k_layernorm", "key_layernorm"), part.num_kv_heads):
                 return
-            self._rows(name, module, _rows_of(module, part.num_kv_heads, self.groups, self._fail(name, module)))
+            self._rows(name, module, _rows_of(module, part.num_kv_heads, self.groups, self._unknown(name, module)))
         else:
             self._norm(name, module)
 
@@ -262,9 +275,6 @@ class _Attention:
     def _full(self, name: str) -> str:
         return f"{self.path}.{name}"
 
-    def _fail(self, name: str, module: nn.Module) -> ModelError:
-        return self._unknown(name, module)
-
     def _unknown(self, name: str, what: nn.Module | Tensor) -> ModelError:
         kind = f"a parameter of shape {tuple(what.shape)}" if isinstance(what, Tensor) else type(what).__name__
         return ModelError(f"heads cannot be removed from {type(self.part.attention).__name__}: which part of {name} "
@@ -288,7 +298,7 @@ def _is_by_group(config: PreTrainedConfig) -> bool:
 
 
 def _runs(columns: Kept) -> list[list[int]]:
-    """Stretches of neighbouring columns, as first and last-but-one."""
+    """Stretches of neighbouring columns: the first, and the one behind the last."""
     breaks = np.flatnonzero(np.diff(columns) != 1) + 1
     return [[int(run[0]), int(run[-1]) + 1] for run in np.split(columns, breaks)]
 

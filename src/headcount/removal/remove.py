@@ -23,7 +23,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from headcount.errors import ModelError, OptionError
-from headcount.masks import Mask
+from headcount.mask_file import MaskFile, check_mask
+from headcount.masks import Mask, ffns_named
 from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, load, wrap
@@ -41,14 +42,14 @@ from headcount.removal.narrow import (
     planned,
     put,
 )
-from headcount.removal.save import write_transformers, written
+from headcount.removal.save import check_place, write_transformers, written
 from headcount.removal.weights_on_disk import on_disk
 
 Format = Literal["transformers", "stock", "masked"]
 FORMATS: tuple[Format, ...] = ("transformers", "stock", "masked")
 PROMPTS = ("The capital of France is", "Once upon a time there was a")
 # What differences are told in.
-_DEVIATIONS, _RANGE = "standard deviations of what the block puts out", "the range of the logits"
+_DEVIATIONS, _RANGE = "standard deviations of what the block puts out", "of the range of the logits"
 # How many tokens each of them has, and how many random ones there are besides.
 TOKENS = 8
 
@@ -60,10 +61,12 @@ class Removed:
     Attributes:
         loaded: The full model, which stays as it is.
         mask: What stays.
+        source: Where the mask comes from, for the certificate; empty where that is not known.
     """
 
     loaded: LoadedModel
     mask: Mask
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         heads, ffns = len(self.mask.heads_removed), len(self.mask.ffns_removed)
@@ -83,6 +86,39 @@ class Removed:
     def savings(self) -> Savings:
         """What that saves; raises as `plan` does."""
         return savings(self.plan)
+
+    def __str__(self) -> str:
+        try:
+            return str(self.savings)
+        except ModelError:  # nothing but zeros can be written of it
+            return repr(self)
+
+    def savings_as(self, format: Format) -> Savings:
+        """What a format saves: zeros nothing."""
+        return unsaved(self.loaded, self.mask) if format == "masked" else self.savings
+
+    def check(self, format: Format, out: str | Path | None = None) -> None:
+        """Refuse what cannot be written, before anything takes time.
+
+        Args:
+            format: As in `save`.
+            out: As in `save`; None where only the format is of interest.
+
+        Raises:
+            OptionError: If the format is unknown or does not fit the mask, the folder exists or the disk is too full.
+            ModelError: If it is not known how the model becomes smaller.
+        """
+        if format not in FORMATS:
+            raise OptionError(f"`format` is one of {', '.join(FORMATS)}, not {format!r}", fields=("format",))
+        saved = self.savings_as(format)
+        if format != "transformers" and on_disk(self.loaded.model):
+            raise ModelError(f"the weights of {self.loaded.name} lie on the disk, and only `format='transformers'` is "
+                             "written block by block: load it into memory with `device='cpu'`",
+                             fields=("format='transformers'", "device='cpu'"))
+        if format == "stock":
+            stock.built(self.plan)
+        if out is not None:
+            check_place(Path(out), saved.bytes_left)
 
     @functools.cached_property
     def model(self) -> LoadedModel:
@@ -106,7 +142,7 @@ class Removed:
 
     def save(
         self, out: str | Path, *, format: Format = "transformers", chosen: Mapping[str, Any] | None = None,
-        confirmation: Mapping[str, Any] | None = None,
+        confirmation: Mapping[str, Any] | None = None, speed: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write the smaller model into a new folder, with a certificate and a model card.
 
@@ -115,22 +151,22 @@ class Removed:
             format: "transformers": really smaller; loads with `trust_remote_code=True`, by `headcount.load` without it.
                 "stock": a class of transformers as it is, for masks that leave every layer the same shape. "masked":
                 the same shapes, with zeros; loads everywhere and saves nothing.
-            chosen: Where the mask comes from, for the certificate.
+            chosen: Where the mask comes from, for the certificate; by default what its file says.
             confirmation: What the removal cost on documents that chose nothing, for the certificate.
+            speed: What was timed (`headcount.removal.speed`), for the certificate.
 
         Raises:
             OptionError: If the folder exists, the format is unknown or does not fit the mask, or the disk is full.
             ModelError: If the smaller model is not the masked one, or it is not known how it becomes smaller.
         """
-        if format not in FORMATS:
-            raise OptionError(f"`format` is {', '.join(FORMATS)}, not {format!r}", fields=("format",))
-        out, loaded = Path(out), self.loaded
-        saved = unsaved(loaded, self.mask) if format == "masked" else self.savings
-        ids = prompts(loaded)
+        self.check(format, out)
+        out, loaded, saved = Path(out), self.loaded, self.savings_as(format)
+        ids, told = prompts(loaded), dict(chosen or self.source) or None
         with written(out, saved.bytes_left) as folder:
             write = self._streamed if format == "transformers" else functools.partial(self._whole, format)
             proofs, expected = write(folder, ids)
-            certificate.write(folder, loaded, self.mask, saved, format, proofs, ids, expected, chosen, confirmation)
+            certificate.write(folder, loaded, self.mask, saved, format, proofs, ids, expected, told, confirmation,
+                              speed)
         return out
 
     def _streamed(self, folder: Path, ids: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
@@ -150,9 +186,6 @@ class Removed:
     def _whole(self, format: Format, folder: Path, ids: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
         """A format whose tensors have transformers' own names and shapes: written by transformers."""
         loaded = self.loaded
-        if on_disk(loaded.model):
-            raise ModelError(f"the weights of {loaded.name} lie on the disk, and only `format='transformers'` is "
-                             "written block by block: load it into memory", fields=("format='transformers'",))
         expected = self._masked_logits(ids)
         if format == "stock":
             stock.write_stock(self.plan, folder)
@@ -175,22 +208,30 @@ class Removed:
         return _proof("logits of the whole model, loaded again from the files", error, _RANGE)
 
 
-def remove(model: LoadedModel, mask: Mask) -> Removed:
+def remove(model: LoadedModel, mask: Mask | MaskFile) -> Removed:
     """A model without the heads and FFNs that a mask leaves out: really smaller, and proved equal to the masked model.
 
     Args:
         model: From `headcount.load` or `headcount.wrap`; it stays as it is.
-        mask: What is kept.
+        mask: What is kept: a mask, or a mask file (`headcount.mask_file`, or `study.mask(...).file`), which is
+            compared with the model and names where it comes from.
 
     Raises:
-        OptionError: If the mask is of another model, or leaves everything as it is.
+        OptionError: If the mask is of another model, leaves everything as it is, or leaves out what was removed before.
         ModelError: If the model is quantised, or on several devices.
     """
+    source: Mapping[str, Any] = {}
+    if isinstance(mask, MaskFile):
+        check_mask(mask, model.name, model.identity, model.anatomy.heads_per_layer)
+        source, mask = mask.source, mask.mask
     model.anatomy.check(mask)
     if mask.is_full:
         raise OptionError("the mask leaves everything as it is: there is nothing to remove")
+    if again := [layer for layer in mask.ffns_removed if not model.anatomy.layers[layer].ffn_parameters]:
+        raise OptionError(f"{ffns_named(again)} of {model.name} {'was' if len(again) == 1 else 'were'} removed before: "
+                          "leave out of the mask what is gone")
     check_kind(model)
-    return Removed(model, mask)
+    return Removed(model, mask, source)
 
 
 def prompts(loaded: LoadedModel) -> Tensor:

@@ -23,7 +23,7 @@ from headcount.errors import ModelError, OptionError
 from headcount.model import narrowed as runtime
 from headcount.model.removed import base_of, name_of
 from headcount.removal.narrow import Plan, Walk, rest
-from headcount.removal.shards import Shards, size
+from headcount.removal.shards import Shards
 
 CODE = "modeling_headcount"
 _TEMPLATE = '''
@@ -60,13 +60,8 @@ def written(out: Path, needed: int) -> Iterator[Path]:
     Raises:
         OptionError: If there is something of this name, or not enough space.
     """
-    if out.exists():
-        raise OptionError(f"{out} exists already: name another folder, or delete it", fields=("out",))
+    check_place(out, needed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise OptionError(f"there is not enough space for {out}: it takes {needed / 1e9:.2f} GB, and "
-                          f"{free / 1e9:.2f} GB are free there")
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield folder
@@ -79,6 +74,21 @@ def written(out: Path, needed: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_place(out: Path, needed: int) -> None:
+    """Refuse a folder that is there, or has no place.
+
+    Raises:
+        OptionError: With what to do.
+    """
+    if out.exists():
+        raise OptionError(f"{out} exists already: name another folder, or delete it", fields=("out",))
+    parent = next(place for place in out.absolute().parents if place.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OptionError(f"there is not enough space for {out}: it takes {needed / 1e9:.2f} GB, and "
+                          f"{free / 1e9:.2f} GB are free there: name a folder on another disk, or make space")
 
 
 def _umask() -> int:
@@ -140,11 +150,6 @@ def code(base: type[PreTrainedModel]) -> str:
     return head + inspect.getsource(runtime).rstrip() + _TEMPLATE.format(
         config_module=of_base.__module__, config=of_base.__name__, model_module=base.__module__, model=base.__name__,
         new_config=name_of(of_base), new_model=name_of(base), model_type=runtime.PREFIX + of_base.model_type)
-
-
-def total(plan: Plan) -> int:
-    """How many bytes of weights will be written."""
-    return sum(map(size, announced(plan).values()))
 
 
 def _check_class(base: type[PreTrainedModel]) -> None:

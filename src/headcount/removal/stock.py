@@ -34,8 +34,8 @@ _GROUPS = ("num_key_value_heads", "num_kv_heads")
 _LLAMA_ALONE = ("attention_bias", "mlp_bias")
 
 
-def write_stock(plan: Plan, folder: Path) -> None:
-    """Write the smaller model as a class of transformers, by transformers.
+def built(plan: Plan) -> PreTrainedModel:
+    """A class of transformers of the shape that is left, without weights.
 
     Raises:
         OptionError: If the mask leaves layers of unlike shapes, or no stock class has this shape, with the reason.
@@ -46,12 +46,20 @@ def write_stock(plan: Plan, folder: Path) -> None:
     for base, settings in _candidates(plan, heads, groups, d_head):
         made, reason = _built(base, settings, wanted)
         if made is not None:
-            _filled(plan, made).save_pretrained(folder)
-            return
+            return made
         reasons.append(f"{base.__name__}: {reason}")
     raise OptionError(f"no class of transformers has the shape that is left ({heads} heads of {d_head} in {groups} KV "
-                      f"groups; {'; '.join(reasons)}): use `format='transformers'` or 'masked'",
-                      fields=("format='transformers'",))
+                      f"groups; {'; '.join(reasons)}): use `format='transformers'` or `format='masked'`",
+                      fields=("format='transformers'", "format='masked'"))
+
+
+def write_stock(plan: Plan, folder: Path) -> None:
+    """Write the smaller model as a class of transformers, by transformers.
+
+    Raises:
+        OptionError: As `built` does.
+    """
+    _filled(plan, built(plan)).save_pretrained(folder)
 
 
 def _shape(plan: Plan) -> tuple[int, int, int]:
@@ -59,11 +67,16 @@ def _shape(plan: Plan) -> tuple[int, int, int]:
     mask, layers = plan.mask, plan.loaded.anatomy.layers
     if gone := mask.ffns_removed:
         raise OptionError(f"a stock class has an FFN in every layer, and the mask removes that of layer {gone[0]}: use "
-                          "`format='transformers'` or 'masked'", fields=("format='transformers'",))
+                          "`format='transformers'` or `format='masked'`",
+                          fields=("format='transformers'", "format='masked'"))
     shapes = []
     for part, kept in zip(layers, mask.heads, strict=True):
         counts = np.bincount(np.array(part.kv_of_head, int)[kept], minlength=part.num_kv_heads)
         shapes.append(tuple(sorted(int(n) for n in counts if n)))
+    if () in shapes:
+        raise OptionError(f"a stock class has heads in every layer, and the mask leaves none in layer "
+                          f"{shapes.index(())}: use `format='transformers'` or `format='masked'`",
+                          fields=("format='transformers'", "format='masked'"))
     unlike = [i for i, shape in enumerate(shapes) if shape != shapes[0]]
     if unlike or len({*shapes[0]}) != 1:
         where = f"layers 0 and {unlike[0]} differ" if unlike else "KV groups of layer 0 keep unlike numbers of heads"
@@ -72,8 +85,8 @@ def _shape(plan: Plan) -> tuple[int, int, int]:
                           fields={"--uniform": "--uniform", "format='transformers'": "--format transformers"})
     if any("columns" in layer.told for layer in plan.cuts):
         raise OptionError("a norm of queries and keys reads all heads at once, so that those of removed heads stay, "
-                          "for which a stock class has no place: use `format='transformers'` or 'masked'",
-                          fields=("format='transformers'",))
+                          "for which a stock class has no place: use `format='transformers'` or `format='masked'`",
+                          fields=("format='transformers'", "format='masked'"))
     head_dim = getattr(layers[0].attention, "head_dim", None)
     return sum(shapes[0]), len(shapes[0]), head_dim if isinstance(head_dim, int) else layers[0].d_head
 
@@ -108,8 +121,7 @@ def _built(
     if shapes == wanted:
         return made, ""
     name = next((name for name in wanted if shapes.get(name) != wanted[name]), next(iter({*shapes} - {*wanted}), ""))
-    return None, (f"{name} would be {shapes.get(name)} instead of {wanted.get(name)}, since it derives the width of a "
-                  "head from the hidden size")
+    return None, f"{name} would be {shapes.get(name)} instead of {wanted.get(name)} in it"
 
 
 def _filled(plan: Plan, made: PreTrainedModel) -> PreTrainedModel:

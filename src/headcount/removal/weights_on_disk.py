@@ -7,8 +7,13 @@ import os
 import sys
 
 import psutil
+import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from headcount.model.contracts import FAILURES
+from headcount.model.placement import dtype_of
+from headcount.model.read import quiet
 from headcount.model.source import find
 
 # The model, the smaller one that is loaded again beside it, and what passes of a few tokens take.
@@ -27,13 +32,24 @@ def give_back() -> None:
         trim(0)
 
 
-def too_large(name: str, revision: str | None) -> bool:
-    """Whether a model's files say that it and its smaller twin do not fit into memory together.
+def too_large(name: str, revision: str | None, dtype: str) -> bool:
+    """Whether a model and its smaller twin do not fit into memory together, by its config, before it is loaded.
 
     Args:
-        name: As `headcount.load` takes it; of a model on the hub that was not fetched yet nothing is known.
+        name: As `headcount.load` takes it.
         revision: As there.
+        dtype: As there.
     """
     source = find(name, revision)
-    sizes = [os.path.getsize(path) for path in source.files if path.suffix != ".json"]
-    return bool(_TIMES * sum(sizes) > psutil.virtual_memory().available)
+    if source.gguf is not None:  # four bits and more become 32
+        return bool(_TIMES * 8 * os.path.getsize(source.gguf) > psutil.virtual_memory().available)
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(source.place, **source.keywords)
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (*FAILURES, OSError, ImportError):  # of a type that is told when it is loaded
+        return False
+    wanted = dtype_of(dtype)
+    kind = wanted if isinstance(wanted, torch.dtype) else getattr(config, "dtype", None) or torch.float32
+    needed = sum(p.numel() for p in model.parameters()) * kind.itemsize
+    return bool(_TIMES * needed > psutil.virtual_memory().available)
