@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -229,7 +231,21 @@ def _removal(rows: list[Row]) -> str:
     return "\n".join([*lines, "", "*Others* is how many cores other processes kept busy meanwhile. `load` of the full "
                       f"model's folder ({megabytes['full']:.0f} MB) takes {seconds['full']:.2f} s, of that without "
                       f"{_gone(loads)} ({megabytes['removed']:.0f} MB) {seconds['removed']:.2f} s (medians of "
-                      f"{loads['rounds']} in turns).", ""])
+                      f"{loads['rounds']} in turns).", "", *_memory()])
+
+
+def _memory() -> list[str]:
+    """A paragraph on a removal whose model stays on the disk (`benchmarks/removal_memory.py`)."""
+    if not _MEMORY.is_file():
+        return []
+    r = json.loads(_MEMORY.read_text(encoding="utf-8"))
+    allowed = r["base_mb"] + max(2 * r["block_mb"], r["output_mb"])
+    return [f"A Llama of {r['parameters'] / 1e9:.2f} billion parameters (random {r['dtype'].removeprefix('torch.')} "
+            f"weights, on the disk; {r['date']}, {r['machine']}, {r['cores']} cores): half of its heads and six of its "
+            f"32 FFNs are removed, {r['written_gb']:.1f} GB written and every block proved twice in "
+            f"{r['seconds']:.0f} s. The process held {r['peak_mb']:,.0f} MB at its peak, files that are mapped included: "
+            f"{r['base_mb']:,.0f} MB once the model was opened, and {r['peak_mb'] - r['base_mb']:,.0f} MB more, where two "
+            f"blocks are {2 * r['block_mb']:,.0f} MB (goal: at most {allowed:,.0f} MB in all).", ""]
 
 
 def _gone(row: Row) -> str:
@@ -239,6 +255,7 @@ def _gone(row: Row) -> str:
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "counts": _counts, "scoring": _scoring, "importance": _importance, "induction": _induction, "oracles": _oracles,
     "scaling": _scaling, "demo": _demo, "waiting": _waiting, "removal": _removal}
+_MEMORY = Path(__file__).parent / "results" / "removal_memory.json"
 _HEAD = """\
 # Performance
 

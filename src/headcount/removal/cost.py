@@ -68,7 +68,8 @@ class Savings:
         text = (f"{heads} go: {self.parameters / 1e6:,.1f} M parameters become {self.parameters_left / 1e6:,.1f} M "
                 f"({saved:.1%} less), {self.bytes_left / 1e6:,.0f} MB on disk")
         if self.time_left is not None:
-            text += f"; a prefill of {TOKENS} tokens should take {1 - self.time_left:.1%} less time, going by its arithmetic"
+            text += (f"; a prefill of {TOKENS} tokens should take {1 - self.time_left:.1%} less time, going by its "
+                     "arithmetic")
         return text
 
 
