@@ -241,10 +241,11 @@ def _memory() -> list[str]:
     r = json.loads(_MEMORY.read_text(encoding="utf-8"))
     allowed = r["base_mb"] + max(2 * r["block_mb"], r["output_mb"])
     return [f"A Llama of {r['parameters'] / 1e9:.2f} billion parameters (random {r['dtype'].removeprefix('torch.')} "
-            f"weights, on the disk; {r['date']}, {r['machine']}, {r['cores']} cores): half of its heads and six of its "
-            f"32 FFNs are removed, {r['written_gb']:.1f} GB written and every block proved twice in "
-            f"{r['seconds']:.0f} s. The process held {r['peak_mb']:,.0f} MB at its peak, files that are mapped included: "
-            f"{r['base_mb']:,.0f} MB once the model was opened, and {r['peak_mb'] - r['base_mb']:,.0f} MB more, where two "
+            f"weights, on the disk; {r['date']}, {r['machine']}, {r['cores']} cores): half of its heads and six of "
+            f"its 32 FFNs are removed, {r['written_gb']:.1f} GB written and every block proved twice in "
+            f"{r['seconds']:.0f} s. The process held {r['peak_mb']:,.0f} MB at its peak, files that are mapped "
+            f"included: {r['base_mb']:,.0f} MB once the model was opened, and "
+            f"{r['peak_mb'] - r['base_mb']:,.0f} MB more, where two "
             f"blocks are {2 * r['block_mb']:,.0f} MB (goal: at most {allowed:,.0f} MB in all).", ""]
 
 

@@ -33,7 +33,7 @@ from headcount.model.anatomy import Anatomy, find_anatomy
 from headcount.model.contracts import verify
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, load, wrap
-from headcount.removal import certificate, save
+from headcount.removal import certificate, in_float32, save
 from headcount.removal.narrow import Walk, planned
 from headcount.removal.remove import prompts, remove
 from headcount.removal.shards import Shards
@@ -279,6 +279,8 @@ def test_proofs_of_bfloat16_are_made_in_float32(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The figures are those of float32, and a head in another's place is no rounding."""
+    monkeypatch.setattr(in_float32, "_LARGE", 1000)  # so that the output layer goes some rows at a time
+    monkeypatch.setattr(in_float32, "_ROWS", 7)
     loaded = wrap(of_family(family).bfloat16(), reader(), name=family)
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     mask = masks(family, loaded.anatomy)[0]

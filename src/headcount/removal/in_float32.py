@@ -15,6 +15,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+# Weights of more numbers are cast some rows at a time.
+_LARGE, _ROWS = 2**26, 2**12
 Kept = list[tuple[Any, str, Any]]
 
 
@@ -26,7 +28,11 @@ def in_float32(*models: nn.Module) -> Iterator[None]:
             if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
                 continue
             for module in model.modules():
-                if any(p.is_floating_point() for p in _own(module).values()):
+                if type(module) is nn.Embedding:  # a look-up is exact, so that only its output is cast
+                    undo.callback(module.register_forward_hook(lambda _, args, output: as_float32(output)).remove)
+                elif type(module) is nn.Linear and module.weight.numel() > _LARGE:
+                    undo.enter_context(_by_rows(module))
+                elif any(p.is_floating_point() for p in _own(module).values()):
                     undo.enter_context(_cast(module))
         yield
 
@@ -40,6 +46,29 @@ def as_float32(value: Any) -> Any:
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
+@contextlib.contextmanager
+def _by_rows(module: nn.Linear) -> Iterator[None]:
+    """A large projection, such as an output layer's, computed some rows at a time."""
+    outer = module.__dict__.get("forward")
+
+    def forward(hidden: Tensor) -> Tensor:
+        with align_module_device(module):
+            weight, bias = module.weight.detach(), module.bias
+            parts = [nn.functional.linear(hidden, weight[i : i + _ROWS].float(),
+                                          None if bias is None else bias.detach()[i : i + _ROWS].float())
+                     for i in range(0, len(weight), _ROWS)]
+        return torch.cat(parts, dim=-1)
+
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if outer is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = outer
 
 
 @contextlib.contextmanager
