@@ -256,7 +256,7 @@ def _gone(row: Row) -> str:
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "counts": _counts, "scoring": _scoring, "importance": _importance, "induction": _induction, "oracles": _oracles,
     "scaling": _scaling, "demo": _demo, "waiting": _waiting, "removal": _removal}
-_MEMORY = Path(__file__).parent / "results" / "removal_memory.json"
+_MEMORY = Path(__file__).parent / "results" / "large" / "removal_memory.json"
 _HEAD = """\
 # Performance
 

@@ -32,7 +32,7 @@ from headcount.removal.certificate import certificate_of
 from headcount.removal.remove import remove
 from headcount.removal.shards import Shards
 
-_RESULTS = Path(__file__).parent / "results" / "removal_memory.json"
+_RESULTS = Path(__file__).parent / "results" / "large" / "removal_memory.json"
 
 
 def main(folder: Path) -> None:

@@ -309,6 +309,21 @@ def test_bad_masks_and_models_are_refused(tmp_path: Path) -> None:
         remove(loaded, without(loaded.anatomy, [(0, 0)]))
 
 
+def test_what_was_made_before_changes_nothing_of_what_is_made_next(tmp_path: Path) -> None:
+    """A model in memory, and folders of every format, in any order; savings are the same before and after."""
+    loaded = tiny.loaded("llama")
+    mask = without(loaded.anatomy, [(layer, head) for layer in range(3) for head in (0, 2)])
+    first, last = remove(loaded, mask).savings, remove(loaded, mask)
+    small = last.model
+    expected = logits(small.model, tokens())
+    for format in ("stock", "transformers", "masked"):
+        folder = last.save(tmp_path / format, format=format)  # type: ignore[arg-type]
+        assert apart(logits(load(folder).model, tokens()), expected) < 1e-4
+        assert torch.equal(logits(small.model, tokens()), expected)
+    assert last.savings == first
+    assert first.flops_left is not None
+
+
 def test_a_copy_is_proved_on_another_machine(tmp_path: Path) -> None:
     _, _, folder = small_llama(tmp_path)
     for backend in ("headcount", "transformers"):

@@ -130,7 +130,9 @@ def _check_kind(config: PreTrainedConfig, wanted: Wanted) -> None:
     """Refuse what cannot be measured, before its weights are read."""
     name = wanted.name
     check_config(name, config)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and _class(config) is AutoModelForCausalLM:
+    if _class(config) is not AutoModelForCausalLM:
+        return  # a removed model: of a family that was measured, and built twice as it is
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
             if wanted.trust_remote_code:
                 return
@@ -139,9 +141,8 @@ def _check_kind(config: PreTrainedConfig, wanted: Wanted) -> None:
                          "language model: name a decoder-only model such as facebook/opt-125m")
     with torch.device("meta"):
         try:
-            kind = _class(config)
-            make = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
-            skeleton = make(config, attn_implementation=wanted.attn_implementation)
+            skeleton = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation=wanted.attn_implementation)
         except _LOAD_ERRORS as e:
             raise ModelError(f"the config of {name} does not describe a whole model: {said(e)}") from e
     try:

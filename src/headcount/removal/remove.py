@@ -130,7 +130,8 @@ class Removed:
         loaded = self.loaded
         if on_disk(loaded.model):
             raise ModelError(f"the weights of {loaded.name} lie on the disk: save the smaller model and load that")
-        ids, plan = prompts(loaded), self.plan
+        # A plan of its own: what is saved later is counted, and cut, from one that has no weights.
+        ids, plan = prompts(loaded), planned(loaded, self.mask)
         for _ in Walk(plan, ids).blocks():
             pass
         fill_rest(plan)

@@ -26,7 +26,7 @@ from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel
 from headcount.model.removed import base_of
-from headcount.removal.narrow import Plan, Walk, fill_rest, put
+from headcount.removal.narrow import Plan, Walk, fill_rest, planned, put
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "attention_heads")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
@@ -126,6 +126,7 @@ def _built(
 
 def _filled(plan: Plan, made: PreTrainedModel) -> PreTrainedModel:
     """The built model with the smaller model's weights."""
+    plan = planned(plan.loaded, plan.mask)  # the other one stays without weights
     for _ in Walk(plan, torch.zeros(1, 2, dtype=torch.long)).blocks():
         pass
     fill_rest(plan)
