@@ -138,6 +138,17 @@ def test_a_folder_loads_in_transformers_and_here_and_is_saved_again(family: str,
     assert certificate.check(folder).holds
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "dbrx", "gpt_oss", "deepseek_v3", "granitemoe"])
+def test_a_familys_own_class_does_not_load_what_was_removed(family: str, tmp_path: Path) -> None:
+    """It would fill random weights in where experts are gone."""
+    loaded = wrap(of_family(family), reader(), name=family)
+    folder = remove(loaded, without(loaded.anatomy, [], (1,))).save(tmp_path / "small")
+    with pytest.raises((RuntimeError, ValueError)):
+        type(loaded.model).from_pretrained(folder)
+    twice = remove(load(folder), without(loaded.anatomy, [(0, 0)])).save(tmp_path / "smaller")
+    assert certificate.check(twice, "transformers").holds
+
+
 def test_something_may_be_removed_from_a_removed_model() -> None:
     """In steps or at once, it is the same model; also where norms read all heads, or a projection was taken apart."""
     for family in ("llama", "qwen3", "olmo2", "falcon", "gpt_neox", "gpt2", "mixtral"):
@@ -321,6 +332,8 @@ def test_what_was_made_before_changes_nothing_of_what_is_made_next(tmp_path: Pat
         assert apart(logits(load(folder).model, tokens()), expected) < 1e-4
         assert torch.equal(logits(small.model, tokens()), expected)
     assert last.savings == first
+    small.model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in small.model.parameters())
     assert first.flops_left is not None
 
 
@@ -336,6 +349,10 @@ def test_a_copy_is_proved_on_another_machine(tmp_path: Path) -> None:
     # A changed bit in the weights, and weights of another mask with a certificate that fits them, are found.
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
+    weights.write_bytes(data[:-100])
+    for backend in ("headcount", "transformers"):
+        with pytest.raises(ModelError, match=r"cannot (be )?load"):
+            certificate.check(folder, backend)  # type: ignore[arg-type]
     data[-2] ^= 0x40
     weights.write_bytes(data)
     assert certificate.check(folder).changed == ("model.safetensors",)

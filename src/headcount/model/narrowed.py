@@ -86,10 +86,21 @@ class Constant(nn.Module):
         bias: Whether the projection has one.
         outputs: How many values the part hands back; all but the first are None. 0: the output by itself.
         layer: The layer's number, of attention; None of an FFN.
+        guard: Path of a parameter that the part had: an empty one of this name keeps the family's own class, which
+            would fill in random weights for what it misses, from loading the checkpoint. Empty: none.
     """
 
-    def __init__(self, projection: str, width: int, bias: bool, outputs: int, layer: int | None) -> None:
+    def __init__(
+        self, projection: str, width: int, bias: bool, outputs: int, layer: int | None, guard: str = ""
+    ) -> None:
         super().__init__()
+        *path, last = guard.split(".")
+        if last:
+            holder: nn.Module = self
+            for name in path:
+                holder.add_module(name, nn.Module())
+                holder = holder.get_submodule(name)
+            holder.register_parameter(last, nn.Parameter(torch.zeros(0)))
         self.outputs, self.layer_idx, self.projection = outputs, layer, projection
         linear = nn.Linear(1, width, bias=bias)
         linear.in_features, linear.weight = 0, nn.Parameter(linear.weight[:, :0].clone())
@@ -154,10 +165,10 @@ def narrow(model: nn.Module, told: Mapping[str, Any]) -> None:
 def _narrow_block(block: nn.Module, told: Mapping[str, Any], number: int) -> None:
     for path in told.get("identity", ()):
         _put(block, path, nn.Identity())
-    for path, (projection, width, bias, outputs) in told.get("constant", {}).items():
+    for path, (projection, width, bias, outputs, *guard) in told.get("constant", {}).items():
         old = next(block.get_submodule(path).parameters())
         of_layer = number if path == told.get("attention") else None
-        _put(block, path, Constant(projection, width, bias, outputs, of_layer).to(old.device, old.dtype))
+        _put(block, path, Constant(projection, width, bias, outputs, of_layer, *guard).to(old.device, old.dtype))
     for path, shape in told.get("shapes", {}).items():
         _resize(block, path, shape)
     for path, numbers in told.get("numbers", {}).items():

@@ -29,6 +29,7 @@ from headcount.errors import ModelError, few, first_line
 from headcount.masks import Mask
 from headcount.model.load import LoadedModel, load
 from headcount.model.read import quiet
+from headcount.model.weight_files import UNREADABLE
 from headcount.removal.card import card
 from headcount.removal.cost import Savings
 from headcount.removal.narrow import TOLERANCE, logits_apart
@@ -189,7 +190,7 @@ def _logits(folder: Path, told: Mapping[str, Any], backend: Backend, device: str
         with quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=told["written_as"] == "transformers", dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
+    except (*UNREADABLE, KeyError, AttributeError, ImportError) as error:
         raise ModelError(f"transformers cannot load {folder} ({' '.join(str(error).split())[:200]}): copy it again"
                          ) from error
     model = model.eval().to(device or "cpu")

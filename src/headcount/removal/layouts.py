@@ -319,8 +319,9 @@ def _cut_ffn(found: Cut, part: LayerAnatomy, names: Mapping[int, str], outputs: 
     if part.ffn_norm is not None:
         found.told.setdefault("identity", []).append(names[id(part.ffn_norm)])
     if part.routed:
-        found.told.setdefault("constant", {})[output] = ["down_proj", part.d_model, False, outputs]
-        found.source[f"{output}.down_proj.weight"] = None
+        guard = next((name for name, p in part.ffn_output.named_parameters() if p.dim() > 1), "")
+        found.told.setdefault("constant", {})[output] = ["down_proj", part.d_model, False, outputs, guard]
+        found.source |= {f"{output}.down_proj.weight": None, f"{output}.{guard}": None}
         return
     down = part.ffn_output
     inside = part.ffn or part.block

@@ -135,6 +135,7 @@ class Removed:
         for _ in Walk(plan, ids).blocks():
             pass
         fill_rest(plan)
+        plan.empty.requires_grad_(True)
         plan.empty.generation_config = loaded.model.generation_config
         made = wrap(plan.empty, loaded.tokenizer, f"{loaded.name} (removed)")
         made = dataclasses.replace(made, apply_chat_template=loaded.apply_chat_template)
