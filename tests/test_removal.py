@@ -308,6 +308,18 @@ def test_proofs_of_bfloat16_are_made_in_float32(
         list(Walk(plan, tokens()).blocks())
 
 
+@pytest.mark.parametrize(("family", "dtype"), [("dots1", torch.bfloat16), ("afmoe", torch.float16),
+                                               ("gpt_oss", torch.float16), ("ernie4_5_moe", torch.bfloat16)])
+def test_tensors_that_a_family_keeps_in_float32_stay_so(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    of_family(family).to(dtype).save_pretrained(tmp_path / "full")
+    reader().save_pretrained(tmp_path / "full")
+    loaded = load(tmp_path / "full")
+    folder = remove(loaded, without(loaded.anatomy, [(0, 0)])).save(tmp_path / "small")
+    types = {name: value.dtype for name, value in loaded.model.state_dict().items()}
+    assert {name: value.dtype for name, value in load(folder).model.state_dict().items()} == types
+    assert certificate.check(folder, "transformers").holds
+
+
 def test_bad_masks_and_models_are_refused(tmp_path: Path) -> None:
     loaded = tiny.loaded("llama")
     with pytest.raises(OptionError, match="the mask is for a model with 2 x 4 heads"):
@@ -356,9 +368,17 @@ def test_a_copy_is_proved_on_another_machine(tmp_path: Path) -> None:
     data[-2] ^= 0x40
     weights.write_bytes(data)
     assert certificate.check(folder).changed == ("model.safetensors",)
-    (folder / "headcount.json").write_text("{}")
-    with pytest.raises(ModelError, match="cannot be read"):
-        certificate.check(folder)
+    for name, damaged in (("config.json", {**json.loads((folder / "config.json").read_text()), "headcount": {}}),
+                          ("headcount.json", {**told, "removed": {"heads": None, "ffns": []}}), ("headcount.json", {})):
+        (folder / name).write_text(json.dumps(damaged))
+        for backend in ("headcount", "transformers"):
+            with pytest.raises(ModelError):
+                certificate.check(folder, backend)  # type: ignore[arg-type]
+    full = tiny.loaded("llama")
+    one = load(remove(full, without(full.anatomy, [(0, 0)])).save(tmp_path / "one"))
+    again = remove(one, without(one.anatomy, [(1, 0)]))
+    with pytest.raises(OptionError, match="zeros would not load anywhere"):
+        again.save(tmp_path / "two", format="masked")
 
 
 def test_shards_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:

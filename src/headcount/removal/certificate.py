@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 import headcount
 from headcount.errors import ModelError, few, first_line
 from headcount.masks import Mask
+from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel, load
 from headcount.model.read import quiet
 from headcount.model.weight_files import UNREADABLE
@@ -125,6 +126,8 @@ def certificate_of(folder: Path) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
         known = all(isinstance(told[name], dict) for name in ("files", "model", "removed", "saved"))
+        known = known and all(isinstance(told["removed"][name], list) for name in ("heads", "ffns"))
+        known = known and isinstance(told["model"]["name"], str)
         known = known and isinstance(getattr(torch, told["model"]["dtype"]), torch.dtype) and told["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"the certificate {folder / FILE} cannot be read ({first_line(error)}): copy the folder again"
@@ -183,16 +186,20 @@ def check(folder: Path, backend: Backend = "headcount", device: str | None = Non
 def _logits(folder: Path, told: Mapping[str, Any], backend: Backend, device: str | None, ids: Tensor) -> Tensor:
     # In float32, whatever the type of the weights: they are exact in it, and differences mean something.
     if backend == "headcount":
-        loaded = load(folder, dtype="float32", device=device)
-        logits: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
+        try:
+            loaded = load(folder, dtype="float32", device=device)
+            logits: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
+        except FAILURES as error:
+            raise ModelError(f"{folder} does not load as it was written ({first_line(error)}): copy it again"
+                             ) from error
         return logits.float().cpu()
     try:
         with quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=told["written_as"] == "transformers", dtype=torch.float32)
-    except (*UNREADABLE, KeyError, AttributeError, ImportError) as error:
+        model = model.eval().to(device or "cpu")
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    except (*UNREADABLE, *FAILURES, ImportError, SyntaxError, AssertionError) as error:
         raise ModelError(f"transformers cannot load {folder} ({' '.join(str(error).split())[:200]}): copy it again"
                          ) from error
-    model = model.eval().to(device or "cpu")
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.float().cpu()

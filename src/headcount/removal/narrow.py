@@ -123,7 +123,21 @@ def _empty(loaded: LoadedModel, mask: Mask, blocks: str, cuts: tuple[Cut, ...]) 
     new.dtype = model.dtype
     with torch.device("meta"):
         empty: PreTrainedModel = made._from_config(new, dtype=model.dtype).eval()
+    _as_typed(empty, model, blocks, cuts)
     return empty
+
+
+def _as_typed(empty: PreTrainedModel, model: PreTrainedModel, blocks: str, cuts: tuple[Cut, ...]) -> None:
+    """Give each tensor the type that it has in the model: some families keep a few in float32."""
+    types = {name: value.dtype for name, value in (*model.named_parameters(), *model.named_buffers())}
+    for name, value in [*empty.named_parameters(), *empty.named_buffers()]:
+        source: str | None = name
+        if name.startswith(f"{blocks}."):
+            number, _, inside = name.removeprefix(f"{blocks}.").partition(".")
+            inner = cuts[int(number)].source.get(inside, inside)
+            source = None if inner is None else f"{blocks}.{number}.{inner}"
+        if source in types and types[source] != value.dtype:
+            put(empty, name, value.to(types[source]))
 
 
 # How far apart two computations of one thing may be, in float32: standard deviations of a block's output, or of the

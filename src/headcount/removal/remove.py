@@ -115,6 +115,9 @@ class Removed:
             raise ModelError(f"the weights of {self.loaded.name} lie on the disk, and only `format='transformers'` is "
                              "written block by block: load it into memory with `device='cpu'`",
                              fields=("format='transformers'", "device='cpu'"))
+        if format == "masked" and getattr(self.loaded.model.config, "headcount", None) is not None:
+            raise OptionError(f"{self.loaded.name} is smaller than its family's class already, so that zeros would not "
+                              "load anywhere: use `format='transformers'`", fields=("format='transformers'",))
         if format == "stock":
             stock.built(self.plan)
         if out is not None:
