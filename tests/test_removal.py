@@ -33,7 +33,7 @@ from headcount.model.anatomy import Anatomy, find_anatomy
 from headcount.model.contracts import verify
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, load, wrap
-from headcount.removal import certificate, in_float32, save
+from headcount.removal import certificate, in_float32
 from headcount.removal.narrow import Walk, planned
 from headcount.removal.remove import prompts, remove
 from headcount.removal.shards import Shards
@@ -416,4 +416,3 @@ def test_weights_on_the_disk_are_read_a_module_at_a_time(tmp_path: Path) -> None
 def test_prompts_are_of_one_length_whatever_the_tokenizer_makes_of_them() -> None:
     assert prompts(tiny.loaded("llama")).shape == (3, 8)
     assert prompts(wrap(of_family("opt"), reader(), name="opt")).shape == (3, 8)
-    assert save.CODE == "modeling_headcount"

@@ -169,13 +169,13 @@ DAMAGED: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "none left": lambda told: {**told, "saved": {**told["saved"], "parameters_left": 0}},
     "more left": lambda told: {**told, "saved": {**told["saved"], "parameters_left": 10**9}},
     "negative heads": lambda told: {**told, "removed": {**told["removed"], "heads_per_layer": [-1]}},
-    "endless heads": lambda told: {**told, "removed": {**told["removed"], "heads_per_layer": [10**12]}},
+    "infinitely many heads": lambda told: {**told, "removed": {**told["removed"], "heads_per_layer": [10**12]}},
     "heads as a number": lambda told: {**told, "removed": {**told["removed"], "heads": 3}},
     "an FFN as a head": lambda told: {**told, "removed": {**told["removed"], "heads": ["L1F"]}},
     "no model": lambda told: {**told, "model": None},
     "half a speed": lambda told: {**told, "speed": {**speed(), "sides": {"full": {}}}},
     "a speed that is none": lambda told: {**told, "speed": [1]},
-    "an endless speed": lambda told: {**told, "speed": speed(sides={
+    "an infinite speed": lambda told: {**told, "speed": speed(sides={
         name: {**side, "prefill": float("inf")} for name, side in speed()["sides"].items()})},
 }
 

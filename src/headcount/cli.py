@@ -12,7 +12,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -20,12 +20,14 @@ from cyclopts import App, Parameter
 import headcount
 from headcount.engine.waiting import wait_asleep
 from headcount.errors import HeadcountError, OptionError, StudyError, UnavailableError
-from headcount.study.spec import PRESETS, ChoiceSpec, InductionSpec, ModelSpec, Part, StudySpec
+from headcount.study.spec import PRESETS, ChoiceSpec, InductionSpec, ModelSpec, Part, RemovalSpec, StudySpec
 
 if TYPE_CHECKING:
+    from headcount.analysis.choice import Choice
     from headcount.analysis.study import Study
     from headcount.mask_file import MaskFile
     from headcount.model.load import LoadedModel
+    from headcount.removal.remove import Removed
     from headcount.terminal import Asked
 
 app = App(
@@ -218,107 +220,39 @@ def mask(
 
 @app.command
 def remove(
-    spec: Annotated[ModelSpec, Parameter(name="*")], *, out: Path | None = None, study: Path | None = None,
-    mask: Path | None = None, choice: Annotated[ChoiceSpec | None, Parameter(name="*")] = None,
-    asked: int | None = None, format: Literal["transformers", "stock", "masked"] = "transformers",
-    confirm: int | None = None, text: Path | None = None, prompts: Path | None = None, skip_confirm: bool = False,
-    speed: bool = False, dry_run: bool = False,
+    spec: Annotated[RemovalSpec, Parameter(name="*")], *,
+    choice: Annotated[ChoiceSpec | None, Parameter(name="*")] = None,
 ) -> None:
     """Remove heads and FFNs from a model for good, and write what is left: `headcount remove MODEL --study DIR --free`.
 
     Which ones a study says, at one of its measured points (--free, --within, --parameters, or --heads and --ffns), or a
     file that `headcount mask` wrote (--mask). The smaller model is proved equal to the masked one, block by block and
     after it was loaded again.
-
-    Args:
-        out: The new folder: safetensors, config, tokenizer, certificate (headcount.json) and model card.
-        study: The study folder that says what can go; it must be a study of this model.
-        mask: A mask file, in place of a study.
-        asked: As for `headcount report`.
-        format: transformers is really smaller and loads with trust_remote_code=True, and by headcount without; stock
-            is a class of transformers as it is, for masks that leave every layer one shape (--uniform); masked has the
-            same shapes with zeros: it loads everywhere and saves nothing.
-        confirm: Full and removed model are compared once more on documents that chose nothing, at most so many a task;
-            by default all that the study did not evaluate, else 200 of those that importance did not read.
-        text: Plain text whose perplexity is compared, in place of one that comes along.
-        prompts: Prompts, one a line, that both models continue, in place of some that come along.
-        skip_confirm: Leave all three out.
-        speed: Time the full, the masked and the removed model in turns: prefill of 512 tokens, and decoding.
-        dry_run: Say what would go, what the study measured there and what that saves, and write nothing.
     """
     from headcount import terminal
 
-    if (study is None) == (mask is None):
-        raise OptionError("say what goes by one of `study` and `mask`", fields=("study", "mask"))
-    if out is None and not dry_run:
-        raise OptionError("a removed model needs a folder; name it with `out`", fields=("out",))
-    if out is not None and out.exists():
-        raise OptionError(f"{out} exists already: name another folder with `out`, or delete it", fields=("out",))
-    if skip_confirm and (confirm is not None or text is not None or prompts is not None):
-        raise OptionError("`skip_confirm` leaves out what `confirm`, `text` and `prompts` are for: give it, or them",
-                          fields=("skip_confirm", "confirm", "text", "prompts"))
-    opened = point = None
-    if study is None:
-        if confirm is not None:
-            raise OptionError("which documents chose nothing only a `study` says: leave out `confirm`, or choose by a "
-                              "study", fields=("study", "confirm"))
-        file = _mask_of(mask, choice)
-    else:
-        from headcount.analysis.study import open_study
-
-        opened = open_study(study, asked)
-        point = opened.choose(choice or ChoiceSpec())
-        file = point.file
-        terminal.print_sentence(point.describe())
-    with terminal.reporter() as reporter:
-        reporter.stage(f"loading {spec.model}")
-        from headcount.model.load import load
-        from headcount.removal.confirm import facts_of
-        from headcount.removal.remove import remove as removed_from
-        from headcount.removal.weights_on_disk import too_large
-
-        options = dataclasses.asdict(spec)
-        placed = spec.device is not None or spec.device_map is not None
-        if format == "transformers" and not placed and too_large(spec.model, spec.revision, spec.dtype):
-            options["device_map"] = "disk"
-        loaded = load(options.pop("model"), **options)
-        if opened is not None:
-            _check_study(opened, loaded)
-        reporter.stage("looking at what goes")
-        removed = removed_from(loaded, file.mask if opened is not None else file)
-        removed.check(format, out)
-    terminal.print_savings(removed, format)
-    if dry_run or out is None:
+    point = None if spec.study is None else _point(spec.study, spec.asked, choice)
+    file = _mask_of(spec.mask, choice) if point is None else point.choice.file
+    removed = _removed(spec, file, point)
+    terminal.print_savings(removed, spec.format)
+    if spec.dry_run or spec.out is None:
         return
-    facts = None
-    if opened is not None and point is not None:
-        facts = facts_of(opened.spec, point.num_fewshot, opened.description.get("asked", ()))
     compared = timed = None
-    if not skip_confirm and options.get("device_map") == "disk":
-        terminal.print_note("the weights stay on the disk, so full and removed model are not compared on other "
-                            "documents, a text and prompts")
-    elif not skip_confirm:
-        with terminal.reporter() as reporter:
-            reporter.stage("comparing full and removed")
-            from headcount.removal.confirmed import confirmed
-
-            compared = confirmed(loaded, file.mask, facts, confirm, text=text, prompts=prompts)
-        terminal.print_confirmed(compared)
-    if speed:
-        with terminal.reporter() as reporter:
-            reporter.stage("timing full, masked and removed")
+    if not spec.skip_confirm:
+        compared = _confirmed(spec, removed, point)
+    with terminal.reporter() as reporter:
+        if spec.speed:
             from headcount.removal.speed import measured_speed, sides_of
 
+            reporter.stage("timing full, masked and removed")
             timed = measured_speed(sides_of(removed)).to_dict()
-    with terminal.reporter() as reporter:
-        reporter.stage(f"writing {out}")
-        removed.save(out, format=format, chosen=file.source or None, speed=timed,
-                     confirmation=None if compared is None else compared.to_dict())
-    terminal.print_removed(out)
-    if study is not None:
+        reporter.stage(f"writing {spec.out}")
+        removed.save(spec.out, format=spec.format, chosen=file.source or None, confirmation=compared, speed=timed)
+    terminal.print_removed(spec.out)
+    if spec.study is not None:
         from headcount.removal.certificate import kept_with_study
 
-        kept_with_study(out, study)
+        kept_with_study(spec.out, spec.study)
 
 
 @app.command
@@ -385,6 +319,67 @@ def demo(*, out: Path = Path("headcount-demo"), dry_run: bool = False) -> None:
     """
     study(StudySpec(model="smollm2", tasks=DEMO_TASKS, shots=(0, 5), limit=200, importance_limit=50, shared_shots=True,
                     fractions=(0.1, 0.2, 0.3, 0.5), random_orders=3, out=out), dry_run=dry_run)
+
+
+class _Point(NamedTuple):
+    """A study, and the point of it that was chosen."""
+
+    study: Study
+    choice: Choice
+
+
+def _point(folder: Path, asked: int | None, choice: ChoiceSpec | None) -> _Point:
+    """The point of a study that was asked for, which is told."""
+    from headcount import terminal
+    from headcount.analysis.study import open_study
+
+    study = open_study(folder, asked)
+    chosen = study.choose(choice or ChoiceSpec())
+    terminal.print_sentence(chosen.describe())
+    return _Point(study, chosen)
+
+
+def _removed(spec: RemovalSpec, file: MaskFile, point: _Point | None) -> Removed:
+    """The model with what goes; what cannot be written is refused."""
+    from headcount import terminal
+    from headcount.model.load import load
+    from headcount.removal.remove import remove as removed_from
+    from headcount.removal.weights_on_disk import too_large
+
+    options = spec.model_options
+    with terminal.reporter() as reporter:
+        reporter.stage(f"loading {spec.model}")
+        placed = spec.device is not None or spec.device_map is not None
+        if spec.format == "transformers" and not placed and too_large(spec.model, spec.revision, spec.dtype):
+            options["device_map"] = "disk"
+        loaded = load(options.pop("model"), **options)
+        if point is not None:
+            _check_study(point.study, loaded)
+        reporter.stage("looking at what goes")
+        # A study's model was compared with the study; a file's is compared with the file.
+        removed = removed_from(loaded, file if point is None else file.mask)
+        removed.check(spec.format, spec.out)
+    return removed
+
+
+def _confirmed(spec: RemovalSpec, removed: Removed, point: _Point | None) -> dict[str, Any] | None:
+    """Full and removed model compared, which is told; None where the weights stay on the disk."""
+    from headcount import terminal
+    from headcount.removal.confirm import facts_of
+    from headcount.removal.confirmed import confirmed
+    from headcount.removal.weights_on_disk import on_disk
+
+    if on_disk(removed.loaded.model):
+        terminal.print_note("the weights stay on the disk, so full and removed model are not compared on other "
+                            "documents, a text and prompts")
+        return None
+    facts = None if point is None else facts_of(point.study.spec, point.choice.num_fewshot,
+                                                point.study.description.get("asked", ()))
+    with terminal.reporter() as reporter:
+        reporter.stage("comparing full and removed")
+        compared = confirmed(removed.loaded, removed.mask, facts, spec.confirm, text=spec.text, prompts=spec.prompts)
+    terminal.print_confirmed(compared)
+    return compared.to_dict()
 
 
 def _mask_of(path: Path | None, choice: ChoiceSpec | None) -> MaskFile:

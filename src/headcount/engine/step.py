@@ -87,7 +87,7 @@ def _taken(fork: _Fork, call: Call, way: Way) -> State:
     heads, ffn = way
     computes = fork.attention is not None and fork.attention.z is None
     own = _copied(fork.own)
-    args, kwargs = _owned(call, own)
+    args, kwargs = owned(call, own)
     shared = fork.attention.computed_once() if fork.attention is not None else contextlib.nullcontext()
     with layer_ablated(fork.block.part, np.array(list(heads), bool), ffn), shared:
         output = fork.block.part.block(fork.hidden.clone(), *args, **kwargs)
@@ -106,7 +106,7 @@ def _attention_shared(block: Block, state: State, call: Call, ways: Sequence[Way
     part = block.part
     attention = _Attention(part, plain=block.attention is not None)
     arguments = (*call.args, *call.kwargs.values())
-    if not any_head(ways) and block.attention is not None and not any(map(_is_mutable, arguments)):
+    if not any_head(ways) and block.attention is not None and not any(map(is_mutable, arguments)):
         attention.z = state.hidden.new_zeros((*state.hidden.shape[:-1], part.num_heads * part.d_head))
         attention.output = like(block.attention, state.hidden, keep=False)
     return attention
@@ -170,15 +170,16 @@ class _Attention:
         return like(self.output, own if self.rest is None else own + self.rest)
 
 
-def _owned(call: Call, copies: dict[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def owned(call: Call, copies: dict[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A block's arguments with the branch's own copy in place of every mutable one."""
     def own(value: Any) -> Any:
-        return copies.setdefault(id(value), _copy(value)) if _is_mutable(value) else value
+        return copies.setdefault(id(value), _copy(value)) if is_mutable(value) else value
 
     return tuple(own(a) for a in call.args), {name: own(v) for name, v in call.kwargs.items()}
 
 
-def _is_mutable(value: Any) -> bool:
+def is_mutable(value: Any) -> bool:
+    """Whether a block may write into an argument for later blocks, as into shared keys and values (Gemma-4)."""
     return isinstance(value, (MutableMapping, MutableSequence))
 
 
@@ -188,7 +189,7 @@ def _copied(copies: Mapping[int, Any]) -> dict[int, Any]:
 
 def _copy(value: Any) -> Any:
     """Containers are copied, tensors in them are not: blocks put new ones in, they do not write into old ones."""
-    if not _is_mutable(value):
+    if not is_mutable(value):
         return value
     twin = copy.copy(value)
     for key, item in value.items() if isinstance(value, MutableMapping) else enumerate(value):

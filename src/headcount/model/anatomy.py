@@ -24,13 +24,13 @@ from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
 
 # Names that matter for counting parameters only; a family that differs is counted by the rows of its fused projection.
-_KEYS = ("k_proj",)
-_VALUES = ("v_proj",)
-_QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "q_ln")
-_KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm", "k_ln")
+KEYS = ("k_proj",)
+VALUES = ("v_proj",)
+QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "q_ln")
+KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm", "k_ln")
 # Latent attention: projections with rows of each head, and what all heads read.
-_LATENT_HEADS = ("q_proj", "q_b_proj", "kv_b_proj")
-_LATENT_SHARED = ("q_a_proj", "kv_a_proj_with_mqa")
+LATENT_HEADS = ("q_proj", "q_b_proj", "kv_b_proj")
+LATENT_SHARED = ("q_a_proj", "kv_a_proj_with_mqa")
 _HEAD_COUNTS = ("num_attention_heads", "num_query_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 # The norm that feeds the FFN alone, the first that is there. A norm that feeds attention too (Phi, GPT-J) stays.
 _FFN_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "ln_mlp", "ln_2", "norm_2", "ffn_norm",
@@ -361,8 +361,8 @@ def _attention_parameters(
     """Parameters of one head but for its output weights, those of one KV group, and the number of KV groups."""
     linear = [(name, m) for name, m in attention.named_modules()
               if m is not out_proj and (hasattr(m, "in_features") or hasattr(m, "nx"))]
-    keys = [m for name, m in linear if name in _KEYS]
-    values = [m for name, m in linear if name in _VALUES]
+    keys = [m for name, m in linear if name in KEYS]
+    values = [m for name, m in linear if name in VALUES]
     beside = sum(p.numel() for p in attention.parameters(recurse=False) if p.shape[:1] == (heads,)) // heads
     if keys:
         # Values are as wide as what heads put out. Gemma-4 has layers without, where keys serve as values.
@@ -372,13 +372,13 @@ def _attention_parameters(
         if heads % groups and not uneven:
             raise ModelError(f"{heads} heads cannot share {groups} KV groups: attention of this kind is not supported")
         # Where a norm reads all heads at once, queries and keys of removed heads are still needed for its scale.
-        bound_q, own_q = _norms(attention, _QUERY_NORMS, heads)
-        bound_k, own_k = _norms(attention, _KEY_NORMS, groups)
-        by_head = [m for name, m in linear if name not in (*_KEYS, *_VALUES) and not (bound_q and name == "q_proj")]
+        bound_q, own_q = norms_of(attention, QUERY_NORMS, heads)
+        bound_k, own_k = norms_of(attention, KEY_NORMS, groups)
+        by_head = [m for name, m in linear if name not in (*KEYS, *VALUES) and not (bound_q and name == "q_proj")]
         query = sum(_parameters(m) for m in by_head) // heads + own_q + beside
         return query, sum(_parameters(m) for m in ([] if bound_k else keys) + values) // groups + own_k, groups
-    by_head = [m for name, m in linear if name in _LATENT_HEADS]
-    if by_head and all(name in (*_LATENT_HEADS, *_LATENT_SHARED) for name, _ in linear):
+    by_head = [m for name, m in linear if name in LATENT_HEADS]
+    if by_head and all(name in (*LATENT_HEADS, *LATENT_SHARED) for name, _ in linear):
         # Latent attention: all heads read what is compressed once.
         return sum(_parameters(m) for m in by_head) // heads + beside, 0, groups_said or heads
     if [name for name, _ in linear] == ["q_proj"]:
@@ -395,7 +395,7 @@ def _attention_parameters(
     return row * d_head + beside, 2 * row * d_head, groups
 
 
-def _norms(attention: nn.Module, names: tuple[str, ...], count: int) -> tuple[bool, int]:
+def norms_of(attention: nn.Module, names: tuple[str, ...], count: int) -> tuple[bool, int]:
     """Whether a norm of queries (or keys) reads all of them at once, and the parameters that each has in norms."""
     _, norm = _child(attention, names)
     bound, own = False, 0

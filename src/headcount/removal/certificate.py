@@ -33,7 +33,7 @@ from headcount.model.read import quiet
 from headcount.model.weight_files import UNREADABLE
 from headcount.removal.card import card
 from headcount.removal.cost import Savings
-from headcount.removal.narrow import TOLERANCE, logits_apart
+from headcount.removal.narrow import TOLERANCE, logits_apart, logits_of
 
 FILE, EXPECTED = "headcount.json", "expected.safetensors"
 FORMAT = 1
@@ -187,18 +187,16 @@ def _logits(folder: Path, told: Mapping[str, Any], backend: Backend, device: str
     # In float32, whatever the type of the weights: they are exact in it, and differences mean something.
     if backend == "headcount":
         try:
-            loaded = load(folder, dtype="float32", device=device)
-            logits: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
+            return logits_of(load(folder, device=device), ids)
         except FAILURES as error:
             raise ModelError(f"{folder} does not load as it was written ({first_line(error)}): copy it again"
                              ) from error
-        return logits.float().cpu()
     try:
         with quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=told["written_as"] == "transformers", dtype=torch.float32)
         model = model.eval().to(device or "cpu")
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+        logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
     except (*UNREADABLE, *FAILURES, ImportError, SyntaxError, AssertionError) as error:
         raise ModelError(f"transformers cannot load {folder} ({' '.join(str(error).split())[:200]}): copy it again"
                          ) from error

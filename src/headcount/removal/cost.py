@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel
-from headcount.removal.narrow import Plan
+from headcount.removal.narrow import Plan, saved_tensors
 from headcount.removal.shards import size
 
 TOKENS = 512
@@ -76,13 +76,10 @@ class Savings:
 def savings(plan: Plan) -> Savings:
     """What a removal saves."""
     loaded, mask = plan.loaded, plan.mask
-    kept = {*plan.empty.state_dict()}
-    tensors = {name: value for name, value in (*plan.empty.named_parameters(), *plan.empty.named_buffers())
-               if name in kept}
     return Savings(
         loaded.anatomy.num_parameters, sum(p.numel() for p in plan.empty.parameters()),
-        sum(map(size, tensors.values())), flops(_on_meta(loaded.model)), flops(plan.empty), loaded.anatomy.num_heads,
-        len(mask.heads_removed), loaded.anatomy.num_layers, len(mask.ffns_removed))
+        sum(map(size, saved_tensors(plan.empty).values())), flops(_on_meta(loaded.model)), flops(plan.empty),
+        loaded.anatomy.num_heads, len(mask.heads_removed), loaded.anatomy.num_layers, len(mask.ffns_removed))
 
 
 def unsaved(loaded: LoadedModel, mask: Mask) -> Savings:

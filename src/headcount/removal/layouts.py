@@ -16,7 +16,7 @@ known is right is proved on the user's model, block by block (`headcount.removal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,14 +27,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from headcount.errors import ModelError
-from headcount.model.anatomy import LayerAnatomy
+from headcount.model.anatomy import (
+    KEY_NORMS,
+    KEYS,
+    LATENT_HEADS,
+    LATENT_SHARED,
+    QUERY_NORMS,
+    VALUES,
+    LayerAnatomy,
+    norms_of,
+)
 from headcount.model.narrowed import PREFIX, Columns
 
-_QUERIES = ("q_proj", "q_b_proj", "query", "gate_proj", "g_proj")
-_KEYS, _VALUES = ("k_proj", "key"), ("v_proj", "value")
-# Of latent attention: what its heads share, and one projection with keys and values of each.
-_LATENT_SHARED = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
-_LATENT_HEADS = ("kv_b_proj",)
+# Beside queries, what gates each head's output.
+_QUERIES = ("q_proj", "gate_proj", "g_proj")
+_LATENT_NORMS = ("q_a_layernorm", "kv_a_layernorm")
 _FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
 # Types whose fused projection has a KV group's rows together, and those that have so unless there is one group.
 _BY_GROUP = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon")
@@ -152,28 +159,22 @@ class _Attention:
         part = self.part
         if not any(True for _ in module.parameters()):
             return
-        if name in _LATENT_SHARED:
+        if name in (*LATENT_SHARED, *_LATENT_NORMS):
             return
         if name in _FUSED:
             self._fused(name, module)
-        elif name in (*_QUERIES, *_LATENT_HEADS):
-            if name == "q_proj" and self._norm_over_all(("q_norm", "q_layernorm", "query_layernorm"), part.num_heads):
+        elif name in (*_QUERIES, *LATENT_HEADS):
+            if name == "q_proj" and norms_of(part.attention, QUERY_NORMS, part.num_heads)[0]:
                 return
             self._rows(name, module, _rows_of(module, part.num_heads, self.heads, self._unknown(name, module)))
-        elif name in (*_KEYS, *_VALUES):
-            if name in _KEYS and self._norm_over_all(("k_norm", "k_layernorm", "key_layernorm"), part.num_kv_heads):
+        elif name in (*KEYS, *VALUES):
+            if name in KEYS and norms_of(part.attention, KEY_NORMS, part.num_kv_heads)[0]:
                 return
             self._rows(name, module, _rows_of(module, part.num_kv_heads, self.groups, self._unknown(name, module)))
         else:
             self._norm(name, module)
 
-    def _norm_over_all(self, names: Sequence[str], count: int) -> bool:
-        """Whether one of these norms reads all heads at once."""
-        norms = [m for name in names if (m := getattr(self.part.attention, name, None)) is not None]
-        weights = [p for m in norms for p in m.parameters()]
-        return count > 1 and any(p.dim() == 1 and p.numel() > self._head_width(p) for p in weights)
-
-    def _head_width(self, weight: Tensor) -> int:
+    def _head_width(self) -> int:
         """The width of one head's queries or keys, which a norm's weight is compared with."""
         width = getattr(self.part.attention, "head_dim", None)
         return width if isinstance(width, int) else self.part.d_head
@@ -184,7 +185,7 @@ class _Attention:
         count = self.part.num_kv_heads if keys else self.part.num_heads
         index = self.groups if keys else self.heads
         for inner, parameter in module.named_parameters():
-            if parameter.dim() == 1 and parameter.numel() == self._head_width(parameter):
+            if parameter.dim() == 1 and parameter.numel() == self._head_width():
                 continue
             if parameter.dim() >= 2 and parameter.shape[0] == count:
                 self._keep(f"{name}.{inner}", 0, index, parameter)

@@ -9,9 +9,8 @@ agree. So at any moment no more than one block and its smaller twin need to be i
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headcount.engine.blocks import Block, Call, entered, finished, first, learned
+from headcount.engine.step import is_mutable, owned
 from headcount.errors import ModelError, listed
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES, probe_tokens
@@ -55,7 +55,7 @@ class Plan:
 
 
 def planned(loaded: LoadedModel, mask: Mask) -> Plan:
-    """How a model becomes smaller; no weight is read.
+    """How a model becomes smaller; a pass of two tokens shows what its blocks hand back.
 
     Raises:
         OptionError: If the mask is of a model of other numbers of heads.
@@ -129,8 +129,8 @@ def _empty(loaded: LoadedModel, mask: Mask, blocks: str, cuts: tuple[Cut, ...]) 
 
 def _as_typed(empty: PreTrainedModel, model: PreTrainedModel, blocks: str, cuts: tuple[Cut, ...]) -> None:
     """Give each tensor the type that it has in the model: some families keep a few in float32."""
-    types = {name: value.dtype for name, value in (*model.named_parameters(), *model.named_buffers())}
-    for name, value in [*empty.named_parameters(), *empty.named_buffers()]:
+    types = {name: value.dtype for name, value in tensors(model).items()}
+    for name, value in tensors(empty).items():
         source: str | None = name
         if name.startswith(f"{blocks}."):
             number, _, inside = name.removeprefix(f"{blocks}.").partition(".")
@@ -143,8 +143,6 @@ def _as_typed(empty: PreTrainedModel, model: PreTrainedModel, blocks: str, cuts:
 # How far apart two computations of one thing may be, in float32: standard deviations of a block's output, or of the
 # range of logits.
 TOLERANCE = 1e-4
-# Arguments that blocks may write into, such as keys and values for later layers (Gemma-4).
-_WRITTEN = (MutableMapping, MutableSequence)
 Filled = Callable[[nn.Module, int], None]
 
 
@@ -181,7 +179,7 @@ class Walk:
             hidden = as_float32(hidden)
             twins, copies = plan.empty.get_submodule(plan.blocks), dict[int, Any]()
             for i, (block, call) in enumerate(zip(self._blocks, map(_precise, calls), strict=True)):
-                own = _owned(call, copies)  # before the masked block writes into what it hands to later ones
+                own = Call(*owned(call, copies))  # before the masked block writes into what it hands to later ones
                 masked = self._masked(i, hidden, call)
                 twin = twins.get_submodule(str(i))
                 if filled is None:
@@ -206,7 +204,7 @@ class Walk:
 
     def _compare(self, number: int, twin: nn.Module, hidden: Tensor, call: Call, masked: Tensor) -> None:
         plan = self.plan
-        if not plan.cuts[number].told and not any(isinstance(v, _WRITTEN) for v in (*call.args, *call.kwargs.values())):
+        if not plan.cuts[number].told and not any(map(is_mutable, (*call.args, *call.kwargs.values()))):
             return  # the same block, with the same weights, which hands nothing else to later ones
         try:
             with in_float32(twin):
@@ -215,7 +213,7 @@ class Walk:
             raise not_known(plan.loaded.model, f"block {number}, made smaller, does not run ({failure})") from failure
         if not error <= TOLERANCE:
             raise not_known(plan.loaded.model, f"block {number}, made smaller, puts out something else than under the "
-                            f"mask ({error:.1e} of the spread)")
+                            f"mask (by {error:.1e} standard deviations)")
         self.worst = max(self.worst, error)
 
     def logits(self) -> Float[Tensor, "batch pos vocabulary"]:
@@ -228,6 +226,14 @@ class Walk:
         return logits.reshape(*self.ids.shape, -1).float().cpu()
 
 
+@torch.no_grad()
+def logits_of(loaded: LoadedModel, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocabulary"]:
+    """Logits at all positions of the plain forward pass, in float32 whatever the weights' type."""
+    with in_float32(loaded.model):
+        found: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
+    return found.float().cpu()
+
+
 def not_known(model: PreTrainedModel, why: str) -> ModelError:
     """Physical removal is refused for this model, and the format that always works is offered."""
     return ModelError(f"what the mask leaves out cannot be removed from {type(model).__name__}: {why}; use "
@@ -236,19 +242,21 @@ def not_known(model: PreTrainedModel, why: str) -> ModelError:
 
 def apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
     """The largest difference of two tensors, in standard deviations of the second; infinite where it is no number."""
+    return _apart(one, other, lambda known: known.std())
+
+
+def logits_apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
+    """The same of logits, as a share of their range: the largest less the smallest of the second."""
+    return _apart(one, other, lambda known: known.max() - known.min())
+
+
+def _apart(one: Tensor, other: Tensor, spread: Callable[[Tensor], Tensor]) -> float:
     a, b = one.detach().double().cpu(), other.detach().double().cpu()
     known = torch.isfinite(b)  # -inf where a model masks tokens out
     if not torch.equal(known, torch.isfinite(a)):
         return float("inf")
-    error = float((a[known] - b[known]).abs().max() / b[known].std().clamp_min(1e-30)) if known.any() else 0.0
+    error = float((a[known] - b[known]).abs().max() / spread(b[known]).clamp_min(1e-30)) if known.any() else 0.0
     return float("inf") if error != error else error
-
-
-def logits_apart(one: Float[Tensor, "*_"], other: Float[Tensor, "*_"]) -> float:
-    """The largest difference of logits relative to their spread, the largest less the smallest of the second."""
-    known = other[torch.isfinite(other)]
-    spread = float(known.max() - known.min()) if known.numel() else 1.0
-    return apart(one, other) * float(known.double().std()) / max(spread, 1e-30)
 
 
 def _precise(call: Call) -> Call:
@@ -256,17 +264,20 @@ def _precise(call: Call) -> Call:
     return Call(as_float32(call.args), {name: as_float32(value) for name, value in call.kwargs.items()})
 
 
-def _owned(call: Call, copies: dict[int, Any]) -> Call:
-    """The same arguments, with the smaller blocks' own copies of those that blocks write into for later ones."""
-    def own(value: Any) -> Any:
-        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, _WRITTEN) else value
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; a tied one once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
-    return Call(tuple(map(own, call.args)), {name: own(value) for name, value in call.kwargs.items()})
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Those of them that a checkpoint holds."""
+    kept = {*model.state_dict()}
+    return {name: value for name, value in tensors(model).items() if name in kept}
 
 
 def fill(twin: nn.Module, how: Cut, block: nn.Module, device: torch.device) -> None:
     """Give a smaller block on the meta device its weights and buffers, out of the block as it was."""
-    for name, empty in [*twin.named_parameters(), *twin.named_buffers()]:
+    for name, empty in tensors(twin).items():
         put(twin, name, how.tensor(name, empty, device, functools.partial(read, block)))
 
 
@@ -299,6 +310,6 @@ def fill_rest(plan: Plan) -> None:
 def rest(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers outside the blocks, copied, by name; a tied one once."""
     model, inside = plan.loaded.model, plan.blocks + "."
-    for name in [name for name, _ in (*plan.empty.named_parameters(), *plan.empty.named_buffers())]:
+    for name in tensors(plan.empty):
         if not name.startswith(inside):
             yield name, read(model, name).clone()

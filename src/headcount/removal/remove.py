@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,9 @@ from headcount.masks import Mask, ffns_named
 from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, load, wrap
+from headcount.model.weight_files import files_read, held_by
 from headcount.removal import certificate, stock
 from headcount.removal.cost import Savings, savings, unsaved
-from headcount.removal.in_float32 import in_float32
 from headcount.removal.narrow import (
     TOLERANCE,
     Plan,
@@ -38,9 +37,11 @@ from headcount.removal.narrow import (
     check_kind,
     fill_rest,
     logits_apart,
+    logits_of,
     not_known,
     planned,
     put,
+    tensors,
 )
 from headcount.removal.save import check_place, write_transformers, written
 from headcount.removal.weights_on_disk import on_disk
@@ -182,7 +183,8 @@ class Removed:
         proofs = [_proof("each block, while it was written", walk.worst, _DEVIATIONS)]
         if on_disk(loaded.model):
             again = Walk(plan, ids)
-            for _, block in again.blocks(functools.partial(_from_files, plan, _weight_map(folder))):
+            places = {one.name: one.path for path in files_read(folder, None) for one in held_by(path)}
+            for _, block in again.blocks(functools.partial(_from_files, plan, places)):
                 block.to("meta")
             return [*proofs, _proof("each block, read again from the files", again.worst, _DEVIATIONS)], walk.logits()
         expected = self._masked_logits(ids)
@@ -202,7 +204,7 @@ class Removed:
     def _masked_logits(self, ids: Tensor) -> Tensor:
         """Logits of the masked model, through its plain forward pass."""
         with ablated(self.loaded.anatomy, self.mask):
-            return logits(self.loaded, ids)
+            return logits_of(self.loaded, ids)
 
     def _reloaded(self, folder: Path, ids: Tensor, expected: Tensor) -> dict[str, Any]:
         """The proof that the folder, read again, is the masked model."""
@@ -250,18 +252,10 @@ def prompts(loaded: LoadedModel) -> Tensor:
     return torch.stack(rows)
 
 
-@torch.no_grad()
-def logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
-    """Logits at all positions, computed in float32 whatever the weights' type."""
-    with in_float32(loaded.model):
-        found: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
-    return found.float().cpu()
-
-
 def _check(small: LoadedModel, ids: Tensor, expected: Tensor, where: str) -> float:
     """How far the smaller model's logits are from the masked model's; too far is refused."""
     try:
-        error = logits_apart(logits(small, ids), expected)
+        error = logits_apart(logits_of(small, ids), expected)
     except FAILURES as failure:
         raise not_known(small.model, f"{where}, the smaller model does not run ({failure})") from failure
     if not error <= TOLERANCE:
@@ -283,19 +277,10 @@ def _write_beside(loaded: LoadedModel, folder: Path) -> None:
             generation.save_pretrained(folder)
 
 
-def _weight_map(folder: Path) -> dict[str, Path]:
-    """In which file every tensor lies."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return dict.fromkeys(file.keys(), folder / "model.safetensors")
-
-
 def _from_files(plan: Plan, places: Mapping[str, Path], twin: nn.Module, number: int) -> None:
     """Give a smaller block what was written of it; its buffers that are not saved are the model's own."""
     block = plan.loaded.anatomy.layers[number].block
-    for name, _ in [*twin.named_parameters(), *twin.named_buffers()]:
+    for name in tensors(twin):
         full = f"{plan.blocks}.{number}.{name}"
         if full in places:
             with safe_open(places[full], "pt") as file:

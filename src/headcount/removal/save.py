@@ -22,7 +22,7 @@ import headcount
 from headcount.errors import ModelError, OptionError
 from headcount.model import narrowed as runtime
 from headcount.model.removed import base_of, name_of
-from headcount.removal.narrow import Plan, Walk, rest
+from headcount.removal.narrow import Plan, Walk, rest, saved_tensors, tensors
 from headcount.removal.shards import Shards
 
 CODE = "modeling_headcount"
@@ -99,9 +99,7 @@ def _umask() -> int:
 
 def announced(plan: Plan) -> dict[str, Any]:
     """Tensors of the smaller model in the order in which they are written: block by block, then all others."""
-    kept = {*plan.empty.state_dict()}
-    named = {name: value for name, value in (*plan.empty.named_parameters(), *plan.empty.named_buffers())
-             if name in kept}
+    named = saved_tensors(plan.empty)
     prefixes = [f"{plan.blocks}.{i}." for i in range(len(plan.cuts))]
     inside = {name: value for prefix in prefixes for name, value in named.items() if name.startswith(prefix)}
     return inside | named
@@ -116,18 +114,18 @@ def write_transformers(walk: Walk, folder: Path) -> None:
     base = base_of(walk.plan.loaded.model)
     _check_class(base)
     plan = walk.plan
-    tensors = announced(plan)
-    shards = Shards(folder, tensors)
+    wanted = announced(plan)
+    shards = Shards(folder, wanted)
     for number, block in walk.blocks():
-        values = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        values = tensors(block)
         prefix = f"{plan.blocks}.{number}."
-        for name in tensors:
+        for name in wanted:
             if name.startswith(prefix):
                 shards.write(name, values[name.removeprefix(prefix)])
         del values
         block.to("meta")
     for name, value in rest(plan):
-        if name in tensors:
+        if name in wanted:
             shards.write(name, value)
     shards.close()
     write_config(plan.empty, base, folder)

@@ -26,7 +26,7 @@ from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel
 from headcount.model.removed import base_of
-from headcount.removal.narrow import Plan, Walk, fill_rest, planned, put
+from headcount.removal.narrow import Plan, Walk, fill_rest, planned, put, tensors
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "attention_heads")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
@@ -131,7 +131,7 @@ def _filled(plan: Plan, made: PreTrainedModel) -> PreTrainedModel:
         pass
     fill_rest(plan)
     made.to(dtype=plan.empty.dtype)  # type: ignore[call-arg]
-    for name, value in (*plan.empty.named_parameters(), *plan.empty.named_buffers()):
+    for name, value in tensors(plan.empty).items():
         put(made, name, value.detach())
     made.tie_weights()
     made.generation_config = plan.loaded.model.generation_config

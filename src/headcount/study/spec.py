@@ -325,6 +325,66 @@ class ChoiceSpec:
         return tuple(way for way, asked in given.items() if asked)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RemovalSpec(ModelSpec):
+    """What is removed from which model, and how it is written."""
+
+    out: Path | None = None
+    """The new folder: safetensors, config, tokenizer, certificate (headcount.json) and model card."""
+
+    study: Path | None = None
+    """The study folder that says what can go; it must be a study of this model."""
+
+    mask: Path | None = None
+    """A mask file, in place of a study."""
+
+    asked: int | None = field(default=None, metadata=COUNT)
+    """As for `headcount report`."""
+
+    format: Literal["transformers", "stock", "masked"] = "transformers"
+    """transformers is really smaller and loads with trust_remote_code=True, and by headcount without; stock is a class
+    of transformers as it is, for masks that leave every layer one shape (--uniform); masked has the same shapes with
+    zeros: it loads everywhere and saves nothing."""
+
+    confirm: int | None = field(default=None, metadata=COUNT)
+    """Full and removed model are compared once more on documents that chose nothing, at most so many a task; by default
+    all that the study did not evaluate, else 200 of those that importance did not read."""
+
+    text: Path | None = None
+    """Plain text whose perplexity is compared, in place of one that comes along."""
+
+    prompts: Path | None = None
+    """Prompts, one a line, that both models continue, in place of some that come along."""
+
+    skip_confirm: bool = False
+    """Leave all three out."""
+
+    speed: bool = False
+    """Time the full, the masked and the removed model in turns: prefill of 512 tokens, and decoding."""
+
+    dry_run: bool = False
+    """Say what would go, what the study measured there and what that saves, and write nothing."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check((self.study is None) != (self.mask is None), "say what goes by one of `study` and `mask`", "study",
+               "mask")
+        _check(self.dry_run or self.out is not None, "a removed model needs a folder; name it with `out`", "out")
+        _check(self.out is None or not self.out.exists(),
+               f"{self.out} exists already: name another folder with `out`, or delete it", "out")
+        _check(not self.skip_confirm or (self.confirm, self.text, self.prompts) == (None, None, None),
+               "`skip_confirm` leaves out what `confirm`, `text` and `prompts` are for: give it, or them",
+               "skip_confirm", "confirm", "text", "prompts")
+        _check(self.study is not None or (self.confirm is None and self.asked is None),
+               "which documents chose nothing, and what was asked, only a `study` says: leave out `confirm` and "
+               "`asked`, or choose by a study", "study", "confirm", "asked")
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """How the model is loaded."""
+        return {one.name: getattr(self, one.name) for one in dataclasses.fields(ModelSpec)}
+
+
 # Of induction scores, by protocol: how many lengths, and how many texts of each.
 INDUCTION_TEXTS = {"sound": (7, 14), "paper": (100, 1)}
 # Options that `--preset NAME` stands for; the command line and --config win.
