@@ -17,8 +17,8 @@ from headcount import terminal
 from headcount.errors import DataError, OptionError
 from headcount.masks import Mask
 from headcount.model.load import wrap
+from headcount.removal.comparison import Comparison
 from headcount.removal.confirm import StudyFacts, confirm, facts_of, other_documents
-from headcount.removal.confirmed import Confirmed
 from headcount.removal.perplexity import Perplexity, perplexity, read_text
 from headcount.removal.remove import remove
 from headcount.removal.writing import PROMPTS, continuations, repeated, write
@@ -115,6 +115,31 @@ def test_documents_that_equal_a_read_one_or_share_its_passage_are_left_out(tmp_p
     assert other_documents(task_of(documents), facts) == ("evaluation", [*range(34, 64)])
 
 
+def test_a_question_that_is_written_otherwise_is_no_other_document(tmp_path: Path) -> None:
+    def shown(i: int, options: list[str], gold: int, ask: str = "Which of these is it, number {}?") -> dict[str, Any]:
+        listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABC", options, strict=True))
+        return {"context": f"{ask.format(i)}{listed}\nAnswer:", "options": ["A", "B", "C"], "gold": gold}
+
+    words = ["red", "green", "blue"]
+    read = [shown(i, words, 0) for i in range(20)]
+    again = [shown(1, ["blue", "red", "green"], 1), shown(2, words, 0, "WHICH of  these is it, number {}?")]
+    other = [shown(3, ["red", "green", "pink"], 0), *(shown(i, words, 0) for i in range(40, 60))]
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps(document) + "\n" for document in [*read, *again, *other]))
+    task = hc.get_tasks(own, examples_split="validation")["own"]
+    facts = StudyFacts(("own",), limit=20, importance_limit=20, examples_split="validation")
+    assert other_documents(task, facts) == ("evaluation", [*range(22, 43)])
+
+
+def test_fewer_documents_than_were_asked_for_are_said_and_all_are_named(plain: Path, mask: Mask) -> None:
+    found = confirm(tiny.loaded(), mask, StudyFacts(("piqa",), data=plain, limit=8), n=100)
+    assert found.sentence.endswith("; piqa has fewer than the 100 that were asked for")
+    told = found.to_dict()
+    assert told["asked"] == 100
+    assert told["tasks"][0]["doc_ids"] == [*range(8, 60)]
+    assert "asked for" not in confirm(tiny.loaded(), mask, StudyFacts(("piqa",), data=plain, limit=8), n=5).sentence
+
+
 def test_no_document_is_among_its_own_shots(plain: Path, mask: Mask) -> None:
     """The paper's code may draw a training document for itself."""
     task = task_of(plain, protocol="paper")
@@ -196,11 +221,11 @@ def test_the_sentence_says_what_was_measured_and_json_holds_it(plain: Path) -> N
     of = found.tasks[0].compared
     assert of.difference == 0
     assert of.verdict == "unknown"
-    share = f"{of.full:.3f}"[1:]
+    share = f"{of.full:.3f}"
     assert found.sentence == (
         f"on 25 other documents of piqa (training documents that importance did not read) accuracy is {share}, the "
-        f"full model's {share}: 0.0 points (95 % interval {100 * of.low:.1f} to {100 * of.high:+.1f}); a loss of 2 "
-        "points is neither ruled out nor shown")
+        f"full model's {share}: 0.0 points (95 % interval \N{MINUS SIGN}{-100 * of.low:.1f} to {100 * of.high:+.1f}); "
+        "a loss of 2 points is neither ruled out nor shown")
     told = json.loads(json.dumps(found.to_dict()))
     assert told["sentence"] == found.sentence
     assert told["tasks"][0]["split"] == "examples"
@@ -363,14 +388,14 @@ def test_the_terminal_shows_accuracies_perplexity_and_both_continuations(
     loaded = tiny.loaded()
     found = confirm(loaded, mask, StudyFacts(("piqa",), data=plain, limit=30))
     texts = perplexity(loaded, None, read_text()[:200]), perplexity(loaded, mask, read_text()[:200])
-    terminal.print_confirmed(Confirmed(found, *texts, write(loaded, mask, new_tokens=6)))
+    terminal.print_comparison(Comparison(found, *texts, write(loaded, mask, new_tokens=6)))
     shown = capsys.readouterr().out
     assert "piqa" in shown
     assert PROMPTS[0] in shown
     assert f"{texts[1].bits_per_byte:.3f}" in shown
     flat = " ".join(shown.split())
     assert found.sentence[1:] in flat
-    terminal.print_confirmed(Confirmed(None, *texts, write(loaded, mask, new_tokens=6)))
+    terminal.print_comparison(Comparison(None, *texts, write(loaded, mask, new_tokens=6)))
     assert "piqa" not in capsys.readouterr().out
 
 

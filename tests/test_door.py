@@ -208,6 +208,11 @@ def test_the_digest_of_a_merged_model_is_not_taken_for_its_bases(
     assert load(whole, device="cpu").fingerprint == fingerprint(tiny.model("llama")) != merged
 
 
+def test_an_adapter_is_not_merged_into_weights_that_stay_on_the_disk(adapted: tuple[Any, Path]) -> None:
+    with pytest.raises(ModelError, match="merged in memory, and device_map='disk'"):
+        load(adapted[1], device_map="disk")
+
+
 def test_an_adapter_without_peft_is_refused(adapted: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headcount.model.adapters.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install peft"):

@@ -34,9 +34,9 @@ from headcount.model.contracts import verify
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, load, wrap
 from headcount.removal import certificate, in_float32
-from headcount.removal.narrow import Walk, planned
 from headcount.removal.remove import prompts, remove
 from headcount.removal.shards import Shards
+from headcount.removal.slicing import Walk, planned
 
 # Nothing is removed from them by whoever has not read their attention: biases by column (ALiBi), rows in the order of
 # four devices (CodeGen), keys and values of another layer (Gemma-4's small ones), attention that hands back a list.

@@ -12,7 +12,6 @@ from lm_eval.models.huggingface import HFLM
 
 import headcount as hc
 import tiny
-from headcount.cli import main
 from headcount.engine.pack import Budget
 from headcount.masks import Mask
 from headcount.tasks.lm_eval_yaml import write_tasks
@@ -31,14 +30,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, hc.run_study(spec)
 
 
-def run(command: list[str]) -> int:
-    """A command's exit code."""
-    try:
-        return main(command)
-    except SystemExit as ended:
-        return int(str(ended.code))
-
-
 def told(capsys: pytest.CaptureFixture[str]) -> str:
     captured = capsys.readouterr()
     return " ".join((captured.out + captured.err).split())
@@ -50,10 +41,10 @@ def test_a_study_says_what_goes_and_the_folder_is_that_model(
     model, folder = study
     out = tmp_path / "small"
     command = ["remove", str(model), "--study", str(folder), "--heads", "0.25", "--out", str(out), "--skip-confirm"]
-    assert run([*command, "--dry-run"]) == 0
+    assert tiny.run([*command, "--dry-run"]) == 0
     assert not out.exists()
     assert "3 of 12 heads and 0 of 3 FFNs go" in told(capsys)
-    assert run(command) == 0
+    assert tiny.run(command) == 0
     said = told(capsys)
     assert "on piqa (8 documents)" in said
     assert "proved: logits of the whole model, loaded again from the files" in said
@@ -64,11 +55,11 @@ def test_a_study_says_what_goes_and_the_folder_is_that_model(
     assert json.loads((folder / "removed" / "small.json").read_text()) == certificate
     assert chosen.describe() in (out / "README.md").read_text()
     for backend in ("headcount", "transformers"):
-        assert run(["check", str(out), "--backend", backend]) == 0
+        assert tiny.run(["check", str(out), "--backend", backend]) == 0
     assert "it is what was written" in told(capsys)
-    assert run(["study", str(out), "--tasks", "icl_plural", "--shots", "0", "--limit", "2", "--dry-run"]) == 0
+    assert tiny.run(["study", str(out), "--tasks", "icl_plural", "--shots", "0", "--limit", "2", "--dry-run"]) == 0
     (out / "config.json").write_text((out / "config.json").read_text() + " ")
-    assert run(["check", str(out)]) == 1
+    assert tiny.run(["check", str(out)]) == 1
     assert "changed: config.json" in told(capsys)
 
 
@@ -79,13 +70,13 @@ def test_a_mask_file_is_taken_and_anything_wrong_is_one_line(
     other = tmp_path / "other"
     tiny.model("llama", seed=1).save_pretrained(other)
     tiny.tokenizer().save_pretrained(other)
-    assert run(["mask", str(folder), "--heads", "0.5"]) == 0
+    assert tiny.run(["mask", str(folder), "--heads", "0.5"]) == 0
     mask = tmp_path / "mask.json"
     mask.write_text(capsys.readouterr().out, encoding="utf-8")
     (tmp_path / "there").mkdir()
     out = ["--out", str(tmp_path / "none")]
     wrong = {
-        "by one of --study and --mask": [str(model), *out],
+        "by a --study or a --mask": [str(model), *out],
         "say which measured point": [str(model), "--study", str(folder), *out],
         "--mask is of another model": [str(other), "--mask", str(mask), *out],
         "is no study of": [str(other), "--study", str(folder), "--heads", "0.5", *out],
@@ -99,13 +90,13 @@ def test_a_mask_file_is_taken_and_anything_wrong_is_one_line(
         "no measured point is": [str(model), "--study", str(folder), "--within", "0", *out],
         "no points that leave every layer one shape": [str(model), "--study", str(folder), "--uniform", "--free", *out]}
     for said, options in wrong.items():
-        assert run(["remove", *options]) == 2, said
+        assert tiny.run(["remove", *options]) == 2, said
         captured = capsys.readouterr().err.strip()
         assert said in captured.replace("--shots 5", "--num-fewshot 5"), captured
         assert captured.count("\n") == 0, captured
     assert not (tmp_path / "none").exists()
     zeros = ["remove", str(model), "--mask", str(mask), "--format", "masked", "--skip-confirm"]
-    assert run([*zeros, "--out", str(tmp_path / "zeros")]) == 0
+    assert tiny.run([*zeros, "--out", str(tmp_path / "zeros")]) == 0
 
 
 def test_lm_eval_unchanged_gets_the_masked_models_answers(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import headcount.tasks
+from headcount.cli import main
 from headcount.model.load import LoadedModel, wrap
 
 FAMILIES = ("opt", "opt-350m", "llama", "gpt2", "gpt_neox")
@@ -105,3 +106,11 @@ def write_task(folder: Path, name: str = "piqa", train: int = 12, validation: in
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return folder
+
+
+def run(command: list[str]) -> int:
+    """A command's exit code."""
+    try:
+        return main(command)
+    except SystemExit as ended:
+        return int(str(ended.code))

@@ -12,7 +12,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -23,7 +23,6 @@ from headcount.errors import HeadcountError, OptionError, StudyError, Unavailabl
 from headcount.study.spec import PRESETS, ChoiceSpec, InductionSpec, ModelSpec, Part, RemovalSpec, StudySpec
 
 if TYPE_CHECKING:
-    from headcount.analysis.choice import Choice
     from headcount.analysis.study import Study
     from headcount.mask_file import MaskFile
     from headcount.model.load import LoadedModel
@@ -226,20 +225,26 @@ def remove(
     """Remove heads and FFNs from a model for good, and write what is left: `headcount remove MODEL --study DIR --free`.
 
     Which ones a study says, at one of its measured points (--free, --within, --parameters, or --heads and --ffns), or a
-    file that `headcount mask` wrote (--mask). The smaller model is proved equal to the masked one, block by block and
-    after it was loaded again.
+    file that `headcount mask` wrote, edited or not (--mask). The smaller model is proved equal to the masked one, block
+    by block and after it was loaded again.
     """
     from headcount import terminal
+    from headcount.analysis.study import open_study
 
-    point = None if spec.study is None else _point(spec.study, spec.asked, choice)
-    file = _mask_of(spec.mask, choice) if point is None else point.choice.file
-    removed = _removed(spec, file, point)
+    study = None if spec.study is None else open_study(spec.study, spec.asked)
+    if spec.mask is not None:
+        file, num_fewshot = _mask_of(spec.mask, choice), None
+    elif study is not None:
+        chosen = study.choose(choice or ChoiceSpec())
+        file, num_fewshot = chosen.file, chosen.num_fewshot
+        terminal.print_sentence(chosen.describe())
+    removed = _removed(spec, file, study)
     terminal.print_savings(removed, spec.format)
     if spec.dry_run or spec.out is None:
         return
     compared = timed = None
     if not spec.skip_confirm:
-        compared = _confirmed(spec, removed, point)
+        compared = _compared(spec, removed, study, num_fewshot)
     with terminal.reporter() as reporter:
         if spec.speed:
             from headcount.removal.speed import measured_speed, sides_of
@@ -252,12 +257,16 @@ def remove(
     if spec.study is not None:
         from headcount.removal.certificate import kept_with_study
 
-        kept_with_study(spec.out, spec.study)
+        try:
+            kept_with_study(spec.out, spec.study)
+        except OSError as error:
+            terminal.print_note(f"no copy of the certificate is kept in {spec.study} ({error.strerror}), so that its "
+                                "page does not show this model")
 
 
 @app.command
 def check(
-    folder: Path, *, backend: Literal["headcount", "transformers"] = "headcount", device: str | None = None,
+    folder: Path, *, backend: Literal["headcount", "transformers"] | None = None, device: str | None = None,
 ) -> None:
     """Prove a study folder's entries by their checksums, or a removed model's files and logits on this machine.
 
@@ -269,7 +278,8 @@ def check(
 
     Args:
         folder: The study folder, as --out named it, or the removed model's.
-        backend: Load the removed model by headcount, or by transformers, which runs the code in its folder.
+        backend: Load the removed model by headcount, as without this option, or by transformers, which runs the code
+            in its folder.
         device: Where the removed model runs; by default the first GPU, else the CPU.
     """
     from headcount import terminal
@@ -280,11 +290,14 @@ def check(
 
         with terminal.reporter() as reporter:
             reporter.stage(f"loading {folder}")
-            proof = proved(folder, backend, device)
+            proof = proved(folder, backend or "headcount", device)
         terminal.print_proved(proof)
         if not proof.holds:
             raise SystemExit(1)
         return
+    if backend or device:
+        raise OptionError(f"{folder} is no removed model (it has no headcount.json), which alone is loaded: leave out "
+                          "`backend` and `device`", fields=("backend", "device"))
     found = checked(folder)
     terminal.print_checked(found)
     if not found.holds:
@@ -321,25 +334,7 @@ def demo(*, out: Path = Path("headcount-demo"), dry_run: bool = False) -> None:
                     fractions=(0.1, 0.2, 0.3, 0.5), random_orders=3, out=out), dry_run=dry_run)
 
 
-class _Point(NamedTuple):
-    """A study, and the point of it that was chosen."""
-
-    study: Study
-    choice: Choice
-
-
-def _point(folder: Path, asked: int | None, choice: ChoiceSpec | None) -> _Point:
-    """The point of a study that was asked for, which is told."""
-    from headcount import terminal
-    from headcount.analysis.study import open_study
-
-    study = open_study(folder, asked)
-    chosen = study.choose(choice or ChoiceSpec())
-    terminal.print_sentence(chosen.describe())
-    return _Point(study, chosen)
-
-
-def _removed(spec: RemovalSpec, file: MaskFile, point: _Point | None) -> Removed:
+def _removed(spec: RemovalSpec, file: MaskFile, study: Study | None) -> Removed:
     """The model with what goes; what cannot be written is refused."""
     from headcount import terminal
     from headcount.model.load import load
@@ -353,43 +348,44 @@ def _removed(spec: RemovalSpec, file: MaskFile, point: _Point | None) -> Removed
         if spec.format == "transformers" and not placed and too_large(spec.model, spec.revision, spec.dtype):
             options["device_map"] = "disk"
         loaded = load(options.pop("model"), **options)
-        if point is not None:
-            _check_study(point.study, loaded)
+        if study is not None:
+            _check_study(study, loaded)
         reporter.stage("looking at what goes")
         # A study's model was compared with the study; a file's is compared with the file.
-        removed = removed_from(loaded, file if point is None else file.mask)
+        removed = removed_from(loaded, file if spec.mask is not None else file.mask)
         removed.check(spec.format, spec.out)
     return removed
 
 
-def _confirmed(spec: RemovalSpec, removed: Removed, point: _Point | None) -> dict[str, Any] | None:
+def _compared(
+    spec: RemovalSpec, removed: Removed, study: Study | None, num_fewshot: int | None
+) -> dict[str, Any] | None:
     """Full and removed model compared, which is told; None where the weights stay on the disk."""
     from headcount import terminal
+    from headcount.removal.comparison import compare
     from headcount.removal.confirm import facts_of
-    from headcount.removal.confirmed import confirmed
     from headcount.removal.weights_on_disk import on_disk
 
     if on_disk(removed.loaded.model):
         terminal.print_note("the weights stay on the disk, so full and removed model are not compared on other "
                             "documents, a text and prompts")
         return None
-    facts = None if point is None else facts_of(point.study.spec, point.choice.num_fewshot,
-                                                point.study.description.get("asked", ()))
+    facts = None if study is None else facts_of(study.spec, num_fewshot, study.description.get("asked", ()))
     with terminal.reporter() as reporter:
         reporter.stage("comparing full and removed")
-        compared = confirmed(removed.loaded, removed.mask, facts, spec.confirm, text=spec.text, prompts=spec.prompts)
-    terminal.print_confirmed(compared)
+        compared = compare(removed.loaded, removed.mask, facts, spec.confirm, text=spec.text, prompts=spec.prompts)
+    terminal.print_comparison(compared)
     return compared.to_dict()
 
 
-def _mask_of(path: Path | None, choice: ChoiceSpec | None) -> MaskFile:
-    """The mask of a file, which is for no study's point."""
+def _mask_of(path: Path, choice: ChoiceSpec | None) -> MaskFile:
+    """The mask of a file, which is no study's point."""
     from headcount.mask_file import read_mask
 
     if choice is not None and (choice.ways or choice.uniform or choice.order or choice.shots is not None):
         raise OptionError("a `mask` says itself what goes, and the other options choose a point of a `study`: leave "
                           "out one or the other", fields=("mask", "study"))
-    return read_mask(path or "")
+    return read_mask(path)
 
 
 def _check_study(study: Study, loaded: LoadedModel) -> None:

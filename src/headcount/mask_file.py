@@ -13,7 +13,8 @@
 `headcount_mask` is the version of the format. `model` is a name for people. `identity` says which model it is, weights,
 config, tokenizer and all (`LoadedModel.identity`); without it any model with these numbers of heads is taken. Layers,
 heads and FFNs count from 0, and `L5H1` is head 1 of layer 5. `from` is free: where the mask comes from, what was
-measured there. All but `headcount_mask`, `model` and `heads_per_layer` may be left out.
+measured there. Where it says `mask_digest`, that of the mask that was measured, and the lists were edited since, what it
+says of the measurement is dropped. All but `headcount_mask`, `model` and `heads_per_layer` may be left out.
 
 Nothing is guessed: what a person can get wrong by hand (a key that is not known, a head that the model does not have, a
 name twice) is refused with the value.
@@ -188,8 +189,12 @@ def _mask_from(raw: Mapping[str, Any]) -> MaskFile:
     for layer in ffns:
         if layer >= layers:
             raise _WrongError(f"there is no FFN L{layer}F: the model has {layers} layers, 0 to {layers - 1}")
-    return MaskFile(full.without_heads(gone).without_ffns(ffns), raw["model"], raw.get("identity", ""),
-                    raw.get("from", {}))
+    mask, source = full.without_heads(gone).without_ffns(ffns), raw.get("from", {})
+    if source.get("mask_digest", mask.digest()) != mask.digest():
+        source = {name: source[name] for name in ("study", "order", "num_fewshot") if name in source} | {
+            "edited": True, "sentence": "The mask of a measured point was edited by hand: what is removed was measured "
+                                        "by no study."}
+    return MaskFile(mask, raw["model"], raw.get("identity", ""), source)
 
 
 def _heads_per_layer(value: Any) -> list[int]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from headcount.masks import Component
     from headcount.model.load import LoadedModel
     from headcount.removal.certificate import CheckedModel
+    from headcount.removal.comparison import Comparison
     from headcount.removal.confirm import Confirmation
-    from headcount.removal.confirmed import Confirmed
     from headcount.removal.remove import Format, Removed
     from headcount.removal.writing import Writing
     from headcount.study.check import Checked
@@ -117,7 +117,7 @@ def reporter() -> Iterator[Bar]:
 
 def print_note(text: str) -> None:
     """One thing to know before something begins."""
-    _out.print(f"note: {text}", highlight=False)
+    _out.print(f"note: {text}", highlight=False, markup=False)
 
 
 def print_damaged(names: Sequence[str]) -> None:
@@ -463,17 +463,17 @@ def print_summary(study: Study, report: Path) -> None:
     _out.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
 
 
-def print_confirmed(confirmed: Confirmed) -> None:
+def print_comparison(compared: Comparison) -> None:
     """Full against removed: accuracy on documents that chose nothing, a text's perplexity, continuations."""
     out = functools.partial(_out.print, highlight=False, markup=False)
-    if confirmed.accuracy is not None:
-        _print_confirmation(confirmed.accuracy)
-        sentence = confirmed.accuracy.sentence
+    if compared.accuracy is not None:
+        _print_confirmation(compared.accuracy)
+        sentence = compared.accuracy.sentence
         out(f"{sentence[:1].upper()}{sentence[1:]}.")
-    full, removed = confirmed.full, confirmed.removed
+    full, removed = compared.full, compared.removed
     out(f"Perplexity of a text of {full.tokens:,} tokens: full {full.perplexity:.4g}, removed "
         f"{removed.perplexity:.4g}; bits per byte: full {full.bits_per_byte:.3f}, removed {removed.bits_per_byte:.3f}.")
-    _print_writing(confirmed.writing)
+    _print_writing(compared.writing)
 
 
 def _print_confirmation(confirmation: Confirmation) -> None:

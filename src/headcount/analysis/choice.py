@@ -27,12 +27,12 @@ from headcount.errors import OptionError, StudyError, few, listed
 from headcount.mask_file import MaskFile
 from headcount.masks import Mask
 from headcount.stats.intervals import COSTS_MORE, WITHIN
+from headcount.stats.words import points_of, signed
 from headcount.study.spec import ChoiceSpec
 
 _EQUAL = 1e-9
 # A share is told with three digits, and may be given so.
 _TOLD = 6e-4
-_MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,15 @@ class Choice:
         return f"{goes} {said} {self._chosen()}"
 
     def _chosen(self) -> str:
-        how = {"free": f"the fewest parameters at which a loss of {_points(self.margin)} is ruled out, as at every "
+        how = {"free": f"the fewest parameters at which a loss of {points_of(self.margin)} is ruled out, as at every "
                        "smaller step",
-               "within": f"the fewest parameters at which a loss of {_points(self.asked / 100)} is ruled out",
+               "within": f"the fewest parameters at which a loss of {points_of(self.asked / 100)} is ruled out",
                "parameters": f"the most accurate with at most {100 * self.asked:.3g} % of the parameters left"}
         if self.way not in how:
             return "This point was asked for."
-        return (f"It was chosen as {how[self.way]}, from {self.among} measured points by what was measured there: on "
-                "other documents it may lose more.")
+        among = "the only measured point" if self.among == 1 else f"from {self.among} measured points"
+        return (f"It was chosen as {how[self.way]}, {among}, by what was measured there: on other documents it may "
+                "lose more.")
 
 
 def choose(
@@ -217,7 +218,7 @@ def _free(rows: pd.DataFrame, margin: float, place: str) -> int:
 
     found = removing[[reached(row) for _, row in removing.iterrows()]]
     if found.empty:
-        raise _nothing(removing, f"no measured point is free {place}: at none is a loss of {_points(margin)} ruled "
+        raise _nothing(removing, f"no measured point is free {place}: at none is a loss of {points_of(margin)} ruled "
                        "out, at it and at every smaller step")
     return _fewest(found)
 
@@ -226,7 +227,7 @@ def _within(rows: pd.DataFrame, points: float, place: str) -> int:
     removing = rows[rows["parameters_removed"] > 0]
     found = removing[removing["above_baseline"] & (removing["difference_low"] > -points / 100 + _EQUAL)]
     if found.empty:
-        raise _nothing(removing, f"at no measured point is a loss of {_points(points / 100)} ruled out {place}")
+        raise _nothing(removing, f"at no measured point is a loss of {points_of(points / 100)} ruled out {place}")
     return _fewest(found)
 
 
@@ -270,8 +271,9 @@ def _nothing(removing: pd.DataFrame, what: str) -> OptionError:
     """No point is as asked: the nearest one, and what to do."""
     nearest = removing.iloc[int(removing["difference_low"].fillna(-math.inf).to_numpy().argmax())]
     told = f"{what}; nearest is {_named(nearest)}: {_measured(nearest)}"
-    point = f"take that point by `heads={nearest['heads_fraction']:.3g}` `ffns={nearest['ffns_fraction']:.3g}`"
-    fields = [f"heads={nearest['heads_fraction']:.3g}", f"ffns={nearest['ffns_fraction']:.3g}"]
+    shape = ["uniform"] if nearest["uniform"] else []
+    fields = [f"heads={nearest['heads_fraction']:.3g}", f"ffns={nearest['ffns_fraction']:.3g}", *shape]
+    point = f"take that point by {' '.join(f'`{one}`' for one in fields)}"
     if not nearest["above_baseline"]:
         return OptionError(f"{told}. The full model is not shown to be above guessing or a constant answer there, so "
                            "that no loss could be seen: choose other shots or another order, or measure more documents "
@@ -281,7 +283,8 @@ def _nothing(removing: pd.DataFrame, what: str) -> OptionError:
                            fields=fields)
     enough = math.floor(-1000 * nearest["difference_low"]) / 10 + 0.1
     return OptionError(f"{told}. Measure more documents (`limit`), or {point}, or the smallest model that may lose so "
-                       f"much by `within={enough:.1f}`", fields=("limit", *fields, f"within={enough:.1f}"))
+                       f"much by `within={enough:.1f}`{' `uniform`' * len(shape)}",
+                       fields=("limit", *fields, f"within={enough:.1f}"))
 
 
 def _source(choice: Choice, study: str) -> dict[str, Any]:
@@ -293,7 +296,7 @@ def _source(choice: Choice, study: str) -> dict[str, Any]:
     shares = ("heads_fraction", "ffns_fraction", "heads_removed", "ffns_removed", "parameters_removed",
               "parameters_removed_share")
     how = {"way": choice.way, **({choice.way: choice.asked} if choice.asked else {}), "points": choice.among}
-    return {"study": study, "order": choice.order, "order_of": ALL_TASKS if choice.of_all_tasks else TASK,
+    return {"study": study, "mask_digest": choice.mask.digest(), "order": choice.order, "order_of": ALL_TASKS if choice.of_all_tasks else TASK,
             "num_fewshot": choice.num_fewshot, "chosen": how, **{name: choice.row[name] for name in shares},
             "parameters": choice.parameters, "margin": choice.margin,
             "measured": {"on": choice.row["task"] if choice.row["scope"] == TASK else "mean over tasks",
@@ -317,15 +320,6 @@ def _with(k: int) -> str:
     return {0: "with no shots", 1: "with 1 shot"}.get(k, f"with {k} shots")
 
 
-def _points(loss: float) -> str:
-    points = f"{100 * loss:.3g}"
-    return f"{points} point{'s' * (points != '1')}"
-
-
-def _signed(difference: float) -> str:
-    return f"{100 * difference:+.2f}".replace("-0.00", "0.00").replace("+0.00", "0.00").replace("-", _MINUS)
-
-
 def _named(row: pd.Series) -> str:
     return f"{row['heads_fraction']:.3g} of the heads and {row['ffns_fraction']:.3g} of the FFNs"
 
@@ -334,15 +328,15 @@ def _measured(row: pd.Series | dict[str, Any]) -> str:
     """An accuracy and its difference to the full model, with interval and what it is of."""
     of = f"the mean over {row['tasks']} tasks" if row["scope"] == MEAN else row["task"]
     known = row["difference_low"] == row["difference_low"]
-    bounds = f", 95 % interval {_signed(row['difference_low'])} to {_signed(row['difference_high'])}" if known else ""
+    bounds = f", 95 % interval {signed(row['difference_low'])} to {signed(row['difference_high'])}" if known else ""
     return (f"accuracy {row['accuracy']:.3f} on {of} ({row['documents']:,} documents), "
-            f"{_signed(row['difference'])} points to the full model{bounds}")
+            f"{signed(row['difference'])} points to the full model{bounds}")
 
 
 def _told(row: dict[str, Any], margin: float) -> str:
     if not row["above_baseline"]:
         return "the full model is not shown to be above guessing or a constant answer, so that no loss could be seen"
-    loss = _points(margin)
+    loss = points_of(margin)
     if row["verdict"] == WITHIN:
         return f"a loss of {loss} is ruled out"
     return (f"a loss of more than {loss} is shown" if row["verdict"] == COSTS_MORE else

@@ -38,7 +38,7 @@ from headcount.model.fingerprint import (
     weights_digest,
 )
 from headcount.model.norms import LayerNorms, find_norms
-from headcount.model.placement import dtype_of, placement
+from headcount.model.placement import DISK, dtype_of, placement
 from headcount.model.read import Wanted, check_config, quiet, read
 from headcount.model.source import Source, find
 
@@ -199,6 +199,10 @@ def _from_folder(source: Source, wanted: Wanted) -> _Got:
         model, reader, notes = read(source, wanted)
         return _Got(model, reader, _fingerprint(model, source.files), notes)
     adapters.check_installed(adapter)
+    if wanted.device_map == DISK:
+        raise ModelError(f"{adapter.place} is an adapter, which is merged in memory, and `device_map='disk'` leaves "
+                         "weights in their files: leave it out, or merge the adapter first and load what was merged",
+                         fields=("device_map='disk'",))
     try:
         base = find(adapter.base, adapter.base_revision)
     except (ModelError, OptionError) as e:

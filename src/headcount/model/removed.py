@@ -8,18 +8,45 @@ and runs no code that lies in a folder.
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import headcount
 from headcount.errors import ModelError
+from headcount.model import narrowed as runtime
 from headcount.model.narrowed import PREFIX, narrow
 
 # Of what `config.headcount` says; a later version may say other things.
 FORMAT = 1
+CODE = "modeling_headcount"
+_CLASSES = '''
+
+from {config_module} import {config}  # noqa: E402
+from {model_module} import {model}  # noqa: E402
+
+
+class {new_config}({config}):
+    """The family's config, with `headcount`: how small every layer is."""
+
+    model_type = "{model_type}"
+
+
+class {new_model}({model}):
+    """The family's model without the heads and FFNs that were removed."""
+
+    config_class = {new_config}
+
+    def __init__(self, config):
+        super().__init__(config)
+        narrow(self, config.headcount)
+'''
 
 
 class _Told(dict[str, Any]):
@@ -45,14 +72,39 @@ def narrowed(base: Any) -> Any:
     def keeps(self: Any, name: str, value: Any) -> None:
         of_base.__setattr__(self, name, _Told(value) if name == "headcount" and type(value) is dict else value)
 
+    def saves(self: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        name_code(self.config, base)
+        base.save_pretrained(self, save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_code(base, Path(save_directory))
+
     told = {"model_type": PREFIX + of_base.model_type, "__module__": __name__, "__setattr__": keeps}
     config = type(name_of(of_base), (of_base,), told)
-    return type(name_of(base), (base,), {"config_class": config, "__init__": narrowed_init, "__module__": __name__})
+    return type(name_of(base), (base,), {"config_class": config, "__init__": narrowed_init, "save_pretrained": saves,
+                                         "__module__": __name__})
 
 
 def name_of(base: Any) -> str:
     """What the smaller class of a class is called."""
     return f"Headcount{base.__name__}"
+
+
+def name_code(config: PreTrainedConfig, base: Any) -> None:
+    """Have a config say which classes transformers finds in the file that goes along."""
+    told: Any = config
+    new = {"AutoConfig": name_of(base.config_class), "AutoModelForCausalLM": name_of(base)}
+    told.auto_map = {auto: f"{CODE}.{name}" for auto, name in new.items()}
+
+
+def write_code(base: Any, folder: Path) -> None:
+    """Write the file that goes along: how modules are narrowed, and two classes."""
+    of_base = base.config_class
+    head = f"# Written by headcount {headcount.__version__}; needs torch and transformers alone.\n"
+    classes = _CLASSES.format(
+        config_module=of_base.__module__, config=of_base.__name__, model_module=base.__module__, model=base.__name__,
+        new_config=name_of(of_base), new_model=name_of(base), model_type=PREFIX + of_base.model_type)
+    text = head + inspect.getsource(runtime).rstrip() + classes
+    (folder / f"{CODE}.py").write_text(text, encoding="utf-8")
 
 
 def is_removed(config: Mapping[str, Any]) -> bool:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.repocard import metadata_load
 from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
@@ -74,6 +76,14 @@ class Source:
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies there."""
         return any(self._file(name) is not None for name in ("tokenizer_config.json", "tokenizer.json"))
+
+    def card(self) -> Mapping[str, Any]:
+        """What the model card says in its front matter: licence, language, ...; empty where it says nothing."""
+        file = None if self.gguf is not None else self._file("README.md")
+        try:
+            return (metadata_load(file) if file is not None else None) or {}
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
 
     def adapter(self) -> adapters.Adapter | None:
         """The adapter that lies there by itself; None where none does.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,9 @@ def gone(told: Mapping[str, Any]) -> str:
 def _front(told: Mapping[str, Any]) -> list[str]:
     name = told["model"]["name"]
     base = [f"base_model: {name}"] if name.count("/") == 1 and not name.startswith((".", "/", "~")) else []
-    return ["library_name: transformers", "pipeline_tag: text-generation", *base, "tags:", "- headcount", "- pruned"]
+    licence = [f"{key}: {json.dumps(value)}" for key, value in told["model"]["licence"].items()]
+    return ["library_name: transformers", "pipeline_tag: text-generation", *base, *licence, "tags:", "- headcount",
+            "- pruned"]
 
 
 def _cost(told: Mapping[str, Any]) -> list[str]:

@@ -30,15 +30,17 @@ from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel, load
 from headcount.model.read import quiet
+from headcount.model.source import Source
 from headcount.model.weight_files import UNREADABLE
 from headcount.removal.card import card
 from headcount.removal.cost import Savings
-from headcount.removal.narrow import TOLERANCE, logits_apart, logits_of
+from headcount.removal.slicing import TOLERANCE, logits_apart, logits_of
 
 FILE, EXPECTED = "headcount.json", "expected.safetensors"
 FORMAT = 1
 # A list of numbers or of names of components, over several lines.
 _LIST = re.compile(r'\[\n((?:\s*(?:\d+|"L\d+(?:H\d+|F)"),?\n)+)\s*\]')
+_OF_LICENCE = ("license", "license_name", "license_link", "language")
 Backend = Literal["headcount", "transformers"]
 
 
@@ -55,7 +57,7 @@ def write(
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": {"name": loaded.name, "identity": loaded.identity, "class": type(loaded.model).__name__,
                   "dtype": str(loaded.model.dtype).removeprefix("torch."), "notes": list(loaded.notes),
-                  "commit": loaded.provenance.get("commit")},
+                  "commit": loaded.provenance.get("commit"), "licence": _licence(loaded)},
         "removed": {"heads_per_layer": list(loaded.anatomy.heads_per_layer),
                     "heads": [str(head) for head in mask.heads_removed],
                     "ffns": [f"L{layer}F" for layer in mask.ffns_removed]},
@@ -67,6 +69,16 @@ def write(
     (folder / "README.md").write_text(card(told), encoding="utf-8")
     told["files"] = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / FILE).write_text(_as_text(told), encoding="utf-8")
+
+
+def _licence(loaded: LoadedModel) -> dict[str, Any]:
+    """What the model's own card says of its licence and language, which are those of what is left of it, too."""
+    place, revision = (loaded.provenance.get(name) for name in ("source", "revision"))
+    if not isinstance(place, str) or place == "memory" or Path(place).is_file():
+        return {}
+    card = Source(place, keywords={} if revision is None else {"revision": revision}).card()
+    texts = {name: card[name] if isinstance(card.get(name), list) else [card.get(name)] for name in _OF_LICENCE}
+    return {name: card[name] for name, said in texts.items() if all(isinstance(one, str) for one in said)}
 
 
 def _before(loaded: LoadedModel) -> dict[str, Any] | None:

@@ -9,11 +9,13 @@ read neither for importance nor for accuracy:
    measured on, behind its `importance_limit`, if these are more.
 3. A task that has neither is left out, and named.
 
-A document is left out that is a shared shot, that equals one that the study read, or shares a passage with one
-(`headcount.tasks.passages`); and none is among its own shots. The removed model was proved equal to the masked one
-(`headcount.removal.remove`), so the full model is run under two masks, and the layers before the first removed part are
-computed once for both. Intervals and verdicts are a study's own (`headcount.stats.intervals`): paired, documents of a
-passage together, and the mean over tasks unweighted, as of a stratified sample.
+A document is left out that is a shared shot, that is the same question as one that the study read (whatever its white
+space, the case of its letters and the order of its options), or shares a passage with one (`headcount.tasks.passages`);
+and none is among its own shots. Other documents' own shots are no reason: a training document may have stood there. The
+removed model was proved equal to the masked one (`headcount.removal.remove`), so the full model is run under two masks,
+and the layers before the first removed part are computed once for both. Intervals and verdicts are a study's own
+(`headcount.stats.intervals`): paired, documents of a passage together, and the mean over tasks unweighted, as of a
+stratified sample.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -32,7 +34,7 @@ from headcount.engine.forward import Progress
 from headcount.engine.pack import Budget
 from headcount.errors import OptionError, TaskError, listed
 from headcount.masks import Mask
-from headcount.measure.evaluate import prepare_prompts, score
+from headcount.measure.evaluate import Prepared, prepare_prompts, score
 from headcount.model.load import LoadedModel
 from headcount.stats.intervals import (
     COSTS_MORE,
@@ -43,10 +45,11 @@ from headcount.stats.intervals import (
     difference_interval,
     verdict,
 )
+from headcount.stats.words import points_of, signed
 from headcount.tasks.fewshot import LM_EVAL_SEED, Document, FewShot
 from headcount.tasks.load import get_tasks
-from headcount.tasks.passages import passages
-from headcount.tasks.task import SPLITS, Protocol, Split, Task
+from headcount.tasks.passages import passages, plain
+from headcount.tasks.task import SPLITS, Prompt, Protocol, Split, Task
 
 # How many training documents are taken, where no number is named.
 TRAINING = 200
@@ -172,6 +175,7 @@ class ConfirmedTask:
         metric: What is called accuracy here.
         split: "evaluation": documents of the split that was evaluated. "examples": of the one of importance.
         split_name: What the task calls that split.
+        doc_ids: Which documents of that split, by their numbers there.
         compared: The result.
     """
 
@@ -179,12 +183,13 @@ class ConfirmedTask:
     metric: str
     split: Split
     split_name: str
+    doc_ids: tuple[int, ...]
     compared: Compared
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {"task": self.task, "metric": self.metric, "split": self.split, "split_name": self.split_name,
-                **self.compared.to_dict()}
+                **self.compared.to_dict(), "doc_ids": list(self.doc_ids)}
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,7 @@ class Confirmation:
         tasks: One by one.
         mean: Over tasks, unweighted; None where no task has other documents.
         left_out: Tasks that have none.
+        asked: How many documents of each task were asked for; None: all that there are.
     """
 
     num_fewshot: int
@@ -204,6 +210,7 @@ class Confirmation:
     tasks: tuple[ConfirmedTask, ...]
     mean: Compared | None
     left_out: tuple[str, ...] = ()
+    asked: int | None = None
 
     @property
     def sentence(self) -> str:
@@ -215,12 +222,15 @@ class Confirmation:
         tasks = self.tasks[0].task if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
         of_training = f" ({_training(training, len(self.tasks))})" if training else ""
         documents = "document" if mean.documents == 1 else "documents"
-        text = (f"on {mean.documents:,} other {documents} of {tasks}{of_training} accuracy is {_share(mean.removed)}, "
-                f"the full model's {_share(mean.full)}: {_points(mean.difference)} points ({_interval(mean)})")
-        return f"{text}; {self._verdict(mean.verdict)}" + (f"; {without}" if self.left_out else "")
+        text = (f"on {mean.documents:,} other {documents} of {tasks}{of_training} accuracy is {mean.removed:.3f}, "
+                f"the full model's {mean.full:.3f}: {signed(mean.difference)} points ({_interval(mean)})")
+        fewer = [one.task for one in self.tasks if self.asked is not None and one.compared.documents < self.asked]
+        text += f"; {self._verdict(mean.verdict)}" + (f"; {without}" if self.left_out else "")
+        return text + (f"; {listed(fewer)} {'has' if len(fewer) == 1 else 'have'} fewer than the {self.asked:,} that "
+                       "were asked for" if fewer else "")
 
     def _verdict(self, said: Verdict) -> str:
-        loss = f"a loss of {100 * self.margin:g} points"
+        loss = f"a loss of {points_of(self.margin)}"
         if said == WITHIN:
             return f"{loss} is ruled out"
         return f"{loss} or more is shown" if said == COSTS_MORE else f"{loss} is neither ruled out nor shown"
@@ -229,7 +239,8 @@ class Confirmation:
         """Plain data for JSON."""
         return {"sentence": self.sentence, "num_fewshot": self.num_fewshot, "margin": self.margin,
                 "tasks": [one.to_dict() for one in self.tasks],
-                "mean": None if self.mean is None else self.mean.to_dict(), "left_out": list(self.left_out)}
+                "mean": None if self.mean is None else self.mean.to_dict(), "left_out": list(self.left_out),
+                "asked": self.asked}
 
 
 def confirm(
@@ -265,15 +276,16 @@ def confirm(
     found, samples, left_out = list[ConfirmedTask](), list[Sample](), list[str]()
     for task in tasks.values():
         split, doc_ids = other_documents(task, study, n)
-        sample = _measured(full, mask, task, study, split, doc_ids, budget, progress) if doc_ids else None
-        if sample is None:
+        prompts = _prompts(full, task, study, split, doc_ids) if doc_ids else []
+        if not prompts:
             left_out.append(task.name)
             continue
-        samples.append(sample)
+        prepared = prepare_prompts(full, task, prompts, study.num_fewshot, split=split, budget=budget)
+        samples.append(_measured(full, mask, prepared, progress))
         found.append(ConfirmedTask(task.name, task.metric, split, task.split_name(split),
-                                   _compared([sample], study.margin)))
+                                   tuple(prompt.doc_id for prompt in prompts), _compared(samples[-1:], study.margin)))
     return Confirmation(study.num_fewshot, study.margin, tuple(found),
-                        _compared(samples, study.margin) if samples else None, tuple(left_out))
+                        _compared(samples, study.margin) if samples else None, tuple(left_out), n)
 
 
 def other_documents(task: Task, study: StudyFacts, n: int | None = None) -> tuple[Split, list[int]]:
@@ -284,7 +296,7 @@ def other_documents(task: Task, study: StudyFacts, n: int | None = None) -> tupl
         study: Which documents the study read.
         n: The first so many of them; None: all evaluated ones, 200 of training documents.
     """
-    read, rest = list[str](), dict[Split, dict[int, Document]]()
+    read, rest = _Read([], set()), dict[Split, dict[int, Document]]()
     for split in SPLITS:
         limit = study.limit_of(task.name, split)
         try:
@@ -294,7 +306,9 @@ def other_documents(task: Task, study: StudyFacts, n: int | None = None) -> tupl
                 raise
             continue  # a task need not have such a split where importance was not measured on it
         ids = task.doc_ids(split, FewShot(study.num_fewshot, None, study.seed, study.shared_shots))
-        read += task.texts(split, {doc_id: documents[doc_id] for doc_id in ids[:limit]})
+        of_study = {doc_id: documents[doc_id] for doc_id in ids[:limit]}
+        read.texts.extend(task.texts(split, of_study))
+        read.likenesses.update(task.likenesses(split, of_study))
         rest[split] = {doc_id: documents[doc_id] for doc_id in ids[limit:]} if limit is not None else {}
     evaluated = _unlike(read, task, "evaluation", rest["evaluation"], n)
     if "examples" not in rest or len(evaluated) >= (FEWEST if n is None else min(n, FEWEST)):
@@ -303,33 +317,40 @@ def other_documents(task: Task, study: StudyFacts, n: int | None = None) -> tupl
     return ("examples", training) if len(training) > len(evaluated) else ("evaluation", evaluated)
 
 
+class _Read(NamedTuple):
+    """What a study read of a task."""
+
+    texts: list[str]
+    likenesses: set[str]
+
+
 def _unlike(
-    read: Sequence[str], task: Task, split: Split, documents: Mapping[int, Document], n: int | None
+    read: _Read, task: Task, split: Split, documents: Mapping[int, Document], n: int | None
 ) -> list[int]:
-    """The first n of these documents that neither equal a text that was read nor share a passage with one."""
+    """The first n of these documents that neither are a question that was read nor share a passage with one."""
     looked_at = len(documents) if n is None else min(n, len(documents))
     while looked_at:
         some = dict(itertools.islice(documents.items(), looked_at))
-        alike = _alike(task.texts(split, some), read)
-        kept = [doc_id for doc_id, known in zip(some, alike, strict=True) if not known][:n]
+        shares, likenesses = _share_passages(task.texts(split, some), read.texts), task.likenesses(split, some)
+        kept = [doc_id for doc_id, shared, like in zip(some, shares, likenesses, strict=True)
+                if not shared and like not in read.likenesses][:n]
         if looked_at == len(documents) or len(kept) == n:
             return kept
         looked_at = min(2 * looked_at, len(documents))
     return []
 
 
-def _alike(texts: Sequence[str], read: Sequence[str]) -> list[bool]:
-    """Which texts equal one that was read, or share a passage with one."""
-    known, numbers = {*read}, passages([*texts, *read]).tolist()
+def _share_passages(texts: Sequence[str], read: Sequence[str]) -> list[bool]:
+    """Which texts share a passage with one that was read."""
+    numbers = passages([plain(text) for text in (*texts, *read)]).tolist()
     of_read = {*numbers[len(texts) :]}
-    return [text in known or number in of_read for text, number in zip(texts, numbers[: len(texts)], strict=True)]
+    return [number in of_read for number in numbers[: len(texts)]]
 
 
-def _measured(
-    full: LoadedModel, mask: Mask, task: Task, study: StudyFacts, split: Split, doc_ids: Sequence[int],
-    budget: Budget | None, progress: Progress | None,
-) -> Sample | None:
-    """The metric of both models on these documents, in two rows; None where all of them are their own shots.
+def _prompts(
+    full: LoadedModel, task: Task, study: StudyFacts, split: Split, doc_ids: Sequence[int]
+) -> list[Prompt]:
+    """These documents with their shots; without those that would be their own shots.
 
     Prompts are built from the first document on, so that each has the shots that a whole evaluation gives it.
     """
@@ -338,10 +359,11 @@ def _measured(
     last = max(place for place, doc_id in enumerate(order, 1) if doc_id in wanted)
     few_shot = FewShot(study.num_fewshot, last, study.seed, study.shared_shots)
     built = task.prompts(split, few_shot, chat=full.chat, apart=True)
-    prompts = [prompt for prompt in built if prompt.doc_id in wanted]
-    if not prompts:
-        return None
-    prepared = prepare_prompts(full, task, prompts, study.num_fewshot, split=split, budget=budget)
+    return [prompt for prompt in built if prompt.doc_id in wanted]
+
+
+def _measured(full: LoadedModel, mask: Mask, prepared: Prepared, progress: Progress | None) -> Sample:
+    """The metric of both models on these documents, in two rows."""
     measured = score(full, prepared, [Mask.full(full.anatomy.heads_per_layer), mask], progress=progress)
     values = measured.correct
     return Sample(values, measured.passages, bool(((values >= -_EQUAL) & (values <= 1 + _EQUAL)).all()))
@@ -366,19 +388,8 @@ def _compared(samples: Sequence[Sample], margin: float) -> Compared:
                     float(of_models.high[1]), verdict(low, high, margin))
 
 
-def _share(value: float) -> str:
-    """`.842`; 1.000 as it is."""
-    return f"{value:.3f}".removeprefix("0")
-
-
-def _points(difference: float) -> str:
-    """`-0.9`; no sign where it is 0."""
-    text = f"{100 * difference:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text
-
-
 def _interval(of: Compared) -> str:
-    return f"95 % interval {_points(of.low)} to {_points(of.high)}" if of.low == of.low else "no interval"
+    return f"95 % interval {signed(of.low)} to {signed(of.high)}" if of.low == of.low else "no interval"
 
 
 def _training(tasks: Sequence[str], of: int) -> str:

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel
-from headcount.removal.narrow import Plan, saved_tensors
 from headcount.removal.shards import size
+from headcount.removal.slicing import Plan, saved_tensors
 
 TOKENS = 512
 

@@ -11,7 +11,7 @@ bias stays. Keys and values go with the last head of their group. What else an a
 Fused projections differ in the order of their rows, and nothing in them says which it is (`_is_by_group`). Attention
 of which no head is left is a constant, its output projection's bias. An FFN goes with the norm that feeds it alone; a
 norm on its output stays, and makes norm(0) of nothing. Whatever is not known here is refused by name; that what is
-known is right is proved on the user's model, block by block (`headcount.removal.narrow`).
+known is right is proved on the user's model, block by block (`headcount.removal.slicing`).
 """
 
 from __future__ import annotations

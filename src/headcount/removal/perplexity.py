@@ -72,7 +72,7 @@ def read_text(path: Path | None = None) -> str:
     """
     path = path or TEXT
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the text {path} cannot be read ({error}): name a plain text file in UTF-8") from error
     if not text.strip():

@@ -9,7 +9,6 @@ compared.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -30,7 +29,8 @@ from headcount.model.load import LoadedModel, load, wrap
 from headcount.model.weight_files import files_read, held_by
 from headcount.removal import certificate, stock
 from headcount.removal.cost import Savings, savings, unsaved
-from headcount.removal.narrow import (
+from headcount.removal.save import check_place, write_transformers, written
+from headcount.removal.slicing import (
     TOLERANCE,
     Plan,
     Walk,
@@ -43,7 +43,6 @@ from headcount.removal.narrow import (
     put,
     tensors,
 )
-from headcount.removal.save import check_place, write_transformers, written
 from headcount.removal.weights_on_disk import on_disk
 
 Format = Literal["transformers", "stock", "masked"]
@@ -273,8 +272,8 @@ def _write_beside(loaded: LoadedModel, folder: Path) -> None:
     loaded.tokenizer.save_pretrained(folder)
     generation: Any = getattr(loaded.model, "generation_config", None)
     if generation is not None:
-        with contextlib.suppress(*FAILURES):  # transformers refuses to write some settings that it has read
-            generation.save_pretrained(folder)
+        # As it was read: save_pretrained refuses some settings that it reads.
+        generation.to_json_file(folder / "generation_config.json")
 
 
 def _from_files(plan: Plan, places: Mapping[str, Path], twin: nn.Module, number: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import inspect
 import os
 import shutil
 import tempfile
@@ -18,35 +17,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-import headcount
 from headcount.errors import ModelError, OptionError
-from headcount.model import narrowed as runtime
-from headcount.model.removed import base_of, name_of
-from headcount.removal.narrow import Plan, Walk, rest, saved_tensors, tensors
+from headcount.model.removed import base_of, name_code, name_of, write_code
 from headcount.removal.shards import Shards
-
-CODE = "modeling_headcount"
-_TEMPLATE = '''
-
-from {config_module} import {config}  # noqa: E402
-from {model_module} import {model}  # noqa: E402
-
-
-class {new_config}({config}):
-    """The family's config, with `headcount`: how small every layer is."""
-
-    model_type = "{model_type}"
-
-
-class {new_model}({model}):
-    """The family's model without the heads and FFNs that were removed."""
-
-    config_class = {new_config}
-
-    def __init__(self, config):
-        super().__init__(config)
-        narrow(self, config.headcount)
-'''
+from headcount.removal.slicing import Plan, Walk, rest, saved_tensors, tensors
 
 
 @contextlib.contextmanager
@@ -62,7 +36,7 @@ def written(out: Path, needed: int) -> Iterator[Path]:
     """
     check_place(out, needed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    folder = Path(tempfile.mkdtemp(prefix=".headcount-", dir=out.parent))
     try:
         yield folder
         os.chmod(folder, 0o777 & ~_umask())
@@ -82,13 +56,26 @@ def check_place(out: Path, needed: int) -> None:
     Raises:
         OptionError: With what to do.
     """
-    if out.exists():
-        raise OptionError(f"{out} exists already: name another folder, or delete it", fields=("out",))
-    parent = next(place for place in out.absolute().parents if place.exists())
+    try:
+        if out.exists() or out.is_symlink():
+            raise OptionError(f"{out} exists already: name another folder, or delete it")
+        parent = next(place for place in out.absolute().parents if place.exists())
+        out.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise OptionError(f"no folder can have the name {_shortened(out)} ({error.strerror}): name another") from error
+    if not parent.is_dir():
+        raise OptionError(f"{out} cannot be made: {parent} is a file; name another folder")
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OptionError(f"there is not enough space for {out}: it takes {needed / 1e9:.2f} GB, and "
                           f"{free / 1e9:.2f} GB are free there: name a folder on another disk, or make space")
+
+
+def _shortened(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-30:]}"
 
 
 def _umask() -> int:
@@ -128,26 +115,11 @@ def write_transformers(walk: Walk, folder: Path) -> None:
         if name in wanted:
             shards.write(name, value)
     shards.close()
-    write_config(plan.empty, base, folder)
-
-
-def write_config(empty: PreTrainedModel, base: type[PreTrainedModel], folder: Path) -> None:
-    """Write the config, and the code that it names."""
-    config: Any = empty.config
-    new = {"AutoConfig": name_of(base.config_class), "AutoModelForCausalLM": name_of(base)}
-    config.auto_map = {auto: f"{CODE}.{name}" for auto, name in new.items()}
+    config: Any = plan.empty.config
     config.architectures = [name_of(base)]
+    name_code(config, base)
     config.save_pretrained(folder)
-    (folder / f"{CODE}.py").write_text(code(base), encoding="utf-8")
-
-
-def code(base: type[PreTrainedModel]) -> str:
-    """The Python that goes along: how modules are narrowed, and two classes."""
-    of_base: Any = base.config_class
-    head = f"# Written by headcount {headcount.__version__}; needs torch and transformers alone.\n"
-    return head + inspect.getsource(runtime).rstrip() + _TEMPLATE.format(
-        config_module=of_base.__module__, config=of_base.__name__, model_module=base.__module__, model=base.__name__,
-        new_config=name_of(of_base), new_model=name_of(base), model_type=runtime.PREFIX + of_base.model_type)
+    write_code(base, folder)
 
 
 def _check_class(base: type[PreTrainedModel]) -> None:

@@ -26,7 +26,7 @@ from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel
 from headcount.model.removed import base_of
-from headcount.removal.narrow import Plan, Walk, fill_rest, planned, put, tensors
+from headcount.removal.slicing import Plan, Walk, fill_rest, planned, put, tensors
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "attention_heads")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")

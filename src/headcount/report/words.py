@@ -16,6 +16,8 @@ from headcount.analysis.rows import MEAN, MEAN_OF_RANKS
 from headcount.errors import few as few
 from headcount.errors import listed as listed
 from headcount.stats import intervals
+from headcount.stats.words import points_of as points_of
+from headcount.stats.words import signed as signed
 
 # More than this is no number of documents that could be had.
 _MOST_DOCUMENTS = 1_000_000
@@ -96,21 +98,10 @@ def between(row: pd.Series) -> str:
     return f"{signed(row['difference_low'])} to {signed(row['difference_high'])}"
 
 
-def signed(difference: float) -> str:
-    """`+1.2`: a difference of accuracy in points."""
-    return f"{100 * difference:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0").replace("-", "\N{MINUS SIGN}")
-
-
 def score_name(score: str) -> str:
     """What a score of importance is called: `gradient (example)`, `gold log-likelihood lost`, ..."""
     return {"example": "gradient (per example)", "position": "gradient (per position)",
             "accuracy": "accuracy lost", "gold_loglikelihood": "gold log-likelihood lost"}.get(score, score)
-
-
-def points_of(margin: float | int) -> str:
-    """`2 points`, `1 point`: a margin as it was asked for."""
-    points = f"{100 * margin:.3g}"
-    return f"{points} point{'s' * (points != '1')}"
 
 
 def told(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -336,7 +337,7 @@ class RemovalSpec(ModelSpec):
     """The study folder that says what can go; it must be a study of this model."""
 
     mask: Path | None = None
-    """A mask file, in place of a study."""
+    """A mask file. With a study beside it the mask says what goes, and the study which documents chose it."""
 
     asked: int | None = field(default=None, metadata=COUNT)
     """As for `headcount report`."""
@@ -367,17 +368,17 @@ class RemovalSpec(ModelSpec):
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check((self.study is None) != (self.mask is None), "say what goes by one of `study` and `mask`", "study",
+        _check(self.study is not None or self.mask is not None, "say what goes by a `study` or a `mask`", "study",
                "mask")
         _check(self.dry_run or self.out is not None, "a removed model needs a folder; name it with `out`", "out")
-        _check(self.out is None or not self.out.exists(),
+        _check(self.out is None or not os.path.lexists(self.out),
                f"{self.out} exists already: name another folder with `out`, or delete it", "out")
         _check(not self.skip_confirm or (self.confirm, self.text, self.prompts) == (None, None, None),
                "`skip_confirm` leaves out what `confirm`, `text` and `prompts` are for: give it, or them",
                "skip_confirm", "confirm", "text", "prompts")
         _check(self.study is not None or (self.confirm is None and self.asked is None),
                "which documents chose nothing, and what was asked, only a `study` says: leave out `confirm` and "
-               "`asked`, or choose by a study", "study", "confirm", "asked")
+               "`asked`, or name the study, too", "study", "confirm", "asked")
 
     @property
     def model_options(self) -> dict[str, Any]:

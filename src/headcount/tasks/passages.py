@@ -9,6 +9,7 @@ what all texts of the task begin with, share a beginning of at least half of the
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from jaxtyping import Int
 
 # Shorter beginnings are shared by chance, as those of single words are.
 _SHORTEST = 40
+# How an option begins that is written out before the answers: `A. `, `(2) `.
+_LABEL = re.compile(r"^\(?[a-z0-9][.):]\s+")
 
 
 def passages(texts: Sequence[str]) -> Int[np.ndarray, " doc"]:
@@ -31,6 +34,24 @@ def passages(texts: Sequence[str]) -> Int[np.ndarray, " doc"]:
             owner[after] = owner[before]
     numbers: dict[int, int] = {}
     return np.array([numbers.setdefault(int(o), len(numbers)) for o in owner], np.int64)
+
+
+def likeness(context: str, answers: Sequence[str]) -> str:
+    """What a document is, whatever the case of its letters, its white space, and the order and labels of its options.
+
+    Two documents of equal likeness are one question that was written twice.
+
+    Args:
+        context: Its text, without shots, before the right answer.
+        answers: All answers that it may have.
+    """
+    lines = sorted(_LABEL.sub("", line) for line in map(plain, context.splitlines()))
+    return "\n".join(filter(None, [*lines, *sorted(map(plain, answers))]))
+
+
+def plain(text: str) -> str:
+    """A text in small letters, with single spaces between its words."""
+    return " ".join(text.casefold().split())
 
 
 def _shared(a: str, b: str) -> int:

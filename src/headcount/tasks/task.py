@@ -25,7 +25,7 @@ from headcount.tasks.fewshot import Document, FewShot, papers_draws, questions_t
 from headcount.tasks.fingerprint import fingerprint as fingerprint_of
 from headcount.tasks.missing import MISFITS
 from headcount.tasks.origin import Origin, origin_of, origin_of_shots
-from headcount.tasks.passages import passages
+from headcount.tasks.passages import likeness, passages
 from headcount.tasks.pool import FEWER, SHOTS, Own, Pool, Shots
 from headcount.tasks.templates import compiled_once
 
@@ -95,7 +95,7 @@ class Task:
         paper = protocol == "paper"
         self.question = _QUESTIONS.get(name) if paper else None
         self._is_training = _TRAINING.get(name) if paper else None
-        self._texts: dict[tuple[Split, int], str] = {}
+        self._texts: dict[tuple[Split, int], tuple[str, str]] = {}
         self._places: dict[Split, list[frozenset[int]]] = {}
         self._origins: dict[Split, Origin] = {}
         self._checks = Checks(name, inner, self.metric)
@@ -243,11 +243,21 @@ class Task:
 
     def texts(self, split: Split, documents: Mapping[int, Document]) -> list[str]:
         """Documents, by their numbers in the split, with their right answers, without shots."""
+        return [text for text, _ in self._read(split, documents)]
+
+    def likenesses(self, split: Split, documents: Mapping[int, Document]) -> list[str]:
+        """Of documents, by their numbers in the split, what is equal where two are one question written twice."""
+        return [like for _, like in self._read(split, documents)]
+
+    def _read(self, split: Split, documents: Mapping[int, Document]) -> list[tuple[str, str]]:
+        """The text and the likeness of documents, without shots."""
         with compiled_once():
             for doc_id, doc in documents.items():
                 if (split, doc_id) not in self._texts:
                     plain = self._prompt(split, doc_id, doc_id, doc, 0, None)
-                    self._texts[split, doc_id] = "".join(plain.pairs[plain.gold])
+                    context, answer = plain.pairs[plain.gold]
+                    answers = [one for _, one in plain.pairs[: plain.num_options]]
+                    self._texts[split, doc_id] = context + answer, likeness(context, answers)
         return [self._texts[split, doc_id] for doc_id in documents]
 
     def metrics(self, prompt: Prompt, results: Sequence[tuple[float, bool]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from headcount.removal.writing import PROMPTS, Writing, write
 
 
 @dataclass(frozen=True)
-class Confirmed:
+class Comparison:
     """Full against removed.
 
     Attributes:
@@ -41,10 +41,10 @@ class Confirmed:
                 "writing": self.writing.to_dict()}
 
 
-def confirmed(
+def compare(
     full: LoadedModel, mask: Mask, study: StudyFacts | None, n: int | None = None, *, text: Path | None = None,
     prompts: Path | None = None,
-) -> Confirmed:
+) -> Comparison:
     """Measure the full model against the masked one, which the removed one is proved equal to.
 
     Args:
@@ -60,7 +60,7 @@ def confirmed(
     """
     read, lines = read_text(text), _lines(prompts)
     accuracy = None if study is None else confirm(full, mask, study, n)
-    return Confirmed(accuracy, perplexity(full, None, read), perplexity(full, mask, read), write(full, mask, lines))
+    return Comparison(accuracy, perplexity(full, None, read), perplexity(full, mask, read), write(full, mask, lines))
 
 
 def _lines(path: Path | None) -> Sequence[str]:

@@ -1,0 +1,144 @@
+"""What lies in a removed model's folder beside its weights, where such a folder may be, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import headcount as hc
+import tiny
+from families import tokens
+from headcount.errors import ModelError, OptionError
+from headcount.masks import Mask
+from headcount.model.load import LoadedModel, load, wrap
+from headcount.removal.remove import remove
+from headcount.removal.save import check_place
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a card, and settings of generation that transformers reads and does not write."""
+    folder = tiny.saved(tmp_path_factory.mktemp("full") / "model")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: tiny-licence\nlanguage:\n- en\n"
+                                      "date: 2026-11-29\n---\n# A model\n")
+    told = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(told | {"do_sample": False, "temperature": 0.7}))
+    return folder
+
+
+def some(anatomy: Any) -> Mask:
+    return Mask.full(anatomy.heads_per_layer).without_heads([(0, 0), (1, 0), (1, 1), (1, 2), (1, 3)]).without_ffns([2])
+
+
+@pytest.fixture(scope="module")
+def small(full: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    loaded = load(full)
+    return remove(loaded, some(loaded.anatomy)).save(tmp_path_factory.mktemp("small") / "model")
+
+
+def test_a_models_licence_and_settings_of_generation_go_along(full: Path, small: Path) -> None:
+    front = (small / "README.md").read_text().split("---")[1].splitlines()
+    assert 'license: "other"' in front
+    assert 'license_name: "tiny-licence"' in front
+    assert 'language: ["en"]' in front
+    assert not any("date" in line for line in front)
+    assert GenerationConfig.from_pretrained(small).temperature == 0.7
+    assert GenerationConfig.from_pretrained(small).to_dict() == GenerationConfig.from_pretrained(full).to_dict()
+    loaded = tiny.loaded()
+    in_memory = remove(loaded, some(loaded.anatomy)).save(small.parent / "memory")
+    told = json.loads((in_memory / "headcount.json").read_text())
+    assert told["model"]["licence"] == {}
+
+
+@torch.no_grad()
+def test_a_smaller_model_is_saved_with_its_code_by_whoever_holds_it(full: Path, small: Path, tmp_path: Path) -> None:
+    """Trained further in memory, or loaded by headcount: save_pretrained writes all that is needed."""
+    loaded, ids = load(full), tokens()
+    in_memory, again = remove(loaded, some(loaded.anatomy)).model, load(small)
+    for name, one in (("memory", in_memory), ("again", again)):
+        one.model.get_output_embeddings().weight.mul_(0.5)
+        one.model.save_pretrained(tmp_path / name)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
+        torch.testing.assert_close(found(input_ids=ids).logits, one.model(input_ids=ids).logits)
+        assert (tmp_path / name / "modeling_headcount.py").read_text() == (small / "modeling_headcount.py").read_text()
+
+
+def test_names_that_no_folder_can_have_are_one_line_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    os.symlink(tmp_path / "nowhere", tmp_path / "link")
+    for name, said in (("x" * 300, "no folder can have the name"), ("file/small", "is a file"),
+                       ("file", "exists already"), ("link", "exists already")):
+        with pytest.raises(OptionError, match=said) as error:
+            check_place(tmp_path / name, 10)
+        assert len(str(error.value)) < 300
+    longest = tmp_path / "deep" / ("y" * 255)
+    loaded = tiny.loaded()
+    assert load(remove(loaded, some(loaded.anatomy)).save(longest)).anatomy.num_heads == 7
+    assert [path.name for path in longest.parent.iterdir()] == [longest.name]
+
+
+def test_a_model_over_several_devices_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = wrap(tiny.model("llama"), tiny.tokenizer(), name="spread")
+    spread = [SimpleNamespace(device=torch.device("cuda", i), is_meta=False) for i in (0, 1)]
+    monkeypatch.setattr(loaded.model, "parameters", lambda: iter(spread))
+    with pytest.raises(ModelError, match=r"spread lies on several devices \(cuda:0 and cuda:1\): load it on one"):
+        remove(loaded, some(loaded.anatomy))
+
+
+@pytest.fixture(scope="module")
+def study(full: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    tiny.write_task(folder / "data", "piqa", train=12, validation=30)
+    return hc.run_study(hc.StudySpec(
+        model=str(full), tasks=("piqa",), data=folder / "data", shots=(0,), fractions=(0.5,), limit=8,
+        importance_limit=12, random_orders=1, out=folder / "study"))
+
+
+def test_an_edited_mask_is_confirmed_on_documents_that_its_study_did_not_read(
+    full: Path, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiny.run(["mask", str(study), "--heads", "0.5"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    told["removed_heads"] = told["removed_heads"][1:]
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(told))
+    command = ["remove", str(full), "--mask", str(edited), "--study", str(study), "--out"]
+    assert tiny.run([*command, str(tmp_path / "small")]) == 0
+    assert "On 22 other documents of piqa" in " ".join(capsys.readouterr().out.split())
+    certificate = json.loads((tmp_path / "small" / "headcount.json").read_text())
+    assert certificate["removed"]["heads"] == told["removed_heads"]
+    assert "edited by hand" in certificate["chosen"]["sentence"]
+    assert "measured" not in certificate["chosen"]
+    assert certificate["confirmation"]["tasks"][0]["doc_ids"] == [*range(8, 30)]
+    assert (study / "removed" / "small.json").is_file()
+
+    def read_only(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("headcount.removal.certificate.kept_with_study", read_only)
+    assert tiny.run([*command, str(tmp_path / "other"), "--skip-confirm"]) == 0
+    assert "no copy of the certificate is kept in" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "other" / "headcount.json").is_file()
+
+
+def test_options_for_loading_are_refused_where_nothing_is_loaded(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in (["--backend", "transformers"], ["--device", "cpu"]):
+        assert tiny.run(["check", str(study), *option]) == 2
+        assert "is no removed model" in capsys.readouterr().err
+    assert tiny.run(["check", str(study)]) == 0
+
+
+def test_a_folder_of_another_name_is_the_same_model(small: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(small, tmp_path / "moved")
+    one: LoadedModel = load(small)
+    assert load(moved).fingerprint == one.fingerprint
