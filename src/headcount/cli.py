@@ -239,7 +239,7 @@ def remove(
         file, num_fewshot = chosen.file, chosen.num_fewshot
         terminal.print_sentence(chosen.describe())
     removed = _removed(spec, file, study)
-    terminal.print_savings(removed, spec.format)
+    terminal.print_savings(removed, spec.format, told=spec.mask is None)
     if spec.dry_run or spec.out is None:
         return
     compared = timed = None

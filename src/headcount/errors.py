@@ -66,6 +66,12 @@ class StudyError(HeadcountError):
     """The study folder belongs to another study, or an entry in it is damaged."""
 
 
+def named(error: BaseException) -> str:
+    """Another library's error, as one who knows Python reads it: `KeyError: 'full_attention'`."""
+    said, kind = first_line(error), type(error).__name__
+    return said if said == kind else f"{kind}: {said}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, with what it announces, or the error's name where it has none."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]

@@ -13,7 +13,7 @@
 `headcount_mask` is the version of the format. `model` is a name for people. `identity` says which model it is, weights,
 config, tokenizer and all (`LoadedModel.identity`); without it any model with these numbers of heads is taken. Layers,
 heads and FFNs count from 0, and `L5H1` is head 1 of layer 5. `from` is free: where the mask comes from, what was
-measured there. It says the digest of the mask that was measured (`mask_digest`): where the lists were edited since, what
+measured there. It has the digest of the mask that was measured (`mask_digest`): where the lists were edited since, what
 it says of the measurement is dropped. All but `headcount_mask`, `model` and `heads_per_layer` may be left out.
 
 Nothing is guessed: what a person can get wrong by hand (a key that is not known, a head that the model does not have, a

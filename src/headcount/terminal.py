@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from headcount.errors import HeadcountError, listed
+from headcount.stats.words import percent, signed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -305,9 +306,10 @@ def print_sentence(text: str) -> None:
     _out.print(text, highlight=False, markup=False)
 
 
-def print_savings(removed: Removed, format: Format) -> None:
-    """What goes and what that saves, before it is done."""
-    print_sentence(f"{removed.savings_as(format)}.")
+def print_savings(removed: Removed, format: Format, *, told: bool) -> None:
+    """What goes, unless that was told already, and what that saves, before it is done."""
+    saved = removed.savings_as(format)
+    print_sentence(f"{saved.what_is_left if told else saved}.")
     for note in removed.loaded.notes:
         print_note(note)
 
@@ -483,8 +485,8 @@ def _print_confirmation(confirmation: Confirmation) -> None:
     if confirmation.mean is not None and len(rows) > 1:
         rows.append(("mean over tasks", str(confirmation.mean.documents), confirmation.mean))
     for task, documents, of in rows:
-        table.add_row(task, documents, f"{of.full:.3f}", f"{of.removed:.3f}", f"{100 * of.difference:+.1f}",
-                      f"{100 * of.low:+.1f} to {100 * of.high:+.1f}" if of.low == of.low else "none", of.verdict)
+        table.add_row(task, documents, f"{of.full:.3f}", f"{of.removed:.3f}", signed(of.difference),
+                      f"{signed(of.low)} to {signed(of.high)}" if of.low == of.low else "none", of.verdict)
     if rows:
         _out.print(table)
 
@@ -497,8 +499,8 @@ def _print_writing(writing: Writing) -> None:
         table.add_row(*(Text(" ".join(text.split()), overflow="fold") for text in texts))
     table.padding = (0, 1, 1, 0)
     _out.print(table)
-    _out.print(f"4-grams that repeat what was written before: full {writing.full_repeated:.0%}, removed "
-               f"{writing.removed_repeated:.0%}", highlight=False)
+    _out.print(f"4-grams that repeat what was written before: full {percent(writing.full_repeated)}, "
+               f"removed {percent(writing.removed_repeated)}", highlight=False)
 
 
 def _print_agreement(study: Study, asked: Asked) -> None:

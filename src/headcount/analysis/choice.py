@@ -297,7 +297,8 @@ def _source(choice: Choice, study: str) -> dict[str, Any]:
               "parameters_removed_share")
     how = {"way": choice.way, **({choice.way: choice.asked} if choice.asked else {}), "points": choice.among}
     return {"study": study, "mask_digest": choice.mask.digest(), "order": choice.order,
-            "order_of": ALL_TASKS if choice.of_all_tasks else TASK, "num_fewshot": choice.num_fewshot, "chosen": how, **{name: choice.row[name] for name in shares},
+            "order_of": ALL_TASKS if choice.of_all_tasks else TASK, "num_fewshot": choice.num_fewshot, "chosen": how,
+            **{name: choice.row[name] for name in shares},
             "parameters": choice.parameters, "margin": choice.margin,
             "measured": {"on": choice.row["task"] if choice.row["scope"] == TASK else "mean over tasks",
                          **facts(choice.row)},

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from headcount.stats.words import percent
+
 _LOADED = {
     "transformers": "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
     "stock": "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
@@ -30,8 +32,9 @@ def card(told: Mapping[str, Any]) -> str:
              f"{len(removed['ffns'])} of {saved['ffns']} feed-forward blocks. {_IS[told['written_as']]}", ""]
     if told["written_as"] != "masked":
         less = 1 - saved["share_left"]
-        lines += [f"{saved['parameters']:,} parameters became {saved['parameters_left']:,} ({less:.1%} less)." + (
-            f" A prefill of 512 tokens takes {1 - saved['prefill_flops_left']:.1%} less arithmetic."
+        lines += [f"{saved['parameters']:,} parameters became {saved['parameters_left']:,} "
+                  f"({percent(less, 1)} less)." + (
+            f" A prefill of 512 tokens takes {percent(1 - saved['prefill_flops_left'], 1)} less arithmetic."
             if saved["prefill_flops_left"] is not None else ""), ""]
     lines += ["## What it cost", "", *_cost(told), "", "## How to load it", "", "```python",
               "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
@@ -70,13 +73,14 @@ def _cost(told: Mapping[str, Any]) -> list[str]:
         lines += [f"By what chose it: {said}", ""]
     if confirmation and confirmation.get("sentence"):
         said = confirmation["sentence"]
-        lines += [f"On documents that chose nothing: {said[:1].upper()}{said[1:]}.", ""]
+        lines += [f"{said[:1].upper()}{said[1:]}. No choice was made on these documents.", ""]
     if confirmation:
         full, removed = (confirmation["perplexity"][side] for side in ("full", "removed"))
         writing = confirmation["writing"]
         lines += [f"Bits per byte of a plain text: {full['bits_per_byte']:.3f} full, {removed['bits_per_byte']:.3f} "
-                  f"removed. 4-grams that repeat in greedy continuations: {writing['full_repeated']:.0%} full, "
-                  f"{writing['removed_repeated']:.0%} removed.", "", "| prompt | full | removed |", "|---|---|---|"]
+                  f"removed. 4-grams that repeat in greedy continuations: {percent(writing['full_repeated'])} "
+                  f"full, {percent(writing['removed_repeated'])} removed.", "",
+                  "| prompt | full | removed |", "|---|---|---|"]
         lines += [f"| {' | '.join(map(_cell, texts))} |" for texts in
                   zip(writing["prompts"], writing["full"], writing["removed"], strict=True)]
     if not confirmation:

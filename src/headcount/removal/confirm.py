@@ -233,7 +233,8 @@ class Confirmation:
         loss = f"a loss of {points_of(self.margin)}"
         if said == WITHIN:
             return f"{loss} is ruled out"
-        return f"{loss} or more is shown" if said == COSTS_MORE else f"{loss} is neither ruled out nor shown"
+        more = f"a loss of more than {points_of(self.margin)}"
+        return f"{more} is shown" if said == COSTS_MORE else f"{loss} is neither ruled out nor shown"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -22,6 +22,7 @@ from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel
 from headcount.removal.shards import size
 from headcount.removal.slicing import Plan, saved_tensors
+from headcount.stats.words import percent
 
 TOKENS = 512
 
@@ -63,14 +64,18 @@ class Savings:
         return None if self.flops is None or self.flops_left is None else self.flops_left / self.flops
 
     def __str__(self) -> str:
-        heads = f"{self.heads_removed} of {self.heads} heads and {self.ffns_removed} of {self.ffns} FFNs"
-        saved = 1 - self.share_left
-        text = (f"{heads} go: {self.parameters / 1e6:,.1f} M parameters become {self.parameters_left / 1e6:,.1f} M "
-                f"({saved:.1%} less), {self.bytes_left / 1e6:,.0f} MB on disk")
-        if self.time_left is not None:
-            text += (f"; a prefill of {TOKENS} tokens should take {1 - self.time_left:.1%} less time, going by its "
-                     "arithmetic")
-        return text
+        return (f"{self.heads_removed} of {self.heads} heads and {self.ffns_removed} of {self.ffns} FFNs go: "
+                f"{self.what_is_left}")
+
+    @property
+    def what_is_left(self) -> str:
+        """Parameters, bytes and arithmetic, in words."""
+        text = (f"{self.parameters / 1e6:,.1f} M parameters become {self.parameters_left / 1e6:,.1f} M "
+                f"({percent(1 - self.share_left, 1)} less), {self.bytes_left / 1e6:,.0f} MB on disk")
+        if self.time_left is None:
+            return text
+        return (f"{text}; a prefill of {TOKENS} tokens should take {percent(1 - self.time_left, 1)} less time, going "
+                "by its arithmetic")
 
 
 def savings(plan: Plan) -> Savings:

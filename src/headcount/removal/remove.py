@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from headcount.errors import ModelError, OptionError
+from headcount.errors import ModelError, OptionError, named
 from headcount.mask_file import MaskFile, check_mask
 from headcount.masks import Mask, ffns_named
 from headcount.model.contracts import FAILURES, probe_tokens
@@ -256,7 +256,7 @@ def _check(small: LoadedModel, ids: Tensor, expected: Tensor, where: str) -> flo
     try:
         error = logits_apart(logits_of(small, ids), expected)
     except FAILURES as failure:
-        raise not_known(small.model, f"{where}, the smaller model does not run ({failure})") from failure
+        raise not_known(small.model, f"{where}, the smaller model does not run ({named(failure)})") from failure
     if not error <= TOLERANCE:
         raise not_known(small.model, f"{where}, the smaller model's logits differ from the masked model's by "
                         f"{error:.1e} of their spread, where {TOLERANCE:.0e} is allowed")

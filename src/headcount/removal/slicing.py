@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from headcount.engine.blocks import Block, Call, entered, finished, first, learned
 from headcount.engine.step import is_mutable, owned
-from headcount.errors import ModelError, listed
+from headcount.errors import ModelError, listed, named
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.hooks import layer_ablated
@@ -199,8 +199,8 @@ class Walk:
             try:
                 return first(part.block(hidden.clone(), *call.args, **call.kwargs))
             except FAILURES as failure:
-                raise not_known(plan.loaded.model, f"block {number} does not run by itself, in float32 ({failure})"
-                                ) from failure
+                raise not_known(plan.loaded.model, f"block {number} does not run by itself, in float32 "
+                                f"({named(failure)})") from failure
 
     def _compare(self, number: int, twin: nn.Module, hidden: Tensor, call: Call, masked: Tensor) -> None:
         plan = self.plan
@@ -210,7 +210,8 @@ class Walk:
             with in_float32(twin):
                 error = apart(first(twin(hidden.clone(), *call.args, **call.kwargs)), masked)
         except FAILURES as failure:
-            raise not_known(plan.loaded.model, f"block {number}, made smaller, does not run ({failure})") from failure
+            raise not_known(plan.loaded.model, f"block {number}, made smaller, does not run "
+                            f"({named(failure)})") from failure
         if not error <= TOLERANCE:
             raise not_known(plan.loaded.model, f"block {number}, made smaller, puts out something else than under the "
                             f"mask (by {error:.1e} standard deviations)")

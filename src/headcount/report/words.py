@@ -16,6 +16,7 @@ from headcount.analysis.rows import MEAN, MEAN_OF_RANKS
 from headcount.errors import few as few
 from headcount.errors import listed as listed
 from headcount.stats import intervals
+from headcount.stats.words import percent as percent
 from headcount.stats.words import points_of as points_of
 from headcount.stats.words import signed as signed
 
@@ -54,11 +55,6 @@ def on(rows: pd.DataFrame) -> str:
 def share(fraction: float) -> str:
     """A share that an option asked for, with all its digits: `12.5 %`."""
     return f"{100 * fraction:.3g} %" if fraction == fraction else "0 %"
-
-
-def percent(share: float) -> str:
-    """A measured share, in whole percent: `12 %`."""
-    return f"{100 * share:.0f} %"
 
 
 def number(value: float) -> str:

@@ -1,8 +1,13 @@
-"""How a difference and a margin are written: the same words in a sentence, on a page and in a terminal."""
+"""How shares, differences and margins are written: the same in a sentence, on a page and in a terminal."""
 
 from __future__ import annotations
 
 MINUS = "\N{MINUS SIGN}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """`12 %`: a measured share."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def signed(difference: float) -> str:
