@@ -308,16 +308,24 @@ def test_proofs_of_bfloat16_are_made_in_float32(
         list(Walk(plan, tokens()).blocks())
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("dots1", torch.bfloat16), ("afmoe", torch.float16),
-                                               ("gpt_oss", torch.float16), ("ernie4_5_moe", torch.bfloat16)])
+@pytest.mark.parametrize(("family", "dtype"), [
+    ("dots1", torch.bfloat16), ("afmoe", torch.float16), ("gpt_oss", torch.float16), ("ernie4_5_moe", torch.bfloat16),
+    ("hunyuan_v1_moe", torch.float16), ("dbrx", torch.bfloat16), ("xglm", torch.bfloat16)])
 def test_tensors_that_a_family_keeps_in_float32_stay_so(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """And all the others in the model's type, so that it runs: with an FFN gone, and a head."""
     of_family(family).to(dtype).save_pretrained(tmp_path / "full")
     reader().save_pretrained(tmp_path / "full")
     loaded = load(tmp_path / "full")
-    folder = remove(loaded, without(loaded.anatomy, [(0, 0)])).save(tmp_path / "small")
-    types = {name: value.dtype for name, value in loaded.model.state_dict().items()}
-    assert {name: value.dtype for name, value in load(folder).model.state_dict().items()} == types
-    assert certificate.check(folder, "transformers").holds
+    for name, mask in (("head", without(loaded.anatomy, [(0, 0)])), ("ffn", without(loaded.anatomy, [], (1,)))):
+        folder = remove(loaded, mask).save(tmp_path / name)
+        types = {name: value.dtype for name, value in loaded.model.state_dict().items()}
+        found = {name: value.dtype for name, value in load(folder).model.state_dict().items() if value.numel()}
+        assert {name: types.get(name, dtype) for name in found} == found
+        assert certificate.check(folder, "transformers").holds
+        small = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert logits(small, tokens()).dtype == dtype
+        zeros = remove(loaded, mask).save(tmp_path / f"{name}-zeros", format="masked")
+        assert certificate.check(zeros, "transformers").holds
 
 
 def test_bad_masks_and_models_are_refused(tmp_path: Path) -> None:
@@ -368,9 +376,18 @@ def test_a_copy_is_proved_on_another_machine(tmp_path: Path) -> None:
     data[-2] ^= 0x40
     weights.write_bytes(data)
     assert certificate.check(folder).changed == ("model.safetensors",)
-    for name, damaged in (("config.json", {**json.loads((folder / "config.json").read_text()), "headcount": {}}),
-                          ("headcount.json", {**told, "removed": {"heads": None, "ffns": []}}), ("headcount.json", {})):
-        (folder / name).write_text(json.dumps(damaged))
+    config = json.loads((folder / "config.json").read_text())
+    unlisted = {**told, "files": {}}
+    (folder / "headcount.json").write_text(json.dumps(unlisted))
+    assert {"config.json", "model.safetensors", "modeling_headcount.py"} <= {*certificate.check(folder).changed}
+    with pytest.raises(ModelError, match="would run code"):
+        certificate.check(folder, "transformers")
+    others = [config | {"headcount": config["headcount"] | {"num_heads": wrong}} for wrong in (
+        [1, 2, 3], ["a", 2, 4], None, [4.0, 2, 4])]
+    for name, damaged in (*(("config.json", one) for one in ({**config, "headcount": {}}, *others)),
+                          ("headcount.json", {**told, "removed": {"heads": None, "ffns": []}}), ("headcount.json", {}),
+                          ("headcount.json", None)):
+        (folder / name).write_text("[" * 100_000 if damaged is None else json.dumps(damaged))
         for backend in ("headcount", "transformers"):
             with pytest.raises(ModelError):
                 certificate.check(folder, backend)  # type: ignore[arg-type]
@@ -406,11 +423,27 @@ def test_weights_on_the_disk_are_read_a_module_at_a_time(tmp_path: Path) -> None
     small = remove(loaded, mask).save(tmp_path / "small")
     told = json.loads((small / "headcount.json").read_text())
     assert [proof["what"] for proof in told["proofs"]] == [
-        "each block, while it was written", "each block, read again from the files"]
+        "each block, while it was written", "logits of the whole model, loaded again from the files"]
     resident = LlamaForCausalLM.from_pretrained(folder)
     expected = logits(obvious(resident, find_anatomy(resident), mask), tokens())
     assert apart(logits(load(small).model, tokens()), expected) < 1e-4
     assert certificate.check(small, "transformers").holds
+    # What no file holds is not written: a block that loses nothing is proved, too.
+    changed = load(folder, device_map="disk")
+    changed.model.get_decoder().layers[2].self_attn.scaling *= 2  # type: ignore[no-untyped-call]
+    with pytest.raises(ModelError, match="loaded again, the smaller model's logits differ"):
+        remove(changed, without(changed.anatomy, [(0, 0)])).save(tmp_path / "changed")
+    again = load(small, device_map="disk")
+    smaller = remove(again, without(again.anatomy, [(0, 0)])).save(tmp_path / "smaller")
+    assert load(smaller).anatomy.heads_per_layer == (2, 0, 4)
+
+
+def test_a_model_that_does_not_run_from_the_disk_is_one_line(tmp_path: Path) -> None:
+    of_family("llama4").save_pretrained(tmp_path / "full")
+    reader().save_pretrained(tmp_path / "full")
+    loaded = load(tmp_path / "full", device_map="disk")
+    with pytest.raises(ModelError, match=r"does not run as it is loaded .*device='cpu'"):
+        remove(loaded, without(loaded.anatomy, [(0, 0)])).save(tmp_path / "small")
 
 
 def test_prompts_are_of_one_length_whatever_the_tokenizer_makes_of_them() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -9,18 +12,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
+import psutil
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import headcount as hc
 import tiny
 from families import tokens
 from headcount.errors import ModelError, OptionError
+from headcount.mask_file import MaskFile
 from headcount.masks import Mask
 from headcount.model.load import LoadedModel, load, wrap
 from headcount.removal.remove import remove
 from headcount.removal.save import check_place
+from headcount.removal.weights_on_disk import too_large
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +77,58 @@ def test_a_smaller_model_is_saved_with_its_code_by_whoever_holds_it(full: Path, 
         found = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
         torch.testing.assert_close(found(input_ids=ids).logits, one.model(input_ids=ids).logits)
         assert (tmp_path / name / "modeling_headcount.py").read_text() == (small / "modeling_headcount.py").read_text()
+
+
+def test_one_model_has_one_identity_in_memory_and_in_its_folder(full: Path, small: Path) -> None:
+    loaded = load(full)
+    made = remove(loaded, some(loaded.anatomy)).model
+    assert made.identity == load(small).identity != loaded.identity
+    made.model.generation_config.max_length = 7
+    assert loaded.model.generation_config.max_length != 7
+
+
+def test_only_a_model_of_the_hub_is_named_as_base_model(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(full.parent.parent)
+    loaded = load(f"{full.parent.name}/{full.name}")
+    card = remove(loaded, some(loaded.anatomy)).save("by-path") / "README.md"
+    assert "base_model" not in card.read_text()
+    of_hub = dataclasses.replace(loaded, provenance={**loaded.provenance, "source": "org/a: b", "commit": "abc"})
+    front = (remove(of_hub, some(loaded.anatomy)).save("by-hub") / "README.md").read_text().split("---")[1]
+    assert yaml.safe_load(front)["base_model"] == "org/a: b"
+
+
+def test_whether_a_removed_model_fits_into_memory_is_found_without_its_code(
+    full: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = shutil.copytree(small, tmp_path / "copied")
+    (copied / "modeling_headcount.py").write_text("raise SystemExit('this ran')")
+    mask = load(small).anatomy.heads_per_layer
+    file = MaskFile(Mask.full(mask).without_heads([(0, 0)]), "model")
+    file.write(tmp_path / "mask.json")
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")
+    for folder in (full, copied):
+        assert not too_large(str(folder), None, "auto")
+        with monkeypatch.context() as patch:
+            patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+            assert too_large(str(folder), None, "auto")
+    assert tiny.run(["remove", str(copied), "--mask", str(tmp_path / "mask.json"), "--dry-run"]) == 0
+    assert "custom code" not in capsys.readouterr().out
+
+
+def test_what_is_gone_stands_in_no_tools_way(small: Path) -> None:
+    """Tools that divide by weights' norms, or pack all projections, find no empty ones."""
+    ids = tokens()
+    model = AutoModelForCausalLM.from_pretrained(small, trust_remote_code=True).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        packed = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
+        assert (packed(input_ids=ids).logits - expected).abs().max() < 0.5 * expected.std()
+    assert not any(0 in p.shape for p in model.parameters())
+    targets = ["q_proj", "o_proj", "gate_proj", "down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, use_dora=True))
+    torch.testing.assert_close(adapted(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in adapted.parameters() if p.grad is not None)
 
 
 def test_names_that_no_folder_can_have_are_one_line_before_anything_is_done(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel
+from headcount.model.narrowed import Gone
 from headcount.removal.cost import flops
 from headcount.removal.remove import Removed
 from headcount.removal.speed import Side, measured_speed, sides_of
@@ -83,7 +84,7 @@ def test_full_masked_and_removed_have_their_parameters_bytes_and_cache(family: s
     assert full.parameters == masked.parameters == loaded.anatomy.num_parameters
     assert small.parameters == removed.savings.parameters_left
     assert full.bytes >= 4 * full.parameters
-    assert full.bytes - small.bytes == 4 * (full.parameters - small.parameters)
+    assert full.bytes - small.bytes == 4 * (full.parameters - small.parameters) - of_gone(removed)
     groups = 2 if family == "llama" else 4
     assert full.cache_bytes == masked.cache_bytes == 3 * 2 * 64 * groups * 8 * 4
     gone = 1 if family == "llama" else 4  # KV groups whose last head went
@@ -92,6 +93,12 @@ def test_full_masked_and_removed_have_their_parameters_bytes_and_cache(family: s
     assert not found.peak_measured
     assert all(math.isfinite(x) and x > 0 for side in (full, masked, small) for x in (side.prefill, side.decode))
     assert torch.equal(loaded.model(input_ids=torch.arange(9)[None]).logits, before), "no gate stays"
+
+
+def of_gone(removed: Removed) -> int:
+    """Bytes of the columns and rows of ones that stand where projections were."""
+    gone = [module for module in removed.model.model.modules() if type(module) is Gone]
+    return 4 * sum(module.weight.numel() for module in gone)
 
 
 def test_the_masked_side_runs_under_the_mask() -> None:

@@ -345,7 +345,8 @@ def _removed(spec: RemovalSpec, file: MaskFile, study: Study | None) -> Removed:
     with terminal.reporter() as reporter:
         reporter.stage(f"loading {spec.model}")
         placed = spec.device is not None or spec.device_map is not None
-        if spec.format == "transformers" and not placed and too_large(spec.model, spec.revision, spec.dtype):
+        if spec.format == "transformers" and not placed and too_large(
+                spec.model, spec.revision, spec.dtype, trust_remote_code=spec.trust_remote_code):
             options["device_map"] = "disk"
         loaded = load(options.pop("model"), **options)
         if study is not None:

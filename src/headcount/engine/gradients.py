@@ -114,6 +114,8 @@ def _gradients(loss: Float[Tensor, ""], of: Sequence[Tensor], length: int) -> tu
     if loss.requires_grad and reached:
         given = dict(zip(reached, torch.autograd.grad(loss, [of[i] for i in reached], allow_unused=True), strict=True))
         found = [given.get(i) for i in range(len(of))]
+    # A layer that has lost all its heads has none to score.
+    found = [torch.zeros_like(tensor) if not tensor.numel() else known for tensor, known in zip(of, found, strict=True)]
     cut = [("heads" if i < len(of) // 2 else "FFN") + f" of layer {i % (len(of) // 2)}"
            for i, gradient in enumerate(found) if gradient is None]
     if cut:

@@ -241,7 +241,10 @@ def _layer(block: nn.Module, where: str, config: PreTrainedConfig, index: int, n
     width, d_model = _size(out_proj, where)
     removed: dict[str, list[int]] | None = getattr(config, "headcount", None)
     heads = _num_heads(config, index) if removed is None else removed["num_heads"][index]
-    if removed is not None and heads == width == 0:
+    if removed is not None and (heads == 0) != _is_gone(out_proj):
+        raise ModelError(f"{where}: the config says that {heads} heads are left, which the layer does not have: copy "
+                         "the folder again")
+    if heads == 0 and removed is not None:
         return LayerAnatomy(
             block=block, attention=attention, out_proj=out_proj, ffn=None if output is ffn else ffn, ffn_output=output,
             routed=output is ffn, num_heads=0, num_kv_heads=0, kv_of_head=(), ffn_norm=_pre_norm(block, config),
@@ -352,7 +355,13 @@ def _size(projection: nn.Module, where: str = "") -> tuple[int, int]:
 def _parameters(projection: nn.Module) -> int:
     # Not numel(): 4-bit weights are packed.
     inputs, outputs = _size(projection)
-    return inputs * outputs + (outputs if getattr(projection, "bias", None) is not None else 0)
+    own = 0 if _is_gone(projection) else inputs * outputs
+    return own + (outputs if getattr(projection, "bias", None) is not None else 0)
+
+
+def _is_gone(projection: nn.Module) -> bool:
+    """Whether it was removed, all but its bias: its weight is no parameter (`headcount.model.narrowed.Gone`)."""
+    return "weight" in dict(projection.named_buffers(recurse=False))
 
 
 def _attention_parameters(

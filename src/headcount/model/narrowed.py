@@ -10,6 +10,7 @@ device, in any type, under any device map. `config.headcount["layers"]` says, la
     columns    of a norm over all heads, which columns of its output belong to heads that are kept
     split      width of a head, where a fused projection is not taken apart by its family's rule (Falcon)
     identity   norms that fed nothing but the removed FFN
+    gone       projections of the removed FFN: their numbers of inputs and outputs
     constant   attention without a head, or an FFN, that is gone as a whole
 
 This file's text goes along with a removed checkpoint, so that transformers can load it without headcount; headcount
@@ -75,6 +76,25 @@ def _gather(
     return function(module, query, key[:, index], value[:, index], attention_mask, **kwargs)
 
 
+class Gone(nn.Linear):
+    """A projection of which nothing but the bias is left: it puts that out, or zeros, whatever comes in.
+
+    Its weight is no parameter, and decides nothing. It is one column or row of ones, so that the family's own class
+    meets a size that it does not expect, and tools that divide by the norm of weights do not divide by zero.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        ones = torch.ones_like(self.weight.detach())
+        del self.weight
+        self.register_buffer("weight", ones)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The same at every position."""
+        zeros = hidden.new_zeros(*hidden.shape[:-1], self.out_features)
+        return zeros if self.bias is None else zeros + self.bias.to(hidden.dtype)
+
+
 class Constant(nn.Module):
     """Stands where attention without heads, or a whole FFN, was: puts out its projection's bias, or nothing.
 
@@ -102,9 +122,7 @@ class Constant(nn.Module):
                 holder = holder.get_submodule(name)
             holder.register_parameter(last, nn.Parameter(torch.zeros(0)))
         self.outputs, self.layer_idx, self.projection = outputs, layer, projection
-        linear = nn.Linear(1, width, bias=bias)
-        linear.in_features, linear.weight = 0, nn.Parameter(linear.weight[:, :0].clone())
-        self.add_module(projection, linear)
+        self.add_module(projection, Gone(1, width, bias))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The constant, at every position."""
@@ -114,7 +132,10 @@ class Constant(nn.Module):
                 if isinstance(value, Cache):
                     nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
                     value.update(nothing, nothing, self.layer_idx)
-        output = self.get_submodule(self.projection)(hidden[..., :0])
+        projection = self.get_submodule(self.projection)
+        # What an adapter or a quantiser put in its place multiplies what it is given.
+        nothing = hidden[..., :0] if type(projection) is Gone else torch.zeros_like(hidden[..., :1])
+        output = projection(nothing)
         return (output, *[None] * (self.outputs - 1)) if self.outputs else output
 
 
@@ -165,10 +186,12 @@ def narrow(model: nn.Module, told: Mapping[str, Any]) -> None:
 def _narrow_block(block: nn.Module, told: Mapping[str, Any], number: int) -> None:
     for path in told.get("identity", ()):
         _put(block, path, nn.Identity())
+    for path, (inputs, width) in told.get("gone", {}).items():
+        _put(block, path, _like(Gone(inputs, width, bias=False), block))
     for path, (projection, width, bias, outputs, *guard) in told.get("constant", {}).items():
-        old = next(block.get_submodule(path).parameters())
         of_layer = number if path == told.get("attention") else None
-        _put(block, path, Constant(projection, width, bias, outputs, of_layer, *guard).to(old.device, old.dtype))
+        made = Constant(projection, width, bias, outputs, of_layer, *guard)
+        _put(block, path, _like(made, block))
     for path, shape in told.get("shapes", {}).items():
         _resize(block, path, shape)
     for path, numbers in told.get("numbers", {}).items():
@@ -186,6 +209,12 @@ def _narrow_block(block: nn.Module, told: Mapping[str, Any], number: int) -> Non
         attention.kv_of_head = shares
     if split is not None and shares is not None:
         attention._split_heads = functools.partial(split_heads, split, shares)
+
+
+def _like(module: nn.Module, block: nn.Module) -> nn.Module:
+    """A module of the device and type of a block."""
+    parameter = next(block.parameters())
+    return module.to(parameter.device, parameter.dtype)
 
 
 def _resize(block: nn.Module, path: str, shape: Sequence[int] | None) -> None:

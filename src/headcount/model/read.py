@@ -8,6 +8,7 @@ raises becomes one line. Afterwards the model must have got exactly what its fil
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 import tempfile
@@ -107,6 +108,21 @@ def _config(name: str, source: Source, common: Mapping[str, Any]) -> PreTrainedC
     except _LOAD_ERRORS as e:
         raise failure(name, source, e) from e
     return config
+
+
+def skeleton(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A folder's or hub id's model without weights, on the meta device; no code that comes with it is run unasked.
+
+    Raises:
+        ModelError: If there is no such config.
+    """
+    config = _config(source.place, source, {**source.keywords, "trust_remote_code": trust_remote_code})
+    made: Any = _class(config)
+    with torch.device("meta"):
+        build = functools.partial(made.from_config, trust_remote_code=trust_remote_code) if (
+            made is AutoModelForCausalLM) else made._from_config
+        empty: PreTrainedModel = build(config)
+    return empty
 
 
 def _class(config: PreTrainedConfig) -> Any:

@@ -127,6 +127,11 @@ def class_of(name: str, config: Mapping[str, Any]) -> Any:
         raise ModelError(f"{name} was written by another version of headcount (its config says format "
                          f"{told.get('format') if isinstance(told, dict) else told!r}, this version knows {FORMAT}): "
                          "use that one, or load it with transformers and trust_remote_code=True")
+    heads, ffns = told.get("num_heads"), told.get("ffns")
+    if not isinstance(heads, list) or not isinstance(ffns, list) or len(heads) != len(ffns) or not all(
+            type(n) is int and n >= 0 for n in heads) or not all(type(ffn) is bool for ffn in ffns):
+        raise ModelError(f"the config of {name} does not say which heads and FFNs are left (num_heads and ffns in "
+                         "its headcount): copy the folder again")
     base = str(told.get("class"))
     if base not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ModelError(f"the config of {name} says that it is a smaller {base}, which is no causal language model of "

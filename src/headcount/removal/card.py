@@ -58,8 +58,8 @@ def gone(told: Mapping[str, Any]) -> str:
 
 
 def _front(told: Mapping[str, Any]) -> list[str]:
-    name = told["model"]["name"]
-    base = [f"base_model: {name}"] if name.count("/") == 1 and not name.startswith((".", "/", "~")) else []
+    hub = told["model"]["hub"]
+    base = [f"base_model: {json.dumps(hub)}"] if hub else []
     licence = [f"{key}: {json.dumps(value)}" for key, value in told["model"]["licence"].items()]
     return ["library_name: transformers", "pipeline_tag: text-generation", *base, *licence, "tags:", "- headcount",
             "- pruned"]

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import headcount
-from headcount.errors import ModelError, few, first_line
+from headcount.errors import ModelError, few, first_line, named
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel, load
@@ -40,6 +40,8 @@ FILE, EXPECTED = "headcount.json", "expected.safetensors"
 FORMAT = 1
 # A list of numbers or of names of components, over several lines.
 _LIST = re.compile(r'\[\n((?:\s*(?:\d+|"L\d+(?:H\d+|F)"),?\n)+)\s*\]')
+# What a file is called that may decide what is computed.
+_DECIDE = (".safetensors", ".json", ".py", ".bin")
 _OF_LICENCE = ("license", "license_name", "license_link", "language")
 Backend = Literal["headcount", "transformers"]
 
@@ -57,7 +59,7 @@ def write(
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": {"name": loaded.name, "identity": loaded.identity, "class": type(loaded.model).__name__,
                   "dtype": str(loaded.model.dtype).removeprefix("torch."), "notes": list(loaded.notes),
-                  "commit": loaded.provenance.get("commit"), "licence": _licence(loaded)},
+                  "commit": loaded.provenance.get("commit"), "hub": _on_hub(loaded), "licence": _licence(loaded)},
         "removed": {"heads_per_layer": list(loaded.anatomy.heads_per_layer),
                     "heads": [str(head) for head in mask.heads_removed],
                     "ffns": [f"L{layer}F" for layer in mask.ffns_removed]},
@@ -69,6 +71,12 @@ def write(
     (folder / "README.md").write_text(card(told), encoding="utf-8")
     told["files"] = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / FILE).write_text(_as_text(told), encoding="utf-8")
+
+
+def _on_hub(loaded: LoadedModel) -> str | None:
+    """The id of the model on the hub; None where it is not from there."""
+    source = loaded.provenance.get("source")
+    return source if isinstance(source, str) and loaded.provenance.get("commit") is not None else None
 
 
 def _licence(loaded: LoadedModel) -> dict[str, Any]:
@@ -110,7 +118,8 @@ class CheckedModel:
     Attributes:
         folder: Which.
         told: Its certificate.
-        changed: Files that are not what was written, or are gone; not the model card, which anyone may edit.
+        changed: Files that are not what was written, are gone, or were written by nobody here and may decide what the
+            model computes; not the model card, which anyone may edit.
         backend: By what it was loaded.
         largest: The largest difference of logits to what is expected, relative to their spread.
         allowed: How much it may be.
@@ -141,7 +150,7 @@ def certificate_of(folder: Path) -> dict[str, Any]:
         known = known and all(isinstance(told["removed"][name], list) for name in ("heads", "ffns"))
         known = known and isinstance(told["model"]["name"], str)
         known = known and isinstance(getattr(torch, told["model"]["dtype"]), torch.dtype) and told["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"the certificate {folder / FILE} cannot be read ({first_line(error)}): copy the folder again"
                          ) from error
     if not known:
@@ -175,8 +184,10 @@ def check(folder: Path, backend: Backend = "headcount", device: str | None = Non
     """
     told = certificate_of(folder)
     files = told["files"]
-    changed = tuple(name for name, known in files.items()
-                    if not (folder / name).is_file() or digest(folder / name) != known)
+    changed = (*(name for name, known in files.items()
+                 if not (folder / name).is_file() or digest(folder / name) != known),
+               *sorted(path.name for path in folder.iterdir()
+                       if path.suffix in _DECIDE and path.name not in (*files, FILE)))
     try:
         expected = load_file(folder / EXPECTED)
         ids, wanted = expected["input_ids"], expected["logits"]
@@ -196,20 +207,17 @@ def check(folder: Path, backend: Backend = "headcount", device: str | None = Non
 
 @torch.no_grad()
 def _logits(folder: Path, told: Mapping[str, Any], backend: Backend, device: str | None, ids: Tensor) -> Tensor:
-    # In float32, whatever the type of the weights: they are exact in it, and differences mean something.
     if backend == "headcount":
         try:
-            return logits_of(load(folder, device=device), ids)
+            return logits_of(load(folder, device=device).model, ids)
         except FAILURES as error:
-            raise ModelError(f"{folder} does not load as it was written ({first_line(error)}): copy it again"
-                             ) from error
+            raise ModelError(f"{folder} does not load as it was written ({named(error)}): copy it again") from error
     try:
         with quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=told["written_as"] == "transformers", dtype=torch.float32)
-        model = model.eval().to(device or "cpu")
-        logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+                folder, trust_remote_code=told["written_as"] == "transformers",
+                dtype=getattr(torch, told["model"]["dtype"]))
+        return logits_of(model.eval().to(device or "cpu"), ids)
     except (*UNREADABLE, *FAILURES, ImportError, SyntaxError, AssertionError) as error:
         raise ModelError(f"transformers cannot load {folder} ({' '.join(str(error).split())[:200]}): copy it again"
                          ) from error
-    return logits.float().cpu()

@@ -2,7 +2,9 @@
 
 In bfloat16 two computations of the same thing differ by so much that a wrong head can hide among it. So what is proved
 is proved in float32: before a module runs, its own weights and buffers are fetched (from the disk, where they lie
-there) and made float32; after it ran it gets back what it had. No more than one module's weights are held twice.
+there) and made float32; after it ran it gets back what it had. A family's own modules may read the weights of those
+right inside them without calling them (DBRX's experts), so that these are made float32 with them. No more than one
+module's weights are held twice.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ Kept = list[tuple[Any, str, Any]]
 @contextlib.contextmanager
 def in_float32(*models: nn.Module) -> Iterator[None]:
     """Run these modules, and all in them, with weights made float32; nothing is done where they are that already."""
+    held: set[int] = set()
     with contextlib.ExitStack() as undo:
         for model in models:
             if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
@@ -32,8 +35,8 @@ def in_float32(*models: nn.Module) -> Iterator[None]:
                     undo.callback(module.register_forward_hook(lambda _, args, output: as_float32(output)).remove)
                 elif type(module) is nn.Linear and module.weight.numel() > _LARGE:
                     undo.enter_context(_by_rows(module))
-                elif any(p.is_floating_point() for p in _own(module).values()):
-                    undo.enter_context(_cast(module))
+                elif any(p.is_floating_point() for one in _read_by(module) for p in _own(one).values()):
+                    undo.enter_context(_cast(module, held))
         yield
 
 
@@ -42,6 +45,13 @@ def as_float32(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() and value.itemsize < 4 else value
     return tuple(map(as_float32, value)) if type(value) is tuple else value
+
+
+def _read_by(module: nn.Module) -> list[nn.Module]:
+    """A module, and those right inside it whose weights it may read itself: those that are not PyTorch's."""
+    if type(module).__module__.startswith("torch."):
+        return [module]
+    return [module, *(child for child in module.children() if not type(child).__module__.startswith("torch."))]
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
@@ -72,30 +82,38 @@ def _by_rows(module: nn.Linear) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cast(module: nn.Module) -> Iterator[None]:
-    """Hooks on one module; its forward is its own, not accelerate's, which would fetch the coarse weights again."""
+def _cast(module: nn.Module, held: set[int]) -> Iterator[None]:
+    """Hooks on one module; its forward is its own, not accelerate's, which would fetch the coarse weights again.
+
+    Args:
+        module: The module.
+        held: Modules whose weights are float32 now, by `id`; what is called from within another may be.
+    """
     kept: Kept = []
+    calls, mine = 0, set[int]()
     inner: Callable[..., Any] | None = module.__dict__.get("_old_forward")
 
     def before(called: nn.Module, args: Any) -> None:
-        if kept:  # called from within itself
-            return
-        with align_module_device(called):
-            made = {name: value.detach().float() for name, value in _own(called).items() if value.is_floating_point()}
-        wheres: tuple[dict[str, Any], ...] = (called._parameters, called._buffers)
-        for where in wheres:
-            for name in [name for name in where if name in made]:
-                kept.append((where, name, where[name]))
-                value = made[name]
-                where[name] = nn.Parameter(value, requires_grad=False) if where is wheres[0] else value
+        nonlocal calls
+        calls += 1
+        for one in _read_by(called):
+            if id(one) not in held:
+                held.add(id(one))
+                mine.add(id(one))
+                kept.extend(_made_float32(one))
 
     def after(called: nn.Module, args: Any, output: Any) -> None:
-        restore()
+        nonlocal calls
+        calls -= 1
+        if not calls:  # it may be called from within itself
+            restore()
 
     def restore() -> None:
         for where, name, value in kept:
             where[name] = value
+        held.difference_update(mine)
         kept.clear()
+        mine.clear()
 
     handles = [module.register_forward_pre_hook(before, prepend=True),
                module.register_forward_hook(after, always_call=True)]
@@ -110,3 +128,17 @@ def _cast(module: nn.Module) -> Iterator[None]:
         if inner is not None:
             module.__dict__["forward"] = outer
         restore()
+
+
+def _made_float32(module: nn.Module) -> Kept:
+    """Put float32 in the place of a module's own tensors; gives back what was there."""
+    with align_module_device(module):
+        made = {name: value.detach().float() for name, value in _own(module).items() if value.is_floating_point()}
+    kept: Kept = []
+    wheres: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for where in wheres:
+        for name in [name for name in where if name in made]:
+            kept.append((where, name, where[name]))
+            value = made[name]
+            where[name] = nn.Parameter(value, requires_grad=False) if where is wheres[0] else value
+    return kept

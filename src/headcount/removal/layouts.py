@@ -63,7 +63,7 @@ class Cut:
         told: The layer's part of `config.headcount` (`headcount.model.narrowed`).
         kept: By parameter of the block as it was, which of its rows and columns stay, by dimension.
         source: By parameter of the block as it will be, the one of the block as it was that it is made of, where the
-            names differ; None where it has no values.
+            names differ; None where it is made of none: ones, then, that decide nothing.
     """
 
     told: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Cut:
         """
         source = self.source.get(name, name)
         if source is None or 0 in empty.shape:
-            return torch.zeros(empty.shape, dtype=empty.dtype, device=device)
+            return torch.ones(empty.shape, dtype=empty.dtype, device=device)
         value = read(source)
         for dim, index in self.kept.get(source, {}).items():
             value = value.index_select(dim, torch.from_numpy(index).to(value.device))
@@ -324,7 +324,7 @@ def _cut_ffn(found: Cut, part: LayerAnatomy, names: Mapping[int, str], outputs: 
         found.told.setdefault("constant", {})[output] = ["down_proj", part.d_model, False, outputs, guard]
         found.source |= {f"{output}.down_proj.weight": None, f"{output}.{guard}": None}
         return
-    down = part.ffn_output
+    down: Any = part.ffn_output
     inside = part.ffn or part.block
     linear = {name: m for name, m in inside.named_children() if hasattr(m, "in_features") or hasattr(m, "nx")}
     if down not in linear.values():
@@ -335,13 +335,11 @@ def _cut_ffn(found: Cut, part: LayerAnatomy, names: Mapping[int, str], outputs: 
         _constant(found, part, names[id(part.ffn)], output, outputs, bias=False)
         return
     for module in linear.values():
-        path = names[id(module)]
-        shapes, numbers = found.told.setdefault("shapes", {}), found.told.setdefault("numbers", {})
-        out, into = module.weight.shape  # type: ignore[misc]
-        shapes[f"{path}.weight"] = [out, 0] if module is down else [0, into]
-        numbers.setdefault(path, {})["in_features" if module is down else "out_features"] = 0
-        if getattr(module, "bias", None) is not None:
-            shapes[f"{path}.bias"] = None if module is down else [0]
+        outputs_of, inputs_of = module.weight.shape  # type: ignore[misc]
+        # Gates and what they gate may be one projection, whose outputs are taken apart.
+        sizes = [1, outputs_of] if module is down else [inputs_of, max(1, outputs_of // down.weight.shape[1])]
+        found.told.setdefault("gone", {})[names[id(module)]] = sizes
+        found.source[f"{names[id(module)]}.weight"] = None
 
 
 def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,11 +355,11 @@ def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     stays: dict[str, Any] = {name: value for name, value in before.items() if name in ("attention", "identity")}
     if "attention" not in now:
         stays |= {name: before[name] for name in ("config", "kv_of_head", "split") if name in before}
-    for name in ("shapes", "numbers", "columns", "constant"):
+    for name in ("shapes", "numbers", "columns", "gone", "constant"):
         stays[name] = {path: value for path, value in before.get(name, {}).items()
                        if not any(path == part or path.startswith(f"{part}.") for part in gone)}
     both = {**stays, **now}
-    for name in ("shapes", "columns", "constant"):
+    for name in ("shapes", "columns", "gone", "constant"):
         both[name] = stays[name] | now.get(name, {})
     numbers = now.get("numbers", {})
     both["numbers"] = {path: stays["numbers"].get(path, {}) | numbers.get(path, {})

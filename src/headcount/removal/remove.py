@@ -2,13 +2,13 @@
 
 Every folder is proved, in float32 whatever its type. *Blocks*, of the default format: each smaller block puts out what
 the masked model's does, before it is written. *Logits*: the folder is read again by headcount's own loader, and gives
-the logits of the masked model's plain forward pass; where weights lie on the disk, so that the model need not fit into
-memory, it is compared block by block instead. Of a model that stays in memory (`Removed.model`) blocks and logits are
-compared.
+the logits of the masked model's plain forward pass; where weights lie on the disk both models leave them there, so that
+neither need fit into memory. Of a model that stays in memory (`Removed.model`) blocks and logits are compared, too.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from headcount.errors import ModelError, OptionError, named
 from headcount.mask_file import MaskFile, check_mask
@@ -26,7 +25,7 @@ from headcount.masks import Mask, ffns_named
 from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, load, wrap
-from headcount.model.weight_files import files_read, held_by
+from headcount.model.placement import DISK
 from headcount.removal import certificate, stock
 from headcount.removal.cost import Savings, savings, unsaved
 from headcount.removal.save import check_place, write_transformers, written
@@ -40,8 +39,6 @@ from headcount.removal.slicing import (
     logits_of,
     not_known,
     planned,
-    put,
-    tensors,
 )
 from headcount.removal.weights_on_disk import on_disk
 
@@ -139,7 +136,7 @@ class Removed:
             pass
         fill_rest(plan)
         plan.empty.requires_grad_(True)
-        plan.empty.generation_config = loaded.model.generation_config
+        plan.empty.generation_config = copy.deepcopy(loaded.model.generation_config)
         made = wrap(plan.empty, loaded.tokenizer, f"{loaded.name} (removed)")
         made = dataclasses.replace(made, apply_chat_template=loaded.apply_chat_template)
         _check(made, ids, self._masked_logits(ids), "in memory")
@@ -175,17 +172,11 @@ class Removed:
         return out
 
     def _streamed(self, folder: Path, ids: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
-        """The default format: block by block; then read again, whole where the full model is in memory."""
-        plan, loaded, walk = self.plan, self.loaded, Walk(self.plan, ids)
+        """The default format: block by block; then read again."""
+        walk = Walk(self.plan, ids)
         write_transformers(walk, folder)
-        _write_beside(loaded, folder)
+        _write_beside(self.loaded, folder)
         proofs = [_proof("each block, while it was written", walk.worst, _DEVIATIONS)]
-        if on_disk(loaded.model):
-            again = Walk(plan, ids)
-            places = {one.name: one.path for path in files_read(folder, None) for one in held_by(path)}
-            for _, block in again.blocks(functools.partial(_from_files, plan, places)):
-                block.to("meta")
-            return [*proofs, _proof("each block, read again from the files", again.worst, _DEVIATIONS)], walk.logits()
         expected = self._masked_logits(ids)
         return [*proofs, self._reloaded(folder, ids, expected)], expected
 
@@ -203,12 +194,14 @@ class Removed:
     def _masked_logits(self, ids: Tensor) -> Tensor:
         """Logits of the masked model, through its plain forward pass."""
         with ablated(self.loaded.anatomy, self.mask):
-            return logits_of(self.loaded, ids)
+            return logits_of(self.loaded.model, ids)
 
     def _reloaded(self, folder: Path, ids: Tensor, expected: Tensor) -> dict[str, Any]:
         """The proof that the folder, read again, is the masked model."""
         loaded = self.loaded
-        again = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."), device=str(loaded.device),
+        left = on_disk(loaded.model)
+        again = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."),
+                     device=None if left else str(loaded.device), device_map=DISK if left else None,
                      attn_implementation=loaded.model.config.get_text_config()._attn_implementation)
         error = _check(again, ids, expected, "loaded again")
         return _proof("logits of the whole model, loaded again from the files", error, _RANGE)
@@ -254,7 +247,9 @@ def prompts(loaded: LoadedModel) -> Tensor:
 def _check(small: LoadedModel, ids: Tensor, expected: Tensor, where: str) -> float:
     """How far the smaller model's logits are from the masked model's; too far is refused."""
     try:
-        error = logits_apart(logits_of(small, ids), expected)
+        with torch.no_grad():  # in its own type: what is proved is proved in float32
+            small.model(input_ids=ids[:1].to(small.device), use_cache=False)
+        error = logits_apart(logits_of(small.model, ids), expected)
     except FAILURES as failure:
         raise not_known(small.model, f"{where}, the smaller model does not run ({named(failure)})") from failure
     if not error <= TOLERANCE:
@@ -276,13 +271,3 @@ def _write_beside(loaded: LoadedModel, folder: Path) -> None:
         generation.to_json_file(folder / "generation_config.json")
 
 
-def _from_files(plan: Plan, places: Mapping[str, Path], twin: nn.Module, number: int) -> None:
-    """Give a smaller block what was written of it; its buffers that are not saved are the model's own."""
-    block = plan.loaded.anatomy.layers[number].block
-    for name in tensors(twin):
-        full = f"{plan.blocks}.{number}.{name}"
-        if full in places:
-            with safe_open(places[full], "pt") as file:
-                put(twin, name, file.get_tensor(full))
-        else:
-            put(twin, name, block.get_buffer(name).detach().clone())

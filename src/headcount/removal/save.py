@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from headcount.errors import ModelError, OptionError
-from headcount.model.removed import base_of, name_code, name_of, write_code
+from headcount.model.removed import base_of, name_of, write_code
 from headcount.removal.shards import Shards
 from headcount.removal.slicing import Plan, Walk, rest, saved_tensors, tensors
 
@@ -40,6 +40,8 @@ def written(out: Path, needed: int) -> Iterator[Path]:
     try:
         yield folder
         os.chmod(folder, 0o777 & ~_umask())
+        if os.path.lexists(out):
+            raise OptionError(f"{out} was made by somebody else meanwhile: give the same command with another folder")
         folder.rename(out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -117,7 +119,6 @@ def write_transformers(walk: Walk, folder: Path) -> None:
     shards.close()
     config: Any = plan.empty.config
     config.architectures = [name_of(base)]
-    name_code(config, base)
     config.save_pretrained(folder)
     write_code(base, folder)
 

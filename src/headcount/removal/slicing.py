@@ -27,7 +27,7 @@ from headcount.masks import Mask
 from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.hooks import layer_ablated
 from headcount.model.load import LoadedModel
-from headcount.model.removed import FORMAT, base_of, narrowed
+from headcount.model.removed import FORMAT, base_of, name_code, narrowed
 from headcount.removal.in_float32 import as_float32, in_float32
 from headcount.removal.layouts import Cut, cut, merged
 from headcount.removal.weights_on_disk import give_back, on_disk
@@ -63,13 +63,18 @@ def planned(loaded: LoadedModel, mask: Mask) -> Plan:
     """
     model, anatomy = loaded.model, loaded.anatomy
     anatomy.check(mask)
-    with torch.no_grad(), _outputs_seen(loaded) as outputs:
-        parts = learned(model, anatomy, probe_tokens(model))
+    try:
+        with torch.no_grad(), _outputs_seen(loaded) as outputs:
+            parts = learned(model, anatomy, probe_tokens(model))
+    except (NotImplementedError, *FAILURES) as failure:
+        elsewhere = "; load it into memory with `device='cpu'`" if on_disk(model) else ""
+        raise ModelError(f"{loaded.name} does not run as it is loaded ({named(failure)}){elsewhere}",
+                         fields=("device='cpu'",)) from failure
     names = {id(module): name for name, module in model.named_modules()}
     blocks = names[id(anatomy.layers[0].block)].rpartition(".")[0]
-    layers = zip(anatomy.layers, mask.heads, mask.ffns, strict=True)
-    cuts = tuple(cut(part, heads, bool(ffn), model.config, (outputs[id(part.attention)], outputs[id(part.ffn_output)]))
-                 for part, heads, ffn in layers)
+    given = [(outputs[id(part.attention)], outputs[id(part.ffn or part.ffn_output)]) for part in anatomy.layers]
+    cuts = tuple(cut(part, heads, bool(ffn), model.config, numbers) for part, heads, ffn, numbers in
+                 zip(anatomy.layers, mask.heads, mask.ffns, given, strict=True))
     return Plan(loaded, mask, blocks, parts, cuts, _empty(loaded, mask, blocks, cuts))
 
 
@@ -99,7 +104,7 @@ def _outputs_seen(loaded: LoadedModel) -> Iterator[dict[int, int]]:
 
     with contextlib.ExitStack() as hooks:
         for part in loaded.anatomy.layers:
-            for module in (part.attention, part.ffn_output):
+            for module in (part.attention, part.ffn or part.ffn_output):
                 hooks.callback(module.register_forward_hook(keep).remove)
         yield seen
 
@@ -119,6 +124,7 @@ def _empty(loaded: LoadedModel, mask: Mask, blocks: str, cuts: tuple[Cut, ...]) 
     for name in ("model_type", "architectures", "auto_map", "headcount"):
         settings.pop(name, None)
     new = config(**settings, headcount=told)
+    name_code(new, base)
     new._attn_implementation = model.config._attn_implementation
     new.dtype = model.dtype
     with torch.device("meta"):
@@ -228,10 +234,13 @@ class Walk:
 
 
 @torch.no_grad()
-def logits_of(loaded: LoadedModel, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocabulary"]:
+def logits_of(model: PreTrainedModel, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocabulary"]:
     """Logits at all positions of the plain forward pass, in float32 whatever the weights' type."""
-    with in_float32(loaded.model):
-        found: Tensor = loaded.model(input_ids=ids.to(loaded.device), use_cache=False).logits
+    embeddings: Any = model.get_input_embeddings()
+    where = embeddings.weight.device
+    ids = ids.to(embeddings._hf_hook.execution_device if where.type == "meta" else where)
+    with in_float32(model):
+        found: Tensor = model(input_ids=ids, use_cache=False).logits
     return found.float().cpu()
 
 

@@ -11,6 +11,7 @@ projection of removed FFNs with its bias.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from headcount.errors import OptionError
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel
+from headcount.model.read import quiet
 from headcount.model.removed import base_of
 from headcount.removal.slicing import Plan, Walk, fill_rest, planned, put, tensors
 
@@ -113,7 +115,7 @@ def _built(
     """The class built without weights, or why it has not the shape."""
     of_base: Any = base
     try:
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):
             made: PreTrainedModel = of_base._from_config(of_base.config_class(**settings)).eval()
     except (*FAILURES, StrictDataclassError) as error:
         return None, f"its config takes no such numbers ({' '.join(str(error).split())[:160]})"
@@ -134,7 +136,7 @@ def _filled(plan: Plan, made: PreTrainedModel) -> PreTrainedModel:
     for name, value in tensors(plan.empty).items():
         put(made, name, value.detach())
     made.tie_weights()
-    made.generation_config = plan.loaded.model.generation_config
+    made.generation_config = copy.deepcopy(plan.loaded.model.generation_config)
     return made
 
 
