@@ -105,10 +105,8 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the input embeddings (the one they run on, where they are offloaded)."""
-        embeddings: Any = self.model.get_input_embeddings()
-        device: torch.device = embeddings.weight.device
-        return device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
+        """Where token ids go."""
+        return input_device(self.model)
 
     @property
     def max_length(self) -> int:
@@ -120,6 +118,13 @@ class LoadedModel:
         said = getattr(self.tokenizer, "model_max_length", None)
         # transformers writes int(1e30) for "unset".
         return int(said) if said is not None and said < int(1e30) else _WINDOW
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: the device of the input embeddings (the one they run on, where they are offloaded)."""
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    return device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
 
 
 def load(

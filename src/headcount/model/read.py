@@ -15,7 +15,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,10 +54,10 @@ class Wanted:
     dtype: str | torch.dtype
     device_map: str
     attn_implementation: str | None
-    trust_remote_code: bool
-    tokenizer: str | None
-    names: Names
-    apply_chat_template: bool
+    trust_remote_code: bool = False
+    tokenizer: str | None = None
+    names: Names = field(default_factory=Names)
+    apply_chat_template: bool = False
 
 
 def read(

@@ -17,6 +17,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from headcount.removal.weights_on_disk import give_back
+
 # Weights of more numbers are cast some rows at a time.
 _LARGE, _ROWS = 2**26, 2**12
 Kept = list[tuple[Any, str, Any]]
@@ -114,6 +116,8 @@ def _cast(module: nn.Module, held: set[int]) -> Iterator[None]:
         held.difference_update(mine)
         kept.clear()
         mine.clear()
+        if inner is not None:  # weights came from the disk: what they took would be kept for others of their size
+            give_back()
 
     handles = [module.register_forward_pre_hook(before, prepend=True),
                module.register_forward_hook(after, always_call=True)]

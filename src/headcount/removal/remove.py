@@ -18,14 +18,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from headcount.errors import ModelError, OptionError, named
 from headcount.mask_file import MaskFile, check_mask
 from headcount.masks import Mask, ffns_named
 from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.hooks import ablated
-from headcount.model.load import LoadedModel, load, wrap
+from headcount.model.load import LoadedModel, input_device, wrap
 from headcount.model.placement import DISK
+from headcount.model.read import Wanted, quiet, read
+from headcount.model.source import find
 from headcount.removal import certificate, stock
 from headcount.removal.cost import Savings, savings, unsaved
 from headcount.removal.save import check_place, write_transformers, written
@@ -139,7 +142,7 @@ class Removed:
         plan.empty.generation_config = copy.deepcopy(loaded.model.generation_config)
         made = wrap(plan.empty, loaded.tokenizer, f"{loaded.name} (removed)")
         made = dataclasses.replace(made, apply_chat_template=loaded.apply_chat_template)
-        _check(made, ids, self._masked_logits(ids), "in memory")
+        _check(made.model, ids, self._masked_logits(ids), "in memory")
         return made
 
     def save(
@@ -199,11 +202,11 @@ class Removed:
     def _reloaded(self, folder: Path, ids: Tensor, expected: Tensor) -> dict[str, Any]:
         """The proof that the folder, read again, is the masked model."""
         loaded = self.loaded
-        left = on_disk(loaded.model)
-        again = load(folder, dtype=str(loaded.model.dtype).removeprefix("torch."),
-                     device=None if left else str(loaded.device), device_map=DISK if left else None,
-                     attn_implementation=loaded.model.config.get_text_config()._attn_implementation)
-        error = _check(again, ids, expected, "loaded again")
+        place = DISK if on_disk(loaded.model) else str(loaded.device)
+        kernel = loaded.model.config.get_text_config()._attn_implementation
+        with quiet():
+            model, _, _ = read(find(str(folder), None), Wanted(str(folder), loaded.model.dtype, place, kernel))
+        error = _check(model, ids, expected, "loaded again")
         return _proof("logits of the whole model, loaded again from the files", error, _RANGE)
 
 
@@ -244,16 +247,16 @@ def prompts(loaded: LoadedModel) -> Tensor:
     return torch.stack(rows)
 
 
-def _check(small: LoadedModel, ids: Tensor, expected: Tensor, where: str) -> float:
+def _check(small: PreTrainedModel, ids: Tensor, expected: Tensor, where: str) -> float:
     """How far the smaller model's logits are from the masked model's; too far is refused."""
     try:
         with torch.no_grad():  # in its own type: what is proved is proved in float32
-            small.model(input_ids=ids[:1].to(small.device), use_cache=False)
-        error = logits_apart(logits_of(small.model, ids), expected)
+            small(input_ids=ids[:1].to(input_device(small)), use_cache=False)
+        error = logits_apart(logits_of(small, ids), expected)
     except FAILURES as failure:
-        raise not_known(small.model, f"{where}, the smaller model does not run ({named(failure)})") from failure
+        raise not_known(small, f"{where}, the smaller model does not run ({named(failure)})") from failure
     if not error <= TOLERANCE:
-        raise not_known(small.model, f"{where}, the smaller model's logits differ from the masked model's by "
+        raise not_known(small, f"{where}, the smaller model's logits differ from the masked model's by "
                         f"{error:.1e} of their spread, where {TOLERANCE:.0e} is allowed")
     return error
 

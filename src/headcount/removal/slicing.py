@@ -26,7 +26,7 @@ from headcount.errors import ModelError, listed, named
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.hooks import layer_ablated
-from headcount.model.load import LoadedModel
+from headcount.model.load import LoadedModel, input_device
 from headcount.model.removed import FORMAT, base_of, name_code, narrowed
 from headcount.removal.in_float32 import as_float32, in_float32
 from headcount.removal.layouts import Cut, cut, merged
@@ -236,11 +236,8 @@ class Walk:
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocabulary"]:
     """Logits at all positions of the plain forward pass, in float32 whatever the weights' type."""
-    embeddings: Any = model.get_input_embeddings()
-    where = embeddings.weight.device
-    ids = ids.to(embeddings._hf_hook.execution_device if where.type == "meta" else where)
     with in_float32(model):
-        found: Tensor = model(input_ids=ids, use_cache=False).logits
+        found: Tensor = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
     return found.float().cpu()
 
 
