@@ -243,10 +243,10 @@ def _memory() -> list[str]:
     return [f"A Llama of {r['parameters'] / 1e9:.2f} billion parameters (random {r['dtype'].removeprefix('torch.')} "
             f"weights, on the disk; {r['date']}, {r['machine']}, {r['cores']} cores): half of its heads and six of "
             f"its 32 FFNs are removed, {r['written_gb']:.1f} GB written, and every block proved, and the model that "
-            f"was written, in {r['seconds']:.0f} s. The process held {r['peak_mb']:,.0f} MB at its peak, files that are mapped "
-            f"included: {r['base_mb']:,.0f} MB once the model was opened, and "
-            f"{r['peak_mb'] - r['base_mb']:,.0f} MB more, where two "
-            f"blocks are {2 * r['block_mb']:,.0f} MB (goal: at most {allowed:,.0f} MB in all).", ""]
+            f"was written, in {r['seconds']:.0f} s. The process held {r['peak_mb']:,.0f} MB at its peak, files that "
+            f"are mapped included: {r['base_mb']:,.0f} MB once the model was opened, and "
+            f"{r['peak_mb'] - r['base_mb']:,.0f} MB more, where two blocks are {2 * r['block_mb']:,.0f} MB (goal: at "
+            f"most {allowed:,.0f} MB in all).", ""]
 
 
 def _gone(row: Row) -> str:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headcount.engine.blocks import Block, Call, entered, finished, first, learned
+from headcount.engine.blocks import Block, Call, entered, first, learned
 from headcount.engine.step import is_mutable, owned
 from headcount.errors import ModelError, listed, named
 from headcount.masks import Mask
@@ -149,7 +149,6 @@ def _as_typed(empty: PreTrainedModel, model: PreTrainedModel, blocks: str, cuts:
 # How far apart two computations of one thing may be, in float32: standard deviations of a block's output, or of the
 # range of logits.
 TOLERANCE = 1e-4
-Filled = Callable[[nn.Module, int], None]
 
 
 class Walk:
@@ -167,13 +166,9 @@ class Walk:
     def __init__(self, plan: Plan, ids: Int[Tensor, "batch pos"]) -> None:
         self.plan, self.ids, self.worst = plan, ids.to(plan.loaded.device), 0.0
         self._blocks = plan.parts
-        self._hidden: Tensor | None = None
 
-    def blocks(self, filled: Filled | None = None) -> Iterator[tuple[int, nn.Module]]:
+    def blocks(self) -> Iterator[tuple[int, nn.Module]]:
         """The smaller blocks with their weights, one after another, each already compared.
-
-        Args:
-            filled: Gives a block its weights; by default they are cut out of the model's.
 
         Raises:
             ModelError: If a smaller block is not the masked model's.
@@ -188,16 +183,12 @@ class Walk:
                 own = Call(*owned(call, copies))  # before the masked block writes into what it hands to later ones
                 masked = self._masked(i, hidden, call)
                 twin = twins.get_submodule(str(i))
-                if filled is None:
-                    fill(twin, plan.cuts[i], block.part.block, hidden.device)
-                else:
-                    filled(twin, i)
+                fill(twin, plan.cuts[i], block.part.block, hidden.device)
                 self._compare(i, twin, hidden, own, masked)
                 hidden = masked
                 yield i, twin
                 if on_disk(model):
                     give_back()
-        self._hidden = hidden
 
     def _masked(self, number: int, hidden: Tensor, call: Call) -> Tensor:
         plan, part = self.plan, self._blocks[number].part
@@ -222,15 +213,6 @@ class Walk:
             raise not_known(plan.loaded.model, f"block {number}, made smaller, puts out something else than under the "
                             f"mask (by {error:.1e} standard deviations)")
         self.worst = max(self.worst, error)
-
-    def logits(self) -> Float[Tensor, "batch pos vocabulary"]:
-        """The masked model's logits, after all blocks were passed."""
-        if self._hidden is None:
-            raise ValueError("not all blocks were passed")
-        rows = self._hidden.reshape(-1, self._hidden.shape[-1])
-        with torch.no_grad(), in_float32(self.plan.loaded.model):
-            (_, logits), = finished(self.plan.loaded.model, self._blocks, [(None, rows)])
-        return logits.reshape(*self.ids.shape, -1).float().cpu()
 
 
 @torch.no_grad()
