@@ -210,7 +210,8 @@ def _removal(rows: list[Row]) -> str:
         "intervals. One order for all of them, by mean importance (heads by gradient, FFNs by oracle) on "
         f"{EXAMPLES} examples each.", "",
         "![Accuracy against the time of a prefill: heads removed alone, FFNs alone, and both](images/removal-time.png)",
-        "", "*Labels: heads removed / FFNs removed, in %. Vertical lines: 95 % intervals.*", "",
+        "", "*The line joins points that none beats in both, labelled with heads removed / "
+             "FFNs removed, in %. Vertical lines: 95 % intervals.*", "",
         "| heads / FFNs removed | parameters, M | weights, MB | cache, MB | peak, MB | accuracy | difference, points |",
         "|---|" + "--:|" * 6]
     for r in points:

@@ -145,7 +145,7 @@ def share_of_promise(row: Row) -> float:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy against the seconds of a prefill."""
+    """Accuracy against the time of a prefill; a line joins the points that none beats in both."""
     import altair as alt
     import pandas as pd
 
@@ -158,6 +158,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
          "high": r["high"], "time": 100 * (r["sides"]["full"]["prefill"] / r["sides"]["removed"]["prefill"]
                                            if "sides" in r else 1.0),
          "label": f"{100 * r['heads']:.0f}/{100 * r['ffns']:.0f}"} for r in points])
+    frame = frame.sort_values("time", kind="stable", ignore_index=True)
+    front = frame[frame["accuracy"] > frame["accuracy"].cummax().shift(fill_value=-1.0)]
     base = alt.Chart(frame).encode(
         x=alt.X("time:Q", title="time of a prefill of 512 tokens (% of the full model's)",
                 scale=alt.Scale(zero=True)),
@@ -168,8 +170,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     accuracy = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
     bars = base.mark_rule(opacity=0.4).encode(y=alt.Y("low:Q", title="accuracy"), y2=alt.Y2("high:Q"))
     marks = base.mark_point(filled=True, opacity=1, size=70).encode(y=accuracy, shape=shape)
-    text = base.mark_text(dx=7, dy=-7, align="left", fontSize=10).encode(y=accuracy, text=alt.Text("label:N"))
-    chart = dressed(alt.layer(bars, marks, text).properties(width=620, height=340))
+    best = alt.Chart(front).encode(x=alt.X("time:Q"), y=accuracy)
+    line = best.mark_line(interpolate="step-after", color="#59616b", strokeWidth=1.5)
+    text = best.mark_text(dx=-6, dy=-7, align="right", fontSize=10, color="#59616b").encode(text=alt.Text("label:N"))
+    chart = dressed(alt.layer(bars, line, marks, text).properties(width=620, height=340))
     figure = description(lambda: chart)
     if figure is not None:
         save(figure, path)[1].unlink()

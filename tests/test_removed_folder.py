@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 import dataclasses
+import inspect
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from headcount.errors import ModelError, OptionError
 from headcount.mask_file import MaskFile
 from headcount.masks import Mask
 from headcount.model.load import LoadedModel, load, wrap
-from headcount.removal.remove import remove
+from headcount.removal.remove import Format, remove
 from headcount.removal.save import check_place
 from headcount.removal.weights_on_disk import too_large
 
@@ -77,6 +78,37 @@ def test_a_smaller_model_is_saved_with_its_code_by_whoever_holds_it(full: Path, 
         found = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
         torch.testing.assert_close(found(input_ids=ids).logits, one.model(input_ids=ids).logits)
         assert (tmp_path / name / "modeling_headcount.py").read_text() == (small / "modeling_headcount.py").read_text()
+
+
+@pytest.mark.parametrize("format", ["transformers", "stock", "masked"])
+def test_what_the_card_says_of_loading_runs_as_it_stands(
+    format: Format, full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a question that a person must answer."""
+    loaded = load(full)
+    mask = Mask.full(loaded.anatomy.heads_per_layer).without_heads([(i, h) for i in range(3) for h in (0, 1)])
+    folder = remove(loaded, mask).save(tmp_path / "small", format=format)
+    card = (folder / "README.md").read_text()
+    snippet = card.split("```python\n")[1].split("```")[0].replace("FOLDER", repr(str(folder)))
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question"))
+    found: dict[str, Any] = {}
+    exec(snippet, found)  # noqa: S102
+    assert found["tokenizer"]("a word")["input_ids"] == loaded.tokenizer("a word")["input_ids"]
+    assert found["model"](input_ids=tokens()).logits.shape[-1] == tiny.VOCAB
+    assert "Nothing says how the mask was chosen" in card
+    assert "was not compared with the full model" in card
+
+
+def test_a_choice_is_no_mask_and_says_what_is(study: Path, full: Path) -> None:
+    chosen = hc.open_study(study).mask(heads=0.5)
+    loaded = load(full)
+    with pytest.raises(OptionError, match=r"study\.mask\(\.\.\.\)\.file, not by a Choice"):
+        inspect.unwrap(hc.remove)(loaded, chosen)  # in tests, types are checked before it is called
+    assert hc.remove(loaded, chosen.file).source["study"]
+    with pytest.raises(OptionError, match="nothing goes: measured are"):
+        hc.open_study(study).mask(heads=0.0)
+    with pytest.raises(OptionError, match=r"not 50\.0 \(50 % is 0\.5\)"):
+        hc.open_study(study).mask(parameters=50.0)
 
 
 def test_one_model_has_one_identity_in_memory_and_in_its_folder(full: Path, small: Path) -> None:
@@ -131,7 +163,9 @@ def test_what_is_gone_stands_in_no_tools_way(small: Path) -> None:
     assert all(torch.isfinite(p.grad).all() for p in adapted.parameters() if p.grad is not None)
 
 
-def test_names_that_no_folder_can_have_are_one_line_before_anything_is_done(tmp_path: Path) -> None:
+def test_names_that_no_folder_can_have_are_one_line_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     os.symlink(tmp_path / "nowhere", tmp_path / "link")
     for name, said in (("x" * 300, "no folder can have the name"), ("file/small", "is a file"),
@@ -139,6 +173,10 @@ def test_names_that_no_folder_can_have_are_one_line_before_anything_is_done(tmp_
         with pytest.raises(OptionError, match=said) as error:
             check_place(tmp_path / name, 10)
         assert len(str(error.value)) < 300
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(OptionError, match="nothing may be written into"):
+            check_place(tmp_path / "new", 10)
     longest = tmp_path / "deep" / ("y" * 255)
     loaded = tiny.loaded()
     assert load(remove(loaded, some(loaded.anatomy)).save(longest)).anatomy.num_heads == 7
@@ -172,7 +210,9 @@ def test_an_edited_mask_is_confirmed_on_documents_that_its_study_did_not_read(
     edited.write_text(json.dumps(told))
     command = ["remove", str(full), "--mask", str(edited), "--study", str(study), "--out"]
     assert tiny.run([*command, str(tmp_path / "small")]) == 0
-    assert "On 22 other documents of piqa" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "On 22 other documents of piqa" in said
+    assert "was edited by hand" in said
     certificate = json.loads((tmp_path / "small" / "headcount.json").read_text())
     assert certificate["removed"]["heads"] == told["removed_heads"]
     assert "edited by hand" in certificate["chosen"]["sentence"]

@@ -208,7 +208,8 @@ def mask(
 
     Args:
         folder: The study folder, as --out named it.
-        asked: As for `headcount report`.
+        asked: Where the folder was asked for different things: the number of one of them, 1 for the first; by default
+            the last.
     """
     from headcount.analysis.study import open_study
 
@@ -230,15 +231,21 @@ def remove(
     """
     from headcount import terminal
     from headcount.analysis.study import open_study
+    from headcount.model.held import in_files
 
     study = None if spec.study is None else open_study(spec.study, spec.asked)
     if spec.mask is not None:
         file, num_fewshot = _mask_of(spec.mask, choice), None
+        if isinstance(said := file.source.get("sentence"), str):
+            terminal.print_sentence(said)
     elif study is not None:
         chosen = study.choose(choice or ChoiceSpec())
         file, num_fewshot = chosen.file, chosen.num_fewshot
         terminal.print_sentence(chosen.describe())
     removed = _removed(spec, file, study)
+    timed_too = spec.speed and not in_files(removed.loaded.model)
+    if spec.speed and not timed_too:
+        terminal.print_note("the weights stay on the disk, so nothing is timed")
     terminal.print_savings(removed, spec.format, told=spec.mask is None)
     if spec.dry_run or spec.out is None:
         return
@@ -246,7 +253,7 @@ def remove(
     if not spec.skip_confirm:
         compared = _compared(spec, removed, study, num_fewshot)
     with terminal.reporter() as reporter:
-        if spec.speed:
+        if timed_too:
             from headcount.removal.speed import measured_speed, sides_of
 
             reporter.stage("timing full, masked and removed")
@@ -363,11 +370,11 @@ def _compared(
 ) -> dict[str, Any] | None:
     """Full and removed model compared, which is told; None where the weights stay on the disk."""
     from headcount import terminal
+    from headcount.model.held import in_files
     from headcount.removal.comparison import compare
     from headcount.removal.confirm import facts_of
-    from headcount.removal.weights_on_disk import on_disk
 
-    if on_disk(removed.loaded.model):
+    if in_files(removed.loaded.model):
         terminal.print_note("the weights stay on the disk, so full and removed model are not compared on other "
                             "documents, a text and prompts")
         return None

@@ -316,6 +316,7 @@ def print_savings(removed: Removed, format: Format, *, told: bool) -> None:
 
 def print_removed(folder: Path) -> None:
     """What was written, what was proved of it, and how it is loaded."""
+    from headcount.removal.card import trust
     from headcount.removal.certificate import certificate_of
 
     told = certificate_of(folder)
@@ -326,8 +327,7 @@ def print_removed(folder: Path) -> None:
     for proof in told["proofs"]:
         print_sentence(f"proved: {proof['what']}, differs from the masked model by at most "
                        f"{proof['largest']:.1e} {proof['in']} ({proof['tolerance']:.0e} is allowed)")
-    trust = ", trust_remote_code=True" if told["written_as"] == "transformers" else ""
-    print_sentence(f"{folder} is written: AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust}), or "
+    print_sentence(f"{folder} is written: AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust(told)}), or "
                    f"headcount.load({str(folder)!r})")
 
 
@@ -472,6 +472,8 @@ def print_comparison(compared: Comparison) -> None:
         _print_confirmation(compared.accuracy)
         sentence = compared.accuracy.sentence
         out(f"{sentence[:1].upper()}{sentence[1:]}.")
+    else:
+        out("Accuracy was not compared: only a study says which documents chose nothing (--study beside --mask).")
     full, removed = compared.full, compared.removed
     out(f"Perplexity of a text of {full.tokens:,} tokens: full {full.perplexity:.4g}, removed "
         f"{removed.perplexity:.4g}; bits per byte: full {full.bits_per_byte:.3f}, removed {removed.bits_per_byte:.3f}.")

@@ -156,6 +156,8 @@ def choose(
     else:
         found = _at(rows, float(spec.heads or 0.0), float(spec.ffns or 0.0), place)
     row = _as_dict(rows.iloc[found])
+    if not row["parameters_removed"]:
+        raise OptionError(f"at that point nothing goes: {_steps(rows)}", fields=("heads", "ffns", "parameters"))
     same = [_as_dict(one) for _, one in everywhere[everywhere["mask"] == row["mask"]].iterrows()]
     choice = Choice(
         MaskFile(masks[row["mask"]], model, identity), way, asked, order, donor.scope == ALL_TASKS, k,
@@ -236,8 +238,8 @@ def _parameters(rows: pd.DataFrame, share: float, place: str) -> int:
     found = rows[left <= share + _EQUAL]
     if found.empty:
         least = rows.iloc[int(left.to_numpy().argmin())]
-        raise OptionError(f"no measured point leaves at most {share:.3g} of the `parameters` {place}; the one that "
-                          f"leaves least, {_named(least)}, leaves {left.min():.3f}: {_measured(least)}. "
+        raise OptionError(f"no measured point {place} leaves at most {share:.3g} of the parameters (`parameters`); the "
+                          f"one that leaves least, {_named(least)}, leaves {left.min():.3f}: {_measured(least)}. "
                           "Measure larger `fractions`, or a grid", fields=("parameters", "fractions"))
     best = found[found["difference"] >= found["difference"].max() - _EQUAL]
     return _fewest(best)
@@ -247,6 +249,15 @@ def _at(rows: pd.DataFrame, heads: float, ffns: float, place: str) -> int:
     found = rows[((rows["heads_fraction"] - heads).abs() < _TOLD) & ((rows["ffns_fraction"] - ffns).abs() < _TOLD)]
     if len(found):
         return int(found.index.to_numpy()[0])
+    joint = ((rows["heads_fraction"] > 0) & (rows["ffns_fraction"] > 0)).any()
+    hint = ("" if joint or not (heads and ffns) else "; a grid by the order of all tasks is measured with `measure` "
+            "curves grid and `grid_order` mean")
+    raise OptionError(f"`heads` {heads:.3g} with `ffns` {ffns:.3g} was not measured {place}; {_steps(rows)}"
+                      f"{hint}", fields=("heads", "ffns", "measure", "grid_order"))
+
+
+def _steps(rows: pd.DataFrame) -> str:
+    """Which points were measured."""
     alone = [(f"{name} alone at", [f"{f:.3g}" for f in rows.loc[(rows[other] == 0) & (rows[column] > 0), column]])
              for name, column, other in (("heads", "heads_fraction", "ffns_fraction"),
                                          ("FFNs", "ffns_fraction", "heads_fraction"))]
@@ -254,10 +265,7 @@ def _at(rows: pd.DataFrame, heads: float, ffns: float, place: str) -> int:
     joint = [f"{h:.3g} and {f:.3g}" for h, f in zip(both["heads_fraction"], both["ffns_fraction"], strict=True)]
     steps = (*alone, ("both at", [few(joint, "pairs", 8)] if joint else []))
     there = [f"{what} {' '.join(shares)}" for what, shares in steps if shares]
-    hint = ("" if joint or not (heads and ffns) else "; a grid by the order of all tasks is measured with `measure` "
-            "curves grid and `grid_order` mean")
-    raise OptionError(f"`heads` {heads:.3g} with `ffns` {ffns:.3g} was not measured {place}; measured are "
-                      f"{'; '.join(there)}{hint}", fields=("heads", "ffns", "measure", "grid_order"))
+    return f"measured are {'; '.join(there)}"
 
 
 def _fewest(rows: pd.DataFrame) -> int:

@@ -139,13 +139,15 @@ def _logits(
 ) -> Iterator[tuple[Owner, Float[Tensor, "kept vocabulary"]]]:
     if not waiting:
         return
-    logits = _after_blocks(model, blocks, torch.cat([kept for _, kept in waiting])).logits[:, 0]
+    logits: Any = logits_of_vectors(model, blocks, torch.cat([kept for _, kept in waiting]))
     for (owner, _), part in zip(waiting, logits.split([len(kept) for _, kept in waiting]), strict=True):
         yield owner, part
 
 
-def _after_blocks(model: PreTrainedModel, blocks: Sequence[Block], hidden: Float[Tensor, "vector d_model"]) -> Any:
-    """The model's output where the last block puts out these vectors, each at a position of its own."""
+def logits_of_vectors(
+    model: PreTrainedModel, blocks: Sequence[Block], hidden: Float[Tensor, "vector d_model"]
+) -> Float[Tensor, "vector vocabulary"]:
+    """Logits where the last block puts out these vectors, each at a position of its own."""
     # One token a row: no position is beyond the window, and models that reshape to their input's shape can.
     rows = hidden[:, None]
 
@@ -159,7 +161,8 @@ def _after_blocks(model: PreTrainedModel, blocks: Sequence[Block], hidden: Float
     with replaced({block.part.block: passed(block) for block in blocks}):
         embeddings: Any = model.get_input_embeddings()
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=_device(embeddings))
-        return model(input_ids=ids, use_cache=False)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, 0]
+        return logits
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from jaxtyping import Float, Int
 from headcount.engine import budget as budgets
 from headcount.engine import neighbours
 from headcount.engine.encode import Request
+from headcount.engine.examples import ExampleScores, example_scores
 from headcount.engine.forward import (
     Progress,
     Sums,
@@ -34,16 +36,17 @@ from headcount.engine.forward import (
     places_of,
     plain_loglikelihoods,
 )
-from headcount.engine.gradients import ExampleScores, example_scores
 from headcount.engine.layout import Layout, probe
 from headcount.engine.pack import Batch, Budget, Cost, batches, pack
 from headcount.engine.proof import numbers_apart, verify_gradients, verify_scoring, verify_sweep
+from headcount.engine.stream import stream_of
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
 from headcount.model.contracts import ContractResult, probe_tokens, verify
 from headcount.model.finite import first_no_number
+from headcount.model.held import in_files
 from headcount.model.hooks import ablated, lifted
 from headcount.model.load import LoadedModel
 
@@ -230,6 +233,8 @@ class Engine:
         self._check_mode()
         packed = requests if isinstance(requests, Packed) else self.pack(requests)
         masks = masks or [Mask.full(self._loaded.anatomy.heads_per_layer)]
+        if self.streams and self.sweep_contract.holds:
+            return self._streamed(packed, masks, columns, progress)
         if len(masks) > 1 and self.sweep_contract.holds:
             return self._swept(packed, masks, columns, progress)
         return self._one_by_one(packed, masks, columns, progress)
@@ -300,6 +305,11 @@ class Engine:
         cost: Cost | None = budgets.kept_cost(self._loaded)
         return budgets.budget_for(self._loaded, budgets.timed_cost(self._loaded, self.layout) if cost is None else cost)
 
+    @property
+    def streams(self) -> bool:
+        """Whether the model's weights lie in files, and are read block by block."""
+        return in_files(self._loaded.model)
+
     @functools.cached_property
     def _sweep(self) -> Sweep:
         """Kept with what it learns of the model's outputs in a pass of its own."""
@@ -316,6 +326,31 @@ class Engine:
                     columns=columns, progress=progress))
         layer_tokens = self._loaded.anatomy.num_layers * len(masks) * packed.tokens
         return Likelihoods(np.stack([x for x, _ in results]), np.stack([g for _, g in results]), layer_tokens)
+
+    def _streamed(
+        self, packed: Packed, masks: Sequence[Mask], columns: int | None, progress: Progress | None
+    ) -> Likelihoods:
+        stream, waiting, layer_tokens, told = stream_of(self._loaded), deque(packed.batches), 0, 0
+        if stream is None:
+            raise ValueError("only a model whose weights lie in files is streamed")
+        sums = Sums(len(masks), packed.num_requests)
+        blocks, inputs = len(stream.blocks), functools.partial(
+            model_inputs, self._loaded, tree_mask=packed.layout.tree_mask)
+        while waiting:
+            waves = stream.enter(waiting, inputs, len(masks), len(set(masks)))
+            tokens, before = sum(wave.batch.tokens for wave in waves) * len(masks), told
+            for layer in stream.through(waves, masks):
+                done = before + tokens * (layer + 1) // blocks
+                if progress is not None and done > told:
+                    progress(done - told)
+                told = done
+            places = [places_of(wave.batch, self._loaded.device) for wave in waves]
+            logits = stream.leave(waves, [(rows, positions) for rows, positions, _ in places])
+            for wave, (_, _, which), of_wave in zip(waves, places, logits, strict=True):
+                layer_tokens += wave.layer_tokens
+                for members, some in of_wave:
+                    sums.add(members, wave.batch, logprobs_of(some, wave.batch, which, columns))
+        return Likelihoods(*sums.totals(), layer_tokens)
 
     def _swept(
         self, packed: Packed, masks: Sequence[Mask], columns: int | None, progress: Progress | None

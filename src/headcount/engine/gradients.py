@@ -26,85 +26,90 @@ of lower layers pass the norm itself.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headcount.engine.forward import Progress, Told, in_memory
 from headcount.engine.pack import Batch
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, few
+from headcount.model.anatomy import LayerAnatomy
 from headcount.model.circuits import parts_behind_norm
 from headcount.model.devices import on_device
-from headcount.model.hooks import Activations, captured, frozen, scored_only
+from headcount.model.hooks import Activations, captured, scored_only
 from headcount.model.load import LoadedModel
-from headcount.model.norms import norm_of_nothing
+from headcount.model.norms import LayerNorms, norm_of_nothing
+
+Scores = tuple[Float[Tensor, "score example head"], Float[Tensor, "score example ffn"]]
 
 
-class ExampleScores(NamedTuple):
-    """The two scores, "position" and "example" in this order, of every example in nats; heads by layer, then index."""
-
-    heads: Float[np.ndarray, "score=2 example head"]
-    ffns: Float[np.ndarray, "score=2 example ffn"]
-
-
-def example_scores(
-    loaded: LoadedModel, packed: Sequence[Batch], num_examples: int, progress: Progress | None = None
-) -> ExampleScores:
-    """Scores of all heads and FFNs for every example; whether they are numbers is the caller's to look at.
-
-    Args:
-        loaded: The model.
-        packed: Batches of single rows, each an example.
-        num_examples: How many examples they hold.
-        progress: Called with the number of tokens after each batch.
-
-    Raises:
-        ModelError: If memory is too small for one example.
-    """
-    heads = np.zeros((2, num_examples, loaded.anatomy.num_heads))
-    ffns = np.zeros((2, num_examples, loaded.anatomy.num_layers))
-    with frozen(loaded.model):
-        measured = []
-        for batch, scores in in_memory(packed, lambda batch: batch_scores(loaded, batch), Told(progress)):
-            measured.append((batch.requests[np.unique(batch.rows, return_index=True)[1]], scores))
-    # Only now copied to the host: each copy waits for the device.
-    for examples, (of_heads, of_ffns) in measured:
-        heads[:, examples], ffns[:, examples] = of_heads.cpu().double().numpy(), of_ffns.cpu().double().numpy()
-    return ExampleScores(heads, ffns)
-
-
-def batch_scores(
-    loaded: LoadedModel, batch: Batch
-) -> tuple[Float[Tensor, "score example head"], Float[Tensor, "score example ffn"]]:
+def batch_scores(loaded: LoadedModel, batch: Batch) -> Scores:
     """The two scores of every row of a batch; parameters should be frozen."""
     rows, positions = on_device(batch.rows, loaded.device), on_device(batch.positions, loaded.device)
     catching = captured(loaded.anatomy, gradients=True, norms=loaded.norms)
     with torch.enable_grad(), catching as caught, scored_only(loaded.model, rows, positions):
-        logits = loaded.model(**model_inputs(loaded, batch), use_cache=False).logits[0].float()
-        targets = on_device(batch.targets, logits.device)
-        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        # Mean over each example's targets, then the sum over examples: rows do not touch one another.
-        weights = 1 / on_device(np.bincount(batch.rows)[batch.rows], losses.device).to(losses)
+        logits = loaded.model(**model_inputs(loaded, batch), use_cache=False).logits[0]
         # Heads behind a norm are reached from what it wrote.
         attention = [caught.attention.get(layer, z) for layer, z in enumerate(caught.heads)]
-        gradients = _gradients((losses * weights).sum(), [*attention, *caught.ffns], int(batch.lengths.max()))
-    mask = np.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
-    real = functools.cache(functools.partial(on_device, mask))
+        gradients = gradients_of(loss_of(logits, batch), [*attention, *caught.ffns], int(batch.lengths.max()))
     layers = len(caught.heads)
-    of_heads = (_head_parts(loaded, caught, layer, g) for layer, g in enumerate(gradients[:layers]))
-    of_ffns = (_ffn_parts(loaded, caught, layer, g) for layer, g in enumerate(gradients[layers:]))
+    real = real_positions(batch)
+    parts = [layer_scores(loaded, layer, caught, layer, (gradients[layer], gradients[layers + layer]), real)
+             for layer in range(layers)]
     # Where layers lie on several devices, the scores are brought together on the last one.
-    heads, ffns = ([_reduce(p, real(p.device)).to(logits.device) for p in parts] for parts in (of_heads, of_ffns))
+    heads, ffns = ([one.to(logits.device) for one in of] for of in zip(*parts, strict=True))
     return torch.cat(heads, -1), torch.cat(ffns, -1)
 
 
-def _gradients(loss: Float[Tensor, ""], of: Sequence[Tensor], length: int) -> tuple[Tensor, ...]:
-    """Gradients of heads' and FFNs' outputs, layer by layer.
+def loss_of(logits: Float[Tensor, "target vocabulary"], batch: Batch) -> Float[Tensor, ""]:
+    """The mean cross-entropy over each example's targets, summed over examples: rows do not touch one another."""
+    targets = on_device(batch.targets, logits.device)
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    weights = 1 / on_device(np.bincount(batch.rows)[batch.rows], losses.device).to(losses)
+    return (losses * weights).sum()
+
+
+def real_positions(batch: Batch) -> Callable[[torch.device], Bool[Tensor, "batch pos"]]:
+    """Which positions are no padding, on any device."""
+    mask = np.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
+    return functools.cache(functools.partial(on_device, mask))
+
+
+def layer_scores(
+    loaded: LoadedModel, layer: int, caught: Activations, place: int, gradients: tuple[Tensor, Tensor],
+    real: Callable[[torch.device], Bool[Tensor, "batch pos"]],
+) -> Scores:
+    """Both scores of one layer's heads and of its FFN.
+
+    Args:
+        loaded: The model.
+        layer: Which of its layers.
+        caught: What the layer put out.
+        place: Where that stands in it.
+        gradients: Of the loss, by what heads and the FFN put out.
+        real: From `real_positions`.
+    """
+    norms = loaded.norms.get(layer, LayerNorms())
+    heads, ffn = gradients
+    of_heads = _head_parts(loaded.anatomy.layers[layer], norms, caught, place, heads)
+    of_ffn = _ffn_parts(norms, caught.ffns[place], ffn)
+    return _reduce(of_heads, real(of_heads.device)), _reduce(of_ffn, real(of_ffn.device))
+
+
+def gradients_of(
+    loss: Float[Tensor, "*_"], of: Sequence[Tensor], length: int, by: Tensor | None = None, layer: int | None = None
+) -> tuple[Tensor, ...]:
+    """Gradients of heads' outputs of every layer, and then of FFNs'.
+
+    Args:
+        loss: What is differentiated.
+        of: By what: as many heads' outputs as FFNs'; of one layer alone, what it was given may stand behind the two.
+        length: Of the longest text.
+        by: The gradient of what `loss` is a part of, where it is no single number.
+        layer: Which layer it is, where it is one alone.
 
     Raises:
         ModelError: Where the model cuts them, as it may for long texts alone.
@@ -112,36 +117,38 @@ def _gradients(loss: Float[Tensor, ""], of: Sequence[Tensor], length: int) -> tu
     found: Sequence[Tensor | None] = [None] * len(of)
     reached = [i for i, tensor in enumerate(of) if tensor.requires_grad]
     if loss.requires_grad and reached:
-        given = dict(zip(reached, torch.autograd.grad(loss, [of[i] for i in reached], allow_unused=True), strict=True))
+        given = dict(zip(reached, torch.autograd.grad(loss, [of[i] for i in reached], by, allow_unused=True),
+                         strict=True))
         found = [given.get(i) for i in range(len(of))]
     # A layer that has lost all its heads has none to score.
     found = [torch.zeros_like(tensor) if not tensor.numel() else known for tensor, known in zip(of, found, strict=True)]
-    cut = [("heads" if i < len(of) // 2 else "FFN") + f" of layer {i % (len(of) // 2)}"
-           for i, gradient in enumerate(found) if gradient is None]
+    layers = 1 if layer is not None else len(of) // 2
+    cut = [("heads" if i < layers else "FFN") + f" of layer {layer if layer is not None else i % layers}"
+           for i, gradient in enumerate(found[: 2 * layers]) if gradient is None]
     if cut:
         raise ModelError(f"no gradient reaches the {few(cut)} where texts have {length} tokens: the model cuts it, and "
                          "cannot be scored by gradients")
-    return tuple(gradient for gradient in found if gradient is not None)
+    return tuple(torch.zeros_like(tensor) if gradient is None else gradient
+                 for tensor, gradient in zip(of, found, strict=True))
 
 
 def _head_parts(
-    loaded: LoadedModel, caught: Activations, layer: int, gradient: Float[Tensor, "batch pos *_"]
+    part: LayerAnatomy, norms: LayerNorms, caught: Activations, place: int, gradient: Float[Tensor, "batch pos *_"]
 ) -> Float[Tensor, "batch pos head"]:
-    z = caught.heads[layer].detach()
-    norm = loaded.norms[layer].attention if layer in caught.attention else None
+    z = caught.heads[place].detach()
+    norm = norms.attention if place in caught.attention else None
     if norm is None:
         return (z.float() * gradient.float()).sum(-1)
-    return parts_behind_norm(loaded.anatomy.layers[layer], norm, z, caught.attention[layer].detach(), gradient)
+    return parts_behind_norm(part, norm, z, caught.attention[place].detach(), gradient)
 
 
 def _ffn_parts(
-    loaded: LoadedModel, caught: Activations, layer: int, gradient: Float[Tensor, "batch pos d_model"]
+    norms: LayerNorms, ffn: Float[Tensor, "batch pos d_model"], gradient: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "batch pos 1"]:
-    z = caught.ffns[layer].detach().float()
-    norm = loaded.norms[layer].ffn if layer in loaded.norms else None
-    if norm is not None:
+    z = ffn.detach().float()
+    if norms.ffn is not None:
         # Without the FFN, a norm that has a bias still writes that.
-        z = z - norm_of_nothing(norm).to(z.device)
+        z = z - norm_of_nothing(norms.ffn).to(z.device)
     return (z * gradient.float()).sum(-1, keepdim=True)
 
 

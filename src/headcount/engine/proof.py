@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headcount.engine.encode import Request
+from headcount.engine.examples import example_scores
 from headcount.engine.forward import plain_loglikelihoods
-from headcount.engine.gradients import example_scores
 from headcount.engine.layout import TOLERANCE
 from headcount.engine.pack import Budget, batches, pack
 from headcount.engine.sweep import Sweep

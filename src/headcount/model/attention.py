@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headcount.errors import ModelError
 from headcount.model.anatomy import Anatomy
+from headcount.model.held import present
 
 # A layer, what its output projection reads (batch pos head d_head), and its attention (batch head pos pos).
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -133,7 +133,7 @@ def device_of(model: PreTrainedModel) -> torch.device:
 def embedded_tokens(model: PreTrainedModel) -> Int[np.ndarray, " token"]:
     """The ids of tokens whose embeddings are numbers: all but of damaged models."""
     embeddings: Any = model.get_input_embeddings()
-    with align_module_device(embeddings):
+    with present(embeddings):
         rows: Tensor = torch.isfinite(embeddings.weight.detach()).all(-1)
     return rows.nonzero().flatten().cpu().numpy()
 

@@ -17,6 +17,7 @@ padding that is zero and was not is told in a note; anything else is refused.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -108,7 +109,7 @@ def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Pa
                          f"this config, and drops (the first is {left[0]}): put back the config.json that belongs to "
                          "these weights; to measure what is left without them, load it with transformers and wrap it")
     _check_hidden(name, model, held)
-    _check_numbers(name, model, held)
+    _check_numbers(name, model, held, _quantisation(folder))
     _check_rotary(name, model, held)
     notes = _check_values(name, model, held)
     return notes if folder is None else (*notes, *_passed_over(files, files_passed_over(folder, files), held))
@@ -228,7 +229,16 @@ def _check_hidden(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -
             raise ModelError(f"{name} holds two tensors for one parameter, {other} and {key}: leave one of them out")
 
 
-def _check_numbers(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -> None:
+def _quantisation(folder: Path | None) -> str:
+    """The method by which the folder's config says that weights are quantised; empty where it says none."""
+    try:
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder is not None else {}
+        return str((told.get("quantization_config") or {}).get("quant_method", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _check_numbers(name: str, model: PreTrainedModel, held: Mapping[str, Held], quantised: str) -> None:
     """Refuse whole numbers where weights are fractions, and a quantisation that nobody undoes."""
     if getattr(model, "hf_quantizer", None) is not None:
         return
@@ -240,6 +250,9 @@ def _check_numbers(name: str, model: PreTrainedModel, held: Mapping[str, Held]) 
     floating = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
     for key, one in held.items():
         if one.is_coded and {key, f"{model.base_model_prefix}.{key}"} & floating:
+            if quantised:
+                raise ModelError(f"{name} is quantised ({quantised}), in a way that transformers does not run on this "
+                                 "device: load it where that runs, or dequantise the checkpoint first")
             raise ModelError(f"{name} holds whole or 8-bit numbers for {key}, as a quantised checkpoint does, and its "
                              "config says no quantisation: put back the config.json that belongs to these weights")
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -34,6 +33,7 @@ from headcount.model.attention import Visit, attention_seen, device_of, fed, one
 from headcount.model.damage import damaged
 from headcount.model.devices import doubled
 from headcount.model.finite import is_finite
+from headcount.model.held import present
 from headcount.model.hooks import ablated
 from headcount.model.norms import find_norms, zeros
 
@@ -228,7 +228,7 @@ def _run(model: PreTrainedModel, anatomy: Anatomy, rows: int, told: Mapping[str,
 def unembedding(model: PreTrainedModel, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_unembedding"]:
     """The output layer's rows of these tokens, in float32."""
     layer: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    with align_module_device(layer):
+    with present(layer):
         rows: Tensor = layer.weight.detach()[ids.to(layer.weight.device)].to(ids.device, torch.float32)
     return rows
 
@@ -236,7 +236,7 @@ def unembedding(model: PreTrainedModel, ids: Int[Tensor, "*batch"]) -> Float[Ten
 def unembedding_bias(model: PreTrainedModel, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """The output layer's biases of these tokens; zeros where it has none."""
     layer: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    with align_module_device(layer):
+    with present(layer):
         if getattr(layer, "bias", None) is None:
             return torch.zeros(ids.shape, device=ids.device)
         rows: Tensor = layer.bias.detach()[ids.to(layer.bias.device)].to(ids.device, torch.float32)
@@ -347,7 +347,7 @@ def _token_products(model: PreTrainedModel) -> Float[Tensor, "d_embedding d_unem
     """The sum over tokens of embedding times unembedding: all that is ever needed of the vocabulary."""
     embeddings: Any = model.get_input_embeddings()
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    with align_module_device(embeddings), align_module_device(output):
+    with present(embeddings), present(output):
         device = embeddings.weight.device
         pairs = zip(embeddings.weight.detach().split(8192), output.weight.detach().split(8192), strict=False)
         parts = [e[:n].float().T @ u[:n].to(device).float() for e, u in pairs for n in [min(len(e), len(u))]]

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,6 +32,7 @@ from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy, find_anatomy
 from headcount.model.attention import eager
 from headcount.model.devices import doubled
+from headcount.model.held import present
 from headcount.model.hooks import ablated, first_output, frozen
 from headcount.model.load import LoadedModel
 
@@ -174,7 +174,7 @@ def _trace_block(
 
 
 def _bias(projection: nn.Module) -> Tensor | None:
-    with align_module_device(projection):
+    with present(projection):
         bias = getattr(projection, "bias", None)
         return bias.detach().clone() if isinstance(bias, Tensor) else None
 

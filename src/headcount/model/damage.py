@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy
+from headcount.model.held import present
 
 
 def damaged(modules: Iterable[nn.Module], model: nn.Module) -> list[str]:
@@ -22,7 +22,7 @@ def damaged(modules: Iterable[nn.Module], model: nn.Module) -> list[str]:
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, str] = {}
     for module in (inner for outer in modules for inner in outer.modules()):
-        with align_module_device(module), torch.no_grad():
+        with present(module), torch.no_grad():
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 if not tensor.is_floating_point() or tensor.device.type == "meta":
                     continue
@@ -36,7 +36,7 @@ def damaged(modules: Iterable[nn.Module], model: nn.Module) -> list[str]:
 def holds_nan(modules: Iterable[nn.Module]) -> bool:
     """Whether any parameter of these modules holds NaN."""
     for module in (inner for outer in modules for inner in outer.modules()):
-        with align_module_device(module), torch.no_grad():
+        with present(module), torch.no_grad():
             if any(bool(torch.isnan(p).any()) for p in module.parameters(recurse=False)
                    if p.is_floating_point() and p.device.type != "meta"):
                 return True

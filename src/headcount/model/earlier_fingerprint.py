@@ -12,12 +12,12 @@ import json
 
 import numpy as np
 import torch
-from accelerate.utils import align_module_device
 from jaxtyping import Shaped, UInt64
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headcount.model.fingerprint import described
+from headcount.model.held import present
 
 _SAMPLED = 64
 # So many 64-bit numbers stay in a core's cache.
@@ -34,7 +34,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256(f"{type(model).__name__} {described(model.config)}".encode())
     for prefix, module in model.named_modules():
-        with align_module_device(module), torch.no_grad():
+        with present(module), torch.no_grad():
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             for name, tensor in own:
                 if name not in module._non_persistent_buffers_set:

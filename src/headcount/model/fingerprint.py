@@ -31,13 +31,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import align_module_device
 from platformdirs import user_cache_path
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from headcount.code_files import digests, own_files
 from headcount.errors import ModelError, first_line
+from headcount.model.held import present
 
 # Neither what the file was called, nor what the weights say better, changes what a model computes.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_commit_hash"}
@@ -118,7 +118,7 @@ def _unsaved(name: str, module: nn.Module) -> Iterator[str]:
     """Buffers of a module's own that are not saved, with their digests: masks, whole numbers, a single number."""
     if not module._non_persistent_buffers_set:
         return
-    with align_module_device(module), torch.no_grad():
+    with present(module), torch.no_grad():
         for key, tensor in module.named_buffers(recurse=False):
             plain = not tensor.is_floating_point() or tensor.numel() == 1
             if key in module._non_persistent_buffers_set and plain and tensor.device.type != "meta":
@@ -157,7 +157,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 def _of_module(named: tuple[str, nn.Module]) -> list[str]:
     """One line for each tensor of a module's own: name, shape, type and digest."""
     prefix, module = named
-    with align_module_device(module), torch.no_grad():
+    with present(module), torch.no_grad():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         return [f"{prefix}.{name}{part} {tuple(tensor.shape)} {tensor.dtype} {_digest(tensor)}"
                 for name, whole in own if name not in module._non_persistent_buffers_set

@@ -37,6 +37,7 @@ from headcount.model.fingerprint import (
     tokenizer_fingerprint,
     weights_digest,
 )
+from headcount.model.held import hold_blocks
 from headcount.model.norms import LayerNorms, find_norms
 from headcount.model.placement import DISK, dtype_of, placement
 from headcount.model.read import Wanted, check_config, quiet, read
@@ -63,6 +64,8 @@ class LoadedModel:
         provenance: What was loaded and with what; goes into JSON as it is.
         apply_chat_template: Whether prompts are put into the tokenizer's chat template, as lm-eval does.
         names: Names of the model's parts, as `load` was given them.
+        stream_memory: Where weights lie in files, how many bytes of batches may wait between two blocks; None: a
+            quarter of the memory that is free.
 
     Attributes:
         kept: What rooms above keep with this model, by their own type: the engine (`headcount.engine.engine`). It goes
@@ -78,6 +81,7 @@ class LoadedModel:
     provenance: Mapping[str, object]
     apply_chat_template: bool = False
     names: Names = dataclasses.field(default_factory=Names)
+    stream_memory: int | None = None
     kept: dict[type, object] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
@@ -301,6 +305,7 @@ def _loaded(
     _check_output(name, model)
     model.eval()  # type: ignore[no-untyped-call]
     anatomy = find_anatomy(model, names)
+    hold_blocks([part.block for part in anatomy.layers])
     notes = (*notes, *_tokenizer_notes(tokenizer))
     provenance = {
         "name": name, **told, "model_type": model.config.model_type, "class": type(model).__name__,

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.attention import device_of, embedded_tokens
+from headcount.model.held import present
 
 
 @dataclass(frozen=True)
@@ -92,5 +92,5 @@ def norm_of_nothing(norm: nn.Module) -> Float[Tensor, " d_model"]:
 
 def zeros(norm: nn.Module) -> Float[Tensor, " d_model"]:
     """Of the size, type and device that the norm works with."""
-    with align_module_device(norm):
+    with present(norm):
         return torch.zeros_like(next(norm.parameters()).detach())

@@ -8,10 +8,6 @@ from typing import Any
 
 from headcount.stats.words import percent
 
-_LOADED = {
-    "transformers": "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
-    "stock": "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
-    "masked": "model = AutoModelForCausalLM.from_pretrained(FOLDER)"}
 _IS = {
     "transformers": "Their weights are gone: the folder is standard safetensors, and one file of Python that makes the "
     "layers of the family's class smaller before they get weights.",
@@ -38,7 +34,8 @@ def card(told: Mapping[str, Any]) -> str:
             if saved["prefill_flops_left"] is not None else ""), ""]
     lines += ["## What it cost", "", *_cost(told), "", "## How to load it", "", "```python",
               "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-              _LOADED[told["written_as"]], "tokenizer = AutoTokenizer.from_pretrained(FOLDER)", "```", "",
+              f"model = AutoModelForCausalLM.from_pretrained(FOLDER{trust(told)})",
+              f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust(told)})", "```", "",
               "or with headcount, which runs no code from the folder: `headcount.load(FOLDER)`.", "",
               "`headcount check FOLDER` compares its logits with those that `expected.safetensors` holds.", "",
               "## What was proved", ""]
@@ -48,6 +45,11 @@ def card(told: Mapping[str, Any]) -> str:
               f"FFNs: {', '.join(removed['ffns']) or 'none'}.", ""]
     lines += [f"Note: {note}." for note in model["notes"]]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def trust(told: Mapping[str, Any]) -> str:
+    """What from_pretrained must be told besides the folder, of the model and of its tokenizer."""
+    return ", trust_remote_code=True" if told["written_as"] == "transformers" else ""
 
 
 def gone(told: Mapping[str, Any]) -> str:
@@ -68,12 +70,16 @@ def _front(told: Mapping[str, Any]) -> list[str]:
 def _cost(told: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     chosen, confirmation = told["chosen"], told["confirmation"]
+    if not chosen:
+        lines += ["Nothing says how the mask was chosen.", ""]
     if chosen:
         said = chosen.get("sentence") or f"the mask comes from {chosen.get('study') or 'a file'}."
         lines += [f"By what chose it: {said}", ""]
     if confirmation and confirmation.get("sentence"):
         said = confirmation["sentence"]
         lines += [f"{said[:1].upper()}{said[1:]}. No choice was made on these documents.", ""]
+    if confirmation and not confirmation.get("sentence"):
+        lines += ["It was not compared with the full model on documents: no study said which chose nothing.", ""]
     if confirmation:
         full, removed = (confirmation["perplexity"][side] for side in ("full", "removed"))
         writing = confirmation["writing"]

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from headcount.removal.weights_on_disk import give_back
+from headcount.engine.blocks import replaced
+from headcount.model.held import HeldWhileCalled, give_back, present
 
 # Weights of more numbers are cast some rows at a time.
 _LARGE, _ROWS = 2**26, 2**12
@@ -33,6 +33,8 @@ def in_float32(*models: nn.Module) -> Iterator[None]:
             if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
                 continue
             for module in model.modules():
+                if isinstance(getattr(module, "_hf_hook", None), HeldWhileCalled):
+                    undo.enter_context(replaced({module: module.__dict__["_old_forward"]}))
                 if type(module) is nn.Embedding:  # a look-up is exact, so that only its output is cast
                     undo.callback(module.register_forward_hook(lambda _, args, output: as_float32(output)).remove)
                 elif type(module) is nn.Linear and module.weight.numel() > _LARGE:
@@ -66,7 +68,7 @@ def _by_rows(module: nn.Linear) -> Iterator[None]:
     outer = module.__dict__.get("forward")
 
     def forward(hidden: Tensor) -> Tensor:
-        with align_module_device(module):
+        with present(module):
             weight, bias = module.weight.detach(), module.bias
             parts = [nn.functional.linear(hidden, weight[i : i + _ROWS].float(),
                                           None if bias is None else bias.detach()[i : i + _ROWS].float())
@@ -136,7 +138,7 @@ def _cast(module: nn.Module, held: set[int]) -> Iterator[None]:
 
 def _made_float32(module: nn.Module) -> Kept:
     """Put float32 in the place of a module's own tensors; gives back what was there."""
-    with align_module_device(module):
+    with present(module):
         made = {name: value.detach().float() for name, value in _own(module).items() if value.is_floating_point()}
     kept: Kept = []
     wheres: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)

@@ -24,6 +24,7 @@ from headcount.errors import ModelError, OptionError, named
 from headcount.mask_file import MaskFile, check_mask
 from headcount.masks import Mask, ffns_named
 from headcount.model.contracts import FAILURES, probe_tokens
+from headcount.model.held import in_files
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, input_device, wrap
 from headcount.model.placement import DISK
@@ -43,7 +44,6 @@ from headcount.removal.slicing import (
     not_known,
     planned,
 )
-from headcount.removal.weights_on_disk import on_disk
 
 Format = Literal["transformers", "stock", "masked"]
 FORMATS: tuple[Format, ...] = ("transformers", "stock", "masked")
@@ -111,7 +111,7 @@ class Removed:
         if format not in FORMATS:
             raise OptionError(f"`format` is one of {', '.join(FORMATS)}, not {format!r}", fields=("format",))
         saved = self.savings_as(format)
-        if format != "transformers" and on_disk(self.loaded.model):
+        if format != "transformers" and in_files(self.loaded.model):
             raise ModelError(f"the weights of {self.loaded.name} lie on the disk, and only `format='transformers'` is "
                              "written block by block: load it into memory with `device='cpu'`",
                              fields=("format='transformers'", "device='cpu'"))
@@ -131,7 +131,7 @@ class Removed:
             ModelError: If they are not the same, or the weights of the full model lie on the disk.
         """
         loaded = self.loaded
-        if on_disk(loaded.model):
+        if in_files(loaded.model):
             raise ModelError(f"the weights of {loaded.name} lie on the disk: save the smaller model and load that")
         # A plan of its own: what is saved later is counted, and cut, from one that has no weights.
         ids, plan = prompts(loaded), planned(loaded, self.mask)
@@ -202,7 +202,7 @@ class Removed:
     def _reloaded(self, folder: Path, ids: Tensor, expected: Tensor) -> dict[str, Any]:
         """The proof that the folder, read again, is the masked model."""
         loaded = self.loaded
-        place = DISK if on_disk(loaded.model) else str(loaded.device)
+        place = DISK if in_files(loaded.model) else str(loaded.device)
         kernel = loaded.model.config.get_text_config()._attn_implementation
         with quiet():
             model, _, _ = read(find(str(folder), None), Wanted(str(folder), loaded.model.dtype, place, kernel))
@@ -223,12 +223,16 @@ def remove(model: LoadedModel, mask: Mask | MaskFile) -> Removed:
         ModelError: If the model is quantised, or on several devices.
     """
     source: Mapping[str, Any] = {}
+    if not isinstance(mask, Mask | MaskFile):
+        raise OptionError(f"a model is removed by a Mask or a MaskFile, such as study.mask(...).file, not by a "
+                          f"{type(mask).__name__}")
     if isinstance(mask, MaskFile):
         check_mask(mask, model.name, model.identity, model.anatomy.heads_per_layer)
         source, mask = mask.source, mask.mask
     model.anatomy.check(mask)
     if mask.is_full:
-        raise OptionError("the mask leaves everything as it is: there is nothing to remove")
+        raise OptionError("the mask leaves everything as it is: name heads or FFNs to remove, or choose a point at "
+                          "which something goes")
     if again := [layer for layer in mask.ffns_removed if not model.anatomy.layers[layer].ffn_parameters]:
         raise OptionError(f"{ffns_named(again)} of {model.name} {'was' if len(again) == 1 else 'were'} removed before: "
                           "leave out of the mask what is gone")

@@ -47,7 +47,8 @@ def written(out: Path, needed: int) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OptionError(f"the disk was full before all of {out} was written ({needed / 1e9:.2f} GB are needed): "
                               "nothing of it is left; make space, and give the same command") from error
-        raise
+        raise OptionError(f"{out} cannot be written ({error.strerror or error}): nothing of it is left; name a folder "
+                          "elsewhere, or change what stops it") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -69,6 +70,8 @@ def check_place(out: Path, needed: int) -> None:
         raise OptionError(f"no folder can have the name {_shortened(out)} ({error.strerror}): name another") from error
     if not parent.is_dir():
         raise OptionError(f"{out} cannot be made: {parent} is a file; name another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OptionError(f"{out} cannot be made: nothing may be written into {parent}; name another folder")
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OptionError(f"there is not enough space for {out}: it takes {needed / 1e9:.2f} GB, and "

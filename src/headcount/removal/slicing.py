@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,12 +24,12 @@ from headcount.engine.step import is_mutable, owned
 from headcount.errors import ModelError, listed, named
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES, probe_tokens
+from headcount.model.held import give_back, in_files, present
 from headcount.model.hooks import layer_ablated
 from headcount.model.load import LoadedModel, input_device
 from headcount.model.removed import FORMAT, base_of, name_code, narrowed
 from headcount.removal.in_float32 import as_float32, in_float32
 from headcount.removal.layouts import Cut, cut, merged
-from headcount.removal.weights_on_disk import give_back, on_disk
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,7 @@ def planned(loaded: LoadedModel, mask: Mask) -> Plan:
         with torch.no_grad(), _outputs_seen(loaded) as outputs:
             parts = learned(model, anatomy, probe_tokens(model))
     except (NotImplementedError, *FAILURES) as failure:
-        elsewhere = "; load it into memory with `device='cpu'`" if on_disk(model) else ""
+        elsewhere = "; load it into memory with `device='cpu'`" if in_files(model) else ""
         raise ModelError(f"{loaded.name} does not run as it is loaded ({named(failure)}){elsewhere}",
                          fields=("device='cpu'",)) from failure
     names = {id(module): name for name, module in model.named_modules()}
@@ -187,7 +186,7 @@ class Walk:
                 self._compare(i, twin, hidden, own, masked)
                 hidden = masked
                 yield i, twin
-                if on_disk(model):
+                if in_files(model):
                     give_back()
 
     def _masked(self, number: int, hidden: Tensor, call: Call) -> Tensor:
@@ -274,7 +273,7 @@ def read(module: nn.Module, name: str) -> Tensor:
     """A parameter or buffer by its path, fetched where it lies on the disk."""
     owner, _, last = name.rpartition(".")
     inside = module.get_submodule(owner)
-    with align_module_device(inside):
+    with present(inside):
         value: Tensor = getattr(inside, last)
         return value.detach()
 

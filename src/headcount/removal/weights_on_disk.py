@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 
 import psutil
 import torch
-from torch import nn
 
 from headcount.errors import ModelError
 from headcount.model.contracts import FAILURES
@@ -18,18 +15,6 @@ from headcount.model.source import find
 
 # The model, the smaller one that is loaded again beside it, and what passes of a few tokens take.
 _TIMES = 2.2
-
-
-def on_disk(model: nn.Module) -> bool:
-    """Whether weights are fetched when they are needed (accelerate's offloading)."""
-    return any(p.is_meta for p in model.parameters())
-
-
-def give_back() -> None:
-    """Hand memory that was freed back to the system: glibc keeps what lies between blocks of a few megabytes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def too_large(name: str, revision: str | None, dtype: str, *, trust_remote_code: bool = False) -> bool:

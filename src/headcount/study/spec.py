@@ -312,7 +312,7 @@ class ChoiceSpec:
     def __post_init__(self) -> None:
         _check_types(self)
         names = {"point": ("heads", "ffns")}
-        _check(len(self.ways) < 2, "choose one measured point, not "
+        _check(len(self.ways) < 2, "choose a measured point in one way, not by "
                + " and ".join(f"`{name}`" for way in self.ways for name in names.get(way, (way,))
                               if getattr(self, name) is not None),
                "free", "within", "parameters", "heads", "ffns")
@@ -340,7 +340,8 @@ class RemovalSpec(ModelSpec):
     """A mask file. With a study beside it the mask says what goes, and the study which documents chose it."""
 
     asked: int | None = field(default=None, metadata=COUNT)
-    """As for `headcount report`."""
+    """Where the study's folder was asked for different things: the number of one of them, 1 for the first; by default
+    the last."""
 
     format: Literal["transformers", "stock", "masked"] = "transformers"
     """transformers is really smaller and loads with trust_remote_code=True, and by headcount without; stock is a class
@@ -472,7 +473,8 @@ def _check_types(spec: Any) -> None:
     for one in dataclasses.fields(spec):
         value, (least, most) = getattr(spec, one.name), (one.metadata.get(end) for end in ("least", "most"))
         if value is not None and most is not None:
-            _check(least <= value <= most, f"`{one.name}` lies between {least} and {most}, not {value}", one.name)
+            _check(least <= value <= most,
+                   f"`{one.name}` lies between {least} and {most}, not {value}{_meant(value, most)}", one.name)
         elif value is not None and least is not None:
             _check(value >= least, f"`{one.name}` is at least {least}, not {value}", one.name)
 
@@ -496,3 +498,8 @@ def _wrong(value: object, error: Mapping[str, Any]) -> str:
 
 def _listed(values: tuple[object, ...]) -> str:
     return " ".join(map(str, values)) or "none"
+
+
+def _meant(value: float | int, most: float | int) -> str:
+    """A hint, where percent were given for a share."""
+    return f" ({value:g} % is {value / 100:g})" if most == 1 and 1 < value <= 100 else ""

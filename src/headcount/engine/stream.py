@@ -1,0 +1,156 @@
+"""The streamed schedule of the layer sweep: layer by layer, all batches and masks, with one block in memory at a time.
+
+The step is the resident schedule's (`headcount.engine.step`), and so are the tree of masks, the order in which ways are
+taken, and the arguments that each block is given. What differs is what waits: there a few hidden states and all
+weights, here all hidden states and two blocks (the one that computes, and the next one, which is read meanwhile). So
+weights are read once for as many batches as `Stream.memory` lets wait, a *pass*; more batches take more passes.
+
+Bit for bit this gives what the resident schedule gives on equal batches: each block is called with the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from headcount.engine.blocks import Block, Call, Inputs, entered, finished, learned
+from headcount.engine.pack import Batch
+from headcount.engine.step import State, step
+from headcount.engine.sweep import fewest_first
+from headcount.masks import Mask, ways
+from headcount.model.contracts import probe_tokens
+from headcount.model.held import fetched, held, in_files, one_by_one
+from headcount.model.load import LoadedModel
+
+# Of the memory that is free, what may wait between two blocks.
+_SHARE = 0.25
+
+
+@dataclass
+class Wave:
+    """One batch on its way through the blocks.
+
+    Attributes:
+        batch: Which.
+        calls: The arguments that each block is given beside the hidden state.
+        nodes: Hidden states, each with the masks (by index) that share it, in the resident schedule's order.
+        layer_tokens: Positions that blocks computed for it so far, layers added up.
+    """
+
+    batch: Batch
+    calls: list[Call]
+    nodes: list[tuple[list[int], State]]
+    layer_tokens: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The streamed schedule of a model.
+
+    Attributes:
+        model: In eval mode; its weights lie in files.
+        blocks: All its blocks, in order (`headcount.engine.blocks.learned`).
+        memory: How many bytes may wait between two blocks; None: a quarter of what is free.
+    """
+
+    model: PreTrainedModel
+    blocks: Sequence[Block]
+    memory: int | None = None
+
+    def enter(
+        self, waiting: deque[Batch], inputs_of: Callable[[Batch], Inputs], num_masks: int = 1, states: int = 1
+    ) -> list[Wave]:
+        """The batches of one pass at the first block; the embedding matrix is read once for all.
+
+        Args:
+            waiting: Batches that are still to be done: as many as memory lets wait, at least one, are taken away.
+            inputs_of: Makes a batch the model's keyword arguments.
+            num_masks: How many masks there are.
+            states: How many hidden states of a batch will wait at the most.
+        """
+        embeddings: Any = self.model.get_input_embeddings()
+        left = self.memory if self.memory is not None else int(_SHARE * psutil.virtual_memory().available)
+        waves: list[Wave] = []
+        with held([embeddings], fetched(embeddings)):
+            while waiting and (not waves or left > 0):
+                hidden, calls = entered(self.model, self.blocks, inputs_of(waiting[0]))
+                left -= bytes_of(calls) + states * hidden.untyped_storage().nbytes()
+                if waves and left < 0:
+                    break
+                waves.append(Wave(waiting.popleft(), calls, [([*range(num_masks)], State(hidden))]))
+        return waves
+
+    def through(self, waves: Sequence[Wave], masks: Sequence[Mask]) -> Iterator[int]:
+        """Take waves through all blocks, under masks; yields after each block."""
+        for i in one_by_one([block.part.block for block in self.blocks]):
+            for wave in waves:
+                self._through_one(i, wave, masks)
+            yield i
+
+    def _through_one(self, i: int, wave: Wave, masks: Sequence[Mask]) -> None:
+        before, wave.nodes = wave.nodes[::-1], []
+        while before:
+            owners, state = before.pop()
+            parted = ways(masks, owners, i)
+            steps = step(self.blocks[i], state, wave.calls[i], fewest_first(parted))
+            del state  # the step lets go of it before its last way
+            for stepped in steps:
+                wave.layer_tokens += stepped.positions
+                wave.nodes.append((parted[stepped.way], stepped.state))
+
+    def leave(
+        self, waves: Sequence[Wave], kept: Sequence[tuple[Tensor, Tensor]]
+    ) -> Iterator[Iterator[tuple[list[int], Float[Tensor, "kept vocabulary"]]]]:
+        """Logits of each wave, whose hidden states are given up; the output matrix is read once for all.
+
+        Args:
+            waves: Behind the last block.
+            kept: Of each, the rows and positions whose logits are wanted.
+        """
+        output: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        with held([output], fetched(output)):
+            for wave, (rows, positions) in zip(waves, kept, strict=True):
+                nodes, wave.nodes = wave.nodes, []
+                leaves = ((owners, state.hidden[rows.to(state.hidden.device), positions.to(state.hidden.device)])
+                          for owners, state in nodes)
+                yield finished(self.model, self.blocks, leaves)
+
+
+def stream_of(loaded: LoadedModel) -> Stream | None:
+    """The streamed schedule of a model whose weights lie in files, kept with it; None where they are in memory."""
+    if not in_files(loaded.model):
+        return None
+    stream = loaded.kept.get(Stream)
+    if not isinstance(stream, Stream):
+        with torch.no_grad():
+            blocks = learned(loaded.model, loaded.anatomy, probe_tokens(loaded.model))
+        stream = loaded.kept[Stream] = Stream(loaded.model, blocks, loaded.stream_memory)
+    return stream
+
+
+def bytes_of(calls: Sequence[Call]) -> int:
+    """What the arguments of blocks hold, tensors counted once."""
+    found: dict[int, int] = {}
+
+    def count(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                count(one)
+        elif isinstance(value, dict):
+            for one in value.values():
+                count(one)
+
+    for call in calls:
+        count(call.args)
+        count(dict(call.kwargs))
+    return sum(found.values())

@@ -1,0 +1,179 @@
+"""Weights of a part of a model held in memory while many batches pass it, where the model's weights lie in files.
+
+A model may leave its weights in their files (accelerate's offloading, `device_map="disk"`). Then every call of a module
+fetches its own anew. Here those of a whole block are fetched once, in another thread if that is wished (`fetched`), and
+put in place while something runs (`held`). Meanwhile modules run by their own `forward`, not by accelerate's, which
+would fetch again. A plain pass does the same block by block (`hold_blocks`): blocks whose modules read one another's
+weights without a call (DBRX, Llama-4) run from files, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+from accelerate.utils import align_module_device, send_to_device
+from accelerate.utils.modeling import named_module_tensors
+from torch import Tensor, nn
+
+_ALIGNED = 64
+# Where something stood, under which name, and what it was.
+Before = tuple[dict[str, Any], str, Any]
+
+
+class Weight(NamedTuple):
+    """One tensor, and where it belongs."""
+
+    owner: nn.Module
+    name: str
+    value: Tensor
+
+
+def in_files(model: nn.Module) -> bool:
+    """Whether weights are fetched when they are needed (accelerate's offloading)."""
+    return any(p.is_meta for p in model.parameters())
+
+
+@contextlib.contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """Have a module's own weights in memory: fetched where they are not there, left alone where they are."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    with align_module_device(module) if any(tensor.is_meta for tensor in own) else contextlib.nullcontext():
+        yield
+
+
+def fetched(*modules: nn.Module) -> list[Weight]:
+    """The weights of some modules, read whole."""
+    found: list[Weight] = []
+    for part in _offloaded(modules):
+        hook: Any = part._hf_hook
+        for name, _ in named_module_tensors(part, include_buffers=hook.offload_buffers, recurse=hook.place_submodules,
+                                            remove_non_persistent=True):
+            owner, _, last = name.rpartition(".")
+            found.append(Weight(part.get_submodule(owner), last, _read(hook.weights_map[name])))
+    return found
+
+
+def _read(mapped: Tensor) -> Tensor:
+    """A copy of a tensor that may be a mapped file's, which is read when it is first looked at.
+
+    It begins as far behind a multiple of 64 bytes as the file's does: kernels go by that, and a model in memory, whose
+    weights are the mapped file's, must have no other last bits.
+    """
+    bytes_of = mapped.contiguous().reshape(-1).view(torch.uint8)
+    room = torch.empty(len(bytes_of) + _ALIGNED, dtype=torch.uint8)
+    start = (mapped.data_ptr() - room.data_ptr()) % _ALIGNED
+    here = room[start : start + len(bytes_of)]
+    here.copy_(bytes_of)
+    return here.view(mapped.dtype).view(mapped.shape)
+
+
+@contextlib.contextmanager
+def held(modules: Sequence[nn.Module], weights: Sequence[Weight]) -> Iterator[None]:
+    """Put weights in their places, on the devices that the modules run on, while something runs.
+
+    Args:
+        modules: The modules that run.
+        weights: From `fetched`, of these modules.
+    """
+    before: list[Before] = []
+    try:
+        _put(modules, weights, before)
+        yield
+    finally:
+        _undo(before)
+
+
+class HeldWhileCalled(ModelHook):  # type: ignore[misc]
+    """Of a block: all its weights are in memory while it is called.
+
+    Args:
+        inner: accelerate's own hook on the block, which knows its device, and fetches what is the block's alone.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self._before: list[Before] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The weights are fetched, and arguments are sent to their device."""
+        if not self._before:
+            _put([module], fetched(module), self._before)
+        device = self.inner.execution_device
+        return send_to_device(args, device), send_to_device(kwargs, device, skip_keys=self.inner.skip_keys)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """And let go of."""
+        _undo(self._before)
+        return output
+
+
+def hold_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Let each of a model's blocks hold all its weights while it is called, where they lie in files."""
+    for block in blocks:
+        inner = getattr(block, "_hf_hook", None)
+        if _offloaded([block]) and isinstance(inner, AlignDevicesHook):
+            add_hook_to_module(block, HeldWhileCalled(inner))
+
+
+def _put(modules: Sequence[nn.Module], weights: Sequence[Weight], before: list[Before]) -> None:
+    """Put weights in their places, and own forwards; what was there is noted."""
+    device = next((torch.device(part._hf_hook.execution_device) for part in _offloaded(modules)),  # type: ignore
+                  torch.device("cpu"))
+    for owner, name, value in weights:
+        is_parameter = name in owner._parameters
+        place: dict[str, Any] = owner._parameters if is_parameter else owner._buffers
+        before.append((place, name, place[name]))
+        here = value.to(device)
+        place[name] = nn.Parameter(here, requires_grad=False) if is_parameter else here
+    for part in (part for module in modules for part in module.modules() if "_old_forward" in vars(part)):
+        before.append((part.__dict__, "forward", part.__dict__["forward"]))
+        part.__dict__["forward"] = part.__dict__["_old_forward"]
+
+
+def _undo(before: list[Before]) -> None:
+    while before:
+        place, name, old = before.pop()
+        place[name] = old
+
+
+def one_by_one(blocks: Sequence[nn.Module]) -> Iterator[int]:
+    """Go through blocks, whose weights are in memory while their numbers are out; the next one is read meanwhile.
+
+    Yields:
+        The number of each block, in the order given. Two blocks are in memory at a time.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="headcount-reader") as reader:
+        ahead = reader.submit(fetched, blocks[0])
+        for i, block in enumerate(blocks):
+            weights = ahead.result()
+            if i + 1 < len(blocks):
+                ahead = reader.submit(fetched, blocks[i + 1])
+            with held([block], weights):
+                yield i
+            del weights
+            give_back()
+
+
+def give_back() -> None:
+    """Hand memory that was freed back to the system: glibc keeps what lies between blocks of a few megabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _offloaded(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules, and those in them, that fetch weights of their own."""
+    return [part for module in modules for part in module.modules()
+            if getattr(getattr(part, "_hf_hook", None), "offload", False)]

@@ -1,0 +1,174 @@
+"""Models whose weights lie in files are read block by block, and give what a model in memory gives, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import headcount as hc
+import tiny
+from families import reader
+from families import tiny as of_family
+from headcount.engine import stream as streams
+from headcount.engine.blocks import learned
+from headcount.engine.gradients import batch_scores
+from headcount.engine.pack import Batch, Budget, batches, pack
+from headcount.engine.proof import _parting, _requests
+from headcount.engine.stream import Stream
+from headcount.engine.stream_gradients import streamed_scores
+from headcount.engine.sweep import Sweep
+from headcount.engine.treemask import model_inputs
+from headcount.errors import ModelError
+from headcount.masks import Mask
+from headcount.model import held
+from headcount.model.contracts import probe_tokens
+from headcount.model.hooks import frozen
+from headcount.model.load import LoadedModel, load
+from headcount.tasks.task import Task
+
+# Every kind: norms on branches, projections beside blocks, fused and transposed matrices, experts that are read by
+# their parents (DBRX), keys and values that blocks hand on (Gemma-4).
+FAMILIES = ("llama", "opt", "opt-350m", "gpt2", "falcon", "bloom", "gemma3", "olmo2", "mixtral", "dbrx", "granitemoe",
+            "gemma4")
+
+
+def both(family: str, folder: Path) -> tuple[LoadedModel, LoadedModel]:
+    """The same checkpoint in memory, and left in its files."""
+    of_family(family).save_pretrained(folder)
+    reader().save_pretrained(folder)
+    return load(folder), load(folder, device_map="disk")
+
+
+def packed(loaded: LoadedModel) -> list[Batch]:
+    """Batches of one and of two rows, of unlike lengths."""
+    requests, budget = _requests(loaded), Budget(batch_tokens=10_000)
+    return [batch for some in (requests, requests[:1]) for batch in
+            batches(pack([[one] for one in some], budget, trees=False), budget, gradients=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_streamed_schedule_gives_the_resident_ones_logits(family: str, tmp_path: Path) -> None:
+    resident, in_files = both(family, tmp_path)
+    masks, given = _parting(resident.anatomy), packed(resident)
+    kept = torch.tensor([0]), torch.tensor([1])
+    sweep = Sweep(resident.model, resident.anatomy)
+    expected = [[(owners, logits.clone()) for owners, logits in
+                 sweep.logits(model_inputs(resident, batch), masks, *kept)] for batch in given]
+    stream = Stream(in_files.model, learned(in_files.model, in_files.anatomy, probe_tokens(in_files.model)))
+    waves = stream.enter(deque(given), lambda batch: model_inputs(in_files, batch), len(masks))
+    assert list(stream.through(waves, masks)) == list(range(resident.anatomy.num_layers))
+    for of_batch, logits in zip(expected, stream.leave(waves, [kept] * len(waves)), strict=True):
+        found = list(logits)
+        assert [owners for owners, _ in found] == [owners for owners, _ in of_batch]
+        assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, of_batch, strict=True))
+    assert sum(wave.layer_tokens for wave in waves) == sweep.layer_tokens
+    assert all(p.is_meta for p in in_files.model.parameters()), "nothing stays in memory"
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("opt-350m", "gemma4")])
+def test_gradients_block_by_block_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    resident, in_files = both(family, tmp_path)
+    given = packed(resident)
+    with frozen(resident.model):
+        expected = [batch_scores(resident, batch) for batch in given]
+    stream = streams.stream_of(in_files)
+    assert stream is not None
+    for memory in (None, 1):  # all batches in one pass, and each in one of its own
+        with frozen(in_files.model):
+            found = list(streamed_scores(in_files, dataclasses.replace(stream, memory=memory), given))
+        assert [batch for batch, _ in found] == given
+        for (_, scores), wanted in zip(found, expected, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(scores, wanted, strict=True))
+
+
+def test_gradients_behind_a_projection_agree_but_for_rounding(tmp_path: Path) -> None:
+    """OPT-350M's projection behind the last block is computed at scored positions alone."""
+    resident, in_files = both("opt-350m", tmp_path)
+    stream, given = streams.stream_of(in_files), packed(resident)
+    assert stream is not None
+    with frozen(resident.model), frozen(in_files.model):
+        for (batch, scores), own in zip(streamed_scores(in_files, stream, given), given, strict=True):
+            assert batch is own
+            for one, other in zip(scores, batch_scores(resident, own), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_blocks_that_hand_keys_on_have_no_gradients_of_their_own(tmp_path: Path) -> None:
+    _, in_files = both("gemma4", tmp_path)
+    stream = streams.stream_of(in_files)
+    assert stream is not None
+    with pytest.raises(ModelError, match="hand keys and values to later ones"):
+        list(streamed_scores(in_files, stream, packed(in_files)))
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return hc.get_tasks(["icl_plural"])["icl_plural"]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+def test_whole_measurements_are_the_same_whatever_waits(family: str, task: Task, tmp_path: Path) -> None:
+    folder = tiny.saved(tmp_path / family, family)
+    resident, in_files = load(folder), load(folder, device_map="disk")
+    full = Mask.full(resident.anatomy.heads_per_layer)
+    masks = [full, full.without_heads([(0, 1)]), full.without_ffns([1]), full.without_heads([(1, 0), (2, 1)])]
+    budget = Budget(batch_tokens=600, gradient_tokens=300)
+    told: list[int] = []
+    expected = hc.evaluate(resident, task, masks, num_fewshot=2, limit=20, budget=budget)
+    alone = hc.evaluate(resident, task, None, num_fewshot=2, limit=20, budget=budget)
+    heads = hc.head_importance(resident, task, num_fewshot=2, limit=10, budget=budget)
+    for memory in (None, 1, 200_000):
+        streamed = dataclasses.replace(in_files, stream_memory=memory)
+        found = hc.evaluate(streamed, task, masks, num_fewshot=2, limit=20, budget=budget, progress=told.append)
+        assert np.array_equal(found.gold_loglikelihood, expected.gold_loglikelihood)
+        assert np.array_equal(found.correct, expected.correct)
+        assert found.layer_tokens == expected.layer_tokens
+        assert sum(told) == found.tokens
+        told.clear()
+        found = hc.evaluate(streamed, task, None, num_fewshot=2, limit=20, budget=budget)
+        assert np.array_equal(found.gold_loglikelihood, alone.gold_loglikelihood)
+    scores = hc.head_importance(in_files, task, num_fewshot=2, limit=10, budget=budget).scores
+    assert all(np.array_equal(scores[name], heads.scores[name]) for name in scores)
+
+
+def test_a_pass_reads_each_block_once_and_holds_two(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.saved(tmp_path / "llama")
+    in_files = load(folder, device_map="disk")
+    budget, masks = Budget(batch_tokens=200, row_tokens=100), [Mask.full(in_files.anatomy.heads_per_layer)]
+    hc.evaluate(in_files, task, masks, num_fewshot=2, limit=4, budget=budget)  # what is proved once is proved
+    numbers = {id(part.block): i for i, part in enumerate(in_files.anatomy.layers)}
+    reads, original, most = Counter[int](), held.fetched, [0]
+
+    def counted(*modules: torch.nn.Module) -> Any:
+        reads.update(numbers[id(module)] for module in modules if id(module) in numbers)
+        return original(*modules)
+
+    def watched(blocks: Any) -> Iterator[int]:
+        for i in one_by_one(blocks):
+            here = [not any(p.is_meta for p in part.block.parameters()) for part in in_files.anatomy.layers]
+            most[0] = max(most[0], sum(here))
+            yield i
+
+    one_by_one = streams.one_by_one
+    monkeypatch.setattr(held, "fetched", counted)
+    monkeypatch.setattr(streams, "one_by_one", watched)
+    found = hc.evaluate(in_files, task, masks, num_fewshot=2, limit=20, budget=budget)
+    assert reads == {0: 1, 1: 1, 2: 1}
+    assert most == [1], "the next one is read, and not in its place yet"
+    reads.clear()
+    small = dataclasses.replace(in_files, stream_memory=1)
+    prepared = hc.measure.evaluate.prepare(small, task, hc.measure.evaluate.FewShot(2, 20), budget=budget)
+    reads.clear()
+    again = hc.measure.evaluate.score(small, prepared, masks)
+    assert min(reads.values()) >= len(prepared.batches) > 1
+    assert np.array_equal(found.gold_loglikelihood, again.gold_loglikelihood)
