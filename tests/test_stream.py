@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -25,9 +26,9 @@ from headcount.engine.stream import Stream
 from headcount.engine.stream_gradients import streamed_scores
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
-from headcount.errors import ModelError
+from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
-from headcount.model import held
+from headcount.model import held, placement
 from headcount.model.contracts import probe_tokens
 from headcount.model.hooks import frozen
 from headcount.model.load import LoadedModel, load
@@ -51,6 +52,17 @@ def packed(loaded: LoadedModel) -> list[Batch]:
     requests, budget = _requests(loaded), Budget(batch_tokens=10_000)
     return [batch for some in (requests, requests[:1]) for batch in
             batches(pack([[one] for one in some], budget, trees=False), budget, gradients=True)]
+
+
+@torch.no_grad()
+def most_of(stream: Stream, loaded: LoadedModel, given: list[Batch]) -> int:
+    """What the largest of some batches takes while it waits with the states of all blocks."""
+    needed = []
+    for batch in given:
+        (wave,) = stream.enter(deque([batch]), lambda one: model_inputs(loaded, one))
+        hidden = wave.nodes[0][1].hidden.untyped_storage().nbytes()
+        needed.append(streams.bytes_of(wave.calls) + (len(stream.blocks) + 1) * hidden)
+    return max(needed)
 
 
 @torch.no_grad()
@@ -81,7 +93,9 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(family: str, tmp_
         expected = [batch_scores(resident, batch) for batch in given]
     stream = streams.stream_of(in_files)
     assert stream is not None
-    for memory in (None, 1):  # all batches in one pass, and each in one of its own
+    with pytest.raises(OptionError, match=r"while it waits, and stream_memory is 0\.0 MB: give more, or smaller"):
+        list(streamed_scores(in_files, dataclasses.replace(stream, memory=1), given))
+    for memory in (None, most_of(stream, in_files, given)):  # all batches in one pass, and each in one of its own
         with frozen(in_files.model):
             found = list(streamed_scores(in_files, dataclasses.replace(stream, memory=memory), given))
         assert [batch for batch, _ in found] == given
@@ -125,7 +139,7 @@ def test_whole_measurements_are_the_same_whatever_waits(family: str, task: Task,
     expected = hc.evaluate(resident, task, masks, num_fewshot=2, limit=20, budget=budget)
     alone = hc.evaluate(resident, task, None, num_fewshot=2, limit=20, budget=budget)
     heads = hc.head_importance(resident, task, num_fewshot=2, limit=10, budget=budget)
-    for memory in (None, 1, 200_000):
+    for memory in (None, 700_000):
         streamed = dataclasses.replace(in_files, stream_memory=memory)
         found = hc.evaluate(streamed, task, masks, num_fewshot=2, limit=20, budget=budget, progress=told.append)
         assert np.array_equal(found.gold_loglikelihood, expected.gold_loglikelihood)
@@ -166,9 +180,43 @@ def test_a_pass_reads_each_block_once_and_holds_two(
     assert reads == {0: 1, 1: 1, 2: 1}
     assert most == [1], "the next one is read, and not in its place yet"
     reads.clear()
-    small = dataclasses.replace(in_files, stream_memory=1)
+    small = dataclasses.replace(in_files, stream_memory=100_000)
     prepared = hc.measure.evaluate.prepare(small, task, hc.measure.evaluate.FewShot(2, 20), budget=budget)
+    hc.measure.evaluate.score(small, prepared, masks)  # what is proved once is proved
     reads.clear()
     again = hc.measure.evaluate.score(small, prepared, masks)
-    assert min(reads.values()) >= len(prepared.batches) > 1
+    assert len(prepared.batches) >= min(reads.values()) > 1
     assert np.array_equal(found.gold_loglikelihood, again.gold_loglikelihood)
+
+
+def test_what_does_not_fit_into_memory_is_left_in_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.saved(tmp_path / "llama")
+    assert not held.in_files(load(folder).model)
+    asked = load(folder, stream=True, stream_memory="2MB")
+    assert held.in_files(asked.model)
+    assert asked.stream_memory == 2_000_000
+    monkeypatch.setattr(placement, "free_memory", lambda device: 1000)
+    found = load(folder)
+    assert held.in_files(found.model)
+    assert "stay in their files and are read block by block" in found.notes[0]
+    assert not held.in_files(load(folder, device="cpu").model), "who names a device has it there"
+    for said in ("much", "0", "-1GB", "B", "8XB"):
+        with pytest.raises(OptionError, match="is no amount of memory: write 8GB"):
+            load(folder, stream=True, stream_memory=said)
+    with pytest.raises(OptionError, match="give one of them"):
+        load(folder, stream=True, device="cpu")
+
+
+def test_a_whole_study_streamed_has_the_resident_ones_tables(tmp_path: Path) -> None:
+    folder, data = tiny.saved(tmp_path / "model"), tmp_path / "data"
+    for name in ("piqa", "copa_like"):
+        tiny.write_task(data, name)
+    found = [hc.open_study(hc.run_study(hc.StudySpec(
+        model=str(folder), tasks=("piqa", "icl_plural"), data=data, shots=(0, 1), limit=8, importance_limit=6,
+        fractions=(0.25, 0.5), random_orders=1, measure=("curves", "grid", "transfer"), grid_fractions=(0.5,),
+        transfer_fractions=(0.5,), batch_tokens=500, row_tokens=200, stream=stream, out=tmp_path / f"study-{stream}")))
+        for stream in (False, True)]
+    for table in ("curves", "importance", "grid", "transfer"):
+        one, other = (getattr(study, table)() for study in found)
+        assert len(one) > 0
+        pd.testing.assert_frame_equal(one, other, check_exact=True)

@@ -351,10 +351,10 @@ def _removed(spec: RemovalSpec, file: MaskFile, study: Study | None) -> Removed:
     options = spec.model_options
     with terminal.reporter() as reporter:
         reporter.stage(f"loading {spec.model}")
-        placed = spec.device is not None or spec.device_map is not None
+        placed = spec.device is not None or spec.device_map is not None or spec.stream
         if spec.format == "transformers" and not placed and too_large(
                 spec.model, spec.revision, spec.dtype, trust_remote_code=spec.trust_remote_code):
-            options["device_map"] = "disk"
+            options["stream"] = True
         loaded = load(options.pop("model"), **options)
         if study is not None:
             _check_study(study, loaded)

@@ -34,6 +34,7 @@ from headcount.engine.encode import Request
 from headcount.engine.layout import Layout
 from headcount.engine.pack import Batch, Budget, Cost, batches, pack
 from headcount.engine.treemask import model_inputs
+from headcount.model.held import fetched, held, in_files
 from headcount.model.load import LoadedModel
 
 _SHORT, _LONG = 128, 1024
@@ -148,14 +149,19 @@ class _Timed:
 @contextlib.contextmanager
 def _first_blocks(loaded: LoadedModel, layout: Layout) -> Iterator[_Timed]:
     timed = _Timed(loaded, layout)
-    blocks: list[nn.Module] = [part.block for part in loaded.anatomy.layers][:_BLOCKS]
+    left = in_files(loaded.model)
+    blocks: list[nn.Module] = [part.block for part in loaded.anatomy.layers][: 1 if left else _BLOCKS]
+    embeddings: Any = loaded.model.get_input_embeddings()
+    # Where weights lie in files, reading them is no part of what rows and batches cost.
+    here = held([embeddings, *blocks], fetched(embeddings, *blocks)) if left else contextlib.nullcontext()
 
     def stop(*_: Any) -> None:
         raise _Enough
 
     handles = [blocks[0].register_forward_pre_hook(timed.start), blocks[-1].register_forward_hook(stop)]
     try:
-        yield timed
+        with here:
+            yield timed
     finally:
         for handle in handles:
             handle.remove()
@@ -176,7 +182,8 @@ def _bytes_per_token(loaded: LoadedModel) -> tuple[float, float]:
     d_model, size = layers[0].d_model, loaded.model.dtype.itemsize
     inner = max(loaded.anatomy.parameters_per_ffn(i) for i in range(len(layers))) / (2 * d_model)
     one = size * (16 * d_model + 3 * inner) + _LONG * _bytes_per_pair(loaded)
-    return one, one * len(layers)
+    # Block by block the graph is that of one.
+    return one, one if in_files(loaded.model) else one * len(layers)
 
 
 def _bytes_per_pair(loaded: LoadedModel) -> int:

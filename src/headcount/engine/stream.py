@@ -25,6 +25,7 @@ from headcount.engine.blocks import Block, Call, Inputs, entered, finished, lear
 from headcount.engine.pack import Batch
 from headcount.engine.step import State, step
 from headcount.engine.sweep import fewest_first
+from headcount.errors import OptionError
 from headcount.masks import Mask, ways
 from headcount.model.contracts import probe_tokens
 from headcount.model.held import fetched, held, in_files, one_by_one
@@ -82,7 +83,12 @@ class Stream:
         with held([embeddings], fetched(embeddings)):
             while waiting and (not waves or left > 0):
                 hidden, calls = entered(self.model, self.blocks, inputs_of(waiting[0]))
-                left -= bytes_of(calls) + states * hidden.untyped_storage().nbytes()
+                needed = bytes_of(calls) + states * hidden.untyped_storage().nbytes()
+                if not waves and self.memory is not None and needed > self.memory:
+                    raise OptionError(f"a batch of {waiting[0].tokens:,} tokens takes {needed / 1e6:,.1f} MB while it "
+                                      f"waits, and `stream_memory` is {self.memory / 1e6:,.1f} MB: give more, or "
+                                      "smaller batches (`batch_tokens`)", fields=("stream_memory", "batch_tokens"))
+                left -= needed
                 if waves and left < 0:
                     break
                 waves.append(Wave(waiting.popleft(), calls, [([*range(num_masks)], State(hidden))]))

@@ -227,27 +227,66 @@ def _head_slices(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "bat
 
 
 def _slices(name: str, model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> ContractResult:
+    # Layers of which all heads were removed attend to nothing.
+    attending = [(layer, part) for layer, part in enumerate(anatomy.layers) if part.num_heads]
     with eager(model), frozen(model), torch.enable_grad(), _differentiable(model):
-        with _projected(anatomy) as projected:
-            attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-        # Layers of which all heads were removed attend to nothing.
-        attending = [(layer, part) for layer, part in enumerate(anatomy.layers) if part.num_heads]
-        handed_out = [attention for attention in attentions or () if attention is not None]
-        if len(handed_out) != len(attending):
-            return ContractResult(name, False, float("inf"), "the model hands out no attention probabilities of every "
-                                  "layer: it has layers whose attention is not ordinary")
-        worst, where = 0.0, ""
-        for (layer, part), attention in zip(attending, handed_out, strict=True):
-            # Not as `captured` has it: the reshaping must not fail where the anatomy is wrong.
-            z = projected[layer].reshape(1, len(ids[0]), -1)
-            fits = z.shape[-1] == part.num_heads * part.d_head and attention.shape[1] == part.num_heads
-            slices = z.reshape(1, len(ids[0]), part.num_heads, -1) if fits else z
-            error, head = _slice_error(slices, attention) if fits else (float("inf"), 0)
-            if not error <= worst:
-                worst, where = error, f"L{layer}H{head}"
+        errors = _layer_by_layer(model, anatomy, ids)
+        if len(errors) != len(attending):
+            with _projected(anatomy) as projected:
+                attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+            handed_out = [attention for attention in attentions or () if attention is not None]
+            if len(handed_out) != len(attending):
+                return ContractResult(name, False, float("inf"), "the model hands out no attention probabilities of "
+                                      "every layer: it has layers whose attention is not ordinary")
+            errors = {layer: _layer_error(part, projected[layer], attention)
+                      for (layer, part), attention in zip(attending, handed_out, strict=True)}
+    worst, where = 0.0, ""
+    for layer, (error, head) in sorted(errors.items()):
+        if not error <= worst:
+            worst, where = error, f"L{layer}H{head}"
     return ContractResult(name, worst == 0, worst, "" if worst == 0 else f"{where} is not a head of its own: the "
                           "number of heads or the output projection is wrong, or the model mixes its heads before it"
                           f"{_removed_before(anatomy)}")
+
+
+def _layer_by_layer(
+    model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]
+) -> dict[int, tuple[float, int]]:
+    """Each layer's error, found as soon as the layer has run; of layers whose attention hands out its probabilities.
+
+    The graph ends with each block, so that no more than one block's weights are kept for it.
+    """
+    found: dict[int, tuple[float, int]] = {}
+    seen: list[Tensor] = []
+    length = len(ids[0])
+
+    def attended(module: nn.Module, args: Any, output: Any) -> None:
+        seen[:] = [one for one in (output if isinstance(output, tuple | list) else ()) if isinstance(one, Tensor)
+                   and one.dim() == 4 and one.shape[-2:] == (length, length) and one.requires_grad]
+
+    with _projected(anatomy) as projected, contextlib.ExitStack() as hooks:
+        for i, part in enumerate(anatomy.layers):
+            def left(module: nn.Module, args: Any, output: Any, layer: int = i) -> Any:
+                if len(seen) == 1 and anatomy.layers[layer].num_heads and layer in projected:
+                    found[layer] = _layer_error(anatomy.layers[layer], projected.pop(layer), seen[0])
+                seen.clear()
+                hidden = first_output(output).detach().requires_grad_()
+                return type(output)([hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
+
+            hooks.callback(part.attention.register_forward_hook(attended).remove)
+            hooks.callback(part.block.register_forward_hook(left).remove)
+        model(input_ids=ids, use_cache=False, output_attentions=True)
+    return found
+
+
+def _layer_error(
+    part: LayerAnatomy, z: Float[Tensor, "*_"], attention: Float[Tensor, "batch head pos pos"]
+) -> tuple[float, int]:
+    """A layer's worst error, and the head; unlike in `captured` nothing may fail where the anatomy is wrong."""
+    pos = attention.shape[-1]
+    z = z.reshape(1, pos, -1)
+    fits = z.shape[-1] == part.num_heads * part.d_head and attention.shape[1] == part.num_heads
+    return _slice_error(z.reshape(1, pos, part.num_heads, -1), attention) if fits else (float("inf"), 0)
 
 
 def _removed_before(anatomy: Anatomy) -> str:

