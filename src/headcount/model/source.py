@@ -18,10 +18,10 @@ from transformers.utils.hub import cached_file
 
 from headcount.errors import ModelError, OptionError, few, first_line
 from headcount.model import adapters, gguf
+from headcount.model.weight_files import check_files, is_pointer
 from headcount.tasks import hub
 
 TRUST = "read it, then pass `trust_remote_code=True`"
-_POINTER = b"version https://git-lfs"
 # How torch begins what it says of files that it does not unpickle.
 _UNPICKLED = "Weights only load failed"
 # Files that weights are read from, and those that decide how.
@@ -166,9 +166,14 @@ def failure(name: str, source: Source, error: BaseException) -> ModelError:
     if "trust_remote_code" in str(error):
         return ModelError(f"{name} comes with its own code: {TRUST}", fields=("trust_remote_code=True",))
     if source.gguf is not None or Path(source.place).is_dir():
-        if pointers := [path.name for path in source.files if _is_pointer(path)]:
+        if pointers := [path.name for path in source.files if is_pointer(path)]:
             return ModelError(f"{name} holds Git LFS's pointers in the place of files ({few(pointers)}): run `git lfs "
                               "pull` there, or download them")
+        try:
+            if source.folder is not None:
+                check_files(source.folder)
+        except ModelError as damaged:
+            return ModelError(f"{name} cannot be loaded: {damaged}")
         return ModelError(f"{name} cannot be loaded: {said(error)}")
     if any(isinstance(e, GatedRepoError) for e in chain):
         return ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`")
@@ -182,11 +187,6 @@ def failure(name: str, source: Source, error: BaseException) -> ModelError:
         return ModelError(f"{name} is no local folder, and the hub has not given it: {first_line(error)} Check the "
                           "name and the network, or name a local folder, a GGUF file, or smollm2")
     return ModelError(f"{name} cannot be loaded: {said(error)}")
-
-
-def _is_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_POINTER)) == _POINTER
 
 
 def said(error: BaseException) -> str:
