@@ -9,10 +9,11 @@ into the user's cache, one safetensors file for each block, and one for what lie
 
 The digest is of the checkpoint's files (the hub's commit, or path, size, time and inode of each), and of what is to be
 written. A file is written under another name and renamed, so that it is whole or not there. A rewrite that was killed
-goes on with the next file; of two processes the second waits. Memory is that of one tensor and what it is made of. Only
-.bin files of before torch 1.6 must be read whole, one after another, and become one safetensors file each. Weights are
-kept in the type wanted, or the checkpoint's own where that is shorter. What the cache holds of a checkpoint whose files
-have changed since goes when that checkpoint is rewritten, if it was not used for a day.
+goes on with the next file; of two processes the second waits. It takes 32 MB of memory; what is made of several tensors
+takes these and what becomes of them. Only .bin files of before torch 1.6 must be read whole, one after another, and
+become one safetensors file each. Weights are kept in the type wanted, or the checkpoint's own where that is shorter.
+What the cache holds of a checkpoint whose files have changed since goes when that checkpoint is opened again, if it was
+not used for a day.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +42,12 @@ from headcount.model import checkpoint
 from headcount.model.anatomy import Names, find_anatomy
 from headcount.model.conversion import Conversion, Source, convert
 from headcount.model.tensor_format import header_of, size, write_values
-from headcount.model.weight_files import Held, files_read, held_by, reads_in_parts
+from headcount.model.weight_files import Held, files_read, held_by, reads_in_parts, scratch
 
 _REST = "rest.safetensors"
 _ABOUT = "about.json"
+# Tensors begin at multiples of so many bytes, as torch's own.
+_ALIGNED = 64
 # What is stale goes if it was not used for so long: another process may still read it.
 _UNUSED_SECONDS = 24 * 3600
 
@@ -85,44 +89,48 @@ class BlockFiles:
         return {name: self.places[self.tied.get(name, name)] for name in self.names(prefix)}
 
     def bytes_of(self, names: Sequence[str]) -> int:
-        """What these tensors take in memory; tied ones once."""
-        kept = {self.tied.get(name, name) for name in names}
-        return sum(torch.empty(self.places[name].shape, dtype=self.dtypes[name], device="meta").nbytes for name in kept)
+        """The memory that these tensors are read into; tied ones once."""
+        return sum(_length_in_memory(self.places[name].shape, self.dtypes[name]) for name in self._kept(names))
 
-    def read(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin so, in memory.
-
-        Raises:
-            ModelError: If a file is gone or has become shorter.
-        """
-        return self.read_named(self.names(prefix))
+    def read(self, prefix: str, memory: Tensor | None = None) -> dict[str, Tensor]:
+        """The tensors whose names begin so, in memory (`read_named`)."""
+        return self.read_named(self.names(prefix), memory)
 
     def read_rest(self) -> dict[str, Tensor]:
-        """The tensors that are of no block, in memory.
-
-        Raises:
-            ModelError: If a file is gone or has become shorter.
-        """
+        """The tensors that are of no block, in memory (`read_named`)."""
         return self.read_named(self.rest())
 
-    def read_named(self, names: Sequence[str], into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """These tensors in memory; names that are tied give one tensor.
+    def read_named(self, names: Sequence[str], memory: Tensor | None = None) -> dict[str, Tensor]:
+        """These tensors in memory, side by side in one piece of it; names that are tied give one tensor.
+
+        One piece, because the C library keeps for itself much of what many tensors of a few megabytes leave.
 
         Args:
             names: The model's names.
-            into: Tensors of the CPU to be read into, such as those of an earlier block; by the names that are kept.
+            memory: Bytes of the CPU's memory to read into, such as an earlier block's, at least `bytes_of` these names.
 
         Raises:
             ModelError: If a file is gone or has become shorter.
         """
+        memory = torch.empty(self.bytes_of(names), dtype=torch.uint8) if memory is None else memory
         read: dict[str, Tensor] = {}
-        for name in names:
-            kept = self.tied.get(name, name)
-            if kept not in read:
-                place = self.places[kept]
-                read[kept] = torch.empty(place.shape, dtype=self.dtypes[kept]) if into is None else into[kept]
-                place.read_into(read[kept])
+        start = 0
+        for name in self._kept(names):
+            place, dtype = self.places[name], self.dtypes[name]
+            end = start + math.prod(place.shape) * dtype.itemsize
+            read[name] = memory[start:end].view(dtype).view(place.shape)
+            place.read_into(read[name])
+            start += _length_in_memory(place.shape, dtype)
         return {name: read[self.tied.get(name, name)] for name in names}
+
+    def _kept(self, names: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(self.tied.get(name, name) for name in names))
+
+
+def _length_in_memory(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """A tensor's bytes, filled up so that the next one begins where fast kernels want it."""
+    length = math.prod(shape) * dtype.itemsize
+    return length + -length % _ALIGNED
 
 
 def block_files(
@@ -246,19 +254,29 @@ def _write(
         written = 0
         for file in left:
             sources, announced = layout.files[file]
-            _write_file(folder / file, announced, (source.made(model) for source in sources))
+            _write_file(folder / file, announced, _values(sources, model))
             written += lengths[file]
             if progress is not None:
                 progress(written, sum(lengths.values()))
 
 
-def _write_file(path: Path, announced: Mapping[str, Tensor], made: Iterator[Mapping[str, Tensor]]) -> None:
+def _values(sources: Sequence[Source], model: PreTrainedModel) -> Iterator[Tensor]:
+    """What files are made of, in order: in parts where it is taken as it is."""
+    memory = scratch()
+    for source in sources:
+        held = source.held[0][1]
+        if source.rule is None and held.is_plain:
+            yield from (part.to(source.dtype) for part in held.chunks(memory))
+        else:
+            yield from source.made(model).values()
+
+
+def _write_file(path: Path, announced: Mapping[str, Tensor], values: Iterable[Tensor]) -> None:
     """A safetensors file, which gets its name when all is there, and on the disk."""
     with _unfinished(path).open("wb") as file:
         file.write(header_of(announced))
-        for tensors in made:
-            for values in tensors.values():
-                write_values(file, values)
+        for part in values:
+            write_values(file, part)
         file.flush()
         os.fsync(file.fileno())
     _unfinished(path).replace(path)
@@ -287,14 +305,14 @@ def _in_parts(name: str, files: Sequence[Path], copies: Path) -> list[Path]:
     for i, path in enumerate(files):
         if not reads_in_parts(path):
             copy = copies / f"whole-{i:05d}.safetensors"
-            with _space_told(name, copies), _alone(copies):
-                copies.mkdir(exist_ok=True)
-                if not copy.is_file():
+            if not copy.is_file():
+                values = {one.name: one.read() for one in held_by(path)}
+                with _space_told(name, copies), _alone(copies):
+                    copies.mkdir(exist_ok=True)
                     _unfinished(copy).unlink(missing_ok=True)
                     _check_space(name, copies, sum(file.stat().st_size for file in files[i:]))
-                    values = {one.name: one.read() for one in held_by(path)}
-                    _write_file(copy, values, iter([values]))
-                    del values
+                    _write_file(copy, values, values.values())
+                del values
             path = copy
         found.append(path)
     return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # of files that torch refuses to read
@@ -30,7 +30,7 @@ from headcount.model.tensor_format import TYPES
 
 # What the readers of weights raise for files that are damaged or of another kind.
 UNREADABLE = (SafetensorError, UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, ValueError, EOFError)
-# A tensor that is wanted in another type is read by so many bytes at a time.
+# What is copied, or wanted in another type, is read by so many bytes at a time: what the C library gives back at once.
 _CHUNK = 2**25
 _POINTER = b"version https://git-lfs"
 # A longer header is none: safetensors' own bound.
@@ -93,10 +93,25 @@ class Held:
         elif values.dtype == self._type:
             self._fill(self.offset, values.view(-1))
         else:
-            flat, step = values.view(-1), _CHUNK // self._type.itemsize
-            for start in range(0, flat.numel(), step):
-                part = flat[start : start + step]
-                part.copy_(self.numbers(start, part.numel()))
+            flat, done = values.view(-1), 0
+            for part in self.chunks(torch.empty(min(_CHUNK, flat.numel() * self._type.itemsize), dtype=torch.uint8)):
+                flat[done : done + part.numel()].copy_(part)
+                done += part.numel()
+
+    def chunks(self, scratch: Tensor) -> Iterator[Tensor]:
+        """All numbers of a plain tensor, in the order in which they lie in the file.
+
+        Args:
+            scratch: Bytes of memory into which one part after another is read.
+
+        Raises:
+            ModelError: If the file has become shorter, or is gone.
+        """
+        step, numel = scratch.numel() // self._type.itemsize, math.prod(self.shape)
+        for start in range(0, numel, max(1, step)):
+            part = scratch[: min(step, numel - start) * self._type.itemsize].view(self._type)
+            self._fill(self.offset + start * self._type.itemsize, part)
+            yield part
 
     def rows(self, indices: Iterable[int], most: int | None = None) -> Tensor:
         """Some of its rows, along the first dimension, of each so many along the second; no other is read."""
@@ -236,6 +251,11 @@ def reads_in_parts(path: Path) -> bool:
     if path.is_file() and path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
         return False
     return all(one.whole is None for one in held_by(path))
+
+
+def scratch() -> Tensor:
+    """Memory to read a tensor's numbers into, part by part."""
+    return torch.empty(_CHUNK, dtype=torch.uint8)
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
