@@ -281,7 +281,7 @@ def test_a_shard_that_is_not_whole_is_named(tmp_path: Path, form: str, left: flo
     shard = max(folder.glob("*model*"), key=lambda path: path.stat().st_size)
     data = shard.read_bytes()
     shard.write_bytes(data[: int(left if left >= 1 else left * len(data))])
-    refused(folder, rf"{shard.name} is damaged or not whole \(.*\): download or copy it again")
+    refused(folder, rf"{shard.name} is damaged(,| or not whole \(.*\):) .*download or copy it again")
 
 
 def test_a_file_that_became_shorter_while_it_was_used_is_named(tmp_path: Path) -> None:
@@ -311,6 +311,18 @@ def test_an_index_of_tensors_that_are_not_there_is_refused(tmp_path: Path, form:
     else:
         torch.save(inside, folder / shard)
     refused(folder, rf"lacks 1 tensor that its {index.name} names \(the first is {absent}, in {shard}\): download")
+
+
+def test_objects_in_a_bin_file_are_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Printed:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return print, ("ran",)
+
+    folder = saved(tmp_path / "m", "llama")
+    for old in (False, True):
+        torch.save({"x": Printed()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+        refused(folder, r"pytorch_model\.bin is damaged, or holds other objects than tensors, which are not unpickled")
+    assert "ran" not in capsys.readouterr().out
 
 
 def test_a_pointer_of_git_lfs_is_told_as_that(tmp_path: Path) -> None:

@@ -232,6 +232,9 @@ def held_by(path: Path) -> list[Held]:
                          "it")
     try:
         return _of_safetensors(path) if path.suffix == ".safetensors" else _of_bin(path)
+    except UnpicklingError as e:  # torch's own text offers to run what is in the file
+        raise ModelError(f"{path} is damaged, or holds other objects than tensors, which are not unpickled: download "
+                         "or copy it again, or save its tensors as safetensors") from e
     except (*UNREADABLE, KeyError, TypeError, AttributeError) as e:
         raise _damaged(path, first_line(e)[:80].rstrip(". ")) from e
 
