@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import families
-import headcount.model.blockfiles
 from headcount.errors import ModelError
+from headcount.model import block_cache
 from headcount.model.blockfiles import BlockFiles, block_files
 from headcount.model.weight_files import held_by
 
@@ -185,7 +185,7 @@ def test_a_rewrite_that_was_killed_goes_on(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     folder = saved(tmp_path / "m", "opt")
-    model, real = empty(folder), headcount.model.blockfiles.write_values
+    model, real = empty(folder), block_cache.write_values
     calls = 0
 
     def dies(*args: object) -> None:
@@ -197,7 +197,7 @@ def test_a_rewrite_that_was_killed_goes_on(
 
     child = os.fork()
     if not child:
-        monkeypatch.setattr(headcount.model.blockfiles, "write_values", dies)
+        monkeypatch.setattr(block_cache, "write_values", dies)
         try:
             block_files(folder, model, torch.float32)
         finally:
@@ -350,7 +350,7 @@ def test_too_little_disk_is_said_before_in_bytes(
 
 def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path / "m", "opt")
-    real, calls = headcount.model.blockfiles.write_values, 0
+    real, calls = block_cache.write_values, 0
 
     def full(*args: object) -> None:
         nonlocal calls
@@ -359,12 +359,23 @@ def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path: Path, cache: Path, m
             raise OSError(28, "No space left on device")
         real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(headcount.model.blockfiles, "write_values", full)
+    monkeypatch.setattr(block_cache, "write_values", full)
     refused(folder, r"could not be written into the cache .* \(the disk is full\): make space there")
     assert [path.name for path in cache.glob("*/[br]*.safetensors")] == ["block-00000.safetensors"]
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     check_equal(opened(folder), folder)
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path: Path, cache: Path) -> None:
+    folder = saved(tmp_path / "m", "opt")
+
+    def changes(done: int, of: int) -> None:
+        os.utime(folder / "pytorch_model.bin", (1, 1))
+
+    with pytest.raises(ModelError, match="have changed while they were read: give the same command again"):
+        block_files(folder, empty(folder), torch.float32, progress=changes)
+    assert [path.name for path in cache.glob("*/*.safetensors")] == ["block-00000.safetensors"]
 
 
 def test_a_folder_without_weights_and_a_quantised_model_are_refused(tmp_path: Path) -> None:
