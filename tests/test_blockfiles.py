@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import zlib
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import families
 from headcount.errors import ModelError
 from headcount.model import block_cache
 from headcount.model.blockfiles import BlockFiles, block_files
+from headcount.model.source import Source
 from headcount.model.weight_files import held_by
 
 
@@ -150,12 +152,15 @@ def test_a_safetensors_checkpoint_is_read_where_it_lies(tmp_path: Path, cache: P
 
 
 def test_there_is_one_file_for_each_block_and_one_for_the_rest(tmp_path: Path) -> None:
-    files = opened(saved(tmp_path / "m", "opt"))
+    files = opened(saved(tmp_path / "m", "gemma4-e"))
     assert files.folder is not None
     assert sorted(path.name for path in files.folder.glob("*.safetensors")) == [
         "block-00000.safetensors", "block-00001.safetensors", "rest.safetensors"]
     for i, block in enumerate(files.blocks):
-        assert load_file(files.folder / f"block-{i:05d}.safetensors").keys() == files.read(block).keys()
+        read = files.read(block)
+        assert load_file(files.folder / f"block-{i:05d}.safetensors").keys() == read.keys()
+        assert any(value.nbytes == 4 for value in read.values())
+        assert not any(value.storage_offset() * value.itemsize % 64 for value in read.values())
     assert files.read_rest()["lm_head.weight"].untyped_storage().nbytes() == files.bytes_of(files.rest())
 
 
@@ -214,6 +219,15 @@ def test_a_rewrite_that_was_killed_goes_on(
     check_equal(files, folder)
 
 
+def test_a_file_of_the_cache_that_is_damaged_is_written_again(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", "llama")
+    written = opened(folder).folder
+    assert written is not None
+    (written / "rest.safetensors").write_bytes((written / "rest.safetensors").read_bytes()[:-1])
+    (written / "block-00000.safetensors").unlink()
+    check_equal(opened(folder), folder)
+
+
 def test_a_checkpoint_that_changed_is_written_anew_and_the_old_one_goes_later(tmp_path: Path, cache: Path) -> None:
     folder = saved(tmp_path / "m", "llama")
     first = opened(folder)
@@ -257,6 +271,27 @@ def test_memory_is_that_of_one_block(tmp_path: Path) -> None:
     held = torch.load(tmp_path / "pytorch_model.bin")
     assert sums == pytest.approx([sum(float(one.sum(dtype=torch.float64)) for name, one in held.items()
                                       if name.startswith(block)) for block in files.blocks])
+
+
+@pytest.mark.parametrize("form", ["bin", "bin shards", "safetensors shards"])
+def test_what_is_on_the_hub_alone_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    there, here = saved(tmp_path / "there", "llama", form), tmp_path / "snapshots" / "0123"
+    here.mkdir(parents=True)
+    asked: list[str] = []
+
+    def cached_file(place: str, name: str, **options: object) -> str | None:
+        assert (place, options["revision"]) == ("org/model", "v1")
+        asked.append(name)
+        if not (there / name).exists():
+            return None
+        shutil.copy(there / name, here)
+        return str(here / name)
+
+    monkeypatch.setattr("headcount.model.source.cached_file", cached_file)
+    assert Source("org/model", None, {"revision": "v1"}).fetched(None) == here
+    assert {path.name for path in here.iterdir()} == {path.name for path in there.glob("*model*")}
+    assert len(asked) == len({*asked})
+    assert Source(str(there)).fetched(None) == there
 
 
 def refused(folder: Path, words: str) -> None:
@@ -329,6 +364,15 @@ def test_a_pointer_of_git_lfs_is_told_as_that(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", "llama")
     (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     refused(folder, r"pytorch_model\.bin is Git LFS's pointer in the place of a file: run `git lfs pull`")
+
+
+def test_an_index_may_name_a_weight_that_is_tied_to_another(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", "opt", "safetensors shards")
+    index = folder / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    told["weight_map"]["lm_head.weight"] = "model-00001-of-00003.safetensors"
+    index.write_text(json.dumps(told))
+    check_equal(opened(folder), folder)
 
 
 def test_an_index_that_is_none_is_refused(tmp_path: Path) -> None:

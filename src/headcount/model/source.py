@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 from headcount.errors import ModelError, OptionError, few, first_line
 from headcount.model import adapters, gguf
-from headcount.model.weight_files import check_files, is_pointer
+from headcount.model.weight_files import check_files, index_of, is_pointer, weight_names
 from headcount.tasks import hub
 
 TRUST = "read it, then pass `trust_remote_code=True`"
@@ -76,6 +76,31 @@ class Source:
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies there."""
         return any(self._file(name) is not None for name in ("tokenizer_config.json", "tokenizer.json"))
+
+    def fetched(self, named: str | None) -> Path:
+        """The folder with all files that weights are read from; what of them is on the hub alone is fetched.
+
+        Args:
+            named: The file of weights, or index of shards, that the config names; None where it names none.
+
+        Raises:
+            ModelError: If they are not to be had.
+        """
+        if Path(self.place).is_dir():
+            return Path(self.place)
+        try:
+            for name in weight_names(named):
+                file = cached_file(self.place, name, _raise_exceptions_for_missing_entries=False,
+                                   _raise_exceptions_for_connection_errors=False, **self.keywords)
+                if file is not None:
+                    index = index_of(Path(file).parent, name)
+                    for shard in sorted({*(index.shards.values() if index is not None else ())}):
+                        cached_file(self.place, shard, **self.keywords)
+                    return Path(file).parent
+        except (OSError, ValueError) as e:
+            raise failure(self.place, self, e) from e
+        raise ModelError(f"{self.place} holds no weights that transformers reads, or the hub does not give them: check "
+                         "the name and the network")
 
     def card(self) -> Mapping[str, Any]:
         """What the model card says in its front matter: licence, language, ...; empty where it says nothing."""

@@ -182,6 +182,16 @@ def index_of(folder: Path, named: str | None = None) -> Index | None:
         raise _damaged(path, "it is no index of shards") from e
 
 
+def weight_names(named: str | None) -> list[str]:
+    """Names of files that transformers looks for in turn: weights, or the index of their shards.
+
+    Args:
+        named: The one that the config names; None where it names none.
+    """
+    return [name for name in (named, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+            if name is not None]
+
+
 def files_read(folder: Path, named: str | None) -> list[Path]:
     """The files of a folder that transformers reads weights from; none where there are none of its names.
 
@@ -267,10 +277,7 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _first(folder: Path, named: str | None) -> Path | None:
-    for name in (named, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        if name is not None and (path := folder / name).is_file():
-            return path
-    return None
+    return next((path for name in weight_names(named) if (path := folder / name).is_file()), None)
 
 
 def _of_safetensors(path: Path) -> list[Held]:
