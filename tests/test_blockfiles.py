@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -245,7 +246,7 @@ def test_a_checkpoint_that_changed_is_written_anew_and_the_old_one_goes_later(tm
 
 
 def test_memory_is_that_of_one_block(tmp_path: Path) -> None:
-    """100 MB in one file are rewritten and read block by block within 45 MB, under a limit that does enforce."""
+    """100 MB in one file are rewritten and read block by block within 60 MB, under a limit that does enforce."""
     config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=6,
                          num_attention_heads=8, max_position_embeddings=64)
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.float32
@@ -254,9 +255,10 @@ def test_memory_is_that_of_one_block(tmp_path: Path) -> None:
     size = (tmp_path / "pytorch_model.bin").stat().st_size
     assert size > 100e6
     model = empty(tmp_path)
+    gc.collect()
     used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (used + 45_000_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 60_000_000, before[1]))
     try:
         with pytest.raises(RuntimeError, match="memory"):
             torch.empty(size, dtype=torch.uint8)
@@ -264,13 +266,12 @@ def test_memory_is_that_of_one_block(tmp_path: Path) -> None:
             torch.load(tmp_path / "pytorch_model.bin", mmap=True)
         files = block_files(tmp_path, model, torch.float32)
         memory = torch.empty(files.bytes_of(files.names(files.blocks[0])), dtype=torch.uint8)
-        sums = [sum(float(one.sum(dtype=torch.float64)) for one in files.read(block, memory).values())
-                for block in files.blocks]
+        found = {name: zlib.crc32(one.numpy().data) for block in files.blocks
+                 for name, one in files.read(block, memory).items()}
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
     held = torch.load(tmp_path / "pytorch_model.bin")
-    assert sums == pytest.approx([sum(float(one.sum(dtype=torch.float64)) for name, one in held.items()
-                                      if name.startswith(block)) for block in files.blocks])
+    assert found == {name: zlib.crc32(one.numpy().data) for name, one in held.items() if ".layers." in name}
 
 
 @pytest.mark.parametrize("form", ["bin", "bin shards", "safetensors shards"])
