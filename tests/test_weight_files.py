@@ -120,11 +120,43 @@ def test_files_that_are_not_whole_are_told_as_that(folder: Path) -> None:
     single = folder / "model.safetensors"
     data = single.read_bytes()
     single.write_bytes(data[:-100])
-    with pytest.raises(ModelError, match=r"its weights are damaged or not whole .*download or copy them again"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged or not whole .*download or copy it again"):
         load(folder, device="cpu")
     single.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ModelError, match=r"Git LFS's pointers .*\(model\.safetensors\): run `git lfs pull`"):
         load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("harm", ["missing", "cut", "index", "named"])
+def test_what_is_wrong_with_a_checkpoint_is_told_by_its_file(folder: Path, kind: str, harm: str) -> None:
+    held = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, stem = sorted(held), "model" if kind == "safetensors" else "pytorch_model"
+    files = [folder / f"{stem}-{i + 1:05d}-of-00002.{kind}" for i in range(2)]
+    for i, file in enumerate(files):
+        part = {name: held[name] for name in names[i::2]}
+        if harm == "named" and i:
+            del part[names[1]]
+        if kind == "bin":
+            torch.save(part, file)
+        else:
+            save_file(part, file, metadata={"format": "pt"})
+    index = folder / f"{stem}.{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {name: files[i % 2].name
+                                                                for i, name in enumerate(names)}}))
+    if harm == "missing":
+        files[1].unlink()
+    elif harm == "cut":
+        files[1].write_bytes(files[1].read_bytes()[:-1000])
+    elif harm == "index":
+        index.write_text("{")
+    words = {"missing": f"{files[1].name} is missing", "cut": f"{files[1].name} is damaged or not whole",
+             "index": f"{index.name} is damaged or not whole",
+             "named": f"lacks 1 tensor that its {index.name} names .the first is {names[1]}, in {files[1].name}"}
+    with pytest.raises(ModelError, match=words[harm]) as told:
+        load(folder, device="cpu")
+    assert "\n" not in str(told.value)
 
 
 def test_one_tensor_in_two_shards_is_refused(folder: Path) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from headcount.errors import ModelError
-from headcount.model.weight_files import UNREADABLE, Held, files_passed_over, files_read, held_by
+from headcount.model.weight_files import Held, Index, files_passed_over, files_read, held_by, index_of
 
 _ROTARY = re.compile(r"rotary_emb\.inv_freq$")
 # A layer's number in a tensor's name, and what tells layers that predict further tokens from those of the model.
@@ -76,14 +76,20 @@ _HARMLESS = (
 )
 
 
-def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Path | None) -> tuple[str, ...]:
+def check(
+    name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Path | None,
+    held: Mapping[str, Held] | None = None,
+) -> tuple[str, ...]:
     """Refuse a model that did not get exactly what its checkpoint holds.
+
+    Values that the model does not have (on the meta device) are not compared.
 
     Args:
         name: The model, as the user named it.
         model: As it was loaded, with sizes that do not match ignored.
         told: What `from_pretrained` tells of loading.
         folder: Where the checkpoint's files lie; None where that is not known (nothing is then known to be harmless).
+        held: What the files hold (`tensors`), where that has been looked at.
 
     Returns:
         What must be said of the model.
@@ -97,26 +103,39 @@ def check(name: str, model: PreTrainedModel, told: Mapping[str, Any], folder: Pa
         raise ModelError(f"{name} holds {_some(len(wrong), 'tensor')} of other sizes than its config says (the first "
                          f"is {first}: {_size(there)} in the checkpoint, {_size(here)} by config.json): put back the "
                          "config.json that belongs to these weights")
+    files = [] if folder is None else files_read(folder, named_weights(model))
+    if held is None:
+        held = tensors(name, files)
+    if folder is not None:
+        _check_index(name, model, missing, index_of(folder, named_weights(model)), held)
     if missing:
         raise ModelError(f"{name} lacks {len(missing)} of the model's weights (the first is {missing[0]}): the "
                          "checkpoint is of another class of model, or not whole; download it again, or name the model "
                          "that it belongs to")
     left = sorted(told["unexpected_keys"])
-    files = [] if folder is None else files_read(folder, getattr(model.config, "transformers_weights", None))
-    held = _tensors(name, files)
     if left := [key for key in left if not _is_harmless(key, held, model.config)]:
         raise ModelError(f"{name} holds {_some(len(left), 'tensor')} that {type(model).__name__} has no place for with "
                          f"this config, and drops (the first is {left[0]}): put back the config.json that belongs to "
                          "these weights; to measure what is left without them, load it with transformers and wrap it")
     _check_hidden(name, model, held)
     _check_numbers(name, model, held, _quantisation(folder))
-    _check_rotary(name, model, held)
+    check_rotary(name, model, held)
     notes = _check_values(name, model, held)
     return notes if folder is None else (*notes, *_passed_over(files, files_passed_over(folder, files), held))
 
 
-def _tensors(name: str, files: list[Path]) -> dict[str, Held]:
-    """All tensors of these files, by the names that they have there."""
+def named_weights(model: PreTrainedModel) -> str | None:
+    """The file of weights, or index of shards, that a model's config names; None where it names none."""
+    named: str | None = getattr(model.config, "transformers_weights", None)
+    return named
+
+
+def tensors(name: str, files: Iterable[Path]) -> dict[str, Held]:
+    """All tensors of a checkpoint's files, by the names that they have there.
+
+    Raises:
+        ModelError: If a file is missing or damaged, or two hold a tensor of the same name.
+    """
     found: dict[str, Held] = {}
     for one in (one for path in files for one in held_by(path)):
         if one.name in found:
@@ -124,6 +143,20 @@ def _tensors(name: str, files: list[Path]) -> dict[str, Held]:
                              "leave one of them out")
         found[one.name] = one
     return found
+
+
+def _check_index(
+    name: str, model: PreTrainedModel, missing: Collection[str], index: Index | None, held: Mapping[str, Held]
+) -> None:
+    """Refuse an index of tensors that are not there, but for those that the model has without them (tied weights)."""
+    prefix, own = f"{model.base_model_prefix}.", model.state_dict().keys() - {*missing}
+    absent = [key for key in (index.shards if index is not None else ()) if key not in held
+              and not {key, f"{prefix}{key}", key.removeprefix(prefix)} & own
+              and not any(kind.name.search(key) for kind in _HARMLESS)]
+    if index is not None and absent:
+        raise ModelError(f"{name} lacks {_some(len(absent), 'tensor')} that its {index.path.name} names (the first is "
+                         f"{absent[0]}, in {index.shards[absent[0]]}): download the checkpoint again, or put back the "
+                         "index that belongs to it")
 
 
 def _passed_over(files: list[Path], others: list[Path], held: Mapping[str, Held]) -> tuple[str, ...]:
@@ -148,7 +181,7 @@ def _if_readable(path: Path) -> list[Held]:
     """The tensors of a file that is not read; none where it is damaged, which does no harm."""
     try:
         return held_by(path)
-    except UNREADABLE:
+    except ModelError:
         return []
 
 
@@ -274,10 +307,15 @@ def _is_harmless(key: str, held: Mapping[str, Held], config: PreTrainedConfig) -
 
 def _rotary(model: PreTrainedModel) -> dict[str, Tensor]:
     """The rotary frequencies that a model computed from its config."""
-    return {name: buffer for name, buffer in model.named_buffers() if _ROTARY.search(name)}
+    return {name: buffer for name, buffer in model.named_buffers() if _ROTARY.search(name) and not buffer.is_meta}
 
 
-def _check_rotary(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -> None:
+def check_rotary(name: str, model: PreTrainedModel, held: Mapping[str, Held]) -> None:
+    """Refuse a checkpoint of other rotary frequencies than the model computed from its config, where it has computed.
+
+    Raises:
+        ModelError: Which names the tensor.
+    """
     own = [frequencies.float().cpu() for frequencies in _rotary(model).values()]
     for key, one in held.items():
         if own and _ROTARY.search(key):

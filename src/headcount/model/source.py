@@ -18,10 +18,10 @@ from transformers.utils.hub import cached_file
 
 from headcount.errors import ModelError, OptionError, few, first_line
 from headcount.model import adapters, gguf
+from headcount.model.weight_files import check_files, index_of, is_pointer, weight_names
 from headcount.tasks import hub
 
 TRUST = "read it, then pass `trust_remote_code=True`"
-_POINTER = b"version https://git-lfs"
 # How torch begins what it says of files that it does not unpickle.
 _UNPICKLED = "Weights only load failed"
 # Files that weights are read from, and those that decide how.
@@ -76,6 +76,31 @@ class Source:
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies there."""
         return any(self._file(name) is not None for name in ("tokenizer_config.json", "tokenizer.json"))
+
+    def fetched(self, named: str | None) -> Path:
+        """The folder with all files that weights are read from; what of them is on the hub alone is fetched.
+
+        Args:
+            named: The file of weights, or index of shards, that the config names; None where it names none.
+
+        Raises:
+            ModelError: If they are not to be had.
+        """
+        if Path(self.place).is_dir():
+            return Path(self.place)
+        try:
+            for name in weight_names(named):
+                file = cached_file(self.place, name, _raise_exceptions_for_missing_entries=False,
+                                   _raise_exceptions_for_connection_errors=False, **self.keywords)
+                if file is not None:
+                    index = index_of(Path(file).parent, name)
+                    for shard in sorted({*(index.shards.values() if index is not None else ())}):
+                        cached_file(self.place, shard, **self.keywords)
+                    return Path(file).parent
+        except (OSError, ValueError) as e:
+            raise failure(self.place, self, e) from e
+        raise ModelError(f"{self.place} holds no weights that transformers reads, or the hub does not give them: check "
+                         "the name and the network")
 
     def card(self) -> Mapping[str, Any]:
         """What the model card says in its front matter: licence, language, ...; empty where it says nothing."""
@@ -166,9 +191,14 @@ def failure(name: str, source: Source, error: BaseException) -> ModelError:
     if "trust_remote_code" in str(error):
         return ModelError(f"{name} comes with its own code: {TRUST}", fields=("trust_remote_code=True",))
     if source.gguf is not None or Path(source.place).is_dir():
-        if pointers := [path.name for path in source.files if _is_pointer(path)]:
+        if pointers := [path.name for path in source.files if is_pointer(path)]:
             return ModelError(f"{name} holds Git LFS's pointers in the place of files ({few(pointers)}): run `git lfs "
                               "pull` there, or download them")
+        try:
+            if source.folder is not None:
+                check_files(source.folder)
+        except ModelError as damaged:
+            return ModelError(f"{name} cannot be loaded: {damaged}")
         return ModelError(f"{name} cannot be loaded: {said(error)}")
     if any(isinstance(e, GatedRepoError) for e in chain):
         return ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`")
@@ -182,11 +212,6 @@ def failure(name: str, source: Source, error: BaseException) -> ModelError:
         return ModelError(f"{name} is no local folder, and the hub has not given it: {first_line(error)} Check the "
                           "name and the network, or name a local folder, a GGUF file, or smollm2")
     return ModelError(f"{name} cannot be loaded: {said(error)}")
-
-
-def _is_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_POINTER)) == _POINTER
 
 
 def said(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel
-from headcount.removal.shards import size
+from headcount.model.tensor_format import size
 from headcount.removal.slicing import Plan, saved_tensors
 from headcount.stats.words import percent
 

@@ -1,25 +1,21 @@
 """Safetensors files written tensor by tensor, so that no more than one of them needs to be in memory.
 
-safetensors' own writer takes all tensors of a file at once. Its format is public and short: eight bytes with the length
-of a header, the header as JSON (of every tensor type, shape, and from which byte to which), and the bytes of all
-tensors one behind another. Shapes are known before any value is: so the header is written first, and tensors follow as
-they come, in the order that was announced. Several files are told apart as transformers does it, by an index.
+The header is written first (`headcount.model.tensor_format`), and tensors follow as they come, in the order that was
+announced. Several files are told apart as transformers does it, by an index.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+from headcount.model.tensor_format import header_of, size, write_values
+
 # The largest file, as transformers has it.
 SHARD_BYTES = 5 * 10**9
 
@@ -55,7 +51,7 @@ class Shards:
             if names[0] == name:
                 self._begin(file, names)
         assert self._file is not None  # noqa: S101 - the first tensor begins the first file
-        self._file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        write_values(self._file, value)
         del self._waiting[0]
 
     def close(self) -> None:
@@ -76,21 +72,8 @@ class Shards:
     def _begin(self, file: str, names: Sequence[str]) -> None:
         if self._file is not None:
             self._file.close()
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            tensor = self._tensors[name]
-            start, end = end, end + size(tensor)
-            header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
         self._file = (self._folder / file).open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-
-
-def size(tensor: Tensor) -> int:
-    """A tensor's bytes."""
-    return math.prod(tensor.shape) * tensor.element_size()
+        self._file.write(header_of({name: self._tensors[name] for name in names}))
 
 
 def _files(tensors: Mapping[str, Tensor], most: int) -> dict[str, list[str]]:

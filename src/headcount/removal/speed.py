@@ -31,9 +31,9 @@ from headcount.errors import ModelError, OptionError, first_line
 from headcount.model.contracts import FAILURES
 from headcount.model.hooks import ablated
 from headcount.model.read import quiet
+from headcount.model.tensor_format import size
 from headcount.removal.cost import TOKENS, last_position
 from headcount.removal.remove import Removed
-from headcount.removal.shards import size
 
 ROUNDS = 5
 # Tokens of the prompt before decoding, and that are decoded.
