@@ -28,6 +28,7 @@ from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
+from headcount.measure.induction import induction_scores
 from headcount.model import held, placement
 from headcount.model.contracts import probe_tokens
 from headcount.model.hooks import frozen
@@ -220,3 +221,16 @@ def test_a_whole_study_streamed_has_the_resident_ones_tables(tmp_path: Path) -> 
         one, other = (getattr(study, table)() for study in found)
         assert len(one) > 0
         pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_induction_scores_are_the_same_read_block_by_block(family: str, tmp_path: Path) -> None:
+    folder = tiny.saved(tmp_path / family, family)
+    expected = induction_scores(load(folder), lengths=(5, 9), seeds=3)
+    in_files, told = load(folder, stream=True), list[int]()
+    for memory in (None, 500_000):
+        streamed = dataclasses.replace(in_files, stream_memory=memory)
+        found = induction_scores(streamed, lengths=(5, 9), seeds=3, progress=told.append)
+        for name in ("prefix_matching", "copying", "previous_token", "ov_copying"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name), equal_nan=True)
+    assert len(told) == 2 * 2 * 2, "two lengths, of two kinds each, twice"

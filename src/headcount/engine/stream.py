@@ -10,10 +10,11 @@ Bit for bit this gives what the resident schedule gives on equal batches: each b
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import psutil
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headcount.engine.blocks import Block, Call, Inputs, entered, finished, learned
-from headcount.engine.pack import Batch
 from headcount.engine.step import State, step
 from headcount.engine.sweep import fewest_first
 from headcount.errors import OptionError
@@ -35,8 +35,21 @@ from headcount.model.load import LoadedModel
 _SHARE = 0.25
 
 
+class Counted(Protocol):
+    """A batch of any kind."""
+
+    @property
+    def tokens(self) -> int:
+        """How many positions it has."""
+
+
+B = TypeVar("B", bound=Counted)
+# What is open around a wave's step in a layer.
+Around = Callable[[int, "Wave[B]"], contextlib.AbstractContextManager[None]]
+
+
 @dataclass
-class Wave:
+class Wave(Generic[B]):
     """One batch on its way through the blocks.
 
     Attributes:
@@ -46,7 +59,7 @@ class Wave:
         layer_tokens: Positions that blocks computed for it so far, layers added up.
     """
 
-    batch: Batch
+    batch: B
     calls: list[Call]
     nodes: list[tuple[list[int], State]]
     layer_tokens: int = 0
@@ -67,8 +80,8 @@ class Stream:
     memory: int | None = None
 
     def enter(
-        self, waiting: deque[Batch], inputs_of: Callable[[Batch], Inputs], num_masks: int = 1, states: int = 1
-    ) -> list[Wave]:
+        self, waiting: deque[B], inputs_of: Callable[[B], Inputs], num_masks: int = 1, states: int = 1
+    ) -> list[Wave[B]]:
         """The batches of one pass at the first block; the embedding matrix is read once for all.
 
         Args:
@@ -79,7 +92,7 @@ class Stream:
         """
         embeddings: Any = self.model.get_input_embeddings()
         left = self.memory if self.memory is not None else int(_SHARE * psutil.virtual_memory().available)
-        waves: list[Wave] = []
+        waves: list[Wave[B]] = []
         with held([embeddings], fetched(embeddings)):
             while waiting and (not waves or left > 0):
                 hidden, calls = entered(self.model, self.blocks, inputs_of(waiting[0]))
@@ -94,14 +107,23 @@ class Stream:
                 waves.append(Wave(waiting.popleft(), calls, [([*range(num_masks)], State(hidden))]))
         return waves
 
-    def through(self, waves: Sequence[Wave], masks: Sequence[Mask]) -> Iterator[int]:
-        """Take waves through all blocks, under masks; yields after each block."""
+    def through(
+        self, waves: Sequence[Wave[B]], masks: Sequence[Mask], around: Around[B] | None = None
+    ) -> Iterator[int]:
+        """Take waves through all blocks, under masks; yields after each block.
+
+        Args:
+            waves: From `enter`.
+            masks: What is kept.
+            around: What is open while a wave passes a layer, such as hooks that look at it.
+        """
         for i in one_by_one([block.part.block for block in self.blocks]):
             for wave in waves:
-                self._through_one(i, wave, masks)
+                with around(i, wave) if around is not None else contextlib.nullcontext():
+                    self._through_one(i, wave, masks)
             yield i
 
-    def _through_one(self, i: int, wave: Wave, masks: Sequence[Mask]) -> None:
+    def _through_one(self, i: int, wave: Wave[Any], masks: Sequence[Mask]) -> None:
         before, wave.nodes = wave.nodes[::-1], []
         while before:
             owners, state = before.pop()
@@ -113,7 +135,7 @@ class Stream:
                 wave.nodes.append((parted[stepped.way], stepped.state))
 
     def leave(
-        self, waves: Sequence[Wave], kept: Sequence[tuple[Tensor, Tensor]]
+        self, waves: Sequence[Wave[Any]], kept: Sequence[tuple[Tensor, Tensor]]
     ) -> Iterator[Iterator[tuple[list[int], Float[Tensor, "kept vocabulary"]]]]:
         """Logits of each wave, whose hidden states are given up; the output matrix is read once for all.
 

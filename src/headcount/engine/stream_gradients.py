@@ -61,7 +61,7 @@ def streamed_scores(loaded: LoadedModel, stream: Stream, batches: Sequence[Batch
 
 
 @torch.no_grad()
-def _forwards(loaded: LoadedModel, stream: Stream, waiting: deque[Batch]) -> tuple[list[Wave], list[Given]]:
+def _forwards(loaded: LoadedModel, stream: Stream, waiting: deque[Batch]) -> tuple[list[Wave[Batch]], list[Given]]:
     """The batches of one pass, and the hidden states that each block was given, the last block's output at the end."""
     blocks = stream.blocks
     waves = stream.enter(waiting, functools.partial(model_inputs, loaded), states=len(blocks) + 1)
@@ -78,7 +78,7 @@ def _forwards(loaded: LoadedModel, stream: Stream, waiting: deque[Batch]) -> tup
 
 
 def _of_the_last(
-    loaded: LoadedModel, blocks: Sequence[Block], waves: Sequence[Wave], given: Sequence[Given]
+    loaded: LoadedModel, blocks: Sequence[Block], waves: Sequence[Wave[Batch]], given: Sequence[Given]
 ) -> list[Tensor]:
     """Of each batch, the loss's gradient by what the last block put out."""
     output: Any = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -94,7 +94,7 @@ def _of_the_last(
 
 
 def _backwards(
-    loaded: LoadedModel, layer: int, wave: Wave, states: Given, gradient: Tensor
+    loaded: LoadedModel, layer: int, wave: Wave[Batch], states: Given, gradient: Tensor
 ) -> tuple[Scores, Tensor]:
     """One block's scores, and the loss's gradient by what the block was given."""
     part, norms = loaded.anatomy.layers[layer], loaded.norms.get(layer, LayerNorms())

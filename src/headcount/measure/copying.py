@@ -20,14 +20,15 @@ value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headcount.model.attention import attention_seen, fed, one_logit
+from headcount.model.attention import Visit, attention_seen, fed, one_logit
 from headcount.model.circuits import (
     BranchNorm,
     EndMaps,
@@ -68,11 +69,28 @@ class Reading:
     def run(self, ids: Int[Tensor, "batch pos"]) -> None:
         """One forward pass, for hooks to see."""
         with one_logit(self.loaded.model):
-            self.loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **self.told)
+            self.loaded.model(**self.inputs(ids), use_cache=False)
+
+    def inputs(self, ids: Int[Tensor, "batch pos"]) -> dict[str, Any]:
+        """The model's keyword arguments."""
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.told}
 
 
-def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
-    """The score of every head of the model, by layer, then index."""
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """What is looked at of every layer's attention while texts pass it.
+
+    Attributes:
+        visit: Is shown a layer's heads and attention.
+        result: The scores, once all layers were shown: of every head of the model, by layer, then index.
+    """
+
+    visit: Visit
+    result: Callable[[], Float[Tensor, "*kind batch head"]]
+
+
+def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Watch:
+    """Looks for copying in texts, by protocol "sound"."""
     directions = unembedding(reading.loaded.model, ids[:, 1:]) @ reading.ends.exit.T
     scores: dict[int, Tensor] = {}
 
@@ -86,9 +104,7 @@ def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tens
             rows.append(_ratio(logits, attended, _FLOOR)[:, 1:].mean(-1))
         scores[layer] = torch.stack(rows)
 
-    with attention_seen(reading.loaded.anatomy, visit):
-        reading.run(ids)
-    return torch.cat([scores[layer].cpu().double() for layer in sorted(scores)], -1)
+    return Watch(visit, lambda: torch.cat([scores[layer].cpu().double() for layer in sorted(scores)], -1)[None])
 
 
 def paper_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:

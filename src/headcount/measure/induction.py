@@ -23,7 +23,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,12 +39,16 @@ from torch import Tensor
 
 from headcount.engine.engine import Engine
 from headcount.engine.forward import Progress
+from headcount.engine.stream import Stream, Wave, stream_of
 from headcount.errors import ModelError, OptionError
-from headcount.measure.copying import Reading, paper_copying, sound_copying
+from headcount.masks import Mask
+from headcount.measure.copying import Reading, Watch, paper_copying, sound_copying
 from headcount.measure.finite import finite_induction
+from headcount.model.anatomy import Anatomy
 from headcount.model.attention import attention_keywords, attention_seen, eager
 from headcount.model.circuits import ov_copying
 from headcount.model.devices import doubled
+from headcount.model.held import fetched, held
 from headcount.model.load import LoadedModel, wrap
 from headcount.results import InductionScores
 from headcount.stats import ranks
@@ -261,17 +267,79 @@ def _measured(
     loaded, bos = reading.loaded, len(texts.start)
     scores = np.zeros((len(_KINDS), len(texts.members), loaded.anatomy.num_heads))
     entries = _ENTRIES.get(loaded.device.type, 2**28)
+    # The paper's copying passes each text twice, with other inputs of every block.
+    stream, waiting = stream_of(loaded) if protocol == "sound" else None, deque[_Text]()
     for batch in texts.batches(max(loaded.anatomy.heads_per_layer), entries):
-        prefix = _prefix_work(reading, texts.members[batch[0]][0], texts.repeats, bos, protocol)
-        for kinds, repeated, work in ((slice(0, 2), True, prefix),
-                                      (slice(2, 3), False, _copying_work(reading, protocol))):
+        length = texts.members[batch[0]][0]
+        for kinds, repeated in ((slice(0, 2), True), (slice(2, 3), False)):
             ids = texts.drawn(batch, repeated=repeated).to(loaded.device)
+            if stream is not None:
+                waiting.append(_Text(kinds, batch, ids, length))
+                continue
+            work = _prefix_work(reading, length, texts.repeats, bos, protocol) if repeated else (
+                _copying_work(reading, protocol))
             scores[kinds, batch] = _halved(work, ids).numpy()
             if progress is not None:
                 progress(ids.numel())
+    while stream is not None and waiting:
+        _one_pass(reading, stream, waiting, functools.partial(_watched, reading, texts.repeats, bos), scores, progress)
     finite_induction(loaded, scores, _KINDS,
                      lambda kind, i: texts.drawn([i], repeated=_KINDS[kind] != "copying")[0].numpy())
     return scores
+
+
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """Texts that are read from files block by block, with others.
+
+    Attributes:
+        kinds: Which scores they are for.
+        members: Which texts they are.
+        ids: Their tokens.
+        length: Of the sequence that is repeated.
+    """
+
+    kinds: slice
+    members: list[int]
+    ids: Int[Tensor, "batch pos"]
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.ids.numel()
+
+
+def _watched(reading: Reading, repeats: int, bos: int, text: _Text) -> Watch:
+    """What is looked at in some texts, by protocol "sound"."""
+    if text.kinds.start == 0:
+        return _prefix_watch(text.length, repeats, bos, "sound")
+    return sound_copying(reading, text.ids)
+
+
+def _one_pass(
+    reading: Reading, stream: Stream, waiting: deque[_Text], watched: Callable[[_Text], Watch],
+    scores: Float[np.ndarray, "kind text head"], progress: Progress | None,
+) -> None:
+    """Fill in the scores of as many texts as may wait between two blocks."""
+    output: Any = reading.loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    full = [Mask.full(reading.loaded.anatomy.heads_per_layer)]
+    # Beside the hidden states directions wait, in float32.
+    states = 1 + 4 // reading.loaded.model.dtype.itemsize
+    waves = stream.enter(waiting, lambda text: reading.inputs(text.ids), states=states)
+    with held([output], fetched(output)):
+        watches = {id(wave): watched(wave.batch) for wave in waves}
+
+    def seen(layer: int, wave: Wave[_Text]) -> contextlib.AbstractContextManager[None]:
+        part, watch = reading.loaded.anatomy.layers[layer], watches[id(wave)]
+        return attention_seen(Anatomy((part,), 0), lambda _, z, attention: watch.visit(layer, z, attention))
+
+    for _ in stream.through(waves, full, seen):
+        pass
+    for wave in waves:
+        scores[wave.batch.kinds, wave.batch.members] = watches[id(wave)].result().numpy()
+        if progress is not None:
+            progress(wave.batch.tokens)
 
 
 def _halved(work: _Work, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind batch head"]:
@@ -288,25 +356,32 @@ def _halved(work: _Work, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind b
 
 
 def _prefix_work(reading: Reading, length: int, repeats: int, bos: int, protocol: Protocol) -> _Work:
-    def work(ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind batch head"]:
-        scores: dict[int, Tensor] = {}
+    return lambda ids: _run(reading, ids, _prefix_watch(length, repeats, bos, protocol))
 
-        def visit(layer: int, z: Tensor, attention: Tensor) -> None:
-            scores[layer] = torch.stack([prefix_matching(attention, length, repeats, bos, protocol),
-                                        doubled(attention.diagonal(-1, -2, -1)[..., bos:]).mean(-1)])
 
-        with attention_seen(reading.loaded.anatomy, visit):
-            reading.run(ids)
-        return torch.cat([scores[layer].cpu() for layer in sorted(scores)], -1)
+def _prefix_watch(length: int, repeats: int, bos: int, protocol: Protocol) -> Watch:
+    scores: dict[int, Tensor] = {}
 
-    return work
+    def visit(layer: int, z: Tensor, attention: Tensor) -> None:
+        scores[layer] = torch.stack([prefix_matching(attention, length, repeats, bos, protocol),
+                                    doubled(attention.diagonal(-1, -2, -1)[..., bos:]).mean(-1)])
+
+    return Watch(visit, lambda: torch.cat([scores[layer].cpu() for layer in sorted(scores)], -1))
 
 
 def _copying_work(reading: Reading, protocol: Protocol) -> _Work:
     def work(ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind batch head"]:
-        return (paper_copying(reading, ids) if protocol == "paper" else sound_copying(reading, ids))[None]
+        return paper_copying(reading, ids)[None] if protocol == "paper" else (
+            _run(reading, ids, sound_copying(reading, ids)))
 
     return work
+
+
+def _run(reading: Reading, ids: Int[Tensor, "batch pos"], watch: Watch) -> Float[Tensor, "kind batch head"]:
+    """The scores of texts in one pass of the model in memory."""
+    with attention_seen(reading.loaded.anatomy, watch.visit):
+        reading.run(ids)
+    return watch.result()
 
 
 def prefix_matching(
