@@ -14,7 +14,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import psutil
 import torch
@@ -35,6 +35,7 @@ from headcount.model.load import LoadedModel
 _SHARE = 0.25
 
 
+@runtime_checkable
 class Counted(Protocol):
     """A batch of any kind."""
 
