@@ -211,6 +211,17 @@ def blocks_run(masks: Sequence[Mask]) -> int:
     return count
 
 
+def layers_run(masks: Sequence[Mask], *, shared: bool = True) -> int:
+    """How many times a layer is computed when an engine runs these masks; times the positions, its layer-tokens.
+
+    Args:
+        masks: What is kept.
+        shared: Whether the model can be run layer by layer (contract 3); otherwise each mask is a pass of its own, as a
+            single mask always is.
+    """
+    return blocks_run(masks) if shared and len(masks) > 1 else sum(len(mask.ffns) for mask in masks)
+
+
 def ways(masks: Sequence[Mask], members: Iterable[int], layer: int) -> dict[Way, list[int]]:
     """How some of the masks part in a layer: heads and FFN kept there, and the masks (by index) that keep these."""
     found: dict[Way, list[int]] = {}

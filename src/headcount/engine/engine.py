@@ -41,7 +41,7 @@ from headcount.engine.proof import numbers_apart, verify_gradients, verify_scori
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
-from headcount.masks import Mask
+from headcount.masks import Mask, layers_run
 from headcount.model.contracts import ContractResult, probe_tokens, verify
 from headcount.model.finite import first_no_number
 from headcount.model.hooks import ablated, lifted
@@ -314,7 +314,7 @@ class Engine:
                 results.append(plain_loglikelihoods(
                     self._loaded, packed.batches, packed.num_requests, tree_mask=packed.layout.tree_mask,
                     columns=columns, progress=progress))
-        layer_tokens = self._loaded.anatomy.num_layers * len(masks) * packed.tokens
+        layer_tokens = layers_run(masks, shared=False) * packed.tokens
         return Likelihoods(np.stack([x for x, _ in results]), np.stack([g for _, g in results]), layer_tokens)
 
     def _swept(
