@@ -178,10 +178,7 @@ class Engine:
             row_tokens: Rows take documents up to this many tokens; None: as long as it costs least.
             batch_tokens: Batches take rows up to this many tokens, for gradients too; None: what was found.
         """
-        budget = dataclasses.replace(self._budget, row_tokens=row_tokens)
-        if batch_tokens is None:
-            return budget
-        return dataclasses.replace(budget, batch_tokens=batch_tokens, gradient_tokens=batch_tokens)
+        return self._budget.limited(row_tokens, batch_tokens)
 
     def pack(
         self, requests_by_document: Sequence[Sequence[Request]], budget: Budget | None = None,

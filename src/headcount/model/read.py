@@ -77,7 +77,7 @@ def read(
     common = {**source.keywords, "trust_remote_code": wanted.trust_remote_code}
     config = _config(wanted.name, source, common)
     check_kind(config, wanted)
-    reader = _tokenizer(wanted.name, of_tokenizer or source, wanted)
+    reader = tokenizer_of(wanted.name, of_tokenizer or source, wanted)
     if wanted.apply_chat_template and not reader.chat_template:
         raise ModelError(f"the tokenizer of {wanted.name} has no chat template: leave out "
                          "`apply_chat_template`", fields=("apply_chat_template",))
