@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from headcount.errors import ModelError
@@ -59,19 +60,34 @@ class Shape:
         """The model's window in tokens."""
         return window_of(self.model.config, self.tokenizer)
 
-    @property
+    @functools.cached_property
     def block_parameters(self) -> tuple[int, ...]:
         """Parameters of every block."""
         return tuple(_parameters(part.block) for part in self.anatomy.layers)
 
-    @property
+    @functools.cached_property
     def active_parameters(self) -> tuple[float, ...]:
         """Parameters of every block that a token meets: of routed experts those that are chosen."""
         share = _share_of_experts(self.model.config.get_text_config())
         return tuple(size - (1 - share) * _expert_parameters(part.block)
                      for part, size in zip(self.anatomy.layers, self.block_parameters, strict=True))
 
+    @functools.cached_property
+    def mean_active_parameters(self) -> float:
+        """The same, of a block on average."""
+        return sum(self.active_parameters) / self.anatomy.num_layers
+
     @property
+    def attention_width(self) -> float:
+        """Channels of attention of a block, all its heads together, on average."""
+        return sum(part.num_heads * part.d_head for part in self.anatomy.layers) / self.anatomy.num_layers
+
+    @property
+    def dtype(self) -> str:
+        """The type of its numbers, such as `float16`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @functools.cached_property
     def output_parameters(self) -> int:
         """Parameters of the output layer."""
         layer: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -106,9 +122,9 @@ def shape_of(
         check_kind(config, wanted)
         tokenizer = tokenizer_of(name, source, wanted) if bundled is None and _reads(source) else None
         model = empty(config, trust_remote_code, attn_implementation)
-    if wanted_dtype == "auto":
+    if isinstance(wanted_dtype, str):  # auto: the files' own
         wanted_dtype = torch.float32 if source.gguf is not None else config.dtype or torch.float32
-    model = model.to(wanted_dtype)
+    nn.Module.to(model, dtype=wanted_dtype)
     has_bos = bundled["bos"] if bundled is not None else (
         config.get_text_config().bos_token_id is not None if tokenizer is None else tokenizer.bos_token_id is not None)
     if apply_chat_template and (tokenizer is None or not tokenizer.chat_template):
@@ -162,10 +178,10 @@ def _share_of_experts(config: PreTrainedConfig) -> float:
     return 1.0 if there is None or chosen is None else min(1.0, float(chosen) / float(there))
 
 
-def _expert_parameters(block: torch.nn.Module) -> int:
+def _expert_parameters(block: nn.Module) -> int:
     """Parameters of a block's routed experts."""
     return sum(_parameters(module) for name, module in block.named_modules() if name.rpartition(".")[2] == "experts")
 
 
-def _parameters(module: torch.nn.Module) -> int:
+def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

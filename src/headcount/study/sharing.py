@@ -3,7 +3,9 @@
 Masks that are swept share the layers before their first difference (`headcount.masks.blocks_run`). The full model,
 single components, random orders and curves of one shape are known before anything is measured; curves, transfer and
 the grid go by orders that are not. For these there are bounds that no order leaves, and a middle: the mean over a few
-random orders.
+drawn orders. Importance differs between layers, and little between neighbouring ones, so that masks part later than by
+random orders: a component's drawn importance is a random walk over the layers, of variance 1, plus noise of its own of
+standard deviation `_NOISE`, which gives what was run of SmolLM2 (docs/decisions.md).
 
 The bounds of a curve. Its masks are nested, so that neighbouring fractions part at the first layer that has a component
 of those which the larger fraction removes besides. These sets have known sizes and nothing in common. A parting costs
@@ -34,8 +36,9 @@ from headcount.study.masksets import (
     UniformCurve,
 )
 
-# Random orders that the middle is a mean over.
-_ORDERS = 4
+# Drawn orders that the middle is a mean over, and a component's own part in its drawn importance.
+_ORDERS = 6
+_NOISE = 0.5
 
 
 class Layers(NamedTuple):
@@ -62,6 +65,9 @@ class Layers(NamedTuple):
     def exact(self) -> bool:
         """Whether it is known."""
         return self.low == self.high
+
+
+NONE = Layers(0, 0, 0)
 
 
 def layers_of(masks: MaskSet, heads_per_layer: tuple[int, ...]) -> Layers:
@@ -131,8 +137,17 @@ def _drawn(points: Sequence[tuple[float, float]], heads_per_layer: tuple[int, ..
 
 @functools.lru_cache(maxsize=1024)
 def _pruned(component: Component, fraction: float | int, heads_per_layer: tuple[int, ...], seed: int) -> Mask:
-    n = sum(heads_per_layer) if component == "head" else len(heads_per_layer)
-    return prune(heads_per_layer, component, random_order(n, seed), fraction)
+    return prune(heads_per_layer, component, _order(component, heads_per_layer, seed), fraction)
+
+
+@functools.lru_cache(maxsize=64)
+def _order(component: Component, heads_per_layer: tuple[int, ...], seed: int) -> list[int]:
+    """An order as importance makes them."""
+    rng = np.random.default_rng([seed, component == "head"])
+    walk = np.cumsum(rng.normal(size=len(heads_per_layer)))
+    walk = (walk - walk.mean()) / max(float(walk.std()), 1e-9)
+    importance = walk[_places(component, heads_per_layer)]
+    return [int(i) for i in np.argsort(importance + _NOISE * rng.normal(size=len(importance)))]
 
 
 def _places(component: Component, heads_per_layer: Sequence[int]) -> list[int]:

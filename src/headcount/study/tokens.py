@@ -170,8 +170,9 @@ class Bundled:
         """As in `Documents`."""
         of_split = self._known["evaluated"] if split == "evaluation" else self._examples_split
         if of_split not in self._known["documents"]:
+            there = ", ".join(self._known["documents"])
             raise OptionError(f"task {self._name!r} has no {of_split} split to measure importance on: name one of "
-                              f"{', '.join(self._known['documents'])} with `examples_split`", fields=("examples_split",))
+                              f"{there} with `examples_split`", fields=("examples_split",))
         return int(self._known["documents"][of_split])
 
     def work(
