@@ -57,11 +57,13 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
     that was stopped goes on where it stopped when the same command is run again.
 
     Args:
-        dry_run: Print the jobs and what they cost, and measure nothing.
+        dry_run: Print what `headcount plan` does, and measure nothing.
     """
     from headcount import terminal
 
-    if spec.out is None and not dry_run:
+    if dry_run:
+        return _plan(spec)
+    if spec.out is None:
         raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
     with terminal.reporter() as reporter:
         from headcount.engine.neighbours import Speed
@@ -75,15 +77,26 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
     terminal.print_damaged(plan.damaged)
     if plan.other_orders and todo:
         terminal.print_note(plan.other_orders)
-    if dry_run:
-        terminal.print_plan(plan)
     terminal.print_cost(todo, plan.loaded.anatomy.num_layers, speed)
-    if dry_run or spec.out is None:
-        return
     with _keeping(spec.out):
         with terminal.reporter() as reporter:
             run(plan, reporter=reporter, command=_command())
         _report(spec.out)
+
+
+@app.command
+def plan(spec: Spec, *, on: tuple[str, ...] = ("cpu",), price: tuple[float, ...] = ()) -> None:
+    """What a study will cost, from the model's config alone: `headcount plan facebook/opt-66b --tasks piqa --on h100`.
+
+    MODEL is a folder with nothing but config.json, a model that is cached, or the hub id of an OPT, Pythia, Llama-3,
+    Qwen-3 or Gemma-3 model. No weights are read, and nothing is measured. The options are those of `headcount study`,
+    and `headcount study --dry-run` prints the same.
+
+    Args:
+        on: Devices to say time for: h200, h100, a100, 4090, several as 8xh100; cpu is this machine.
+        price: What an hour of one device costs; one number, or one for each of --on.
+    """
+    _plan(spec, on, price)
 
 
 @app.command
@@ -332,6 +345,22 @@ def demo(*, out: Path = Path("headcount-demo"), dry_run: bool = False) -> None:
     """
     study(StudySpec(model="smollm2", tasks=DEMO_TASKS, shots=(0, 5), limit=200, importance_limit=50, shared_shots=True,
                     fractions=(0.1, 0.2, 0.3, 0.5), random_orders=3, out=out), dry_run=dry_run)
+
+
+def _plan(spec: StudySpec, on: Sequence[str] = ("cpu",), price: Sequence[float] = ()) -> None:
+    """Print what a study will cost."""
+    from headcount import terminal
+
+    with terminal.reporter() as reporter:
+        reporter.stage("planning")
+        from headcount.study.forecast import forecast
+        from headcount.terminal_plan import print_forecast
+
+        known = forecast(spec, on=on, price=price, reporter=reporter)
+    terminal.print_damaged(known.damaged)
+    if known.other_orders:
+        terminal.print_note(known.other_orders)
+    print_forecast(known)
 
 
 def _removed(spec: RemovalSpec, file: MaskFile, study: Study | None) -> Removed:

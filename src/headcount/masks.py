@@ -8,6 +8,7 @@ components removes the first floor(f * n) of them, over the whole model, so that
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -237,7 +238,13 @@ def any_head(found: Iterable[Way]) -> bool:
 
 def all_heads(heads_per_layer: Sequence[int]) -> list[Head]:
     """Every head of a model, by layer, then index: the positions that orders of heads count."""
-    return [Head(layer, i) for layer, n in enumerate(heads_per_layer) for i in range(n)]
+    return [*_all_heads(tuple(heads_per_layer))]
+
+
+@functools.lru_cache(maxsize=8)
+def _all_heads(heads_per_layer: tuple[int, ...]) -> tuple[Head, ...]:
+    """Made once for a model: every pruning of it asks, and a large one has thousands."""
+    return tuple(Head(layer, i) for layer, n in enumerate(heads_per_layer) for i in range(n))
 
 
 def _rounded(scores: Float[np.ndarray, " component"]) -> list[float]:

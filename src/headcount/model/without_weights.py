@@ -77,7 +77,7 @@ class Shape:
         """The same, of a block on average."""
         return sum(self.active_parameters) / self.anatomy.num_layers
 
-    @property
+    @functools.cached_property
     def attention_width(self) -> float:
         """Channels of attention of a block, all its heads together, on average."""
         return sum(part.num_heads * part.d_head for part in self.anatomy.layers) / self.anatomy.num_layers
@@ -122,9 +122,8 @@ def shape_of(
         check_kind(config, wanted)
         tokenizer = tokenizer_of(name, source, wanted) if bundled is None and _reads(source) else None
         model = empty(config, trust_remote_code, attn_implementation)
-    if isinstance(wanted_dtype, str):  # auto: the files' own
-        wanted_dtype = torch.float32 if source.gguf is not None else config.dtype or torch.float32
-    nn.Module.to(model, dtype=wanted_dtype)
+    own: Any = torch.float32 if source.gguf is not None else config.dtype or torch.float32
+    nn.Module.to(model, dtype=own if isinstance(wanted_dtype, str) else wanted_dtype)  # a string is auto
     has_bos = bundled["bos"] if bundled is not None else (
         config.get_text_config().bos_token_id is not None if tokenizer is None else tokenizer.bos_token_id is not None)
     if apply_chat_template and (tokenizer is None or not tokenizer.chat_template):

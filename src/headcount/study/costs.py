@@ -16,7 +16,7 @@ from headcount.engine.pack import Budget
 from headcount.model.without_weights import Shape
 from headcount.study.devices import READ_SPEED, USABLE, WAITING, Device
 
-Way: TypeAlias = Literal["resident", "gradients streamed", "streamed", "too large"]
+Way: TypeAlias = Literal["resident", "part streamed", "streamed", "too large"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class OnDevice:
 
     Attributes:
         device: The device.
-        way: "resident", "gradients streamed" where the gradients of an example do not fit beside the weights,
+        way: "resident", "part streamed" where the gradients of an example do not fit beside the weights,
             "streamed", or "too large".
         copies: How many copies of the model work side by side.
         hours: About how long it takes; NaN where it is too large.
@@ -129,7 +129,7 @@ def hours_on(
     if memory.batch < usable and each <= device.number:
         copies = device.number // each
         if memory.resident > each * usable:
-            way, read = "gradients streamed", passes.gradients
+            way, read = "part streamed", passes.gradients
     else:
         way, read = ("streamed", sum(passes)) if memory.streamed <= usable else ("too large", 0)
     computing = flops / device.flops(dtype) / 3600 / copies

@@ -105,7 +105,10 @@ def _here(width: int, inner: int, dtype: str) -> Device:
 
 
 def matrix_products(width: int, inner: int, dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """FLOP/s of products of 256 rows by a matrix of an FFN's shape on this machine: the fastest of a few.
+    """FLOP/s of products of rows by a matrix of an FFN's shape on this machine: the fastest of a few.
+
+    Sizes double up to 256 rows and the FFN's, as long as a product is over in a part of the time: in some types a CPU
+    is a thousand times slower than in others.
 
     Args:
         width: Rows of the matrix, of large models a part of them.
@@ -113,13 +116,16 @@ def matrix_products(width: int, inner: int, dtype: torch.dtype, seconds: float =
         dtype: Type of numbers.
         seconds: About how long it may take.
     """
-    width, inner = min(width, 2048), min(inner, 4096)
-    rows, matrix = torch.ones(256, width, dtype=dtype), torch.ones(width, inner, dtype=dtype)
-    fastest, ends = math.inf, time.perf_counter() + seconds
+    most = (256, min(width, 2048), min(inner, 4096))
+    sizes, fastest, ends = tuple(min(size, 32) for size in most), 0.0, time.perf_counter() + seconds
     with torch.inference_mode():
-        torch.mm(rows, matrix)  # warms up
-        while fastest == math.inf or time.perf_counter() < ends:
+        while True:
+            rows, matrix = torch.ones(sizes[0], sizes[1], dtype=dtype), torch.ones(sizes[1], sizes[2], dtype=dtype)
+            torch.mm(rows, matrix)  # warms up
             started = time.perf_counter()
             torch.mm(rows, matrix)
-            fastest = min(fastest, time.perf_counter() - started)
-    return 2 * 256 * width * inner / fastest
+            took = time.perf_counter() - started
+            fastest = max(fastest, 2 * math.prod(sizes) / took)
+            if sizes == most and time.perf_counter() > ends or sizes != most and took > seconds / 20:
+                return fastest
+            sizes = tuple(min(2 * size, limit) for size, limit in zip(sizes, most, strict=True))

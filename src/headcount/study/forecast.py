@@ -29,7 +29,7 @@ from headcount.measure.induction import texts_of
 from headcount.model.without_weights import Shape, shape_of
 from headcount.study.costs import Memory, OnDevice, Passes, hours_on, memory_of, passes_of
 from headcount.study.devices import Device, device_of
-from headcount.study.folder import check_options, previous
+from headcount.study.folder import check_options, other_orders, previous
 from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job
 from headcount.study.ledger import Ledger
 from headcount.study.masksets import FullModel, Grid, RandomCurve, SingleFFNs, SingleHeads, Transfer, steps_of
@@ -105,6 +105,7 @@ class Forecast:
         parts: What of a study is measured.
         jobs: All jobs, in an order in which they can be done.
         left: What the folder does not hold of each yet; None where nothing is left.
+        costs: What each of these computes; None where nothing is left.
         tasks: Documents and tokens of every task and number of shots.
         shares: What is left to do costs, by part.
         savings: What would be saved otherwise: a change of options in words, and the FLOPs that it saves.
@@ -112,6 +113,8 @@ class Forecast:
         devices: Hours on every device asked for.
         passes: How often the weights are read where the model is streamed.
         notes: What is assumed.
+        other_orders: As in `headcount.study.prepare.Plan`.
+        damaged: As there.
     """
 
     spec: StudySpec
@@ -119,6 +122,7 @@ class Forecast:
     parts: tuple[Part, ...]
     jobs: tuple[PlannedJob, ...]
     left: tuple[PlannedJob | None, ...]
+    costs: tuple[Cost | None, ...]
     tasks: tuple[TaskTokens, ...]
     shares: Mapping[Share, Cost]
     savings: tuple[tuple[str, float], ...]
@@ -126,6 +130,8 @@ class Forecast:
     devices: tuple[OnDevice, ...]
     passes: Passes
     notes: tuple[str, ...]
+    other_orders: str = ""
+    damaged: tuple[str, ...] = ()
 
     @property
     def total(self) -> Cost:
@@ -180,8 +186,11 @@ def forecast(
     total = _sum(shares.values())
     spent = tuple(hours_on(device, shape.dtype, total.flops, memory, passes, cost)
                   for device, cost in zip(devices, prices, strict=True))
-    return Forecast(spec, shape, parts, tuple(jobs), tuple(left), tuple(known.tasks), shares,
-                    tuple(known.savings(todo, shares)), memory, spent, passes, (*notes, *known.notes))
+    costs = tuple(None if one is None else known.cost(one.job) for one in left)
+    return Forecast(spec, shape, parts, tuple(jobs), tuple(left), costs, tuple(known.tasks), shares,
+                    tuple(known.savings(todo, shares)), memory, spent, passes, (*notes, *known.notes),
+                    other_orders(spec, before) if "curve" in parts else "",
+                    tuple(ledger.damaged()) if ledger is not None else ())
 
 
 def _shape(spec: StudySpec) -> Shape:
@@ -208,8 +217,6 @@ def _reading(shape: Shape, spec: StudySpec, before: Mapping[str, Any] | None) ->
         notes.append("rows and batches are the default's: a run times its device and chooses its own")
     if not layout.trees:
         notes.append(f"prompts are laid out one request a row: {layout.reason}")
-    if shape.tokenizer is None:
-        notes.append("no tokenizer of this model is here")
     tokenizer = shape.tokenizer if shape.tokenizer is not None else StandIn(shape.has_bos)
     return Reading(tokenizer, shape.max_length, budget.limited(spec.row_tokens, spec.batch_tokens), layout.trees,
                    layout.tree_tokens, spec.apply_chat_template, spec.seed, spec.shared_shots), notes
@@ -321,7 +328,7 @@ class _Known:
         found: dict[Share, Cost] = {}
         for planned in todo:
             share = self._share(planned.job)
-            found[share] = found.get(share, Cost()).plus(self._cost(planned.job, shared))
+            found[share] = found.get(share, Cost()).plus(self.cost(planned.job, shared))
         return {share: found[share] for share in SHARES if share in found}
 
     def savings(self, todo: Sequence[PlannedJob], shares: Mapping[Share, Cost]) -> Iterable[tuple[str, float]]:
@@ -353,7 +360,8 @@ class _Known:
             and job.task not in {f.name for f in self.facts if f.unseen})
         return "transfer" if beside or isinstance(job.masks, Transfer) else "curves"
 
-    def _cost(self, job: Job, shared: bool | None) -> Cost:
+    def cost(self, job: Job, shared: bool | None = None) -> Cost:
+        """What one job computes; arguments as in `shares`."""
         layers, width = self.shape.anatomy.num_layers, self.shape.attention_width
         masks, kept, waiting = 1, 0.0, 0.0
         if isinstance(job, InductionScores):

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from headcount.masks import Component, Mask, count, layers_run, prune, random_order
+from headcount.masks import Component, Mask, count, layers_run, prune
 from headcount.study.masksets import (
     CommonUniformCurve,
     FullModel,
