@@ -9,14 +9,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
 
 import tiny
 from headcount.engine import budget as budgets
-from headcount.engine.engine import Engine
 from headcount.engine.pack import Budget, Cost
 from headcount.errors import ModelError, OptionError
 from headcount.measure import induction
@@ -62,8 +60,9 @@ def test_shapes_that_come_along_have_their_models_parameters(name: str) -> None:
 def test_every_shape_that_comes_along_is_a_config_of_transformers() -> None:
     for name, told in bundled_shapes().items():
         config = AutoConfig.for_model(told["model_type"], **told["config"], dtype=told["dtype"])
-        assert told["config"].items() <= config.to_dict().items(), name
-        assert getattr(torch, told["dtype"]).is_floating_point and isinstance(told["bos"], bool)
+        known = config.to_dict()
+        assert {key: known[key] for key in told["config"]} == told["config"], name
+        assert getattr(torch, told["dtype"]).is_floating_point
 
 
 def test_a_tokens_experts_are_the_chosen_ones() -> None:
@@ -222,7 +221,8 @@ def test_a_device_holds_a_model_streams_it_or_cannot() -> None:
     assert on(150) == ("part streamed", 1, 400, 2.0, 4.0)
     assert on(60) == ("streamed", 1, 700, 2.0, 4.0)
     assert on(70, 8) == ("resident", 2, 0, 1.0, 16.0), "three for a copy"
-    assert on(40)[0] == "too large" and math.isnan(on(40)[3])
+    assert on(40)[0] == "too large"
+    assert math.isnan(on(40)[3])
     slow = dataclasses.replace(memory, weights=int(READ_SPEED * 3600))
     read = hours_on(device, "float32", 36_000.0, dataclasses.replace(slow, gradients=0), Passes(3, 0), None)
     assert (read.hours, read.reading, read.computing) == (3.0, 3.0, 2.0), "the slower of both"
@@ -277,20 +277,7 @@ def test_a_plan_fits_a_terminal_and_a_dry_run_is_one(
     assert tiny.run(["plan", *options]) == 0
     planned = capsys.readouterr().out
     assert max(map(len, planned.splitlines())) <= 80
-    assert "Nothing was measured" in planned and "assumed: 60 GFLOP/s" in planned
+    assert "Nothing was measured" in planned
+    assert "assumed: 85 GFLOP/s, 85% of 100 GFLOP/s" in planned
     assert tiny.run(["study", *options, "--dry-run"]) == 0
     assert capsys.readouterr().out == planned
-
-
-def test_engines_of_two_masks_share_layers_as_planned() -> None:
-    """One function counts for both, so the test of runs above could not tell a wrong one: here by hand."""
-    from headcount.engine.encode import Request
-    from headcount.masks import Mask, layers_run
-
-    loaded = tiny.loaded("llama")
-    full = Mask.full(loaded.anatomy.heads_per_layer)
-    masks = [full.without_ffns([2]), full.without_heads([(1, 0)])]
-    found = Engine.of(loaded).loglikelihoods([[Request(np.arange(5, 15), np.array([3]))]], masks)
-    per_position = found.layer_tokens / found.loglikelihoods.shape[1]
-    # Layer 0 is shared, layers 1 and 2 are computed for each; the FFN that is off, there alone, counts its attention.
-    assert per_position % (layers_run(masks)) == 0 and layers_run(masks) == 5

@@ -62,7 +62,8 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
     from headcount import terminal
 
     if dry_run:
-        return _plan(spec)
+        _plan(spec)
+        return
     if spec.out is None:
         raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
     with terminal.reporter() as reporter:

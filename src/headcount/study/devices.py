@@ -22,7 +22,7 @@ import torch
 from headcount.errors import OptionError
 
 # Which share of a GPU's peak a study is assumed to reach, and of this machine's matrix products.
-GPU_EFFICIENCY, CPU_EFFICIENCY = 0.4, 0.6
+GPU_EFFICIENCY, CPU_EFFICIENCY = 0.4, 0.85
 # Bytes a second that weights are assumed to be read at, where a model is streamed: an NVMe disk's.
 READ_SPEED = 3e9
 # Bytes of host memory that hidden states are assumed to wait in, where a model is streamed.
@@ -126,6 +126,6 @@ def matrix_products(width: int, inner: int, dtype: torch.dtype, seconds: float =
             torch.mm(rows, matrix)
             took = time.perf_counter() - started
             fastest = max(fastest, 2 * math.prod(sizes) / took)
-            if sizes == most and time.perf_counter() > ends or sizes != most and took > seconds / 20:
+            if time.perf_counter() > ends or (sizes != most and took > seconds / 5):
                 return fastest
             sizes = tuple(min(2 * size, limit) for size, limit in zip(sizes, most, strict=True))
