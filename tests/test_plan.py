@@ -277,6 +277,6 @@ def test_a_plan_fits_a_terminal_and_a_dry_run_is_one(
     planned = capsys.readouterr().out
     assert max(map(len, planned.splitlines())) <= 80
     assert "Nothing was measured" in planned
-    assert "assumed: 85 GFLOP/s, 85% of 100 GFLOP/s" in planned
+    assert "assumed: 80 GFLOP/s, 80% of 100 GFLOP/s" in planned
     assert tiny.run(["study", *options, "--dry-run"]) == 0
     assert capsys.readouterr().out == planned

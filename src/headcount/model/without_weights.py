@@ -119,7 +119,8 @@ def shape_of(
         else:
             config = AutoConfig.for_model(bundled["model_type"], **bundled["config"], dtype=bundled["dtype"])
         wanted = Wanted(name, wanted_dtype, placed, attn_implementation, trust_remote_code)
-        check_kind(config, wanted)
+        if bundled is None:
+            check_kind(config, wanted)
         tokenizer = tokenizer_of(name, source, wanted) if bundled is None and _reads(source) else None
         model = empty(config, trust_remote_code, attn_implementation)
     own: Any = torch.float32 if source.gguf is not None else config.dtype or torch.float32

@@ -22,7 +22,7 @@ import torch
 from headcount.errors import OptionError
 
 # Which share of a GPU's peak a study is assumed to reach, and of this machine's matrix products.
-GPU_EFFICIENCY, CPU_EFFICIENCY = 0.4, 0.85
+GPU_EFFICIENCY, CPU_EFFICIENCY = 0.4, 0.8
 # Bytes a second that weights are assumed to be read at, where a model is streamed: an NVMe disk's.
 READ_SPEED = 3e9
 # Bytes of host memory that hidden states are assumed to wait in, where a model is streamed.
