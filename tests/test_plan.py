@@ -93,7 +93,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudySpec, Path]
         rows = [f'{{"premise": "He ran {i}.", "choice1": "It rained.", "choice2": "He won {i} times.", "question": '
                 f'"cause", "label": {i % 2}}}\n' for i in range(9 if split == "train" else 5)]
         (data / "copa" / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
-    spec = StudySpec(str(tiny.saved(root / "model")), tasks=("piqa",), unseen=("copa",), shots=(2,), limit=5,
+    tiny.model("llama", layers=6).save_pretrained(root / "model")
+    tiny.tokenizer().save_pretrained(root / "model")
+    spec = StudySpec(str(root / "model"), tasks=("piqa",), unseen=("copa",), shots=(2,), limit=5,
                      importance_limit=6, fractions=(0.25, 0.5, 0.75), random_orders=2, uniform=True, data=data,
                      measure=("curves", "grid", "transfer"), grid_fractions=(0.25, 0.75), grid_limit=3,
                      transfer_components=("head", "ffn"), masks_per_job=2, device="cpu", out=root / "study")
@@ -105,7 +107,7 @@ def test_layer_tokens_are_those_of_the_run(measured: tuple[StudySpec, Path], tim
     before = forecast(dataclasses.replace(spec, out=None))
     plan = prepare(spec, loaded=load(spec.model, device="cpu"))
     run(plan)
-    ledger, seen = Ledger(root / "study"), Counter[str]()
+    ledger, seen, ran, middle = Ledger(root / "study"), Counter[str](), Counter[str](), Counter[str]()
     assert [p.title for p in before.jobs] == [p.title for p in plan.jobs]
     for planned, cost in zip(plan.jobs, before.costs, strict=True):
         if isinstance(planned.job, Evaluation):
@@ -114,6 +116,9 @@ def test_layer_tokens_are_those_of_the_run(measured: tuple[StudySpec, Path], tim
             assert layers.exact or planned.job.needs, planned.title
             seen[planned.job.masks.order] += 1
             assert cost.waiting == info["tokens"], "positions of all masks"
+            ran[planned.job.masks.order] += info["layer_tokens"]
+            middle[planned.job.masks.order] += cost.layer_tokens.middle
+    assert middle.total() == pytest.approx(ran.total(), rel=0.1)
     assert seen.keys() >= {"none", "single", "gradient", "oracle", "random", "uniform", "grid", "transfer"}
     after = forecast(spec)
     assert (set(after.left), after.total.flops) == ({None}, 0), "what the folder holds is not planned again"

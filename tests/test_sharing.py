@@ -65,6 +65,16 @@ def test_no_orders_of_a_grid_leave_the_bounds(heads: tuple[int, ...]) -> None:
         assert found.low <= min(runs) <= max(runs) <= found.high
 
 
+def test_the_middle_is_near_what_orders_of_importance_give() -> None:
+    """Those of layers that differ, and random ones; SmolLM2's own are in docs/design.md."""
+    heads = HEADS[2]
+    for component in ("head", "ffn"):
+        n = sum(heads) if component == "head" else len(heads)
+        runs = [layers_run([prune(heads, component, order, f) for f in FRACTIONS])
+                for order in [*orders(n)[:8], *orders(n)[-2:]]]
+        assert layers_of(curve(component, FRACTIONS), heads).middle == pytest.approx(np.mean(runs), rel=0.1)
+
+
 def test_what_is_known_is_counted_exactly() -> None:
     heads = HEADS[0]
     assert layers_of(SingleFFNs(tuple(range(6))), heads) == (21, 21, 21)
