@@ -28,7 +28,7 @@ READ_SPEED = 3e9
 # Bytes of host memory that hidden states are assumed to wait in, where a model is streamed.
 WAITING = 64e9
 # Of a device's memory, what weights and activations may take.
-USABLE = 0.9
+USABLE = 0.95
 _COUNTED = re.compile(r"(\d+)x(.+)")
 
 
