@@ -15,7 +15,8 @@ from headcount.report import cautions
 from headcount.report.page import QUESTIONS
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "headcount"
-ROOT = {"__init__", "__main__", "errors", "masks", "mask_file", "results", "code_files", "cli", "terminal"}
+ROOT = {"__init__", "__main__", "errors", "masks", "mask_file", "results", "code_files", "cli", "terminal",
+        "terminal_plan"}
 # Everything may use these.
 SHARED = {"errors", "masks", "mask_file", "results", "code_files"}
 # Which rooms a room may use, itself left out; of a room in part, its files.
@@ -33,7 +34,7 @@ ARROWS = {
 }
 # Libraries that one place alone may import.
 DOORS = {"lm_eval": ("tasks",), "altair": ("report",), "vl_convert": ("report",), "cyclopts": ("cli",),
-         "rich": ("terminal",), "torch": ("model", "engine", "measure", "removal", "study"),
+         "rich": ("terminal", "terminal_plan"), "torch": ("model", "engine", "measure", "removal", "study"),
          "transformers": ("model", "engine", "measure", "removal", "tasks")}
 
 

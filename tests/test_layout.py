@@ -14,7 +14,7 @@ from families import FAMILIES, SINGLE_ROWS, VOCAB, kernels, probed, reader, tiny
 from headcount.engine.encode import Request
 from headcount.engine.engine import Engine
 from headcount.engine.forward import plain_loglikelihoods
-from headcount.engine.layout import probe
+from headcount.engine.layout import expected_layout, probe
 from headcount.engine.pack import Budget, batches, pack
 from headcount.model.load import wrap
 
@@ -39,6 +39,8 @@ def test_trees_are_used_where_they_are_right(family: str) -> None:
         found = Engine.of(loaded).layout
         assert found.trees == (family not in SINGLE_ROWS), f"{kernel}: {found}"
         assert loaded.model.config.to_dict() == config, "the probe's short windows are gone"
+        known = expected_layout(loaded.model)
+        assert (known.trees, known.tree_tokens) == (found.trees, found.tree_tokens), "a plan knows it without weights"
         docs = documents(np.random.default_rng(0))
         number = sum(map(len, docs))
         expected, _ = plain_loglikelihoods(loaded, batches(pack(docs, Budget(), trees=False), Budget(None, 1)), number)

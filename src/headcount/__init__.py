@@ -19,6 +19,7 @@ _HOMES = {
     "StudySpec": "study.spec",
     "evaluate": "measure.evaluate",
     "ffn_importance": "measure.importance",
+    "forecast": "study.forecast",
     "get_tasks": "tasks.load",
     "head_importance": "measure.importance",
     "load": "model.load",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from headcount.report.page import write_report as write_report
     from headcount.results import Evaluations as Evaluations
     from headcount.results import Importance as Importance
+    from headcount.study.forecast import forecast as forecast
     from headcount.study.runner import run_study as run_study
     from headcount.study.spec import StudySpec as StudySpec
     from headcount.tasks.load import get_tasks as get_tasks

@@ -57,11 +57,14 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
     that was stopped goes on where it stopped when the same command is run again.
 
     Args:
-        dry_run: Print the jobs and what they cost, and measure nothing.
+        dry_run: Print what `headcount plan` does, and measure nothing.
     """
     from headcount import terminal
 
-    if spec.out is None and not dry_run:
+    if dry_run:
+        _plan(spec)
+        return
+    if spec.out is None:
         raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
     with terminal.reporter() as reporter:
         from headcount.engine.neighbours import Speed
@@ -75,15 +78,26 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
     terminal.print_damaged(plan.damaged)
     if plan.other_orders and todo:
         terminal.print_note(plan.other_orders)
-    if dry_run:
-        terminal.print_plan(plan)
     terminal.print_cost(todo, plan.loaded.anatomy.num_layers, speed)
-    if dry_run or spec.out is None:
-        return
     with _keeping(spec.out):
         with terminal.reporter() as reporter:
             run(plan, reporter=reporter, command=_command())
         _report(spec.out)
+
+
+@app.command
+def plan(spec: Spec, *, on: tuple[str, ...] = ("cpu",), price: tuple[float, ...] = ()) -> None:
+    """What a study will cost, from the model's config alone: `headcount plan facebook/opt-66b --tasks piqa --on h100`.
+
+    MODEL is a folder with nothing but config.json, a model that is cached, or the hub id of an OPT, Pythia, Llama-3,
+    Qwen-3 or Gemma-3 model. No weights are read, and nothing is measured. The options are those of `headcount study`,
+    and `headcount study --dry-run` prints the same.
+
+    Args:
+        on: Devices to say time for: h200, h100, a100, 4090, several as 8xh100; cpu is this machine.
+        price: What an hour of one device costs; one number, or one for each of --on.
+    """
+    _plan(spec, on, price)
 
 
 @app.command
@@ -231,7 +245,7 @@ def remove(
     """
     from headcount import terminal
     from headcount.analysis.study import open_study
-    from headcount.model.held import in_files
+    from headcount.model.held import offloaded
 
     study = None if spec.study is None else open_study(spec.study, spec.asked)
     if spec.mask is not None:
@@ -243,7 +257,7 @@ def remove(
         file, num_fewshot = chosen.file, chosen.num_fewshot
         terminal.print_sentence(chosen.describe())
     removed = _removed(spec, file, study)
-    timed_too = spec.speed and not in_files(removed.loaded.model)
+    timed_too = spec.speed and not offloaded(removed.loaded.model)
     if spec.speed and not timed_too:
         terminal.print_note("the weights stay on the disk, so nothing is timed")
     terminal.print_savings(removed, spec.format, told=spec.mask is None)
@@ -341,6 +355,22 @@ def demo(*, out: Path = Path("headcount-demo"), dry_run: bool = False) -> None:
                     fractions=(0.1, 0.2, 0.3, 0.5), random_orders=3, out=out), dry_run=dry_run)
 
 
+def _plan(spec: StudySpec, on: Sequence[str] = ("cpu",), price: Sequence[float] = ()) -> None:
+    """Print what a study will cost."""
+    from headcount import terminal
+
+    with terminal.reporter() as reporter:
+        reporter.stage("planning")
+        from headcount.study.forecast import forecast
+        from headcount.terminal_plan import print_forecast
+
+        known = forecast(spec, on=on, price=price, reporter=reporter)
+    terminal.print_damaged(known.damaged)
+    if known.other_orders:
+        terminal.print_note(known.other_orders)
+    print_forecast(known)
+
+
 def _removed(spec: RemovalSpec, file: MaskFile, study: Study | None) -> Removed:
     """The model with what goes; what cannot be written is refused."""
     from headcount import terminal
@@ -370,11 +400,11 @@ def _compared(
 ) -> dict[str, Any] | None:
     """Full and removed model compared, which is told; None where the weights stay on the disk."""
     from headcount import terminal
-    from headcount.model.held import in_files
+    from headcount.model.held import offloaded
     from headcount.removal.comparison import compare
     from headcount.removal.confirm import facts_of
 
-    if in_files(removed.loaded.model):
+    if offloaded(removed.loaded.model):
         terminal.print_note("the weights stay on the disk, so full and removed model are not compared on other "
                             "documents, a text and prompts")
         return None

@@ -8,6 +8,7 @@ components removes the first floor(f * n) of them, over the whole model, so that
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -211,6 +212,17 @@ def blocks_run(masks: Sequence[Mask]) -> int:
     return count
 
 
+def layers_run(masks: Sequence[Mask], *, shared: bool = True) -> int:
+    """How many times a layer is computed when an engine runs these masks; times the positions, its layer-tokens.
+
+    Args:
+        masks: What is kept.
+        shared: Whether the model can be run layer by layer (contract 3); otherwise each mask is a pass of its own, as a
+            single mask always is.
+    """
+    return blocks_run(masks) if shared and len(masks) > 1 else sum(len(mask.ffns) for mask in masks)
+
+
 def ways(masks: Sequence[Mask], members: Iterable[int], layer: int) -> dict[Way, list[int]]:
     """How some of the masks part in a layer: heads and FFN kept there, and the masks (by index) that keep these."""
     found: dict[Way, list[int]] = {}
@@ -226,7 +238,13 @@ def any_head(found: Iterable[Way]) -> bool:
 
 def all_heads(heads_per_layer: Sequence[int]) -> list[Head]:
     """Every head of a model, by layer, then index: the positions that orders of heads count."""
-    return [Head(layer, i) for layer, n in enumerate(heads_per_layer) for i in range(n)]
+    return [*_all_heads(tuple(heads_per_layer))]
+
+
+@functools.lru_cache(maxsize=8)
+def _all_heads(heads_per_layer: tuple[int, ...]) -> tuple[Head, ...]:
+    """Made once for a model: every pruning of it asks, and a large one has thousands."""
+    return tuple(Head(layer, i) for layer, n in enumerate(heads_per_layer) for i in range(n))
 
 
 def _rounded(scores: Float[np.ndarray, " component"]) -> list[float]:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from headcount.removal.writing import Writing
     from headcount.study.check import Checked
     from headcount.study.plan import PlannedJob
-    from headcount.study.prepare import Plan
     from headcount.tasks.lm_eval_yaml import WrittenTasks
     from headcount.tasks.load import TaskDescription
 
@@ -42,8 +41,6 @@ _out = Console()
 _err = Console(stderr=True)
 # Where nobody watches, a line this often (seconds) instead of a bar.
 _LINE_EVERY = 20.0
-# A plan of more jobs than this is told by task.
-_MOST_JOBS = 100
 
 
 class Bar:
@@ -130,31 +127,6 @@ def print_damaged(names: Sequence[str]) -> None:
         print_note(f"{len(names)} {'entry' if one else 'entries'} of this folder {'is' if one else 'are'} damaged and "
                    f"{'counts' if one else 'count'} as not done ({few(names)}); what "
                    "this command asks for is measured again, and headcount check says what is wrong")
-
-
-def print_plan(plan: Plan) -> None:
-    """The jobs of a study, what they cost, and which are done; where they are many, by task and number of shots."""
-    left = plan.left()
-    if len(left) <= _MOST_JOBS:
-        table = _table("job", "passes|r", "documents|r", "tokens (about)|r", "done")
-        for planned, rest in zip(plan.jobs, left, strict=True):
-            done = "yes" if rest is None else "in part" if rest.passes < planned.passes else ""
-            table.add_row(planned.title, f"{planned.passes:.3g}", f"{planned.job.documents}",
-                          f"{planned.tokens:,.0f}", done)
-    else:
-        table = _table("task", "jobs|r", "passes|r", "documents|r", "tokens (about)|r", "done|r")
-        by_subject: dict[str, list[tuple[PlannedJob, bool]]] = {}
-        for planned, rest in zip(plan.jobs, left, strict=True):
-            by_subject.setdefault(planned.job.subject, []).append((planned, rest is None))
-        for subject, jobs in by_subject.items():
-            table.add_row(subject, str(len(jobs)), f"{sum(p.passes for p, _ in jobs):.0f}",
-                          str(max(p.job.documents or 0 for p, _ in jobs)), f"{sum(p.tokens for p, _ in jobs):,.0f}",
-                          str(sum(is_done for _, is_done in jobs)))
-    _out.print(table)
-    _out.print("passes: forward passes over the documents; a gradient counts two, masks that share layers less than "
-               "one each. documents: evaluated ones, training ones where importance is measured.", highlight=False)
-    todo = sum(rest is not None for rest in left)
-    _out.print(f"{_jobs(len(left))}, {todo} to do. Nothing was measured.", highlight=False)
 
 
 def print_cost(todo: Sequence[PlannedJob], layers: int, speed: Speed) -> None:

@@ -20,7 +20,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import platformdirs
@@ -28,12 +28,14 @@ import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+from transformers import PreTrainedModel
 
 from headcount.engine import neighbours
 from headcount.engine.encode import Request
 from headcount.engine.layout import Layout
 from headcount.engine.pack import Batch, Budget, Cost, batches, pack
 from headcount.engine.treemask import model_inputs
+from headcount.model.anatomy import Anatomy
 from headcount.model.held import fetched, held, in_files
 from headcount.model.load import LoadedModel
 
@@ -48,10 +50,27 @@ _WORTH = 32
 _SHARE = {"cpu": 0.25}
 
 
-def budget_for(loaded: LoadedModel, cost: Cost) -> Budget:
+@runtime_checkable
+class Placed(Protocol):
+    """A model in its place: loaded, or known by its config alone."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, perhaps without weights."""
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Its heads and FFNs."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+
+
+def budget_for(loaded: Placed, cost: Cost) -> Budget:
     """What a model is given at once on its device: batches worth their cost, as far as free memory goes."""
     wanted = int(np.clip(_WORTH * cost.batch, _FIRST_BATCH, _LARGEST_BATCH))
-    forward, gradient = _bytes_per_token(loaded)
+    forward, gradient = bytes_per_token(loaded)
     free = _free_memory(loaded) * _SHARE.get(loaded.device.type, 0.5)
     return Budget(
         batch_tokens=max(1, int(min(wanted, free / forward))),
@@ -74,7 +93,7 @@ def timed_cost(loaded: LoadedModel, layout: Layout) -> Cost:
     return cost
 
 
-def kept_cost(loaded: LoadedModel) -> Cost | None:
+def kept_cost(loaded: Placed) -> Cost | None:
     """What was timed earlier on such a device with a model of that shape; None if nothing was."""
     try:
         return Cost(**_read()[device_key(loaded)])
@@ -176,7 +195,7 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _bytes_per_token(loaded: LoadedModel) -> tuple[float, float]:
+def bytes_per_token(loaded: Placed) -> tuple[float, float]:
     """About what a token takes in a forward pass, and in one that keeps activations for gradients."""
     layers = loaded.anatomy.layers
     d_model, size = layers[0].d_model, loaded.model.dtype.itemsize
@@ -186,13 +205,13 @@ def _bytes_per_token(loaded: LoadedModel) -> tuple[float, float]:
     return one, one if in_files(loaded.model) else one * len(layers)
 
 
-def _bytes_per_pair(loaded: LoadedModel) -> int:
+def _bytes_per_pair(loaded: Placed) -> int:
     """About what two positions of a row take: the mask, and every head's scores where the kernel writes them out."""
     eager = loaded.model.config.get_text_config()._attn_implementation == "eager"
     return loaded.model.dtype.itemsize * (3 * max(loaded.anatomy.heads_per_layer) if eager else 2)
 
 
-def _free_memory(loaded: LoadedModel) -> int:
+def _free_memory(loaded: Placed) -> int:
     if loaded.device.type == "cuda":
         return int(torch.cuda.mem_get_info(loaded.device)[0])
     return int(psutil.virtual_memory().available)
@@ -203,7 +222,7 @@ def threads_of(loaded: LoadedModel) -> int:
     return torch.get_num_threads() if loaded.device.type == "cpu" else 1
 
 
-def device_key(loaded: LoadedModel) -> str:
+def device_key(loaded: Placed) -> str:
     """What timings depend on: device, threads, version, shape, type and attention kernel."""
     device = loaded.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"

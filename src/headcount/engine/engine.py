@@ -43,7 +43,7 @@ from headcount.engine.stream import stream_of
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
-from headcount.masks import Mask
+from headcount.masks import Mask, layers_run
 from headcount.model.contracts import ContractResult, probe_tokens, verify
 from headcount.model.finite import first_no_number
 from headcount.model.held import in_files
@@ -181,10 +181,7 @@ class Engine:
             row_tokens: Rows take documents up to this many tokens; None: as long as it costs least.
             batch_tokens: Batches take rows up to this many tokens, for gradients too; None: what was found.
         """
-        budget = dataclasses.replace(self._budget, row_tokens=row_tokens)
-        if batch_tokens is None:
-            return budget
-        return dataclasses.replace(budget, batch_tokens=batch_tokens, gradient_tokens=batch_tokens)
+        return self._budget.limited(row_tokens, batch_tokens)
 
     def pack(
         self, requests_by_document: Sequence[Sequence[Request]], budget: Budget | None = None,
@@ -324,7 +321,7 @@ class Engine:
                 results.append(plain_loglikelihoods(
                     self._loaded, packed.batches, packed.num_requests, tree_mask=packed.layout.tree_mask,
                     columns=columns, progress=progress))
-        layer_tokens = self._loaded.anatomy.num_layers * len(masks) * packed.tokens
+        layer_tokens = layers_run(masks, shared=False) * packed.tokens
         return Likelihoods(np.stack([x for x, _ in results]), np.stack([g for _, g in results]), layer_tokens)
 
     def _streamed(

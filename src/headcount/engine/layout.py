@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from headcount.engine.encode import Request
 from headcount.engine.forward import plain_loglikelihoods
@@ -38,6 +38,9 @@ _WINDOW = 8
 # keys up to which sparse attention chooses none (index_topk) or has one block (MiniMax-M3), read once too.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _FIXED_WINDOWS = ("window_size", "index_topk", "index_block_size")
+# Families whose positions a tree would change: ALiBi reads them off the column, GPT-Neo's windows lie in buffers.
+_SINGLE_ROWS = ("bloom", "gpt_neo", "mpt", "openai-gpt")
+_LIBRARIES = ("torch", "transformers")
 # What models raise that know no such mask.
 _REFUSALS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
 
@@ -71,7 +74,7 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     if "position_ids" not in inspect.signature(loaded.model.forward).parameters:
         return Layout(False, "the model takes no position_ids")
     classes = {type(module) for module in loaded.model.modules()}
-    if own := code_of(cls for cls in classes if cls.__module__.partition(".")[0] not in ("torch", "transformers")):
+    if own := code_of(cls for cls in classes if cls.__module__.partition(".")[0] not in _LIBRARIES):
         # Such as a window of its own, by columns, that is longer than the probe.
         return Layout(False, f"what code of its own ({own[0].partition(' ')[0]}) does in longer rows is not known")
     if str(loaded.model.config.get_text_config()._attn_implementation).startswith("flex"):
@@ -101,6 +104,21 @@ def probe(loaded: LoadedModel, seed: int = 0) -> Layout:
     if differences[best] > TOLERANCE.get(loaded.model.dtype, 1e-3):
         return Layout(False, f"a tree's log-likelihoods differ from single rows' by {differences[best]:.2g}")
     return _agreed(best, differences[best], windows, fixed)
+
+
+def expected_layout(model: PreTrainedModel) -> Layout:
+    """What the probe will find of a model without weights: what it found of the families that it was tried on."""
+    config = model.config.get_text_config()
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return Layout(False, "the model takes no position_ids")
+    if code_of(cls for cls in {*map(type, model.modules())} if cls.__module__.partition(".")[0] not in _LIBRARIES):
+        return Layout(False, "code of its own is laid out so")
+    if config.model_type in _SINGLE_ROWS or getattr(config, "alibi", False):
+        return Layout(False, f"the probe finds so of {config.model_type}")
+    if str(config._attn_implementation).startswith("flex"):
+        return Layout(False, "FlexAttention takes no tree's mask")
+    fixed = [int(getattr(config, name)) for name in _FIXED_WINDOWS if _is_window(getattr(config, name, None))]
+    return Layout(True, "as the probe finds of nearly all families", tree_tokens=min(fixed, default=None))
 
 
 def _agreed(kind: TreeMask, difference: float, windows: Sequence[int], fixed: Sequence[int]) -> Layout:

@@ -15,6 +15,7 @@ all of it. A device's own numbers (`Cost`, measured by `headcount.engine.budget`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,13 @@ class Budget:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is at least 1, not {value}")
+
+    def limited(self, row_tokens: int | None, batch_tokens: int | None) -> Budget:
+        """The same with rows as long as asked for (None: as costs least), and batches (None: as large as here)."""
+        rows = dataclasses.replace(self, row_tokens=row_tokens)
+        if batch_tokens is None:
+            return rows
+        return dataclasses.replace(rows, batch_tokens=batch_tokens, gradient_tokens=batch_tokens)
 
 
 @dataclass(frozen=True, eq=False)

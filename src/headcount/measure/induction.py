@@ -171,7 +171,7 @@ def _fitting(
     loaded: LoadedModel, lengths: Sequence[int], repeats: int, bos: int, tokens: int, notes: list[str]
 ) -> list[int]:
     """The lengths whose texts fit into the window, and whose copying texts have unique tokens."""
-    longest = min((loaded.max_length - bos) // repeats, tokens // repeats)
+    longest = _longest(loaded.max_length, bos, tokens, repeats)
     kept = [n for n in lengths if n <= longest]
     limits = f"window of {loaded.max_length} tokens, {tokens} tokens to draw from"
     if not kept:
@@ -181,6 +181,28 @@ def _fitting(
     if len(kept) < len(lengths):
         notes.append(f"random sequences of more than {longest} tokens are left out ({limits})")
     return kept
+
+
+def _longest(window: int, bos: int, tokens: int, repeats: int) -> int:
+    return min((window - bos) // repeats, tokens // repeats)
+
+
+def texts_of(
+    lengths: Sequence[int] | None, seeds: int | None, protocol: Protocol, *, window: int, tokens: int, has_bos: bool
+) -> list[int]:
+    """How many tokens each random text has that `induction_scores` reads, of one kind.
+
+    Args:
+        lengths: As in `induction_scores`.
+        seeds: As there.
+        protocol: As there.
+        window: The model's window in tokens.
+        tokens: How many tokens there are to draw from.
+        has_bos: Whether texts begin with BOS.
+    """
+    chosen, number = _options(lengths, REPEATS, seeds, protocol)
+    longest = _longest(window, int(has_bos), tokens, REPEATS)
+    return [has_bos + REPEATS * length for length in chosen if length <= longest for _ in range(number)]
 
 
 def usable_tokens(loaded: LoadedModel) -> tuple[Int[np.ndarray, " token"], list[str]]:

@@ -36,7 +36,12 @@ class Weight(NamedTuple):
 
 
 def in_files(model: nn.Module) -> bool:
-    """Whether weights are fetched when they are needed (accelerate's offloading)."""
+    """Whether all weights are fetched when they are needed (accelerate's offloading), so that blocks can be held."""
+    return bool(_offloaded([model])) and all(p.is_meta for p in model.parameters())
+
+
+def offloaded(model: nn.Module) -> bool:
+    """Whether some weights are, as where a model is spread over devices and its files."""
     return any(p.is_meta for p in model.parameters())
 
 
@@ -119,11 +124,11 @@ class HeldWhileCalled(ModelHook):  # type: ignore[misc]
         return output
 
 
-def hold_blocks(blocks: Sequence[nn.Module]) -> None:
+def hold_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Let each of a model's blocks hold all its weights while it is called, where they lie in files."""
-    for block in blocks:
+    for block in blocks if in_files(model) else ():
         inner = getattr(block, "_hf_hook", None)
-        if _offloaded([block]) and isinstance(inner, AlignDevicesHook):
+        if isinstance(inner, AlignDevicesHook):
             add_hook_to_module(block, HeldWhileCalled(inner))
 
 

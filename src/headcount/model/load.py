@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from headcount.errors import ModelError, OptionError
 from headcount.model import adapters, earlier_fingerprint, gguf, gguf_proof, wrappers
@@ -115,14 +115,19 @@ class LoadedModel:
 
     @property
     def max_length(self) -> int:
-        """The model's window in tokens, decided as lm-eval does, because truncation must agree with it."""
-        config = getattr(self.model.config, "text_config", None) or self.model.config
-        for name in _WINDOW_NAMES:
-            if getattr(config, name, None) is not None:
-                return int(getattr(config, name))
-        said = getattr(self.tokenizer, "model_max_length", None)
-        # transformers writes int(1e30) for "unset".
-        return int(said) if said is not None and said < int(1e30) else _WINDOW
+        """The model's window in tokens."""
+        return window_of(self.model.config, self.tokenizer)
+
+
+def window_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """A model's window in tokens, decided as lm-eval does, because truncation must agree with it."""
+    inner = getattr(config, "text_config", None) or config
+    for name in _WINDOW_NAMES:
+        if getattr(inner, name, None) is not None:
+            return int(getattr(inner, name))
+    said = getattr(tokenizer, "model_max_length", None)
+    # transformers writes int(1e30) for "unset".
+    return int(said) if said is not None and said < int(1e30) else _WINDOW
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -339,7 +344,7 @@ def _loaded(
     _check_output(name, model)
     model.eval()  # type: ignore[no-untyped-call]
     anatomy = find_anatomy(model, names)
-    hold_blocks([part.block for part in anatomy.layers])
+    hold_blocks(model, [part.block for part in anatomy.layers])
     notes = (*notes, *_tokenizer_notes(tokenizer))
     provenance = {
         "name": name, **told, "model_type": model.config.model_type, "class": type(model).__name__,

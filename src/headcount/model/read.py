@@ -76,8 +76,8 @@ def read(
     """
     common = {**source.keywords, "trust_remote_code": wanted.trust_remote_code}
     config = _config(wanted.name, source, common)
-    _check_kind(config, wanted)
-    reader = _tokenizer(wanted.name, of_tokenizer or source, wanted)
+    check_kind(config, wanted)
+    reader = tokenizer_of(wanted.name, of_tokenizer or source, wanted)
     if wanted.apply_chat_template and not reader.chat_template:
         raise ModelError(f"the tokenizer of {wanted.name} has no chat template: leave out "
                          "`apply_chat_template`", fields=("apply_chat_template",))
@@ -116,13 +116,28 @@ def skeleton(source: Source, *, trust_remote_code: bool = False) -> PreTrainedMo
     Raises:
         ModelError: If there is no such config.
     """
-    config = _config(source.place, source, {**source.keywords, "trust_remote_code": trust_remote_code})
+    return empty(config_of(source.place, source, trust_remote_code=trust_remote_code), trust_remote_code)
+
+
+def config_of(name: str, source: Source, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """What a folder, hub id or GGUF file says of its model; no weights are read.
+
+    Raises:
+        ModelError: If there is no such config.
+    """
+    return _config(name, source, {**source.keywords, "trust_remote_code": trust_remote_code})
+
+
+def empty(
+    config: PreTrainedConfig, trust_remote_code: bool = False, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The model of a config without weights, on the meta device."""
     made: Any = _class(config)
     with torch.device("meta"):
         build = functools.partial(made.from_config, trust_remote_code=trust_remote_code) if (
             made is AutoModelForCausalLM) else made._from_config
-        empty: PreTrainedModel = build(config)
-    return empty
+        without: PreTrainedModel = build(config, attn_implementation=attn_implementation)
+    return without
 
 
 def _class(config: PreTrainedConfig) -> Any:
@@ -142,8 +157,12 @@ def check_config(name: str, config: PreTrainedConfig) -> None:
                          "be measured: name a model such as facebook/opt-125m")
 
 
-def _check_kind(config: PreTrainedConfig, wanted: Wanted) -> None:
-    """Refuse what cannot be measured, before its weights are read."""
+def check_kind(config: PreTrainedConfig, wanted: Wanted) -> None:
+    """Refuse what cannot be measured, before its weights are read.
+
+    Raises:
+        ModelError: If the config is of no decoder-only model whose heads and FFNs are found.
+    """
     name = wanted.name
     check_config(name, config)
     if _class(config) is not AutoModelForCausalLM:
@@ -167,7 +186,12 @@ def _check_kind(config: PreTrainedConfig, wanted: Wanted) -> None:
         raise ModelError(f"{name} ({config.model_type}): {e}") from e
 
 
-def _tokenizer(name: str, source: Source, wanted: Wanted) -> PreTrainedTokenizerBase:
+def tokenizer_of(name: str, source: Source, wanted: Wanted) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a model, or the one that was asked for.
+
+    Raises:
+        ModelError: If there is none.
+    """
     trust = {"trust_remote_code": wanted.trust_remote_code}
     try:
         if wanted.tokenizer is not None:

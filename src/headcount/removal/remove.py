@@ -24,7 +24,7 @@ from headcount.errors import ModelError, OptionError, named
 from headcount.mask_file import MaskFile, check_mask
 from headcount.masks import Mask, ffns_named
 from headcount.model.contracts import FAILURES, probe_tokens
-from headcount.model.held import in_files
+from headcount.model.held import offloaded
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, input_device, wrap
 from headcount.model.placement import DISK
@@ -111,7 +111,7 @@ class Removed:
         if format not in FORMATS:
             raise OptionError(f"`format` is one of {', '.join(FORMATS)}, not {format!r}", fields=("format",))
         saved = self.savings_as(format)
-        if format != "transformers" and in_files(self.loaded.model):
+        if format != "transformers" and offloaded(self.loaded.model):
             raise ModelError(f"the weights of {self.loaded.name} lie on the disk, and only `format='transformers'` is "
                              "written block by block: load it into memory with `device='cpu'`",
                              fields=("format='transformers'", "device='cpu'"))
@@ -131,7 +131,7 @@ class Removed:
             ModelError: If they are not the same, or the weights of the full model lie on the disk.
         """
         loaded = self.loaded
-        if in_files(loaded.model):
+        if offloaded(loaded.model):
             raise ModelError(f"the weights of {loaded.name} lie on the disk: save the smaller model and load that")
         # A plan of its own: what is saved later is counted, and cut, from one that has no weights.
         ids, plan = prompts(loaded), planned(loaded, self.mask)
@@ -202,7 +202,7 @@ class Removed:
     def _reloaded(self, folder: Path, ids: Tensor, expected: Tensor) -> dict[str, Any]:
         """The proof that the folder, read again, is the masked model."""
         loaded = self.loaded
-        place = DISK if in_files(loaded.model) else str(loaded.device)
+        place = DISK if offloaded(loaded.model) else str(loaded.device)
         kernel = loaded.model.config.get_text_config()._attn_implementation
         with quiet():
             model, _, _ = read(find(str(folder), None), Wanted(str(folder), loaded.model.dtype, place, kernel))

@@ -24,7 +24,7 @@ from headcount.engine.step import is_mutable, owned
 from headcount.errors import ModelError, listed, named
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES, probe_tokens
-from headcount.model.held import give_back, in_files, present
+from headcount.model.held import give_back, offloaded, present
 from headcount.model.hooks import layer_ablated
 from headcount.model.load import LoadedModel, input_device
 from headcount.model.removed import FORMAT, base_of, name_code, narrowed
@@ -66,7 +66,7 @@ def planned(loaded: LoadedModel, mask: Mask) -> Plan:
         with torch.no_grad(), _outputs_seen(loaded) as outputs:
             parts = learned(model, anatomy, probe_tokens(model))
     except (NotImplementedError, *FAILURES) as failure:
-        elsewhere = "; load it into memory with `device='cpu'`" if in_files(model) else ""
+        elsewhere = "; load it into memory with `device='cpu'`" if offloaded(model) else ""
         raise ModelError(f"{loaded.name} does not run as it is loaded ({named(failure)}){elsewhere}",
                          fields=("device='cpu'",)) from failure
     names = {id(module): name for name, module in model.named_modules()}
@@ -186,7 +186,7 @@ class Walk:
                 self._compare(i, twin, hidden, own, masked)
                 hidden = masked
                 yield i, twin
-                if in_files(model):
+                if offloaded(model):
                     give_back()
 
     def _masked(self, number: int, hidden: Tensor, call: Call) -> Tensor:

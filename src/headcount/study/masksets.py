@@ -11,6 +11,7 @@ another: a step that another entry of the same order holds need not be measured 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -115,7 +116,7 @@ class SingleFFNs:
 
     def passes(self, heads_per_layer: Sequence[int]) -> float | int:
         """As in `FullModel`: masks share the layers before they differ."""
-        return blocks_run([mask for mask, _ in self.masks(heads_per_layer, ())]) / len(heads_per_layer)
+        return _passes_of(self, tuple(heads_per_layer))
 
     def masks(self, heads_per_layer: Sequence[int], importance: Sequence[pd.DataFrame]) -> Labelled:
         """As in `FullModel`."""
@@ -147,13 +148,19 @@ class SingleHeads:
 
     def passes(self, heads_per_layer: Sequence[int]) -> float | int:
         """As in `SingleFFNs`."""
-        return blocks_run([mask for mask, _ in self.masks(heads_per_layer, ())]) / len(heads_per_layer)
+        return _passes_of(self, tuple(heads_per_layer))
 
     def masks(self, heads_per_layer: Sequence[int], importance: Sequence[pd.DataFrame]) -> Labelled:
         """As in `FullModel`."""
         full = Mask.full(heads_per_layer)
         return [(full.without_heads([(layer, head)]), Label(self.order, self.component, layer=layer, head=head))
                 for layer, head in self.heads]
+
+
+@functools.lru_cache(maxsize=1024)
+def _passes_of(singles: SingleFFNs | SingleHeads, heads_per_layer: tuple[int, ...]) -> float:
+    """Forward passes of single components; counted once, since all tasks have the same ones."""
+    return blocks_run([mask for mask, _ in singles.masks(heads_per_layer, ())]) / len(heads_per_layer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,7 @@ depends on them: how prompts are laid out, and (unless the folder or the options
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -103,10 +102,7 @@ class Plan:
 
     def left(self) -> list[PlannedJob | None]:
         """What no entry holds yet of each job, step by step (`headcount.study.plan.missing`); None where nothing is."""
-        open_jobs = [planned for planned in self.jobs if not self.is_done(planned)]
-        rests = iter(missing(open_jobs, self._measured()) if open_jobs else [])
-        still = {id(planned) for planned in open_jobs}
-        return [next(rests) if id(planned) in still else None for planned in self.jobs]
+        return left_of(self.jobs, self.ledger)
 
     def todo(self) -> list[PlannedJob]:
         """What is left to do, in order."""
@@ -143,15 +139,24 @@ class Plan:
         sample = _sample(self.loaded, self.tasks[facts.name], self.few_shot(k, _SAMPLE), split, self.budget)
         return Engine.of(self.loaded).speed(sample.packed)
 
-    def _measured(self) -> Iterator[Evaluation]:
-        """Jobs of evaluation that the folder has entries of; those of other versions are passed over."""
-        for key in self.ledger.keys("evaluation") if self.ledger is not None else ():
-            try:
-                job = job_from(key)
-            except StudyError:
-                continue
-            if isinstance(job, Evaluation):
-                yield job
+
+def left_of(jobs: Sequence[PlannedJob], ledger: Ledger | None) -> list[PlannedJob | None]:
+    """What no entry of a folder holds yet of each job; None where nothing is left."""
+    open_jobs = [planned for planned in jobs if ledger is None or not ledger.has(planned.key)]
+    rests = iter(missing(open_jobs, _measured(ledger)) if open_jobs else [])
+    still = {id(planned) for planned in open_jobs}
+    return [next(rests) if id(planned) in still else None for planned in jobs]
+
+
+def _measured(ledger: Ledger | None) -> Iterator[Evaluation]:
+    """Jobs of evaluation that a folder has entries of; those of other versions are passed over."""
+    for key in ledger.keys("evaluation") if ledger is not None else ():
+        try:
+            job = job_from(key)
+        except StudyError:
+            continue
+        if isinstance(job, Evaluation):
+            yield job
 
 
 def prepare(
@@ -219,13 +224,22 @@ def _tasks(spec: StudySpec, parts: Sequence[Part]) -> tuple[dict[str, Task], fro
     named = spec.tasks, spec.unseen if "transfer" in parts else ()
     seen, unseen = (get_tasks(names, data=spec.data, examples_split=spec.examples_split, protocol=spec.protocol)
                     for names in named)
-    if both := seen.keys() & unseen.keys():
+    check_named(spec, parts, seen, unseen)
+    return seen | unseen, frozenset(unseen)
+
+
+def check_named(spec: StudySpec, parts: Sequence[Part], seen: Collection[str], unseen: Collection[str]) -> None:
+    """Refuse tasks that are named twice, and transfer between less than two.
+
+    Raises:
+        OptionError: With the options that name them.
+    """
+    if both := {*seen} & {*unseen}:
         raise OptionError(f"{', '.join(sorted(both))} cannot be among both `tasks` and `unseen`",
                           fields=("tasks", "unseen"))
     if "transfer" in parts and len(seen) < 2 and not unseen:
         raise OptionError("transfer takes one task's order to another: name two tasks (`tasks`), or `unseen`",
                           fields=("tasks", "unseen"))
-    return seen | unseen, frozenset(unseen)
 
 
 def _splits(spec: StudySpec, parts: Sequence[Part], *, unseen: bool) -> list[Split]:
@@ -312,13 +326,19 @@ def _proved(loaded: LoadedModel, spec: StudySpec, parts: Sequence[Part]) -> Load
 def _budget(loaded: LoadedModel, spec: StudySpec, before: Mapping[str, Any] | None) -> Budget:
     """As before in this folder, so that equal jobs are laid out alike; what the options say goes first."""
     from headcount.engine.engine import Engine
+
+    engine, kept = Engine.of(loaded), kept_budget(before)
+    if kept is None or kept[0] != engine.device_key:
+        return engine.budget(spec.row_tokens, spec.batch_tokens)
+    return kept[1].limited(spec.row_tokens, spec.batch_tokens)
+
+
+def kept_budget(before: Mapping[str, Any] | None) -> tuple[str, Budget] | None:
+    """What a folder's runs were packed by, and the device that this was found on; None of a new folder."""
     from headcount.engine.pack import Budget, Cost
 
-    engine, kept = Engine.of(loaded), (before or {}).get("budget")
-    if kept is None or kept["device"] != engine.device_key:
-        return engine.budget(spec.row_tokens, spec.batch_tokens)
-    budget = Budget(spec.row_tokens, kept["batch_tokens"], kept["gradient_tokens"], kept["longest_row"],
-                    Cost(**kept["cost"]))
-    if spec.batch_tokens is None:
-        return budget
-    return dataclasses.replace(budget, batch_tokens=spec.batch_tokens, gradient_tokens=spec.batch_tokens)
+    kept = (before or {}).get("budget")
+    if kept is None:
+        return None
+    return kept["device"], Budget(None, kept["batch_tokens"], kept["gradient_tokens"], kept["longest_row"],
+                                  Cost(**kept["cost"]))

@@ -1,0 +1,139 @@
+"""Memory, hours and money from counts: what a device is given, and how long it takes.
+
+A model that fits into the usable part of a device's memory, or of several, is *resident*: copies of it work side by
+side, as many as fit. One that does not fit is *streamed*: its weights are read block by block, once a pass, and a pass
+takes as long as the slower of reading and computing. Computing is FLOPs over the share of the peak that is assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+from headcount.engine.budget import bytes_per_token
+from headcount.engine.pack import Budget
+from headcount.model.without_weights import Shape
+from headcount.study.devices import READ_SPEED, USABLE, WAITING, Device
+
+Way: TypeAlias = Literal["resident", "part streamed", "streamed", "too large"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run keeps in memory, in bytes; activations are estimated as they are for choosing batches.
+
+    Attributes:
+        weights: All weights.
+        block: The largest block's.
+        output: The output layer's.
+        batch: Activations of a batch that is scored.
+        gradients: Activations of an example whose gradients are wanted, of all blocks; 0 where none are.
+        hidden: One position's hidden state.
+    """
+
+    weights: int
+    block: int
+    output: int
+    batch: int
+    gradients: int
+    hidden: int
+
+    @property
+    def resident(self) -> int:
+        """At the most, with the whole model in memory."""
+        return self.weights + max(self.batch, self.gradients)
+
+    @property
+    def streamed(self) -> int:
+        """At the most, where blocks are read one after another: two of them, or the output layer, and a batch."""
+        return max(2 * self.block, self.output) + self.batch
+
+
+class Passes(NamedTuple):
+    """How often the weights are read where a model is streamed: to score, and for gradients."""
+
+    scoring: int
+    gradients: int
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What a study takes on a device.
+
+    Attributes:
+        device: The device.
+        way: "resident", "part streamed" where the gradients of an example do not fit beside the weights,
+            "streamed", or "too large".
+        copies: How many copies of the model work side by side.
+        hours: About how long it takes; NaN where it is too large.
+        computing: Hours of computing alone.
+        reading: Hours of reading weights alone.
+        bytes_read: What is read of weights, but for loading a resident model.
+        money: What it costs; None where no price was given.
+    """
+
+    device: Device
+    way: Way
+    copies: int
+    hours: float
+    computing: float
+    reading: float
+    bytes_read: float | int
+    money: float | None
+
+
+def memory_of(shape: Shape, budget: Budget, longest: float | int) -> Memory:
+    """What a run keeps in memory.
+
+    Args:
+        shape: The model.
+        budget: How large batches are.
+        longest: Tokens of an example whose gradients are wanted; 0 where none are.
+    """
+    size, (forward, gradient) = shape.model.dtype.itemsize, bytes_per_token(shape)
+    return Memory(shape.anatomy.num_parameters * size, max(shape.block_parameters) * size,
+                  shape.output_parameters * size, int(forward * max(budget.batch_tokens, longest)),
+                  int(gradient * longest), shape.anatomy.layers[0].d_model * size)
+
+
+def passes_of(scored: float, gradients: float, stages: int, memory: Memory) -> Passes:
+    """How often the weights are read where the model is streamed, with as many jobs together as hidden states allow.
+
+    Args:
+        scored: Hidden states of scored prompts, in positions, one for each mask: they wait between blocks.
+        gradients: The same of examples, every block's input.
+        stages: How many times jobs become ready together.
+        memory: What a position takes.
+    """
+    scoring, backward = (math.ceil(positions * memory.hidden / WAITING) for positions in (scored, gradients))
+    return Passes(max(stages, scoring), 2 * backward)
+
+
+def hours_on(
+    device: Device, dtype: str, flops: float, memory: Memory, passes: Passes, price: float | int | None
+) -> OnDevice:
+    """What a study takes on a device.
+
+    Args:
+        device: The device.
+        dtype: The type of the model's numbers.
+        flops: What is computed.
+        memory: What a run keeps in memory.
+        passes: How often the weights are read where the model is streamed.
+        price: Of an hour of one of these devices.
+    """
+    usable, copies, read = device.memory * USABLE, device.number, 0
+    each = math.ceil(memory.weights / max(1.0, usable - memory.batch))
+    way: Way = "resident"
+    if memory.batch < usable and each <= device.number:
+        copies = device.number // each
+        if memory.resident > each * usable:
+            way, read = "part streamed", passes.gradients
+    else:
+        way, read = ("streamed", sum(passes)) if memory.streamed <= usable else ("too large", 0)
+    computing = flops / device.flops(dtype) / 3600 / copies
+    reading = memory.weights * read / READ_SPEED / 3600
+    hours = math.nan if way == "too large" else max(computing, reading)
+    return OnDevice(device, way, copies, hours, computing, reading, memory.weights * read,
+                    None if price is None else hours * price * device.number)

@@ -1,0 +1,131 @@
+"""Devices that a study can be planned on: what their makers say they compute and hold, and what is assumed of them.
+
+Peaks are the makers' data sheets' for dense matrix products, of the type of numbers that the model has; float32 is
+computed without TF32, as PyTorch does by default. Which share of the peak a study reaches is assumed, not measured, and
+said beside every result; so is how fast weights are read. `cpu` is the machine that the plan is made on: a matrix
+product of the model's shape is timed there, for a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+from headcount.errors import OptionError
+
+# Which share of a GPU's peak a study is assumed to reach, and of this machine's matrix products.
+GPU_EFFICIENCY, CPU_EFFICIENCY = 0.4, 0.8
+# Bytes a second that weights are assumed to be read at, where a model is streamed: an NVMe disk's.
+READ_SPEED = 3e9
+# Bytes of host memory that hidden states are assumed to wait in, where a model is streamed.
+WAITING = 64e9
+# Of a device's memory, what weights and activations may take.
+USABLE = 0.95
+_COUNTED = re.compile(r"(\d+)x(.+)")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device, and how many of them.
+
+    Attributes:
+        name: As the user names it.
+        memory: Bytes of each.
+        bandwidth: Bytes a second that each reads its memory at; 0 where it is not known.
+        peak: FLOP/s of each by the type of numbers.
+        efficiency: The share of the peak that is assumed to be reached.
+        source: Where the peak comes from.
+        number: How many there are.
+    """
+
+    name: str
+    memory: float | int
+    bandwidth: float | int
+    peak: Mapping[str, float] = field(hash=False)
+    efficiency: float
+    source: str
+    number: int = 1
+
+    def flops(self, dtype: str) -> float:
+        """FLOP/s that are assumed of one of them."""
+        return self.peak.get(dtype, self.peak["float32"]) * self.efficiency
+
+
+def _gpu(name: str, title: str, memory: float, bandwidth: float, half: float, single: float) -> Device:
+    return Device(name, memory, bandwidth, {"bfloat16": half, "float16": half, "float32": single}, GPU_EFFICIENCY,
+                  f"NVIDIA's data sheet of the {title}")
+
+
+_GPUS = {device.name: device for device in (
+    _gpu("h200", "H200 SXM, 141 GB", 141e9, 4.8e12, 989.4e12, 66.9e12),
+    _gpu("h100", "H100 SXM, 80 GB", 80e9, 3.35e12, 989.4e12, 66.9e12),
+    _gpu("a100", "A100 SXM, 80 GB", 80e9, 2.039e12, 311.9e12, 19.5e12),
+    _gpu("4090", "GeForce RTX 4090, 24 GB", 24e9, 1.008e12, 165.2e12, 82.6e12),
+)}
+NAMES = (*_GPUS, "cpu")
+
+
+def device_of(name: str, width: int, inner: int, dtype: str) -> Device:
+    """A device by its name, such as `h100`, `8xh100` or `cpu`.
+
+    Args:
+        name: As the user gave it.
+        width: The model's width, for timing this machine.
+        inner: The width of its FFNs, for the same.
+        dtype: The type of the model's numbers.
+
+    Raises:
+        OptionError: If there is none of this name.
+    """
+    counted = _COUNTED.fullmatch(name.lower())
+    number, kind = (int(counted[1]), counted[2]) if counted else (1, name.lower())
+    if kind not in NAMES or number < 1:
+        close = difflib.get_close_matches(kind, NAMES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise OptionError(f"`on` names devices of {', '.join(NAMES)}, several as 8xh100, not {name!r}{hint}",
+                          fields=("on",))
+    one = _GPUS[kind] if kind in _GPUS else _here(width, inner, dtype)
+    return Device(name.lower(), one.memory, one.bandwidth, one.peak, one.efficiency, one.source, number)
+
+
+def _here(width: int, inner: int, dtype: str) -> Device:
+    """This machine, timed."""
+    rate = matrix_products(width, inner, getattr(torch, dtype))
+    threads = torch.get_num_threads()
+    return Device("cpu", psutil.virtual_memory().total, 0, {dtype: rate, "float32": rate}, CPU_EFFICIENCY,
+                  f"matrix products timed just now, {threads} of {os.cpu_count()} cores")
+
+
+def matrix_products(width: int, inner: int, dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """FLOP/s of products of rows by a matrix of an FFN's shape on this machine: the fastest of a few.
+
+    Sizes double up to 256 rows and the FFN's, as long as a product is over in a part of the time: in some types a CPU
+    is a thousand times slower than in others.
+
+    Args:
+        width: Rows of the matrix, of large models a part of them.
+        inner: Its columns.
+        dtype: Type of numbers.
+        seconds: About how long it may take.
+    """
+    most = (256, min(width, 2048), min(inner, 4096))
+    sizes, fastest, ends = tuple(min(size, 32) for size in most), 0.0, time.perf_counter() + seconds
+    with torch.inference_mode():
+        while True:
+            rows, matrix = torch.ones(sizes[0], sizes[1], dtype=dtype), torch.ones(sizes[1], sizes[2], dtype=dtype)
+            torch.mm(rows, matrix)  # warms up
+            started = time.perf_counter()
+            torch.mm(rows, matrix)
+            took = time.perf_counter() - started
+            fastest = max(fastest, 2 * math.prod(sizes) / took)
+            if time.perf_counter() > ends or (sizes != most and took > seconds / 5):
+                return fastest
+            sizes = tuple(min(2 * size, limit) for size, limit in zip(sizes, most, strict=True))

@@ -1,0 +1,428 @@
+"""What a study will cost, known before a model is loaded: jobs, tokens, layer-tokens, FLOPs, memory, hours.
+
+Nothing is measured, proved or written, and no weights are read. The jobs are the planner's (`plan`), the rows and
+batches the packer's (`tokens`), how often layers are computed the sweep's (`sharing`). What is counted:
+
+    layer-tokens  positions that blocks compute, layers added up: of a set of masks what the sweep computes; of a
+                  gradient twice its rows, forward and back; of induction every text once for prefix matching, once
+                  for copying (protocol paper: twice). Probes and proofs of a model are not counted.
+    FLOPs         2 a parameter of a block and position (of experts the chosen ones), 4 a channel of attention and
+                  pair of positions in a row, 2 a parameter of the output layer and position whose logits are wanted.
+
+Layer-tokens are exact where documents are at hand and masks are known beforehand, for a model that takes token trees
+and can be run layer by layer as its family does, with the rows and batches of the same budget: that of the folder, or
+what was timed on this machine for a model of this shape; else the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from headcount.engine.budget import budget_for, device_key, kept_cost
+from headcount.engine.layout import expected_layout
+from headcount.engine.pack import Budget
+from headcount.errors import OptionError, TaskError, UnavailableError
+from headcount.measure.induction import texts_of
+from headcount.model.without_weights import Shape, shape_of
+from headcount.study.costs import Memory, OnDevice, Passes, hours_on, memory_of, passes_of
+from headcount.study.devices import Device, device_of
+from headcount.study.folder import check_options, other_orders, previous
+from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job
+from headcount.study.ledger import Ledger
+from headcount.study.masksets import FullModel, Grid, RandomCurve, SingleFFNs, SingleHeads, Transfer, steps_of
+from headcount.study.plan import GRADIENT_PASSES, PlannedJob, TaskFacts, plan, reads
+from headcount.study.prepare import Reporter, Silent, check_named, kept_budget, left_of
+from headcount.study.sharing import NONE, Layers, layers_of
+from headcount.study.spec import Part, StudySpec, parts_of
+from headcount.study.stand_in import StandIn
+from headcount.study.tokens import AtHand, Bundled, Documents, Reading, Work, statistics
+
+Share: TypeAlias = Literal["full model", "importance", "curves", "grid", "transfer", "induction"]
+SHARES: tuple[Share, ...] = ("full model", "importance", "curves", "grid", "transfer", "induction")
+# Documents on which it is tried what shared shots would save.
+_SAMPLE = 32
+# To how many documents a task the what-if of fewer documents goes.
+_FEWER = 500
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What jobs compute.
+
+    Attributes:
+        jobs: How many they are.
+        layer_tokens: Positions that blocks compute.
+        flops: Floating-point operations, at the middle of the layer-tokens.
+        waiting: Hidden states, in positions, that wait between blocks of a streamed run.
+        kept: The same where gradients are wanted, which keep every block's input.
+    """
+
+    jobs: int = 0
+    layer_tokens: Layers = NONE
+    flops: float = 0.0
+    waiting: float = 0.0
+    kept: float = 0.0
+
+    def plus(self, other: Cost) -> Cost:
+        """Both together."""
+        return Cost(self.jobs + other.jobs, self.layer_tokens.plus(other.layer_tokens), self.flops + other.flops,
+                    self.waiting + other.waiting, self.kept + other.kept)
+
+
+@dataclass(frozen=True)
+class TaskTokens:
+    """A task at a number of shots.
+
+    Attributes:
+        name: The task's.
+        num_fewshot: Shots.
+        documents: Evaluated documents.
+        examples: Documents that importance is measured on; 0 of unseen tasks.
+        tokens: Positions of one pass over the evaluated documents, padding included; 0 where none are read.
+        gradient: The same over the examples, a row each.
+        bundled: Whether the counts are those that come along.
+    """
+
+    name: str
+    num_fewshot: int
+    documents: int
+    examples: int
+    tokens: float
+    gradient: float
+    bundled: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """A study as it is known without its model.
+
+    Attributes:
+        spec: What was asked.
+        shape: The model.
+        parts: What of a study is measured.
+        jobs: All jobs, in an order in which they can be done.
+        left: What the folder does not hold of each yet; None where nothing is left.
+        costs: What each of these computes; None where nothing is left.
+        tasks: Documents and tokens of every task and number of shots.
+        shares: What is left to do costs, by part.
+        savings: What would be saved otherwise: a change of options in words, and the FLOPs that it saves.
+        memory: What a run keeps in memory.
+        devices: Hours on every device asked for.
+        passes: How often the weights are read where the model is streamed.
+        notes: What is assumed.
+        other_orders: As in `headcount.study.prepare.Plan`.
+        damaged: As there.
+    """
+
+    spec: StudySpec
+    shape: Shape
+    parts: tuple[Part, ...]
+    jobs: tuple[PlannedJob, ...]
+    left: tuple[PlannedJob | None, ...]
+    costs: tuple[Cost | None, ...]
+    tasks: tuple[TaskTokens, ...]
+    shares: Mapping[Share, Cost]
+    savings: tuple[tuple[str, float], ...]
+    memory: Memory
+    devices: tuple[OnDevice, ...]
+    passes: Passes
+    notes: tuple[str, ...]
+    other_orders: str = ""
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> Cost:
+        """What is left to do costs."""
+        return _sum(self.shares.values())
+
+
+def forecast(
+    spec: StudySpec, *, on: Sequence[str] = (), price: Sequence[float] = (), reporter: Reporter | None = None
+) -> Forecast:
+    """What a study will cost, from its options and the model's config alone.
+
+    Args:
+        spec: What was asked; with a folder, what that holds already is taken off.
+        on: Devices to say hours for, such as `h100`, `8xh100`, `cpu`.
+        price: What an hour of one such device costs; a single price serves all.
+        reporter: Told of progress.
+
+    Raises:
+        HeadcountError: If the model's config or a task's documents are not to be had, or options cannot go together.
+    """
+    reporter = reporter or Silent()
+    if len(price) not in (0, 1, len(on)):
+        raise OptionError(f"`price` is one number, or one for each of `on`: there are {len(price)} prices and "
+                          f"{len(on)} devices", fields=("price", "on"))
+    if price and min(price) < 0:
+        raise OptionError(f"`price` is what an hour costs, not {min(price):g}", fields=("price",))
+    parts, before, ledger = parts_of(spec), None, None
+    if spec.out is not None:
+        ledger = Ledger(spec.out)
+        before = previous(ledger)
+        check_options(spec, before, ledger.folder)
+    reporter.stage(f"reading the config of {spec.model}")
+    shape = _shape(spec)
+    devices = [_device(name, shape) for name in on]
+    reading, notes = _reading(shape, spec, before)
+    reporter.stage("loading tasks")
+    seen, unseen = (_documents(names, spec, shape, reading)
+                    for names in (spec.tasks, spec.unseen if "transfer" in parts else ()))
+    check_named(spec, parts, seen, unseen)
+    facts: list[TaskFacts] = []
+    for name, documents in {**seen, **unseen}.items():
+        reporter.stage("counting tokens", len(facts), len(seen) + len(unseen))
+        facts.append(_facts(name, documents, spec, parts, unseen=name in unseen))
+    known = _Known(spec, shape, {**seen, **unseen}, facts)
+    jobs, left = _planned(spec, shape, facts, parts, before, ledger)
+    todo = [one for one in left if one is not None]
+    shares = known.shares(todo)
+    memory = memory_of(shape, reading.budget, max((t.gradient / max(1, t.examples) for t in known.tasks), default=0.0))
+    passes = _passes(todo, _sum(shares.values()), memory)
+    prices: list[float | None] = [*price] * len(on) if len(price) == 1 else [*price] or [None] * len(on)
+    total = _sum(shares.values())
+    spent = tuple(hours_on(device, shape.dtype, total.flops, memory, passes, cost)
+                  for device, cost in zip(devices, prices, strict=True))
+    costs = tuple(None if one is None else known.cost(one.job) for one in left)
+    return Forecast(spec, shape, parts, tuple(jobs), tuple(left), costs, tuple(known.tasks), shares,
+                    tuple(known.savings(todo, shares)), memory, spent, passes, (*notes, *known.notes),
+                    other_orders(spec, before) if "curve" in parts else "",
+                    tuple(ledger.damaged()) if ledger is not None else ())
+
+
+def _shape(spec: StudySpec) -> Shape:
+    return shape_of(spec.model, dtype=spec.dtype, device=spec.device, device_map=spec.device_map,
+                    attn_implementation=spec.attn_implementation, trust_remote_code=spec.trust_remote_code,
+                    revision=spec.revision, apply_chat_template=spec.apply_chat_template)
+
+
+def _device(name: str, shape: Shape) -> Device:
+    part = shape.anatomy.layers[0]
+    return device_of(name, part.d_model, max(1, part.ffn_parameters // (2 * part.d_model)), shape.dtype)
+
+
+def _reading(shape: Shape, spec: StudySpec, before: Mapping[str, Any] | None) -> tuple[Reading, list[str]]:
+    """How texts are read and laid out, and what is assumed of it."""
+    notes, layout = [], expected_layout(shape.model)
+    key, kept = device_key(shape), kept_budget(before)
+    if kept is not None and kept[0] == key:
+        budget = kept[1]
+    elif (cost := kept_cost(shape)) is not None:
+        budget = budget_for(shape, cost)
+    else:
+        budget = Budget()
+        notes.append("rows and batches are the default's: a run times its device and chooses its own")
+    if not layout.trees:
+        notes.append(f"prompts are laid out one request a row: {layout.reason}")
+    tokenizer = shape.tokenizer if shape.tokenizer is not None else StandIn(shape.has_bos)
+    return Reading(tokenizer, shape.max_length, budget.limited(spec.row_tokens, spec.batch_tokens), layout.trees,
+                   layout.tree_tokens, spec.apply_chat_template, spec.seed, spec.shared_shots), notes
+
+
+def _documents(
+    names: Sequence[str], spec: StudySpec, shape: Shape, reading: Reading
+) -> dict[str, Documents]:
+    """The documents of tasks by name: at hand, or by what comes along."""
+    from headcount.tasks.catalog import expand
+
+    found: dict[str, Documents] = {}
+    for name in expand(names):
+        # Without the model's tokenizer, real documents would be no better than the counts.
+        if spec.data is None and shape.tokenizer is None and name in statistics()["tasks"]:
+            found[name] = Bundled(name, reading, spec.examples_split)
+            continue
+        from headcount.tasks.load import get_tasks
+
+        try:
+            (task,) = get_tasks([name], data=spec.data, examples_split=spec.examples_split,
+                                protocol=spec.protocol).values()
+        except UnavailableError:
+            if name not in statistics()["tasks"]:
+                raise
+            found[name] = Bundled(name, reading, spec.examples_split)
+            continue
+        if task.name in found:
+            raise TaskError(f"two of the tasks are named {task.name!r}; rename one")
+        found[task.name] = AtHand(task, reading)
+    return found
+
+
+def _facts(
+    name: str, documents: Documents, spec: StudySpec, parts: Sequence[Part], *, unseen: bool
+) -> TaskFacts:
+    """How many documents a task has, and how many tokens one takes."""
+    counts: dict[str, dict[int, int]] = {"evaluation": {}, "examples": {}}
+    tokens: dict[tuple[int, str], float] = {}
+    kinds: list[tuple[Literal["evaluation", "examples"], int | None]] = [("evaluation", spec.limit)]
+    kinds += [] if unseen else [("examples", spec.importance_limit)]
+    for split, limit in kinds:
+        if split not in reads(spec, parts):
+            continue
+        for k in spec.shots:
+            available = documents.size(split, k)
+            counts[split][k] = number = available if limit is None else min(limit, available)
+            tokens[k, split] = documents.work(split, k, number).tokens / max(1, number)
+            if split == "examples":
+                tokens[k, "gradient"] = documents.work(split, k, number, "gradient").tokens / max(1, number)
+    return TaskFacts(name, documents.fingerprint, counts["evaluation"], counts["examples"], tokens, unseen)
+
+
+def _planned(
+    spec: StudySpec, shape: Shape, facts: Sequence[TaskFacts], parts: Sequence[Part],
+    before: Mapping[str, Any] | None, ledger: Ledger | None,
+) -> tuple[list[PlannedJob], list[PlannedJob | None]]:
+    """All jobs, and what is left of each; of a folder that was begun, as its model's."""
+    model = str(((before or {}).get("model") or {}).get("fingerprint", ""))
+    groups = [part.num_kv_heads for part in shape.anatomy.layers]
+    # Whether gradients are taken through norms is found out on the model: what more entries answer is right.
+    found = []
+    for norms in (False, True) if model else (False,):
+        jobs = plan(spec, model, shape.anatomy.heads_per_layer, facts, parts, through_norms=norms,
+                    groups_per_layer=groups)
+        found.append((jobs, left_of(jobs, ledger if model else None)))
+    return max(found, key=lambda one: one[1].count(None))
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What jobs cost, by what is known of the model and the documents."""
+
+    spec: StudySpec
+    shape: Shape
+    documents: Mapping[str, Documents]
+    facts: Sequence[TaskFacts]
+
+    @property
+    def tasks(self) -> list[TaskTokens]:
+        """Documents and tokens of every task and number of shots."""
+        return [TaskTokens(f.name, k, f.documents.get(k, 0), f.examples.get(k, 0),
+                           f.documents.get(k, 0) * f.tokens.get((k, "evaluation"), 0.0),
+                           f.examples.get(k, 0) * f.tokens.get((k, "gradient"), 0.0),
+                           isinstance(self.documents[f.name], Bundled))
+                for f in self.facts for k in self.spec.shots]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is assumed of the documents."""
+        at_hand = [name for name, one in self.documents.items() if isinstance(one, AtHand)]
+        notes = []
+        if at_hand and self.shape.tokenizer is None:
+            notes.append("texts are cut into tokens by a stand-in, about as byte-level BPE tokenizers cut English")
+        if len(at_hand) < len(self.documents):
+            said = statistics()
+            notes.append(f"documents and tokens of {len(self.documents) - len(at_hand)} tasks are counts that come "
+                         f"along: the hub's numbers of documents, and tokens of {said['sample']} documents a split by "
+                         f"the tokenizer of {said['tokenizer']}, in a window of {said['window']:,}")
+        return notes
+
+    def shares(self, todo: Iterable[PlannedJob], shared: bool | None = None) -> dict[Share, Cost]:
+        """What jobs cost, by part.
+
+        Args:
+            todo: The jobs.
+            shared: Whether one draw of shots serves all documents; None: as asked.
+        """
+        found: dict[Share, Cost] = {}
+        for planned in todo:
+            share = self._share(planned.job)
+            found[share] = found.get(share, Cost()).plus(self.cost(planned.job, shared))
+        return {share: found[share] for share in SHARES if share in found}
+
+    def savings(self, todo: Sequence[PlannedJob], shares: Mapping[Share, Cost]) -> Iterable[tuple[str, float]]:
+        """Changes of options, and the FLOPs that each saves by itself."""
+        total, spec = _sum(shares.values()).flops, self.spec
+        if not spec.shared_shots and any(spec.shots) and self.documents:
+            yield "--shared-shots", total - _sum(self.shares(todo, True).values()).flops
+        most = max((one.job.documents or 0 for one in todo if not isinstance(one.job, InductionScores)), default=0)
+        fewer = _FEWER if most > _FEWER else most // 2
+        if fewer:
+            cut = [dataclasses.replace(one, job=_with_documents(one.job, fewer)) for one in todo]
+            yield (f"--limit {fewer} --importance-limit {fewer}",
+                   total - _sum(self.shares(cut, None).values()).flops)
+        for share in ("transfer", "grid", "induction"):
+            if share in shares and len(shares) > 1:
+                yield f"without {share}", shares[share].flops
+
+    def _share(self, job: Job) -> Share:
+        if isinstance(job, InductionScores):
+            return "induction"
+        if not isinstance(job, Evaluation) or isinstance(job.masks, SingleFFNs | SingleHeads):
+            return "importance"
+        if isinstance(job.masks, FullModel):
+            return "full model"
+        if isinstance(job.masks, Grid):
+            return "grid"
+        beside = isinstance(job.masks, RandomCurve) and not (
+            "curves" in self.spec.measure and {*job.masks.fractions} <= {*self.spec.fractions_of_random}
+            and job.task not in {f.name for f in self.facts if f.unseen})
+        return "transfer" if beside or isinstance(job.masks, Transfer) else "curves"
+
+    def cost(self, job: Job, shared: bool | None = None) -> Cost:
+        """What one job computes; arguments as in `shares`."""
+        layers, width = self.shape.anatomy.num_layers, self.shape.attention_width
+        masks, kept, waiting = 1, 0.0, 0.0
+        if isinstance(job, InductionScores):
+            # Prefix matching and copying read texts of their own; the paper's copying runs blocks twice.
+            work, runs = self._texts(job), Layers.exactly(layers * (3 if job.protocol == "paper" else 2))
+        elif isinstance(job, GradientImportance):
+            work, runs = self._work(job, "gradient", "examples", shared), Layers.exactly(GRADIENT_PASSES * layers)
+            masks, kept = GRADIENT_PASSES, layers * float(work.tokens)
+        elif isinstance(job, Evaluation):
+            work = self._work(job, "scored", job.split, shared)
+            runs, masks = layers_of(job.masks, self.shape.anatomy.heads_per_layer), max(1, len(steps_of(job.masks)))
+            waiting = masks * float(work.tokens)
+        else:
+            return Cost(1)  # put together from other entries
+        flops = (2 * work.tokens * runs.middle * self.shape.mean_active_parameters
+                 + 4 * work.pairs * runs.middle * width + 2 * work.places * masks * self.shape.output_parameters)
+        return Cost(1, runs.times(work.tokens), float(flops), waiting, kept)
+
+    def _work(
+        self, job: Evaluation | GradientImportance, layout: Literal["scored", "gradient"],
+        split: Literal["evaluation", "examples"], shared: bool | None,
+    ) -> Work:
+        """One pass over a job's documents; other draws of shots, and fewer documents, are tried on a sample."""
+        documents, k, number = self.documents[job.task], job.num_fewshot, job.documents
+        facts = next(f for f in self.facts if f.name == job.task)
+        whole = (facts.documents if split == "evaluation" else facts.examples)[k]
+        planned = number in (whole, self.spec.grid_limit, self.spec.transfer_limit)
+        if isinstance(documents, Bundled) or (planned and (shared is None or not k)):
+            return documents.work(split, k, number, layout, shared)
+        few = min(_SAMPLE, whole)
+        known = documents.work(split, k, whole, layout)
+        scale = number / whole
+        if shared is not None and k:
+            scale *= documents.work(split, k, few, layout, shared).tokens / documents.work(split, k, few, layout).tokens
+        return Work(known.tokens * scale, known.pairs * scale, known.places * number / whole)
+
+    def _texts(self, job: InductionScores) -> Work:
+        """One pass over the random texts of one kind."""
+        vocabulary = int(self.shape.model.config.get_text_config().vocab_size)
+        texts = texts_of(job.lengths, job.seeds, "paper" if job.protocol == "paper" else "sound",
+                         window=self.shape.max_length, tokens=vocabulary, has_bos=self.shape.has_bos)
+        return Work(sum(texts), sum(text**2 for text in texts), 0)
+
+
+def _with_documents(job: Job, most: int) -> Job:
+    if isinstance(job, InductionScores) or job.documents is None or job.documents <= most:
+        return job
+    return dataclasses.replace(job, documents=most)
+
+
+def _passes(todo: Sequence[PlannedJob], total: Cost, memory: Memory) -> Passes:
+    """How often the weights are read where the model is streamed."""
+    computing = [one.job for one in todo if one.passes]
+    ordered = any(isinstance(job, Evaluation) and job.needs for job in computing)
+    stages = ordered + any(isinstance(job, Evaluation) and not job.needs for job in computing)
+    inductions = sum(isinstance(job, InductionScores) for job in computing)
+    return passes_of(total.waiting, total.kept, stages + inductions, memory)
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    total = Cost()
+    for cost in costs:
+        total = total.plus(cost)
+    return total

@@ -1,0 +1,165 @@
+"""How often layers are computed for a set of masks: exactly where its masks are known, else between bounds.
+
+Masks that are swept share the layers before their first difference (`headcount.masks.blocks_run`). The full model,
+single components, random orders and curves of one shape are known before anything is measured; curves, transfer and
+the grid go by orders that are not. For these there are bounds that no order leaves, and a middle: the mean over a few
+drawn orders. Importance differs between layers, and little between neighbouring ones, so that masks part later than by
+random orders: a component's drawn importance is a random walk over the layers, of variance 1, plus noise of its own of
+standard deviation `_NOISE`, near what was run of SmolLM2 (docs/design.md, 4.12).
+
+The bounds of a curve. Its masks are nested, so that neighbouring fractions part at the first layer that has a component
+of those which the larger fraction removes besides. These sets have known sizes and nothing in common. A parting costs
+the layers behind it, its own included where heads part. It comes earliest where the i-th set holds the i-th component
+of the model, and latest where the sets lie at the model's end, the smallest last (the smallest first is the order in
+which a sum of finishing times is least). Of the grid: no more than every mask by itself behind the first layer; no less
+than every mask parting where the last of its boundaries may lie, and layers without heads and FFN left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from headcount.masks import Component, Mask, count, layers_run, prune
+from headcount.study.masksets import (
+    CommonUniformCurve,
+    FullModel,
+    Grid,
+    MaskSet,
+    RandomCurve,
+    SingleFFNs,
+    SingleHeads,
+    UniformCurve,
+)
+
+# Drawn orders that the middle is a mean over, and a component's own part in its drawn importance.
+_ORDERS = 6
+_NOISE = 0.75
+
+
+class Layers(NamedTuple):
+    """How often a layer is computed over a job's positions: at least, about, at most."""
+
+    low: float | int
+    middle: float | int
+    high: float | int
+
+    @classmethod
+    def exactly(cls, layers: float | int) -> Layers:
+        """A number that is known."""
+        return cls(layers, layers, layers)
+
+    def times(self, factor: float | int) -> Layers:
+        """So many times as much."""
+        return Layers(self.low * factor, self.middle * factor, self.high * factor)
+
+    def plus(self, other: Layers) -> Layers:
+        """Both together."""
+        return Layers(self.low + other.low, self.middle + other.middle, self.high + other.high)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is known."""
+        return self.low == self.high
+
+
+NONE = Layers(0, 0, 0)
+
+
+def layers_of(masks: MaskSet, heads_per_layer: tuple[int, ...]) -> Layers:
+    """How often a layer is computed for a set of masks, of a model that can be run layer by layer.
+
+    Args:
+        masks: The set.
+        heads_per_layer: The model's number of heads of every layer.
+    """
+    layers = len(heads_per_layer)
+    if isinstance(masks, FullModel):
+        return Layers.exactly(layers)
+    if isinstance(masks, SingleFFNs | SingleHeads | RandomCurve):
+        return _known(masks, heads_per_layer)
+    if isinstance(masks, Grid):
+        return _grid(masks.points, heads_per_layer)
+    if isinstance(masks, UniformCurve | CommonUniformCurve):
+        return Layers.exactly(layers * len(masks.fractions))  # each leaves the first layer another shape
+    return _curve(masks.component, masks.fractions, heads_per_layer)
+
+
+@functools.lru_cache(maxsize=4096)
+def _known(masks: SingleFFNs | SingleHeads | RandomCurve, heads_per_layer: tuple[int, ...]) -> Layers:
+    return Layers.exactly(layers_run([mask for mask, _ in masks.masks(heads_per_layer, ())]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _curve(component: Component, fractions: tuple[float, ...], heads_per_layer: tuple[int, ...]) -> Layers:
+    layers = len(heads_per_layer)
+    places = _places(component, heads_per_layer)
+    sizes = _sizes(fractions, len(places))
+    if len(fractions) < 2 or not sizes:
+        return Layers.exactly(layers)
+    behind = layers if component == "head" else layers - 1  # where FFNs part, the layer itself is computed once
+    # What no fraction removes, and what the first one does, need not be at the end.
+    latest = [places[len(places) - taken] for taken in itertools.accumulate(sorted(sizes))]
+    low = layers + sum(behind - place for place in latest)
+    high = layers + sum(behind - place for place in places[: len(sizes)])
+    middle = np.mean([layers_run([_pruned(component, f, heads_per_layer, seed) for f in fractions])
+                      for seed in range(_ORDERS)])
+    return Layers(low, float(np.clip(middle, low, high)), high)
+
+
+@functools.lru_cache(maxsize=4096)
+def _grid(points: tuple[tuple[float, float], ...], heads_per_layer: tuple[int, ...]) -> Layers:
+    layers, heads = len(heads_per_layer), _places("head", heads_per_layer)
+    if len(points) < 2:
+        return Layers.exactly(layers)
+    masks = sorted({(count(h, len(heads)), count(f, layers)) for h, f in points})
+    # Layers that may lose all heads and the FFN: they are not computed then.
+    taken = list(itertools.accumulate(sorted(heads_per_layer)))
+    gone = [min(int(np.searchsorted(taken, of_heads, side="right")), of_ffns) for of_heads, of_ffns in masks]
+    places = [heads[len(heads) - size] for size in _differences(of_heads for of_heads, _ in masks)]
+    places += [1 + layers - size for size in _differences(of_ffns for _, of_ffns in masks)]
+    last = max(places, default=layers)
+    low = layers - min(gone) + (len(masks) - 1) * max(0, layers - last - max(gone))
+    high = len({of_heads for of_heads, _ in masks}) + (layers - 1) * len(masks)
+    middle = np.mean([layers_run(_drawn(points, heads_per_layer, seed)) for seed in range(_ORDERS)])
+    return Layers(low, float(np.clip(middle, low, high)), high)
+
+
+def _drawn(points: Sequence[tuple[float, float]], heads_per_layer: tuple[int, ...], seed: int) -> list[Mask]:
+    """A grid's masks by random orders."""
+    return [Mask(_pruned("head", h, heads_per_layer, seed).heads, _pruned("ffn", f, heads_per_layer, seed).ffns)
+            for h, f in points]
+
+
+@functools.lru_cache(maxsize=1024)
+def _pruned(component: Component, fraction: float | int, heads_per_layer: tuple[int, ...], seed: int) -> Mask:
+    return prune(heads_per_layer, component, _order(component, heads_per_layer, seed), fraction)
+
+
+@functools.lru_cache(maxsize=64)
+def _order(component: Component, heads_per_layer: tuple[int, ...], seed: int) -> list[int]:
+    """An order as importance makes them."""
+    rng = np.random.default_rng([seed, component == "head"])
+    walk = np.cumsum(rng.normal(size=len(heads_per_layer)))
+    walk = (walk - walk.mean()) / max(float(walk.std()), 1e-9)
+    importance = walk[_places(component, heads_per_layer)]
+    return [int(i) for i in np.argsort(importance + _NOISE * rng.normal(size=len(importance)))]
+
+
+def _places(component: Component, heads_per_layer: Sequence[int]) -> list[int]:
+    """The layer of every component, in their order."""
+    return [layer for layer, n in enumerate(heads_per_layer) for _ in range(n if component == "head" else 1)]
+
+
+def _sizes(fractions: Sequence[float], n: int) -> list[int]:
+    """How many more components each fraction removes than the one before; without those that remove no more."""
+    return _differences(count(f, n) for f in fractions)
+
+
+def _differences(counts: Iterable[int]) -> list[int]:
+    rising = sorted(set(counts))
+    return [more - less for less, more in itertools.pairwise(rising)]
