@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from headcount.errors import OptionError, first_line
@@ -49,7 +49,7 @@ def check_cluster(address: str | None) -> None:
     Raises:
         OptionError: Which says what to do.
     """
-    if importlib.util.find_spec("ray") is None:
+    if find_spec("ray") is None:
         raise OptionError(f"`executor='ray'` needs Ray, which is not installed: {_INSTALL}, on every node",
                           fields=("executor='ray'",))
     address = _address(address)
@@ -129,7 +129,7 @@ def size_of(spec: InductionSpec, gpus: int, nodes: Sequence[Mapping[str, float]]
     nodes_with = sum(node.get("CPU", 0) >= 1 for node in nodes)
     workers = spec.workers or max(1, room(1) if gpus else min(nodes_with, room(1)))
     most = int(max((node.get("CPU", 0) for node in nodes), default=0))
-    wanted = min(workers, room(1))
+    wanted = max(1, min(workers, room(1)))
     threads = spec.threads_per_worker or max((n for n in range(1, most + 1) if room(n) >= wanted), default=1)
     if room(threads) == 0:
         cores, cards = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))

@@ -30,11 +30,13 @@ from headcount.study.cluster import Size, connected, size_of
 from headcount.study.member import Delivered, facts_of
 from headcount.study.plan import PlannedJob
 from headcount.study.prepare import Outline, Plan, Reporter
-from headcount.study.queue import Failed, Queue
+from headcount.study.queue import TRIES, Failed, Queue
 from headcount.study.worker import PACKAGES, Worker
 
-# How often a worker is started anew that dies, or is refused, before it has done a job.
+# How often a worker is started in one's place that dies, or is refused, before it is given a job.
 _STARTS = 3
+# How many workers may die of their jobs while none is done: then it is not the jobs.
+_LOSSES = 3 * TRIES
 # How long no worker may have a place in the cluster, in seconds: nodes that are started on demand take minutes.
 _PATIENCE = 900.0
 _TICK = 1.0
@@ -158,7 +160,7 @@ class _Hand:
         shares: Whether it writes entries itself.
         job: What it does now.
         last: What it did before.
-        starts: How often one was started in its place since a job was done there.
+        starts: How often one was started in its place since one there was given a job.
     """
 
     actor: Any
@@ -188,6 +190,7 @@ class _Crew:
     _waiting: dict[Any, _Hand] = field(default_factory=dict)
     _refused: dict[str, str] = field(default_factory=dict)
     _reason: str = ""
+    _losses: int = 0
     _shell: type[Any] = field(default_factory=_shell)
     _versions: dict[str, str] = field(default_factory=lambda: dict(_shell()().greet(PACKAGES)["versions"]))
 
@@ -247,7 +250,7 @@ class _Crew:
                 self._failed(planned, str(error))
                 continue
             self.reporter.job(planned.title)
-            hand.job = planned
+            hand.job, hand.starts = planned, 0
             self._waiting[hand.actor.do.remote(planned, entries)] = hand
 
     def _heard(self, hand: _Hand, answer: Any) -> None:
@@ -295,7 +298,7 @@ class _Crew:
         if delivered.result is not None:
             self.plan.folder.write(planned.key, delivered.result.table, delivered.result.info)
         self.masks = delivered.masks or self.masks
-        hand.last, hand.starts = planned, 0
+        hand.last, self._losses = planned, 0
         self.queue.done(planned)
         self.reporter.advance(planned.tokens)
 
@@ -318,6 +321,10 @@ class _Crew:
                 self.reporter.note(f"{planned.title} is handed out again: {reason}")
             else:
                 self._tell(planned)
+            self._losses += 1
+            if self._losses == _LOSSES:
+                raise StudyError(f"{_LOSSES} workers were lost one after another while no job was done, the last "
+                                 f"since {reason}; what is measured is kept, and the same command goes on from there")
         else:
             self.reporter.note(reason)
         self._replace(hand, reason)

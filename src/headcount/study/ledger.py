@@ -153,8 +153,8 @@ class Ledger:
             StudyError: If another one does so already.
         """
         lock = self.folder / ".driver.lock"
-        with _held(lock, 0, f"another command hands out the jobs of {self.folder} to workers: wait until it has ended, "
-                   f"or stop it, then run this again (if there is none, delete {lock})"):
+        with _held(lock, 0.0, f"another command hands out the jobs of {self.folder} to workers: wait until it has "
+                   f"ended, or stop it, then run this again (if there is none, delete {lock})"):
             yield
 
     @contextlib.contextmanager

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 from headcount.engine.engine import Engine
-from headcount.errors import StudyError
 from headcount.study.jobs import Need
 from headcount.study.ledger import Entry, Ledger
 from headcount.study.plan import PlannedJob
@@ -100,11 +99,7 @@ class Member:
 
 def _read(ledger: Ledger, need: Need) -> Entry:
     """An entry that another process wrote, perhaps just now and elsewhere."""
-    until = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            return ledger.read_need(need)
-        except StudyError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.5)
+    path, until = ledger.entries_folder / f"{need.kind}-{need.name}.parquet", time.monotonic() + _PATIENCE
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    return ledger.read_need(need)
