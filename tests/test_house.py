@@ -33,7 +33,7 @@ ARROWS = {
 }
 # Libraries that one place alone may import.
 DOORS = {"lm_eval": ("tasks",), "altair": ("report",), "vl_convert": ("report",), "cyclopts": ("cli",),
-         "rich": ("terminal",), "torch": ("model", "engine", "measure", "removal", "study"),
+         "rich": ("terminal",), "ray": ("study",), "torch": ("model", "engine", "measure", "removal", "study"),
          "transformers": ("model", "engine", "measure", "removal", "tasks")}
 
 

@@ -7,9 +7,9 @@ here. Ray waits without end for an address where nothing answers, so an address 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -82,7 +82,8 @@ def connected(spec: InductionSpec, cores: int) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A worker without a GPU sees none of them: as Ray has always done, and announces that it will not any more.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    ray: Any = importlib.import_module("ray")
+    import ray
+
     if ray.is_initialized():  # by a program that uses Ray itself
         yield ray
         return
@@ -98,7 +99,8 @@ def connected(spec: InductionSpec, cores: int) -> Iterator[Any]:
                           "(ray start --head) with the same versions of Ray and Python, or leave the address out for "
                           "one of this machine", fields=("address",)) from error
     try:
-        yield ray
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray writes that a process of its own has died
+            yield ray
     finally:
         ray.shutdown()
 

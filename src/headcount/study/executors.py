@@ -19,6 +19,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def by_ray(plan: Plan, todo: Sequence[PlannedJob], reporter: Reporter) -> Done:
     """
     if not todo:
         return Done(None)
-    reporter.stage("starting workers")
+    reporter.note("starting workers")
     expected, gpus = facts_of(plan), int(plan.loaded.device.type == "cuda")
     outline = Outline.of(plan)
     with connected(plan.spec, torch.get_num_threads()) as ray, plan.folder.token() as token:
@@ -136,9 +137,8 @@ def _shell() -> type[Any]:
 
         def node(self) -> str:
             """The node that it is on, by Ray's name for it."""
-            import importlib
+            import ray
 
-            ray: Any = importlib.import_module("ray")
             return str(ray.get_runtime_context().get_node_id())
 
         def do(self, *arguments: Any) -> Any:
@@ -279,7 +279,7 @@ class _Crew:
         if differing := _differences(self._versions, said["versions"]):
             self._refuse(hand, f"{differing}; install the driver's versions there")
             return
-        folder = str(self.plan.folder.folder.cwd())
+        folder = str(Path.cwd())
         self._waiting[hand.actor.join.remote(folder, (self.outline, self.size.threads, self.token))] = hand
 
     def _joined(self, hand: _Hand, said: tuple[dict[str, str], bool]) -> None:
@@ -305,13 +305,13 @@ class _Crew:
     def _raised(self, hand: _Hand, cause: BaseException) -> None:
         """A call failed in a worker's code: what a user can mend is a fact, anything else may be its process's."""
         told = str(cause) if isinstance(cause, HeadcountError) else named(cause)
-        if hand.step != "job":
+        if hand.step != "job" and isinstance(cause, HeadcountError | ImportError):
             self._refuse(hand, told)
         elif isinstance(cause, HeadcountError) and hand.job is not None:
             planned, hand.job = hand.job, None
             self._failed(planned, told)
         else:
-            self._gone(hand, f"it failed on {hand.place} ({told})")
+            self._gone(hand, f"{'it' if hand.job else 'a worker'} failed on {hand.place or 'some node'} ({told})")
 
     def _gone(self, hand: _Hand, reason: str) -> None:
         """A worker died, or cannot be trusted any more: its job is handed out again, and another worker started."""

@@ -47,7 +47,7 @@ def run(plan: Plan, *, reporter: Reporter | None = None, command: str = "") -> P
     """Do all jobs of a plan that are not done; returns the study folder.
 
     Args:
-        plan: From `prepare`, with a folder.
+        plan: From `prepare`, with a folder. Where workers do its jobs, its model's weights are given up.
         reporter: Told of progress.
         command: The command line, kept as provenance.
 
