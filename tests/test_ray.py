@@ -29,11 +29,11 @@ from headcount.study import cluster, executors
 from headcount.study.cluster import check_cluster, size_of
 from headcount.study.jobs import name_of
 from headcount.study.ledger import Ledger, job_id
-from headcount.study.member import Delivered, facts_of
+from headcount.study.member import Delivered, Member, facts_of
 from headcount.study.plan import PlannedJob, TaskFacts, plan
-from headcount.study.prepare import Plan, prepare
+from headcount.study.prepare import Outline, Plan, prepare
 from headcount.study.queue import TRIES, Queue
-from headcount.study.runner import run_study
+from headcount.study.runner import run, run_study
 from headcount.study.spec import StudySpec
 from headcount.study.worker import Worker
 
@@ -181,12 +181,14 @@ def test_a_model_in_memory_is_no_models_of_workers(monkeypatch: pytest.MonkeyPat
         prepare(StudySpec("m", tasks=("a",), executor="ray"), loaded=tiny.loaded("llama"))
 
 
-def test_a_second_driver_on_the_folder_is_refused(tmp_path: Path) -> None:
-    with Ledger(tmp_path).driven():
+def test_a_second_driver_on_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("evaluate",))
+    shared = dataclasses.replace(ready, spec=dataclasses.replace(ready.spec, executor="ray"))
+    with Ledger(tmp_path / "study").driven():
         with pytest.raises(StudyError, match="another command hands out the jobs of"):
-            with Ledger(tmp_path).driven():
-                pass
-    with Ledger(tmp_path).driven():
+            run(shared)
+    assert not (tmp_path / "study" / "study.json").exists()
+    with Ledger(tmp_path / "study").driven():
         pass
 
 
@@ -198,6 +200,35 @@ def test_a_folder_is_shared_where_its_token_is_read(tmp_path: Path) -> None:
         assert not Ledger(tmp_path).shares((token[0], "another folder of the same name"))
     assert not ledger.shares(token)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_writes_entries_where_it_shares_the_folder_and_else_sends_them(folder: Path, tmp_path: Path) -> None:
+    ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("evaluate",))
+    outline, (first, *_) = Outline.of(ready), ready.jobs
+    ready.folder.folder.mkdir()
+    with ready.folder.token() as token:
+        apart, beside = Member(outline, 1, (token[0], "another")), Member(outline, 1, token)
+    assert beside._plan.budget == ready.budget, "the driver's rows and batches, whatever is timed here"
+    assert apart.facts == beside.facts == facts_of(ready)
+    assert (apart.shares_folder, beside.shares_folder) == (False, True)
+    sent = apart.do(first, {}).result
+    assert sent is not None
+    assert not ready.is_done(first)
+    assert beside.do(first, {}).result is None
+    pd.testing.assert_frame_equal(ready.folder.read(first.key).table, sent.table)
+    inode = ready.folder.path(first.key).stat().st_ino
+    assert beside.do(first, {}).result is None
+    assert ready.folder.path(first.key).stat().st_ino == inode, "a job that is done twice has one entry"
+
+
+def test_a_worker_with_other_documents_or_another_model_says_so(folder: Path, tmp_path: Path) -> None:
+    ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("evaluate",))
+    changed = dataclasses.replace(ready.spec, model=str(tiny.saved(tmp_path / "opt", "opt")),
+                                  data=tiny.write_task(tmp_path / "data", validation=5))
+    other = dataclasses.replace(Outline.of(ready), spec=changed)
+    found = executors._differences(facts_of(ready), Member(other, 1, ("", "")).facts)
+    assert re.findall(r"(?:^|; )(.*?) is ", found) == ["the digest of the weights, config and tokenizer",
+                                                       "definition or documents of piqa"]
 
 
 # The driver, with workers that are no processes.
@@ -467,7 +498,7 @@ class Driver:
         self.process.wait()
         self.file.close()
 
-    def until(self, happened: Callable[[], bool], seconds: float = 90.0) -> None:
+    def until(self, happened: Callable[[], bool], seconds: float = 200.0) -> None:
         """Wait until something happened; processes that it started are kept."""
         until = time.monotonic() + seconds
         while not happened():
