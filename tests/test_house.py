@@ -34,7 +34,8 @@ ARROWS = {
 }
 # Libraries that one place alone may import.
 DOORS = {"lm_eval": ("tasks",), "altair": ("report",), "vl_convert": ("report",), "cyclopts": ("cli",),
-         "rich": ("terminal", "terminal_plan"), "torch": ("model", "engine", "measure", "removal", "study"),
+         "rich": ("terminal", "terminal_plan"), "ray": ("study",),
+         "torch": ("model", "engine", "measure", "removal", "study"),
          "transformers": ("model", "engine", "measure", "removal", "tasks")}
 
 

@@ -64,6 +64,8 @@ class StopAt:
 
     def begin(self, todo: int, done: int, tokens: float) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
     def job(self, title: str) -> None:
         self.left -= 1
         self.armed = self.left < 0

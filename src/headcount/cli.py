@@ -19,7 +19,7 @@ from cyclopts import App, Parameter
 
 import headcount
 from headcount.engine.waiting import wait_asleep
-from headcount.errors import HeadcountError, OptionError, StudyError, UnavailableError
+from headcount.errors import HeadcountError, JobsFailedError, OptionError, StudyError, UnavailableError
 from headcount.study.spec import PRESETS, ChoiceSpec, InductionSpec, ModelSpec, Part, RemovalSpec, StudySpec
 
 if TYPE_CHECKING:
@@ -80,9 +80,17 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
         terminal.print_note(plan.other_orders)
     terminal.print_cost(todo, plan.loaded.anatomy.num_layers, speed)
     with _keeping(spec.out):
+        failed: JobsFailedError | None = None
         with terminal.reporter() as reporter:
-            run(plan, reporter=reporter, command=_command())
-        _report(spec.out)
+            try:
+                run(plan, reporter=reporter, command=_command())
+            except JobsFailedError as error:  # the page shows all that was measured
+                failed = error
+        try:
+            _report(spec.out)
+        finally:
+            if failed is not None:
+                raise failed
 
 
 @app.command
@@ -532,7 +540,7 @@ def _with_config(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, 1 where a check failed, 2 for bad input, 130 when stopped."""
+    """Run a command line; returns the exit code: 0, 1 where a check or job failed, 2 bad input, 130 when stopped."""
     wait_asleep()
     # By default young objects are looked through every 700: a tenth of a short command's time, most of it at imports.
     gc.set_threshold(10_000)
@@ -547,7 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HeadcountError, cyclopts.CycloptsError) as error:
         called = {option: short for short, option in _short(arguments or sys.argv[1:]).items()}
         message = error.on_command_line(called) if isinstance(error, HeadcountError) else str(error)
-        return _fail(" ".join(message.split()))
+        return _fail(" ".join(message.split()), 1 if isinstance(error, JobsFailedError) else 2)
     except OSError as error:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt as stopped:
@@ -558,8 +566,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     sys.stderr.write(f"headcount: {message}\n")
-    return 2
+    return code
 
 

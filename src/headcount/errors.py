@@ -66,6 +66,10 @@ class StudyError(HeadcountError):
     """The study folder belongs to another study, or an entry in it is damaged."""
 
 
+class JobsFailedError(StudyError):
+    """Some jobs of a study failed as often as they were tried; all others are measured and kept."""
+
+
 def named(error: BaseException) -> str:
     """Another library's error, as one who knows Python reads it: `KeyError: 'full_attention'`."""
     said, kind = first_line(error), type(error).__name__

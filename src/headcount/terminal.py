@@ -68,6 +68,10 @@ class Bar:
         self._started = self._told = time.monotonic()
         self._progress.reset(self._task, total=self._tokens)
 
+    def note(self, text: str) -> None:
+        """One thing to know while jobs are done."""
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def job(self, title: str) -> None:
         """A job begins."""
         self._title = title

@@ -140,25 +140,41 @@ class Ledger:
         Raises:
             StudyError: If another process holds the lock for a minute, which it needs for moments only.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock", timeout=_PATIENCE)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of another kind of lock, which is as good
-                lock.acquire()
-        except Timeout as error:
-            raise StudyError(f"another process has held {self.folder / '.lock'} for {_PATIENCE:.0f} s, as one that was "
-                             "stopped (Ctrl-Z) does; let it go on or end it (if there is none, delete that file), then "
-                             "run this again") from error
-        except NotImplementedError:
-            pass
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        try:
+        lock = self.folder / ".lock"
+        with _held(lock, _PATIENCE, f"another process has held {lock} for {_PATIENCE:.0f} s, as one that was stopped "
+                   "(Ctrl-Z) does; let it go on or end it (if there is none, delete that file), then run this again"):
             yield
+
+    @contextlib.contextmanager
+    def driven(self) -> Iterator[None]:
+        """Keep a second command off the folder whose jobs this one hands out to workers.
+
+        Raises:
+            StudyError: If another one does so already.
+        """
+        lock = self.folder / ".driver.lock"
+        with _held(lock, 0.0, f"another command hands out the jobs of {self.folder} to workers: wait until it has "
+                   f"ended, or stop it, then run this again (if there is none, delete {lock})"):
+            yield
+
+    @contextlib.contextmanager
+    def token(self) -> Iterator[tuple[str, str]]:
+        """The name of a file in the folder, for a while, and what it holds: who reads that there shares the folder."""
+        text = uuid.uuid4().hex
+        path = self.folder / f".shared-{text[:8]}.tmp"
+        path.write_text(text, encoding="utf-8")
+        try:
+            yield path.name, text
         finally:
-            lock.release()
+            path.unlink(missing_ok=True)
+
+    def shares(self, token: tuple[str, str]) -> bool:
+        """Whether this process sees the folder in which another one wrote the token."""
+        name, text = token
+        try:
+            return (self.folder / name).read_text(encoding="utf-8") == text
+        except (OSError, UnicodeDecodeError):
+            return False
 
     def write(self, job: Job, table: pd.DataFrame, info: Mapping[str, Any]) -> None:
         """Write an entry once and for all; a whole entry that is there already stays, a damaged one is replaced."""
@@ -321,6 +337,32 @@ class Ledger:
             raise _damaged_json(path, "it was changed after it was written; if on purpose, take out its last field, "
                                       f"{seal.KEY}, with the comma before it")
         return {key: value for key, value in content.items() if key != seal.KEY}
+
+
+@contextlib.contextmanager
+def _held(path: Path, patience: float, refusal: str) -> Iterator[None]:
+    """Hold the lock that a file is; where the file system knows no locks, none is taken.
+
+    Raises:
+        StudyError: With the refusal, if another process holds it for so many seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=patience)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of another kind of lock, which is as good
+            lock.acquire()
+    except Timeout as error:
+        raise StudyError(refusal) from error
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _damaged_json(path: Path, what: str) -> StudyError:

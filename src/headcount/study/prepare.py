@@ -8,6 +8,7 @@ depends on them: how prompts are laid out, and (unless the folder or the options
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -41,6 +42,9 @@ class Reporter(Protocol):
     def begin(self, todo: int, done: int, tokens: float) -> None:
         """How many jobs are to do and were done before, and about how many tokens they take."""
 
+    def note(self, text: str) -> None:
+        """One thing to know while jobs are done."""
+
     def job(self, title: str) -> None:
         """A job begins."""
 
@@ -55,6 +59,9 @@ class Silent:
         """Nothing."""
 
     def begin(self, todo: int, done: int, tokens: float) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
         """Nothing."""
 
     def job(self, title: str) -> None:
@@ -96,6 +103,17 @@ class Plan:
     other_orders: str = ""
     damaged: tuple[str, ...] = ()
 
+    @property
+    def folder(self) -> Ledger:
+        """The folder's entries.
+
+        Raises:
+            OptionError: If no folder was named.
+        """
+        if self.ledger is None:
+            raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
+        return self.ledger
+
     def is_done(self, planned: PlannedJob) -> bool:
         """Whether a job has an entry of its own."""
         return self.ledger is not None and self.ledger.has(planned.key)
@@ -118,13 +136,12 @@ class Plan:
         Raises:
             StudyError: If the study cannot go on there.
         """
-        if self.ledger is None:
-            raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
-        before = previous(self.ledger)
-        check_options(self.spec, before, self.ledger.folder)
-        if check_model(self.loaded, before, self.ledger) != self.identity:
-            raise StudyError(f"{self.ledger.folder} was begun by another version meanwhile; run the same command again")
-        check_data(self.spec, before, {f.name: f.fingerprint for f in self.facts}, self.unseen, self.ledger.folder)
+        ledger = self.folder
+        before = previous(ledger)
+        check_options(self.spec, before, ledger.folder)
+        if check_model(self.loaded, before, ledger) != self.identity:
+            raise StudyError(f"{ledger.folder} was begun by another version meanwhile; run the same command again")
+        check_data(self.spec, before, {f.name: f.fingerprint for f in self.facts}, self.unseen, ledger.folder)
         return before
 
     def speed(self) -> Speed:
@@ -159,6 +176,44 @@ def _measured(ledger: Ledger | None) -> Iterator[Evaluation]:
             yield job
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What another process needs of a plan, to do its jobs with tasks and a model that it loads itself.
+
+    Attributes:
+        spec: What was asked.
+        identity: What entries know the model by.
+        facts: What the planner knew of each task.
+        budget: How long rows and how large batches are; the same for all who do jobs.
+        parts: What of a study is measured.
+    """
+
+    spec: StudySpec
+    identity: str
+    facts: tuple[TaskFacts, ...]
+    budget: Budget
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Outline:
+        """The outline of a plan: its folder by the whole path, its device by the kind, since GPUs are numbered anew."""
+        out, device = plan.spec.out, plan.spec.device
+        spec = dataclasses.replace(plan.spec, out=None if out is None else out.absolute(),
+                                   device=None if device is None else device.partition(":")[0])
+        return cls(spec, plan.identity, plan.facts, plan.budget, plan.parts)
+
+    def plan(self) -> Plan:
+        """The same plan here, without its jobs: tasks and model loaded, and the proofs of the model made once more.
+
+        Raises:
+            HeadcountError: If a task or the model cannot be loaded here, or the model fails a proof.
+        """
+        tasks, unseen = _tasks(self.spec, self.parts)
+        loaded = _proved(_load(self.spec), self.spec, self.parts)
+        ledger = None if self.spec.out is None else Ledger(self.spec.out)
+        return Plan(self.spec, loaded, self.identity, tasks, unseen, self.facts, self.budget, self.parts, (), ledger)
+
+
 def prepare(
     spec: StudySpec, *, parts: Sequence[Part] | None = None, reporter: Reporter | None = None,
     loaded: LoadedModel | None = None,
@@ -180,6 +235,14 @@ def prepare(
     ledger = Ledger(spec.out) if spec.out is not None else None
     before = previous(ledger) if ledger is not None else None
     # Slips in the options are told before anything is loaded.
+    if spec.executor == "ray":
+        from headcount.study.cluster import check_cluster
+
+        check_cluster(spec.address)
+        if loaded is not None:
+            raise OptionError(f"{loaded.name} is in the memory of this process, and Ray's workers load their own: name "
+                              "the `model` and pass none, or leave out `executor='ray'`",
+                              fields=("model", "executor='ray'"))
     if ledger is not None:
         if before is not None and before["spec"].get("dtype") != spec.dtype:
             from headcount.model.placement import dtype_of

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headcount.errors import OptionError
+from headcount.errors import JobsFailedError, OptionError, few
 from headcount.study.described import parts_asked
 from headcount.study.folder import asked_before, merged, request
 from headcount.study.ledger import Ledger
 from headcount.study.plan import TaskFacts
 from headcount.study.prepare import Plan, Reporter, Silent, prepare
 from headcount.study.spec import Part, StudySpec
-from headcount.study.worker import Worker, versions
+from headcount.study.worker import versions
 
 if TYPE_CHECKING:
     from headcount.model.load import LoadedModel
@@ -46,47 +47,58 @@ def run(plan: Plan, *, reporter: Reporter | None = None, command: str = "") -> P
     """Do all jobs of a plan that are not done; returns the study folder.
 
     Args:
-        plan: From `prepare`, with a folder.
+        plan: From `prepare`, with a folder. Where workers do its jobs, its model's weights are given up.
         reporter: Told of progress.
         command: The command line, kept as provenance.
 
     Raises:
         StudyError: If another process has begun another study in the folder meanwhile.
+        JobsFailedError: If some jobs failed that were handed out to several workers, when all others are done.
     """
-    from headcount.engine.engine import Engine
+    from headcount.study.executors import by_ray, in_this_process
 
-    reporter, ledger = reporter or Silent(), plan.ledger
-    if ledger is None:
-        raise OptionError("a study needs a folder; name it with `out`", fields=("out",))
-    engine = Engine.of(plan.loaded)
-    _describe(plan, ledger, command, engine.masks_reason)
-    todo = plan.todo()
-    reporter.begin(len(todo), len(plan.jobs) - len(todo), sum((p.tokens for p in todo), 0.0))
-    worker = Worker(plan, reporter.advance)
-    for planned in todo:
-        reporter.job(planned.title)
-        result = worker.entry(planned, ledger.read_need)
-        ledger.write(planned.key, result.table, result.info)
-    # Contract 3 is proved by the first job that swept several masks; a description that was lost is written anew.
-    if engine.masks_reason is not None or not (ledger.folder / "study.json").exists():
-        _describe(plan, ledger, command, engine.masks_reason)
+    reporter, ledger, shared = reporter or Silent(), plan.folder, plan.spec.executor == "ray"
+    measured = _measured_with(plan)
+    with ledger.driven() if shared else contextlib.nullcontext():
+        _describe(plan, ledger, command, measured)
+        todo = plan.todo()
+        reporter.begin(len(todo), len(plan.jobs) - len(todo), sum((p.tokens for p in todo), 0.0))
+        done = (by_ray if shared else in_this_process)(plan, todo, reporter)
+        # Contract 3 is proved by the first job that swept several masks; a description that was lost is written anew.
+        if done.masks is not None or not (ledger.folder / "study.json").exists():
+            _describe(plan, ledger, command, measured | {"masks": done.masks or measured["masks"]})
+    if done.failed:
+        first, more = done.failed[0], len(done.failed) - 1
+        raise JobsFailedError(
+            f"{first.title} failed ({first.reason.rstrip('.')})" + (f", and {more} more job{'s' * (more > 1)}: " + few(
+                [failed.title for failed in done.failed[1:]]) if more else "")
+            + "; all others are measured, and the same command tries these again")
     return ledger.folder
 
 
-def _describe(plan: Plan, ledger: Ledger, command: str, masks: str | None) -> None:
+def _measured_with(plan: Plan) -> dict[str, Any]:
+    """What study.json says of how things are measured; taken before the model may be given up."""
+    from headcount.engine.engine import Engine
+
+    engine = Engine.of(plan.loaded)
+    return {"layout": str(engine.layout), "masks": engine.masks_reason,
+            "budget": {"device": engine.device_key, **dataclasses.asdict(plan.budget)}}
+
+
+def _describe(plan: Plan, ledger: Ledger, command: str, measured: Mapping[str, Any]) -> None:
     """Write study.json: what was asked, of which model and documents, and how it was measured."""
     with ledger.locked():
         before = plan.check_folder() or {}
         if before and "parts" not in before:  # an earlier version's: whether it has a head oracle is not said there
             oracle = any(key.get("component") == "head" for key in ledger.keys("importance"))
             before = {**before, "parts": [p for p in parts_asked(before) if p != "head_oracle" or oracle]}
-        ledger.write_json("study.json", _description(plan, before, command, masks or before.get("masks")))
+        ledger.write_json("study.json", _description(plan, before, command, measured))
 
 
-def _description(plan: Plan, before: Mapping[str, Any], command: str, masks: str | None) -> dict[str, Any]:
-    from headcount.engine.engine import Engine
-
-    engine, anatomy = Engine.of(plan.loaded), plan.loaded.anatomy
+def _description(
+    plan: Plan, before: Mapping[str, Any], command: str, measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    anatomy = plan.loaded.anatomy
     layers = range(anatomy.num_layers)
     tasks, unseen = dict(before.get("tasks", {})), dict(before.get("unseen", {}))
     for facts in plan.facts:
@@ -110,9 +122,8 @@ def _description(plan: Plan, before: Mapping[str, Any], command: str, masks: str
                     "parameters": anatomy.num_parameters,
                     "parameters_per_head": [anatomy.parameters_per_head(i) for i in layers],
                     "parameters_per_ffn": [anatomy.parameters_per_ffn(i) for i in layers]},
-        "layout": str(engine.layout),
-        "masks": masks,
-        "budget": {"device": engine.device_key, **dataclasses.asdict(plan.budget)},
+        **measured,
+        "masks": measured["masks"] or before.get("masks"),
         "commands": list(dict.fromkeys(filter(None, [*before.get("commands", [before.get("command")]), command]))),
         "created": before.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),

@@ -98,6 +98,23 @@ class InductionSpec(ModelSpec):
     out: Path | None = field(default=None, metadata=MEANS)
     """The study folder; results that are there already are not measured again."""
 
+    executor: Literal["process", "ray"] = field(default="process", metadata=MEANS)
+    """Who does the jobs: `process`, this one alone, or `ray`, several workers of a Ray cluster, each with the model in
+    memory; docs/scale.md."""
+
+    address: str | None = field(default=None, metadata=MEANS)
+    """With --executor ray: the cluster, as HOST:PORT of its head node, or `auto`, the one that runs on this machine; by
+    default one of this machine alone is started, and stopped at the end."""
+
+    workers: int | None = field(default=None, metadata=COUNT | MEANS)
+    """With --executor ray: how many workers; by default one for each GPU, or where there is none one a node."""
+
+    gpus_per_worker: int | None = field(default=None, metadata=NATURAL | MEANS)
+    """With --executor ray: how many GPUs a worker has; by default one if the model runs on a GPU here, else none."""
+
+    threads_per_worker: int | None = field(default=None, metadata=COUNT | MEANS)
+    """With --executor ray: how many threads, and cores, a worker has; by default as many as leave room for all."""
+
     protocol: Literal["sound", "paper"] = field(default="sound", metadata=BINDS)
     """`paper` measures as the code of Bansal et al. does, so that published numbers can be compared: docs/paper.md."""
 
@@ -125,6 +142,9 @@ class InductionSpec(ModelSpec):
 
     def __post_init__(self) -> None:
         _check_types(self)
+        for name in ("address", "workers", "gpus_per_worker", "threads_per_worker"):
+            _check(self.executor == "ray" or getattr(self, name) is None,
+                   f"`{name}` is for `executor='ray'`: name that, too, or leave it out", name, "executor='ray'")
         lengths = self.induction_lengths
         _check(lengths is None or (len({*lengths}) == len(lengths) > 0 and min(lengths) >= 2),
                "`induction_lengths` are different numbers of tokens from 2 up, not "

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from headcount.measure.evaluate import Prepared
 
 Read: TypeAlias = Callable[[Need], Entry]
-_PACKAGES = ("headcount", "torch", "transformers", "lm_eval", "tokenizers", "numpy")
+# What a result depends on, and what is compared between processes that share a study.
+PACKAGES = ("headcount", "torch", "transformers", "lm_eval", "tokenizers", "numpy")
 
 
 class Result(NamedTuple):
@@ -45,7 +46,7 @@ class Result(NamedTuple):
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 class Worker:

@@ -1,0 +1,141 @@
+"""Ray, which starts workers on one machine or a cluster: found, reached, and asked what it has room for.
+
+Only this file and `headcount.study.executors` know Ray. It schedules, watches and restarts; nothing of that is done
+here. Ray waits without end for an address where nothing answers, so an address is tried before Ray is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from headcount.errors import OptionError, first_line
+from headcount.study.spec import InductionSpec
+
+# How long a head node may take to answer, in seconds.
+_PATIENCE = 10.0
+_INSTALL = "pip install 'headcount[ray]'"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many workers there are, and what each has.
+
+    Attributes:
+        workers: How many are started.
+        room: How many of them there is room for now; the others begin when there is more.
+        threads: Threads, and cores, of each.
+        gpus: GPUs of each.
+    """
+
+    workers: int
+    room: int
+    threads: int
+    gpus: int
+
+
+def check_cluster(address: str | None) -> None:
+    """Refuse what surely cannot work, before anything is loaded: Ray is not installed, or its head does not answer.
+
+    Args:
+        address: As asked for; None: a cluster of this machine is started.
+
+    Raises:
+        OptionError: Which says what to do.
+    """
+    if find_spec("ray") is None:
+        raise OptionError(f"`executor='ray'` needs Ray, which is not installed: {_INSTALL}, on every node",
+                          fields=("executor='ray'",))
+    address = _address(address)
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise OptionError(f"`address` is HOST:PORT of a Ray cluster's head node (as `ray start --head` says it), or "
+                          f"auto, not {address!r}", fields=("address",))
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise OptionError(f"no Ray cluster answers at `address` {address} ({first_line(error)}): start its head node "
+                          "there (ray start --head), or correct it", fields=("address",)) from error
+
+
+@contextlib.contextmanager
+def connected(spec: InductionSpec, cores: int) -> Iterator[Any]:
+    """Ray, connected to a cluster: the one that was asked for, or one of this machine, which ends with the block.
+
+    Args:
+        spec: What was asked.
+        cores: Of this machine, for a cluster that is started here.
+
+    Raises:
+        OptionError: If there is no such cluster.
+    """
+    check_cluster(spec.address)
+    # Ray reports on its use to its makers where nobody forbids it.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A worker without a GPU sees none of them: as Ray has always done, and announces that it will not any more.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    import ray
+
+    if ray.is_initialized():  # by a program that uses Ray itself
+        yield ray
+        return
+    address, quiet = _address(spec.address), {"log_to_driver": False, "logging_level": "ERROR"}
+    here = {"num_cpus": max(cores, (spec.workers or 1) * (spec.threads_per_worker or 1)), "include_dashboard": False}
+    try:
+        ray.init(address=address, **quiet, **(here if address == "local" else {}))
+    except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if address == "local":
+            raise OptionError(f"Ray could not be started on this machine ({first_line(error)}): `executor='ray'` needs "
+                              "it; leave that out, or mend Ray", fields=("executor='ray'",)) from error
+        raise OptionError(f"the Ray cluster at `address` {address} cannot be used ({first_line(error)}): start one "
+                          "(ray start --head) with the same versions of Ray and Python, or leave the address out for "
+                          "one of this machine", fields=("address",)) from error
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray writes that a process of its own has died
+            yield ray
+    finally:
+        ray.shutdown()
+
+
+def _address(asked: str | None) -> str:
+    """What was asked for; else what Ray's own variable says, as under `ray job submit`; else this machine."""
+    return asked or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def size_of(spec: InductionSpec, gpus: int, nodes: Sequence[Mapping[str, float]]) -> Size:
+    """How many workers of how many threads.
+
+    Args:
+        spec: What was asked.
+        gpus: GPUs of a worker, where that was not asked.
+        nodes: What each node of the cluster has, as Ray knows it: "CPU", "GPU".
+
+    Raises:
+        OptionError: If there is no room for a single worker.
+    """
+    gpus = gpus if spec.gpus_per_worker is None else spec.gpus_per_worker
+
+    def room(threads: int) -> int:
+        """Workers that have a place at once."""
+        return int(sum(min([node.get("CPU", 0) // threads, *([node.get("GPU", 0) // gpus] if gpus else [])])
+                       for node in nodes))
+
+    nodes_with = sum(node.get("CPU", 0) >= 1 for node in nodes)
+    workers = spec.workers or max(1, room(1) if gpus else min(nodes_with, room(1)))
+    most = int(max((node.get("CPU", 0) for node in nodes), default=0))
+    wanted = max(1, min(workers, room(1)))
+    threads = spec.threads_per_worker or max((n for n in range(1, most + 1) if room(n) >= wanted), default=1)
+    if room(threads) == 0:
+        cores, cards = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+        raise OptionError(f"no node of the cluster has room for a worker of {threads} cores and {gpus} GPUs (they have "
+                          f"{cores} and {cards} in all): correct `threads_per_worker` or `gpus_per_worker`, or add "
+                          "nodes", fields=("threads_per_worker", "gpus_per_worker"))
+    return Size(workers, min(workers, room(threads)), threads, gpus)

@@ -1,0 +1,377 @@
+"""Who does a study's jobs: this process, one after another, or several workers of a Ray cluster.
+
+By Ray. Each worker is an actor that loads tasks and model once (`headcount.study.member`). Before it does so its
+versions are compared with the driver's, and before it works what its numbers depend on; one that differs is refused by
+name, and another is started on a node that was not refused. The driver then hands out jobs that are ready
+(`headcount.study.queue`), one a worker, until none is left. A worker that dies is replaced, and its job handed out
+again; a job that fails as often as it is tried is told and left out. Nothing has to be undone: an entry is written
+whole or not at all, and a job that is done twice has one entry. So a driver that died leaves a study that goes on by
+the same command; Ray ends the workers of a driver that is gone.
+
+Ray schedules, watches processes and nodes, and carries calls and results; the driver waits for answers, and for nothing
+else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headcount.engine.engine import Engine
+from headcount.engine.waiting import CHOSEN
+from headcount.errors import HeadcountError, StudyError, first_line, named
+from headcount.study.cluster import Size, connected, size_of
+from headcount.study.member import Delivered, facts_of
+from headcount.study.plan import PlannedJob
+from headcount.study.prepare import Outline, Plan, Reporter
+from headcount.study.queue import TRIES, Failed, Queue
+from headcount.study.worker import PACKAGES, Worker
+
+# How often a worker is started in one's place that dies, or is refused, before it is given a job.
+_STARTS = 3
+# How many workers may die of their jobs while none is done: then it is not the jobs.
+_LOSSES = 3 * TRIES
+# How long no worker may have a place in the cluster, in seconds: nodes that are started on demand take minutes.
+_PATIENCE = 900.0
+_TICK = 1.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a study's jobs.
+
+    Attributes:
+        masks: How several masks were run, and why; None where that was not needed.
+        failed: Jobs that were given up.
+    """
+
+    masks: str | None
+    failed: tuple[Failed, ...] = ()
+
+
+def in_this_process(plan: Plan, todo: Sequence[PlannedJob], reporter: Reporter) -> Done:
+    """Do jobs one after another; the first that fails ends it."""
+    ledger, worker = plan.folder, Worker(plan, reporter.advance)
+    for planned in todo:
+        reporter.job(planned.title)
+        result = worker.entry(planned, ledger.read_need)
+        ledger.write(planned.key, result.table, result.info)
+    return Done(Engine.of(plan.loaded).masks_reason)
+
+
+def by_ray(plan: Plan, todo: Sequence[PlannedJob], reporter: Reporter) -> Done:
+    """Hand jobs out to workers; those that fail are told at the end. The driver's own model is given up for it.
+
+    Raises:
+        HeadcountError: If there is no cluster, no room in it, or no worker that computes as this process would.
+    """
+    if not todo:
+        return Done(None)
+    reporter.note("starting workers")
+    expected, gpus = facts_of(plan), int(plan.loaded.device.type == "cuda")
+    outline = Outline.of(plan)
+    with connected(plan.spec, torch.get_num_threads()) as ray, plan.folder.token() as token:
+        size = size_of(plan.spec, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        _put_down(plan)
+        crew = _Crew(ray, plan, Queue(todo), reporter, size, outline, token, expected)
+        crew.work()
+        return Done(crew.masks, tuple(crew.queue.failed))
+
+
+def _put_down(plan: Plan) -> None:
+    """Give back the memory of the driver's own weights, where workers of the same machine or GPU need it."""
+    torch.nn.Module.to(plan.loaded.model, "meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _shell() -> type[Any]:
+    """The class of the actors. It is made here so that Ray sends it by value: a node needs nothing to say what it has.
+
+    What it is sent before its versions are known to be the driver's is plain data.
+    """
+
+    class Shell:
+        """A worker's process, as Ray knows it."""
+
+        def greet(self, packages: Sequence[str]) -> dict[str, Any]:
+            """Where it is, and the versions that it has."""
+            import hashlib
+            import importlib.metadata
+            import importlib.util
+            import os
+            import socket
+            from pathlib import Path
+
+            versions = {}
+            for name in packages:
+                try:
+                    versions[name] = importlib.metadata.version(name)
+                except importlib.metadata.PackageNotFoundError:
+                    versions[name] = "not installed"
+            found, code = importlib.util.find_spec("headcount"), hashlib.sha256()
+            for path in sorted(Path(str(found.origin)).parent.rglob("*.py")) if found is not None else ():
+                code.update(path.name.encode() + path.read_bytes())
+            versions["headcount's code"] = code.hexdigest()[:12]
+            return {"place": f"{socket.gethostname()} (process {os.getpid()})", "versions": versions}
+
+        def join(self, folder: str, arguments: tuple[Any, ...]) -> tuple[dict[str, str], bool]:
+            """Load tasks and model; what its numbers depend on, and whether it shares the study folder."""
+            import contextlib
+            import os
+
+            from headcount.study.member import Member
+
+            with contextlib.suppress(OSError):  # names of files are meant as in the driver's command
+                os.chdir(folder)
+            self.member: Member = Member(*arguments)
+            return self.member.facts, self.member.shares_folder
+
+        def node(self) -> str:
+            """The node that it is on, by Ray's name for it."""
+            import ray
+
+            return str(ray.get_runtime_context().get_node_id())
+
+        def do(self, *arguments: Any) -> Any:
+            """A job done."""
+            return self.member.do(*arguments)
+
+    return Shell
+
+
+@dataclass(eq=False)
+class _Hand:
+    """A worker, as the driver knows it.
+
+    Attributes:
+        actor: Ray's handle.
+        step: What it was asked for last.
+        place: Where it is; empty until it has said so.
+        node: The same by Ray's name.
+        shares: Whether it writes entries itself.
+        job: What it does now.
+        last: What it did before.
+        starts: How often one was started in its place since one there was given a job.
+    """
+
+    actor: Any
+    step: str = "node"
+    place: str = ""
+    node: str = ""
+    shares: bool = False
+    job: PlannedJob | None = None
+    last: PlannedJob | None = None
+    starts: int = 1
+
+
+@dataclass(eq=False)
+class _Crew:
+    """The driver's side: who is there, who is waited for, and what is left to do."""
+
+    ray: Any
+    plan: Plan
+    queue: Queue
+    reporter: Reporter
+    size: Size
+    outline: Outline
+    token: tuple[str, str]
+    expected: dict[str, str]
+    masks: str | None = None
+    _hands: list[_Hand] = field(default_factory=list)
+    _waiting: dict[Any, _Hand] = field(default_factory=dict)
+    _refused: dict[str, str] = field(default_factory=dict)
+    _reason: str = ""
+    _losses: int = 0
+    _shell: type[Any] = field(default_factory=_shell)
+    _versions: dict[str, str] = field(default_factory=lambda: dict(_shell()().greet(PACKAGES)["versions"]))
+
+    def work(self) -> None:
+        """Hand out jobs until none is left.
+
+        Raises:
+            StudyError: If no worker is left, or none has a place.
+        """
+        size, since = self.size, time.monotonic()
+        if size.room < size.workers:
+            self.reporter.note(f"there is room for {size.room} of {size.workers} workers; the others begin when there "
+                               "is more")
+        try:
+            for _ in range(size.workers):
+                self._start(1)
+            while self.queue:
+                self._hand_out()
+                if not self._waiting:
+                    raise StudyError(f"no worker is left, the last since {self._reason}; what is measured is kept, and "
+                                     "the same command goes on from there")
+                answers, _ = self.ray.wait(list(self._waiting), num_returns=1, timeout=_TICK)
+                for answer in answers:
+                    self._heard(self._waiting.pop(answer), answer)
+                if any(hand.place for hand in self._hands):
+                    since = time.monotonic()
+                elif time.monotonic() - since > _PATIENCE:
+                    why = self._reason or "others use it"
+                    raise StudyError(f"the cluster has had no place for a worker of {size.threads} cores and "
+                                     f"{size.gpus} GPUs for {_PATIENCE / 60:.0f} minutes ({why}); what is measured is "
+                                     "kept, and the same command goes on from there")
+        finally:
+            for hand in [*self._hands]:
+                self._end(hand)
+
+    def _start(self, starts: int) -> None:
+        """One more worker, on a node that none was refused on."""
+        environment = {**CHOSEN, "OMP_NUM_THREADS": str(self.size.threads)}
+        avoided = {"ray.io/node-id": f"!in({','.join(self._refused)})"} if self._refused else None
+        actor = self.ray.remote(self._shell).options(
+            num_cpus=self.size.threads, num_gpus=self.size.gpus, runtime_env={"env_vars": environment},
+            label_selector=avoided).remote()
+        hand = _Hand(actor, starts=starts)
+        self._hands.append(hand)
+        self._waiting[actor.node.remote()] = hand
+
+    def _hand_out(self) -> None:
+        """A job for every worker that waits for one, as far as jobs are ready."""
+        for hand in [one for one in self._hands if one.step == "job" and one.job is None]:
+            planned = self.queue.take(hand.last)
+            if planned is None:
+                return
+            needs = planned.job.needs
+            try:
+                entries = {} if hand.shares else {need: self.plan.folder.read_need(need) for need in needs}
+            except StudyError as error:  # an entry was damaged meanwhile
+                self._failed(planned, str(error))
+                continue
+            self.reporter.job(planned.title)
+            hand.job, hand.starts = planned, 0
+            self._waiting[hand.actor.do.remote(planned, entries)] = hand
+
+    def _heard(self, hand: _Hand, answer: Any) -> None:
+        """What a worker answers: where it is, what it has, or a result; or that it failed, or is gone."""
+        errors = self.ray.exceptions
+        try:
+            said = self.ray.get(answer)
+        except errors.RayTaskError as error:
+            self._raised(hand, error.cause)
+        except errors.RayError as error:
+            self._gone(hand, self._why(hand, error))
+        else:
+            steps: dict[str, Callable[[_Hand, Any], None]] = {
+                "node": self._greeted, "greet": self._compared, "join": self._joined, "job": self._delivered}
+            steps[hand.step](hand, said)
+
+    def _greeted(self, hand: _Hand, node: str) -> None:
+        hand.node, hand.step, hand.place = node, "greet", f"node {node[:8]}"
+        if node in self._refused:  # started before that was known
+            self._replace(hand, self._refused[node])
+            return
+        self._waiting[hand.actor.greet.remote(PACKAGES)] = hand
+
+    def _compared(self, hand: _Hand, said: dict[str, Any]) -> None:
+        hand.place, hand.step = said["place"], "join"
+        if differing := _differences(self._versions, said["versions"]):
+            self._refuse(hand, f"{differing}; install the driver's versions there")
+            return
+        folder = str(Path.cwd())
+        self._waiting[hand.actor.join.remote(folder, (self.outline, self.size.threads, self.token))] = hand
+
+    def _joined(self, hand: _Hand, said: tuple[dict[str, str], bool]) -> None:
+        facts, hand.shares = said
+        if differing := _differences(self.expected, facts):
+            self._refuse(hand, differing)
+            return
+        hand.step = "job"
+        self.reporter.note(f"a worker on {hand.place} begins" + (
+            "" if hand.shares else "; it does not see the study folder, so that its results are sent here"))
+
+    def _delivered(self, hand: _Hand, delivered: Delivered) -> None:
+        planned, hand.job = hand.job, None
+        if planned is None:
+            return
+        if delivered.result is not None:
+            self.plan.folder.write(planned.key, delivered.result.table, delivered.result.info)
+        self.masks = delivered.masks or self.masks
+        hand.last, self._losses = planned, 0
+        self.queue.done(planned)
+        self.reporter.advance(planned.tokens)
+
+    def _raised(self, hand: _Hand, cause: BaseException) -> None:
+        """A call failed in a worker's code: what a user can mend is a fact, anything else may be its process's."""
+        told = str(cause) if isinstance(cause, HeadcountError) else named(cause)
+        if hand.step != "job" and isinstance(cause, HeadcountError | ImportError):
+            self._refuse(hand, told)
+        elif isinstance(cause, HeadcountError) and hand.job is not None:
+            planned, hand.job = hand.job, None
+            self._failed(planned, told)
+        else:
+            self._gone(hand, f"{'it' if hand.job else 'a worker'} failed on {hand.place or 'some node'} ({told})")
+
+    def _gone(self, hand: _Hand, reason: str) -> None:
+        """A worker died, or cannot be trusted any more: its job is handed out again, and another worker started."""
+        if (planned := hand.job) is not None:
+            hand.job = None
+            if self.queue.lost(planned, reason):
+                self.reporter.note(f"{planned.title} is handed out again: {reason}")
+            else:
+                self._tell(planned)
+            self._losses += 1
+            if self._losses == _LOSSES:
+                raise StudyError(f"{_LOSSES} workers were lost one after another while no job was done, the last "
+                                 f"since {reason}; what is measured is kept, and the same command goes on from there")
+        else:
+            self.reporter.note(reason)
+        self._replace(hand, reason)
+
+    def _refuse(self, hand: _Hand, reason: str) -> None:
+        reason = f"the worker on {hand.place} is refused: {reason}"
+        self.reporter.note(reason)
+        self._refused[hand.node] = reason
+        self._replace(hand, reason)
+
+    def _replace(self, hand: _Hand, reason: str) -> None:
+        """End a worker and start another in its place, not for ever; on other nodes than those that were refused."""
+        self._end(hand)
+        self._reason = reason
+        alive = {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
+        if hand.starts < _STARTS and alive - self._refused.keys():
+            self._start(hand.starts + 1)
+
+    def _end(self, hand: _Hand) -> None:
+        self._hands.remove(hand)
+        for answer in [one for one, waiting in self._waiting.items() if waiting is hand]:
+            del self._waiting[answer]
+        with contextlib.suppress(self.ray.exceptions.RayError):
+            self.ray.kill(hand.actor)
+
+    def _failed(self, planned: PlannedJob, reason: str) -> None:
+        self.queue.give_up(planned, reason)
+        self._tell(planned)
+
+    def _tell(self, planned: PlannedJob) -> None:
+        told = next(failed for failed in self.queue.failed if failed.title == planned.title)
+        self.reporter.note(f"{told.title} failed and is left out: {told.reason}")
+
+    def _why(self, hand: _Hand, error: BaseException) -> str:
+        """Why a worker is gone, as far as Ray knows."""
+        of = f"the worker on {hand.place}" if hand.place else "a worker"
+        if "running low on memory" in str(error):
+            return f"{of} was ended by Ray since its node ran low on memory: take fewer workers, or smaller batches"
+        return f"{of} died ({first_line(error)})"
+
+
+def _differences(expected: dict[str, str], found: dict[str, str]) -> str:
+    """What differs, in words; empty where nothing does."""
+    return "; ".join(f"{name} is {_short(found.get(name, 'not known'))} there and {_short(value)} here"
+                     for name, value in expected.items() if found.get(name) != value)
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 24 else f"{value[:12]}..."
+

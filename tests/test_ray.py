@@ -1,0 +1,578 @@
+"""Several workers: who computes a job does not change its numbers, and nothing that dies takes anything along."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+import tiny
+from headcount.errors import ModelError, OptionError, StudyError
+from headcount.study import cluster, executors
+from headcount.study.cluster import check_cluster, size_of
+from headcount.study.jobs import name_of
+from headcount.study.ledger import Ledger, job_id
+from headcount.study.member import Delivered, Member, facts_of
+from headcount.study.plan import PlannedJob, TaskFacts, plan
+from headcount.study.prepare import Outline, Plan, prepare
+from headcount.study.queue import TRIES, Queue
+from headcount.study.runner import run, run_study
+from headcount.study.spec import StudySpec
+from headcount.study.worker import Worker
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: headcount[ray]")
+
+
+def spec(folder: Path, **changes: object) -> StudySpec:
+    """A study of few jobs, in batches that are told, so that all runs have the same."""
+    base = StudySpec("tiny", tasks=("piqa",), shots=(0, 2), out=folder / "study", data=folder / "data", limit=6,
+                     importance_limit=5, fractions=(0.25, 0.5), random_orders=1, masks_per_job=3, row_tokens=200,
+                     batch_tokens=400)
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+class Told:
+    """A reporter that keeps what it is told, and calls a function with the title when a job is handed out."""
+
+    def __init__(self, at_job: Callable[[str], None] = lambda title: None) -> None:
+        self.notes: list[str] = []
+        self.titles: list[str] = []
+        self.at_job = at_job
+
+    def stage(self, text: str, done: int = 0, total: int | None = None) -> None: ...
+
+    def begin(self, todo: int, done: int, tokens: float) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def job(self, title: str) -> None:
+        self.titles.append(title)
+        self.at_job(title)
+
+    def advance(self, tokens: float) -> None: ...
+
+
+def same(one: Path, other: Path) -> None:
+    """Equal as docs/design.md says: log-likelihoods within 1e-3, the same entries, documents and answers."""
+    left, right = ({job_id(e.job): e.table for e in Ledger(folder).entries()} for folder in (one, other))
+    assert left.keys() == right.keys()
+    for name, table in left.items():
+        pd.testing.assert_frame_equal(table, right[name], rtol=0, atol=1e-3)
+
+
+# What is handed out when.
+
+
+def jobs(*tasks: str) -> list[PlannedJob]:
+    facts = [TaskFacts(name, name, {0: 6}, {0: 5}) for name in tasks]
+    asked = StudySpec("m", tasks=tasks, shots=(0,), fractions=(0.25, 0.5), random_orders=1)
+    return plan(asked, "model", (4,) * 3, facts)
+
+
+def test_a_job_is_handed_out_when_what_it_reads_is_there_and_once() -> None:
+    todo = jobs("a", "b")
+    queue, there, out = Queue(todo), set[str](), []
+    while queue:
+        while (planned := queue.take()) is not None:
+            assert {need.name for need in planned.job.needs} <= there
+            out.append(planned)
+        for planned in out[len(there):]:
+            queue.done(planned)
+            there.add(name_of(planned.job))
+    assert len(out) == len(there) == len(todo)
+
+
+def test_a_worker_stays_with_its_task_and_others_take_another() -> None:
+    queue = Queue(jobs("a", "b"))
+    first, second = queue.take(), queue.take()
+    assert first is not None
+    assert second is not None
+    assert (first.job.subject, second.job.subject) == ("a, 0-shot", "b, 0-shot")
+    queue.done(second)
+    third = queue.take(second)
+    assert third is not None
+    assert third.job.subject == "b, 0-shot"
+
+
+def test_a_lost_job_is_tried_a_few_times_and_takes_along_what_reads_it() -> None:
+    todo = jobs("a", "b")
+    queue = Queue(todo)
+    victim = next(p for p in todo if p.title == "a, 0-shot: gradient importance")
+    for tried in range(1, TRIES + 1):
+        while (planned := queue.take()) is not victim:
+            assert planned is not None
+        assert queue.lost(victim, "it died") == (tried < TRIES)
+    name = name_of(victim.job)
+    readers = {p.title for p in todo if any(need.name == name for need in p.job.needs)}
+    assert queue.failed[0].title == victim.title
+    assert "tried 3 times" in queue.failed[0].reason
+    assert {failed.title for failed in queue.failed[1:]} == readers
+    assert readers
+
+
+GPUS = {"CPU": 16.0, "GPU": 4.0}
+
+
+@pytest.mark.parametrize(("nodes", "asked", "gpus", "found"), [
+    ([{"CPU": 2.0}], {}, 0, (1, 1, 2, 0)),
+    ([{"CPU": 2.0}], {"workers": 2}, 0, (2, 2, 1, 0)),
+    ([{"CPU": 3.0}, {"CPU": 1.0}], {}, 0, (2, 2, 1, 0)),
+    ([{"CPU": 8.0}, {"CPU": 4.0}, {"memory": 1.0}], {"workers": 3}, 0, (3, 3, 4, 0)),
+    ([GPUS, GPUS, {"CPU": 64.0}], {}, 1, (8, 8, 4, 1)),
+    ([GPUS, GPUS], {"gpus_per_worker": 2}, 1, (4, 4, 8, 2)),
+    ([GPUS], {"workers": 6}, 1, (6, 4, 4, 1)),
+    ([GPUS], {"workers": 2, "threads_per_worker": 3}, 1, (2, 2, 3, 1)),
+])
+def test_workers_and_threads_fill_the_cluster(
+    nodes: list[dict[str, float]], asked: dict[str, int], gpus: int, found: tuple[int, ...]
+) -> None:
+    assert dataclasses.astuple(size_of(StudySpec("m", tasks=("a",), executor="ray", **asked), gpus, nodes)) == found
+
+
+def test_a_cluster_without_room_is_refused() -> None:
+    asked = StudySpec("m", tasks=("a",), executor="ray", gpus_per_worker=8)
+    with pytest.raises(OptionError, match=r"room for a worker of 1 cores and 8 GPUs \(they have 16 and 4 in all"):
+        size_of(asked, 1, [GPUS])
+
+
+# What is refused before anything is loaded.
+
+
+def test_options_of_workers_need_the_executor() -> None:
+    for name in ("address", "workers", "gpus_per_worker", "threads_per_worker"):
+        with pytest.raises(OptionError, match=f"{name} is for"):
+            StudySpec("m", tasks=("a",), **{name: "auto" if name == "address" else 1})
+
+
+def test_ray_that_is_not_installed_or_not_reached_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    monkeypatch.setattr(cluster, "find_spec", lambda name: object())
+    for address, message in ((f"127.0.0.1:{closed}", "no Ray cluster answers at"), ("ray://head:1", "HOST:PORT"),
+                             ("head", "HOST:PORT"), ("127.0.0.1:99999", "no Ray cluster answers at")):
+        with pytest.raises(OptionError, match=message):
+            check_cluster(address)
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match=r"needs Ray, which is not installed: pip install 'headcount\[ray\]'"):
+        prepare(StudySpec("m", tasks=("a",), executor="ray"))
+
+
+def test_a_model_in_memory_is_no_models_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "find_spec", lambda name: object())
+    with pytest.raises(OptionError, match="in the memory of this process"):
+        prepare(StudySpec("m", tasks=("a",), executor="ray"), loaded=tiny.loaded("llama"))
+
+
+def test_a_second_driver_on_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("evaluate",))
+    shared = dataclasses.replace(ready, spec=dataclasses.replace(ready.spec, executor="ray"))
+    with Ledger(tmp_path / "study").driven():
+        with pytest.raises(StudyError, match="another command hands out the jobs of"):
+            run(shared)
+    assert not (tmp_path / "study" / "study.json").exists()
+    with Ledger(tmp_path / "study").driven():
+        pass
+
+
+def test_a_folder_is_shared_where_its_token_is_read(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    with ledger.token() as token:
+        assert Ledger(tmp_path).shares(token)
+        assert not Ledger(tmp_path / "elsewhere").shares(token)
+        assert not Ledger(tmp_path).shares((token[0], "another folder of the same name"))
+    assert not ledger.shares(token)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_writes_entries_where_it_shares_the_folder_and_else_sends_them(folder: Path, tmp_path: Path) -> None:
+    ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("evaluate",))
+    outline, (first, *_) = Outline.of(ready), ready.jobs
+    ready.folder.folder.mkdir()
+    with ready.folder.token() as token:
+        apart, beside = Member(outline, 1, (token[0], "another")), Member(outline, 1, token)
+    assert beside._plan.budget == ready.budget, "the driver's rows and batches, whatever is timed here"
+    assert apart.facts == beside.facts == facts_of(ready)
+    assert (apart.shares_folder, beside.shares_folder) == (False, True)
+    sent = apart.do(first, {}).result
+    assert sent is not None
+    assert not ready.is_done(first)
+    assert beside.do(first, {}).result is None
+    pd.testing.assert_frame_equal(ready.folder.read(first.key).table, sent.table)
+    inode = ready.folder.path(first.key).stat().st_ino
+    assert beside.do(first, {}).result is None
+    assert ready.folder.path(first.key).stat().st_ino == inode, "a job that is done twice has one entry"
+
+
+def test_a_worker_with_other_documents_or_another_model_says_so(folder: Path, tmp_path: Path) -> None:
+    ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("evaluate",))
+    changed = dataclasses.replace(ready.spec, model=str(tiny.saved(tmp_path / "opt", "opt")),
+                                  data=tiny.write_task(tmp_path / "data", validation=5))
+    other = dataclasses.replace(Outline.of(ready), spec=changed)
+    found = executors._differences(facts_of(ready), Member(other, 1, ("", "")).facts)
+    assert re.findall(r"(?:^|; )(.*?) is ", found) == ["the digest of the weights, config and tokenizer",
+                                                       "definition or documents of piqa"]
+
+
+# The driver, with workers that are no processes.
+
+
+class RayError(Exception):
+    pass
+
+
+class RayTaskError(RayError):
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class Acted:
+    """Ray as far as the driver uses it, in this process: actors on nodes, whose answers come in order.
+
+    Args:
+        plan: The study.
+        nodes: Names of nodes, a place on each.
+        act: Called before each job with its node and title: raises as a worker would.
+        unlike: Nodes with other versions ("tokenizers") or another kernel, by what differs.
+    """
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+
+    def __init__(
+        self, plan: Plan, nodes: tuple[str, ...], act: Callable[[str, str], None] = lambda node, title: None,
+        unlike: dict[str, str] | None = None,
+    ) -> None:
+        self.plan, self.names, self.act, self.unlike = plan, nodes, act, unlike or {}
+        self.worker = Worker(plan, lambda tokens: None)
+        self.free = [*nodes]
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in self.names]
+
+    def remote(self, shell: type) -> Any:
+        return self
+
+    def options(self, label_selector: dict[str, str] | None, **_: object) -> Any:
+        avoided = "" if label_selector is None else label_selector["ray.io/node-id"]
+        return SimpleNamespace(remote=lambda: Actor(self, next((n for n in self.free if n not in avoided), "")))
+
+    def wait(self, answers: list[Any], **_: object) -> tuple[list[Any], list[Any]]:
+        ready = [answer for answer in answers if answer.actor.name]
+        return ready[:1], answers
+
+    def get(self, answer: Any) -> Any:
+        return answer()
+
+    def kill(self, actor: Actor) -> None:
+        if actor.name:
+            self.free.append(actor.name)
+
+
+class Actor:
+    """A worker on a node of `Acted`; without a name it waits for a place for ever."""
+
+    def __init__(self, ray: Acted, name: str) -> None:
+        self.ray, self.name = ray, name
+        if name:
+            ray.free.remove(name)
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*arguments: Any) -> Any:
+            class Answer:
+                actor = self
+
+                def __call__(self) -> Any:
+                    return getattr(self.actor, f"_{method}")(*arguments)
+            return Answer()
+        return SimpleNamespace(remote=remote)
+
+    def _node(self) -> str:
+        return self.name
+
+    def _greet(self, packages: tuple[str, ...]) -> dict[str, Any]:
+        versions = executors._shell()().greet(packages)["versions"]
+        if self.ray.unlike.get(self.name) == "tokenizers":
+            versions["tokenizers"] = "0.0.1"
+        return {"place": f"{self.name} (process 1)", "versions": versions}
+
+    def _join(self, folder: str, arguments: tuple[Any, ...]) -> tuple[dict[str, str], bool]:
+        facts = facts_of(self.ray.plan)
+        if self.ray.unlike.get(self.name) == "kernel":
+            facts["the attention kernel"] = "eager"
+        return facts, False
+
+    def _do(self, planned: PlannedJob, entries: Any) -> Delivered:
+        try:
+            self.ray.act(self.name, planned.title)
+        except RayError:
+            raise
+        except Exception as error:
+            raise RayTaskError(error) from error
+        return Delivered(self.ray.worker.entry(planned, entries.__getitem__), None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Data and a model, and the study by one process, in "alone"."""
+    folder = tmp_path_factory.mktemp("workers")
+    tiny.write_task(folder / "data")
+    tiny.saved(folder / "model")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as workers of clusters whose nodes have a core each
+    run_study(spec(folder, model=str(folder / "model"), out=folder / "alone"), parts=("curve",))
+    yield folder
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def acted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Do the study with workers that are no processes; gives what was done, told, and the folder."""
+    ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("curve",))
+    ready.folder.folder.mkdir()
+
+    def by(*nodes: str, workers: int | None = None, **options: Any) -> tuple[executors.Done, Told, Path]:
+        asked = dataclasses.replace(ready, spec=dataclasses.replace(ready.spec, executor="ray", workers=workers))
+        told, ray = Told(), Acted(asked, nodes, **options)
+        monkeypatch.setattr(executors, "connected", lambda spec, cores: contextlib.nullcontext(ray))
+        monkeypatch.setattr(executors, "_put_down", lambda plan: None)
+        return executors.by_ray(asked, asked.todo(), told), told, ready.folder.folder
+    return by
+
+
+def test_workers_measure_what_one_process_measures(acted: Callable[..., Any], folder: Path) -> None:
+    done, told, out = acted("north", "south")
+    assert done.failed == ()
+    same(folder / "alone", out)
+    assert {note.partition(" begins")[0] for note in told.notes[1:]} == {
+        "a worker on north (process 1)", "a worker on south (process 1)"}
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    ("tokenizers", "tokenizers is 0.0.1 there and {} here; install the driver's versions there"),
+    ("kernel", "the attention kernel is eager there and sdpa here")])
+def test_a_worker_that_differs_is_refused_by_name_and_another_begins_elsewhere(
+    acted: Callable[..., Any], kind: str, message: str
+) -> None:
+    with pytest.raises(StudyError, match=r"no worker is left, the last since the worker on odd .* is refused: "):
+        acted("odd", workers=1, unlike={"odd": kind})
+    done, told, _ = acted("odd", "even", workers=1, unlike={"odd": kind})
+    assert done.failed == ()
+    expected = message.format(importlib.metadata.version("tokenizers"))
+    assert told.notes[1] == f"the worker on odd (process 1) is refused: {expected}"
+    assert told.notes[2].startswith("a worker on even (process 1) begins")
+
+
+def test_a_job_that_always_fails_is_left_out_and_told_and_the_others_finish(
+    acted: Callable[..., Any], folder: Path
+) -> None:
+    tried = []
+
+    def act(node: str, title: str) -> None:
+        if title == "piqa, 2-shot: gradient importance":
+            tried.append(node)
+            raise ModelError("the loss is no number")
+
+    done, told, out = acted("north", "south", act=act)
+    assert len(tried) == 1, "a fact about the job is no other on another worker"
+    assert (done.failed[0].title, done.failed[0].reason) == ("piqa, 2-shot: gradient importance",
+                                                             "the loss is no number")
+    assert {failed.reason for failed in done.failed[1:]} == {
+        "it reads what failed: piqa, 2-shot: gradient importance"}
+    assert f"{done.failed[0].title} failed and is left out: the loss is no number" in told.notes
+    left = {job_id(e.job) for e in Ledger(folder / "alone").entries()} - {job_id(e.job) for e in Ledger(out).entries()}
+    assert len(left) == len(done.failed)
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (RayError("The actor died"), "the worker on north (process 1) died (The actor died); it was tried 3 times"),
+    (RayError("Task was killed due to the node running low on memory."), "ended by Ray since its node ran low on mem"),
+    (RuntimeError("CUDA error"), "it failed on north (process 1) (RuntimeError: CUDA error); it was tried 3 times")])
+def test_a_job_that_takes_its_workers_along_is_given_up(
+    acted: Callable[..., Any], error: Exception, message: str
+) -> None:
+    tried = []
+
+    def act(node: str, title: str) -> None:
+        if title == "piqa, 0-shot: full model, evaluation":
+            tried.append(node)
+            raise error
+
+    done, told, _ = acted("north", act=act)
+    assert len(tried) == TRIES
+    assert [failed.title for failed in done.failed] == ["piqa, 0-shot: full model, evaluation"]
+    assert message in done.failed[0].reason
+    assert sum("begins" in note for note in told.notes) == 1 + TRIES
+
+
+def test_a_job_that_is_lost_once_is_done(acted: Callable[..., Any], folder: Path) -> None:
+    lost = []
+
+    def act(node: str, title: str) -> None:
+        if not lost:
+            lost.append(title)
+            raise RayError("The actor died")
+
+    done, told, out = acted("north", act=act)
+    assert done.failed == ()
+    assert f"{lost[0]} is handed out again: the worker on north (process 1) died (The actor died)" in told.notes
+    same(folder / "alone", out)
+
+
+def test_a_cluster_that_never_has_a_place_is_told(acted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "_PATIENCE", 0.0)
+    monkeypatch.setattr(Acted, "options", lambda self, **_: SimpleNamespace(remote=lambda: Actor(self, "")))
+    with pytest.raises(StudyError, match="has had no place for a worker of 1 cores and 0 GPUs"):
+        acted("north")
+
+
+def test_failed_jobs_end_the_command_with_1(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    failed = tuple(executors.Failed(title, "it died") for title in ("a: one", "a: two"))
+    monkeypatch.setattr(executors, "in_this_process", lambda *_: executors.Done(None, failed))
+    command = ["--tasks", "piqa", "--data", str(folder / "data"), "--shots", "0", "--limit", "4", "--out"]
+    assert tiny.run(["evaluate", str(folder / "model"), *command, str(tmp_path / "out")]) == 1
+    assert "headcount: a: one failed (it died), and 1 more job: a: two; all others are" in capsys.readouterr().err
+
+
+# Real processes.
+
+
+@pytest.fixture(scope="module")
+def nodes(folder: Path) -> Iterator[Any]:
+    """A Ray cluster of three nodes with a core each; the second has another version of tokenizers."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    older = folder / "older" / "tokenizers-0.0.1.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 0.0.1\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        made = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        path = os.pathsep.join([str(older.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        made.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
+        made.add_node(num_cpus=1)
+        yield made
+        made.shutdown()
+
+
+def command(folder: Path, out: Path, *more: str) -> list[str]:
+    """The same study as a command; workers write notes to stderr."""
+    asked = spec(folder)
+    return [sys.executable, "-m", "headcount", "curve", str(folder / "model"), "--tasks", "piqa", "--data",
+            str(asked.data), "--shots", "0", "2", "--limit", "6", "--importance-limit", "5", "--fractions", "0.25",
+            "0.5", "--random-orders", "1", "--masks-per-job", "3", "--row-tokens", "200", "--batch-tokens", "400",
+            "--out", str(out), "--executor", "ray", *more]
+
+
+class Driver:
+    """A command that is watched while it runs; it is ended with the block."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.log, self.file = log, log.open("w")
+        self.process = subprocess.Popen(arguments, stdout=self.file, stderr=self.file, start_new_session=True)
+        self.seen: set[psutil.Process] = set()
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.file.close()
+
+    def until(self, happened: Callable[[], bool], seconds: float = 200.0) -> None:
+        """Wait until something happened; processes that it started are kept."""
+        until = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < until, self.log.read_text()[-3000:]
+            if self.process.poll() is None:
+                self.seen |= {*psutil.Process(self.process.pid).children(recursive=True)}
+            time.sleep(0.02)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def workers(self) -> list[int]:
+        """Processes of workers that have begun."""
+        return [int(n) for n in re.findall(r"^a worker on \S+ \(process (\d+)\) begins", self.said, re.MULTILINE)]
+
+    def ended(self) -> int:
+        self.until(lambda: self.process.poll() is not None)
+        return self.process.returncode
+
+
+def entries(out: Path) -> dict[str, int]:
+    """Entries that are there, with their inodes."""
+    return {path.name: path.stat().st_ino for path in (out / "entries").glob("*.parquet")}
+
+
+@needs_ray
+def test_a_worker_is_killed_a_node_removed_and_an_unlike_one_refused(nodes: Any, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    with Driver(command(folder, out, "--address", nodes.address, "--workers", "3"), tmp_path / "log") as driver:
+        for number in (0, 1):  # stopped with the jobs that they have, so that there is time
+            driver.until(lambda number=number: len(driver.workers) > number)
+            os.kill(driver.workers[number], signal.SIGSTOP)
+        head = nodes.head_node.all_processes["raylet"][0].process.pid
+        on_head, elsewhere = sorted(driver.workers, key=lambda pid: psutil.Process(pid).ppid() != head)
+        assert psutil.Process(on_head).ppid() == head
+        os.kill(on_head, signal.SIGKILL)
+        driver.until(lambda: "is handed out again" in driver.said)
+        (node,) = (one for one in nodes.worker_nodes
+                   if one.all_processes["raylet"][0].process.pid == psutil.Process(elsewhere).ppid())
+        nodes.remove_node(node, allow_graceful=False)
+        os.kill(elsewhere, signal.SIGKILL)  # what is stopped does not see that its node is gone
+        assert driver.ended() == 0, driver.said
+        assert driver.said.count("is handed out again") == 2
+        assert "is refused: tokenizers is 0.0.1 there and" in driver.said
+    same(folder / "alone", out)
+
+
+@needs_ray
+def test_a_driver_that_was_killed_goes_on_by_the_same_command(nodes: Any, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    arguments = command(folder, out, "--address", nodes.address, "--workers", "1")
+    with Driver(arguments, tmp_path / "first") as driver:
+        driver.until(lambda: len(entries(out)) > 3)
+        driver.process.kill()
+        assert driver.ended() == -signal.SIGKILL, "killed half-way"
+        worker = driver.workers[-1]
+    before = entries(out)
+    assert len(before) < len(entries(folder / "alone"))
+    with Driver(arguments, tmp_path / "second") as driver:
+        assert driver.ended() == 0, driver.said
+    assert before.items() <= entries(out).items(), "what was measured is not measured again"
+    assert not psutil.pid_exists(worker), "a worker goes with its driver"
+    same(folder / "alone", out)
+
+
+@needs_ray
+def test_ctrl_c_leaves_no_process_behind(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    with Driver(command(folder, out), tmp_path / "log") as driver:
+        driver.until(lambda: len(entries(out)) > 0)
+        driver.process.send_signal(signal.SIGINT)
+        assert driver.ended() == 130, driver.said
+        assert "what is measured is kept in" in driver.said
+        assert len(driver.seen) > 2
+        assert psutil.wait_procs(driver.seen, timeout=20)[1] == []
