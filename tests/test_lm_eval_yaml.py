@@ -132,6 +132,7 @@ def test_lm_eval_gives_the_same_document_by_document(
             assert ours.extra_metrics["acc_norm"][0].tolist() == right_by_length, name
 
 
+@pytest.mark.long
 def test_lm_evals_command_line_finds_the_task_and_gets_the_accuracy(tmp_path: Path,
                                                                       capsys: pytest.CaptureFixture[str]) -> None:
     """Where the folder of the documents lies beside, and lm-eval has a task of that name."""

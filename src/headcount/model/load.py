@@ -204,13 +204,13 @@ def load(
 
 def _too_large(source: Source, wanted: Wanted) -> str:
     """Says that weights do not fit into memory; empty where they do, or where it is not known how large they are."""
-    folder = source.folder
-    if folder is None or source.adapter() is not None:
-        return ""
     try:
+        folder = source.folder
+        if folder is None or source.adapter() is not None:
+            return ""
         size = sum(path.stat().st_size for path in files_read(folder, None))
         told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, AttributeError):  # what is wrong there is told when the model is read
+    except (OSError, ValueError, KeyError, AttributeError, ModelError):  # what is wrong is told when it is read
         return ""
     stored = getattr(torch, str(told.get("dtype") or told.get("torch_dtype")), torch.float32)
     if isinstance(wanted.dtype, torch.dtype) and isinstance(stored, torch.dtype):
