@@ -171,7 +171,7 @@ def _demo(rows: list[Row]) -> str:
         f"{r['gflops'][0]:.0f} GFLOP/s before and "
         f"{r['gflops'][1]:.0f} after. The blocks' matrix products of the evaluations are {work:.0f} TFLOP, which take "
         f"{r['floor']:.0f} s at that speed; gradients, the output layer and attention come on top. Everything before "
-        f"the first job (`--dry-run`: loading, proofs, planning) takes {r['starting']:.0f} s by itself, and "
+        f"the first job (loading, proofs, planning) takes {r['starting']:.0f} s by itself, and "
         f"`headcount report` {r['report']:.0f} s.", "",
         "| jobs | how many | seconds | layer-tokens |", "|---|--:|--:|--:|", *kinds, ""])
 
