@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from headcount.analysis.study import TABLES, open_study
 from headcount.errors import HeadcountError
 from headcount.report.cautions import cautions
-from headcount.study import runner
+from headcount.study import executors, runner
 from headcount.study.ledger import FORMAT, Entry, Ledger, job_id
 from headcount.study.plan import PlannedJob
 from headcount.study.prepare import Plan, prepare
@@ -158,7 +158,7 @@ def running(plan: Plan, entries: Iterable[Entry]) -> Callable[[Ledger], None]:
     worker = type("AtHand", (_AtHand,), {"results": {job_id(entry.job): entry for entry in entries}})
 
     def run(ledger: Ledger) -> None:
-        with mock.patch.object(runner, "Worker", worker):
+        with mock.patch.object(executors, "Worker", worker):
             runner.run(dataclasses.replace(plan, ledger=ledger))
 
     return run

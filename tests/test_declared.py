@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Imported only where a GGUF file or an adapter is read; the error there names the extra.
-OPTIONAL = {"gguf": "demo", "peft": "peft"}
+OPTIONAL = {"gguf": "demo", "peft": "peft", "ray": "ray"}
 
 
 def imported() -> dict[str, set[str]]:
