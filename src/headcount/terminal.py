@@ -158,7 +158,7 @@ def _duration(seconds: float) -> str:
 
 def print_tasks(rows: Sequence[TaskDescription]) -> None:
     """Tasks with what they offer; below, notes and what could not be read."""
-    table = _table("task", "train|r", "validation|r", "test|r", "options|r", "chance|r", "metric")
+    table = table_of("task", "train|r", "validation|r", "test|r", "options|r", "chance|r", "metric")
     for row in rows:
         if row.absent:
             table.add_row(row.name, *[""] * 6)
@@ -207,7 +207,8 @@ def print_anatomy(loaded: LoadedModel, *, verify: bool) -> bool:
                f"{anatomy.num_heads} heads, {anatomy.num_parameters:,} parameters", highlight=False, soft_wrap=True)
     for note in loaded.notes:
         _out.print(f"note: {note}", highlight=False)
-    table = _table("layer", "heads|r", "KV groups|r", "head width|r", "parameters a head|r", "parameters of the FFN|r")
+    table = table_of("layer", "heads|r", "KV groups|r", "head width|r", "parameters a head|r",
+                     "parameters of the FFN|r")
     rows = [(part.num_heads, part.num_kv_heads, part.d_head, anatomy.parameters_per_head(i),
              anatomy.parameters_per_ffn(i)) for i, part in enumerate(anatomy.layers)]
     start = 0
@@ -325,7 +326,7 @@ def print_accuracy(study: Study, asked: Asked) -> None:
 
     curves = labelled(asked.of(study.curves(), study))
     full = curves[curves["fraction"] == 0].drop_duplicates(["task", "num_fewshot"])
-    table = _table("task", "shots|r", "accuracy|r", "95 % interval|r", "documents|r")
+    table = table_of("task", "shots|r", "accuracy|r", "95 % interval|r", "documents|r")
     for row in full.to_dict("records"):
         table.add_row(row["task"], str(row["num_fewshot"]), f"{row['accuracy']:.3f}",
                       f"{row['low']:.3f} to {row['high']:.3f}" if row["low"] == row["low"] else "none",
@@ -348,7 +349,7 @@ def print_importance(study: Study, asked: Asked, component: Component, method: s
     rows, ties = (importance[(importance["component"] == component) & (importance["score"] == name)]
                   for name in (score, study.tie_scores.get(component, score)))
     _out.print(f"by {score_name(score)}", highlight=False)
-    table = _table("task", "shots|r", component, "importance|r", "standard error|r")
+    table = table_of("task", "shots|r", component, "importance|r", "standard error|r")
     for (task, k), group in groups(rows, "task", "num_fewshot"):
         ranked: list[Any] = most_important_first(group, ties).to_dict("records")
         for row in _ends(ranked):
@@ -389,7 +390,7 @@ def _print_curves(rows: pd.DataFrame) -> None:
     names = {"head": "heads", "ffn": "FFNs", "gradient": "by gradient", "oracle": "by oracle", "random": "at random",
              "common": "by one order", "uniform": "in one shape", "uniform common": "by one order, in one shape"}
     fractions = sorted(rows["fraction"].unique())
-    table = _table("shots|r", "% removed of", *(f"{100 * f:.3g}|r" for f in fractions))
+    table = table_of("shots|r", "% removed of", *(f"{100 * f:.3g}|r" for f in fractions))
     table.padding = (0, 1, 0, 0)
     for (k, component, order), curve in groups(rows, "num_fewshot", "component", "order"):
         at = dict(zip(curve["fraction"], curve["accuracy"], strict=True))
@@ -405,7 +406,7 @@ def print_induction(study: Study, shown: int = 12) -> None:
     from headcount.report.induction_heads import induction_sentence
 
     scores_of_heads = study.induction()
-    table = _table("head", "prefix matching|r", "copying|r", "previous token|r", "OV copying|r", "induction head")
+    table = table_of("head", "prefix matching|r", "copying|r", "previous token|r", "OV copying|r", "induction head")
     trained = scores_of_heads[scores_of_heads["weights"] == "trained"].sort_values(
         "prefix_matching", ascending=False, kind="stable")
     for row in trained.head(shown).to_dict("records"):
@@ -457,7 +458,7 @@ def print_comparison(compared: Comparison) -> None:
 
 
 def _print_confirmation(confirmation: Confirmation) -> None:
-    table = _table("task", "documents", "full|r", "removed|r", "points|r", "95 % interval|r", "verdict")  # 80 columns
+    table = table_of("task", "documents", "full|r", "removed|r", "points|r", "95 % interval|r", "verdict")  # 80 columns
     rows = [(one.task, f"{one.compared.documents} {one.split_name if one.split == 'examples' else ''}".rstrip(),
              one.compared) for one in confirmation.tasks]
     if confirmation.mean is not None and len(rows) > 1:
@@ -472,7 +473,7 @@ def _print_confirmation(confirmation: Confirmation) -> None:
 def _print_writing(writing: Writing) -> None:
     from rich.text import Text  # plain: a model may write what looks like markup
 
-    table = _table("prompt", "full model", "removed")
+    table = table_of("prompt", "full model", "removed")
     for texts in zip(writing.prompts, writing.full, writing.removed, strict=True):
         table.add_row(*(Text(" ".join(text.split()), overflow="fold") for text in texts))
     table.padding = (0, 1, 1, 0)
@@ -483,7 +484,7 @@ def _print_writing(writing: Writing) -> None:
 
 def _print_agreement(study: Study, asked: Asked) -> None:
     names = {"accuracy": "accuracy", "gold_loglikelihood": "log-lik."}  # short, for 80 columns
-    table = _table("score", "lost", "task", "shots|r", "Spearman|r", "95 % interval|r", "heads|r")
+    table = table_of("score", "lost", "task", "shots|r", "Spearman|r", "95 % interval|r", "heads|r")
     for row in asked.of(study.agreement(), study).query("component == 'head'").to_dict("records"):
         known = row["correlation"] == row["correlation"]
         table.add_row(row["score"], names[row["oracle"]], row["task"], str(row["num_fewshot"]),
@@ -504,7 +505,7 @@ def _ends(rows: list[dict[str, Any]], shown: int = 10) -> list[dict[str, Any] | 
     return [*rows] if len(rows) <= 3 * shown else [*rows[:shown], None, *rows[-shown:]]
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
     """A table; a column whose name ends in `|r` is right-aligned."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 from headcount.study.devices import READ_SPEED, USABLE, WAITING
+from headcount.terminal import table_of
 
 if TYPE_CHECKING:
     from headcount.study.costs import OnDevice
@@ -63,12 +63,12 @@ def _print_tasks(known: Forecast) -> None:
     names = [*dict.fromkeys(one.name for one in known.tasks)]
     by_key = {(one.name, one.num_fewshot): one for one in known.tasks}
     if len(shots) > _MOST_SHOTS:
-        table = _table("task", "shots|r", "documents|r", "examples|r", "tokens|r", "of examples|r")
+        table = table_of("task", "shots|r", "documents|r", "examples|r", "tokens|r", "of examples|r")
         for one in known.tasks:
             table.add_row(one.name + "*" * one.bundled, str(one.num_fewshot), f"{one.documents:,}",
                           f"{one.examples:,}", _short(one.tokens), _short(one.gradient))
     else:
-        table = _table("task", "documents|r", "examples|r", *(f"{k}-shot|r" for k in shots))
+        table = table_of("task", "documents|r", "examples|r", *(f"{k}-shot|r" for k in shots))
         for name in names:
             own = [by_key[name, k] for k in shots]
             table.add_row(name + "*" * (name in bundled), f"{max(o.documents for o in own):,}",
@@ -82,7 +82,7 @@ def _print_tasks(known: Forecast) -> None:
 
 
 def _print_jobs(known: Forecast) -> None:
-    table = _table("job", "docs|r", "layer-tokens|r")
+    table = table_of("job", "docs|r", "layer-tokens|r")
     for planned, cost in zip(known.jobs, known.costs, strict=True):
         left = "done" if cost is None else _power(cost.layer_tokens.middle) if cost.layer_tokens.middle else ""
         table.add_row(planned.title, f"{planned.job.documents:,}", left)
@@ -90,7 +90,7 @@ def _print_jobs(known: Forecast) -> None:
 
 
 def _print_shares(known: Forecast) -> None:
-    table = _table("part", "jobs|r", "layer-tokens|r", "at least|r", "at most|r", "FLOPs|r", "share|r")
+    table = table_of("part", "jobs|r", "layer-tokens|r", "at least|r", "at most|r", "FLOPs|r", "share|r")
     total = known.total
     for share, cost in [*known.shares.items(), ("all", total)]:
         table.add_row(share, f"{cost.jobs:,}", _power(cost.layer_tokens.middle), *_bounds(cost.layer_tokens),
@@ -106,7 +106,7 @@ def _bounds(layers: Layers) -> tuple[str, str]:
 
 def _print_devices(known: Forecast) -> None:
     priced = any(one.money is not None for one in known.devices)
-    table = _table("device", "model", "copies|r", "time|r", "computing|r", "reading|r", "read|r",
+    table = table_of("device", "model", "copies|r", "time|r", "computing|r", "reading|r", "read|r",
                    *(["money|r"] if priced else []))
     for one in known.devices:
         table.add_row(one.device.name, one.way, str(one.copies), *_times(one), _bytes(one.bytes_read) if one.bytes_read
@@ -159,15 +159,6 @@ def _power(number: float | int) -> str:
 
 def _bytes(number: float | int) -> str:
     return f"{_short(number)}B"
-
-
-def _table(*columns: str) -> Table:
-    """A table; a column whose name ends in `|r` is right-aligned."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        name, _, side = column.partition("|")
-        table.add_column(name, justify="right" if side else "left")
-    return table
 
 
 def _say(text: str) -> None:
