@@ -27,9 +27,10 @@ from headcount.errors import ModelError, OptionError
 from headcount.mask_file import MaskFile
 from headcount.masks import Mask
 from headcount.model.load import LoadedModel, load, wrap
-from headcount.removal.remove import Format, remove
+from headcount.model.size import weights_size
+from headcount.model.source import Source, find
+from headcount.removal.remove import Format, fits_twice, remove
 from headcount.removal.save import check_place
-from headcount.removal.weights_on_disk import too_large
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +140,18 @@ def test_whether_a_removed_model_fits_into_memory_is_found_without_its_code(
     file.write(tmp_path / "mask.json")
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     for folder in (full, copied):
-        assert not too_large(str(folder), None, "auto")
+        size = weights_size(find(str(folder), None), "auto")
+        parameters = sum(p.numel() for p in load(folder).model.parameters())
+        assert 4 * parameters <= size <= 4.2 * parameters + 20_000, "of the files, with their headers"
+        half = weights_size(find(str(folder), None), torch.bfloat16)
+        assert half == size // 2
         with monkeypatch.context() as patch:
-            patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-            assert too_large(str(folder), None, "auto")
+            patch.setattr(Source, "folder", None)  # as of a hub id whose files are not here: by the config alone
+            assert 4 * parameters <= weights_size(Source(str(folder)), "auto") <= size
+        with monkeypatch.context() as patch:
+            for free, fits in ((int(2.3 * size), True), (2 * size, False)):
+                patch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+                assert fits_twice(str(folder), None, "auto") == fits
     assert tiny.run(["remove", str(copied), "--mask", str(tmp_path / "mask.json"), "--dry-run"]) == 0
     assert "custom code" not in capsys.readouterr().out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import headcount as hc
 import tiny
@@ -19,6 +20,7 @@ from families import reader
 from families import tiny as of_family
 from headcount.engine import stream as streams
 from headcount.engine.blocks import learned
+from headcount.engine.engine import Engine
 from headcount.engine.gradients import batch_scores
 from headcount.engine.pack import Batch, Budget, batches, pack
 from headcount.engine.proof import _parting, _requests
@@ -234,3 +236,36 @@ def test_induction_scores_are_the_same_read_block_by_block(family: str, tmp_path
         for name in ("prefix_matching", "copying", "previous_token", "ov_copying"):
             assert np.array_equal(getattr(found, name), getattr(expected, name), equal_nan=True)
     assert len(told) == 2 * 2 * 2, "two lengths, of two kinds each, twice"
+
+
+def test_no_step_keeps_the_weights_of_more_than_two_blocks(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proofs, scoring, gradients, oracles and induction: a graph of all layers would keep all that was read."""
+    tiny.model("llama", layers=6).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    loaded = load(tmp_path, stream=True)
+    numbers = {id(module): i for i, part in enumerate(loaded.anatomy.layers) for module in part.block.modules()}
+    read: list[tuple[int, StorageWeakRef]] = []
+    most, now = Counter[str](), [""]
+
+    def fetched(*modules: torch.nn.Module) -> list[held.Weight]:
+        found = whole(*modules)
+        read.extend((numbers[id(one.owner)], StorageWeakRef(one.value.untyped_storage())) for one in found
+                    if id(one.owner) in numbers)
+        most[now[0]] = max(most[now[0]], len({i for i, storage in read if not storage.expired()}))
+        return found
+
+    whole = held.fetched
+    monkeypatch.setattr(held, "fetched", fetched)
+    budget = Budget(batch_tokens=400, gradient_tokens=200)
+    steps: dict[str, Callable[[], object]] = {
+        "proofs": lambda: Engine.of(loaded).prove(gradients=True),
+        "scoring": lambda: hc.evaluate(loaded, task, None, num_fewshot=1, limit=6, budget=budget),
+        "gradients": lambda: hc.head_importance(loaded, task, num_fewshot=1, limit=6, budget=budget),
+        "oracle": lambda: hc.ffn_importance(loaded, task, num_fewshot=1, limit=6, budget=budget),
+        "induction": lambda: induction_scores(loaded, lengths=(5,), seeds=2)}
+    for now[0], do in steps.items():
+        do()
+    assert {*most} == {*steps}
+    assert max(most.values()) <= 2, most

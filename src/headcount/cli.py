@@ -383,14 +383,14 @@ def _removed(spec: RemovalSpec, file: MaskFile, study: Study | None) -> Removed:
     """The model with what goes; what cannot be written is refused."""
     from headcount import terminal
     from headcount.model.load import load
+    from headcount.removal.remove import fits_twice
     from headcount.removal.remove import remove as removed_from
-    from headcount.removal.weights_on_disk import too_large
 
     options = spec.model_options
     with terminal.reporter() as reporter:
         reporter.stage(f"loading {spec.model}")
         placed = spec.device is not None or spec.device_map is not None or spec.stream
-        if spec.format == "transformers" and not placed and too_large(
+        if spec.format == "transformers" and not placed and not fits_twice(
                 spec.model, spec.revision, spec.dtype, trust_remote_code=spec.trust_remote_code):
             options["stream"] = True
         loaded = load(options.pop("model"), **options)

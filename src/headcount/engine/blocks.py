@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headcount.model.anatomy import Anatomy, LayerAnatomy
+from headcount.model.devices import device_of
 
 # Kept positions that pass the output layer together, unless one mask has more.
 _FINISHED = 256
@@ -159,8 +160,7 @@ def logits_of_vectors(
         return forward
 
     with replaced({block.part.block: passed(block) for block in blocks}):
-        embeddings: Any = model.get_input_embeddings()
-        ids = torch.zeros(len(rows), 1, dtype=torch.long, device=_device(embeddings))
+        ids = torch.zeros(len(rows), 1, dtype=torch.long, device=device_of(model))
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, 0]
         return logits
 
@@ -192,8 +192,3 @@ def like(output: Any, hidden: Tensor, *, keep: bool = True) -> Any:
     if not isinstance(output, (tuple, list)):
         return hidden
     return type(output)([hidden, *(output[1:] if keep else [None] * (len(output) - 1))])
-
-
-def _device(embeddings: Any) -> torch.device:
-    device: torch.device = embeddings.weight.device
-    return device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)

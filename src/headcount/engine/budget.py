@@ -24,7 +24,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import platformdirs
-import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
@@ -38,6 +37,7 @@ from headcount.engine.treemask import model_inputs
 from headcount.model.anatomy import Anatomy
 from headcount.model.held import fetched, held, in_files
 from headcount.model.load import LoadedModel
+from headcount.model.placement import free_memory
 
 _SHORT, _LONG = 128, 1024
 _BLOCKS = 4
@@ -71,7 +71,7 @@ def budget_for(loaded: Placed, cost: Cost) -> Budget:
     """What a model is given at once on its device: batches worth their cost, as far as free memory goes."""
     wanted = int(np.clip(_WORTH * cost.batch, _FIRST_BATCH, _LARGEST_BATCH))
     forward, gradient = bytes_per_token(loaded)
-    free = _free_memory(loaded) * _SHARE.get(loaded.device.type, 0.5)
+    free = free_memory(loaded.device) * _SHARE.get(loaded.device.type, 0.5)
     return Budget(
         batch_tokens=max(1, int(min(wanted, free / forward))),
         gradient_tokens=max(1, int(min(wanted, free / gradient))),
@@ -209,12 +209,6 @@ def _bytes_per_pair(loaded: Placed) -> int:
     """About what two positions of a row take: the mask, and every head's scores where the kernel writes them out."""
     eager = loaded.model.config.get_text_config()._attn_implementation == "eager"
     return loaded.model.dtype.itemsize * (3 * max(loaded.anatomy.heads_per_layer) if eager else 2)
-
-
-def _free_memory(loaded: Placed) -> int:
-    if loaded.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(loaded.device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def threads_of(loaded: LoadedModel) -> int:

@@ -39,14 +39,13 @@ from headcount.engine.forward import (
 from headcount.engine.layout import Layout, probe
 from headcount.engine.pack import Batch, Budget, Cost, batches, pack
 from headcount.engine.proof import numbers_apart, verify_gradients, verify_scoring, verify_sweep
-from headcount.engine.stream import stream_of
+from headcount.engine.stream import Stream, stream_of
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask, layers_run
 from headcount.model.contracts import ContractResult, probe_tokens, verify
 from headcount.model.finite import first_no_number
-from headcount.model.held import in_files
 from headcount.model.hooks import ablated, lifted
 from headcount.model.load import LoadedModel
 
@@ -230,8 +229,9 @@ class Engine:
         self._check_mode()
         packed = requests if isinstance(requests, Packed) else self.pack(requests)
         masks = masks or [Mask.full(self._loaded.anatomy.heads_per_layer)]
-        if self.streams and self.sweep_contract.holds:
-            return self._streamed(packed, masks, columns, progress)
+        stream = stream_of(self._loaded)
+        if stream is not None and self.sweep_contract.holds:
+            return self._streamed(stream, packed, masks, columns, progress)
         if len(masks) > 1 and self.sweep_contract.holds:
             return self._swept(packed, masks, columns, progress)
         return self._one_by_one(packed, masks, columns, progress)
@@ -302,11 +302,6 @@ class Engine:
         cost: Cost | None = budgets.kept_cost(self._loaded)
         return budgets.budget_for(self._loaded, budgets.timed_cost(self._loaded, self.layout) if cost is None else cost)
 
-    @property
-    def streams(self) -> bool:
-        """Whether the model's weights lie in files, and are read block by block."""
-        return in_files(self._loaded.model)
-
     @functools.cached_property
     def _sweep(self) -> Sweep:
         """Kept with what it learns of the model's outputs in a pass of its own."""
@@ -325,11 +320,9 @@ class Engine:
         return Likelihoods(np.stack([x for x, _ in results]), np.stack([g for _, g in results]), layer_tokens)
 
     def _streamed(
-        self, packed: Packed, masks: Sequence[Mask], columns: int | None, progress: Progress | None
+        self, stream: Stream, packed: Packed, masks: Sequence[Mask], columns: int | None, progress: Progress | None
     ) -> Likelihoods:
-        stream, waiting, layer_tokens, told = stream_of(self._loaded), deque(packed.batches), 0, 0
-        if stream is None:
-            raise ValueError("only a model whose weights lie in files is streamed")
+        waiting, layer_tokens, told = deque(packed.batches), 0, 0
         sums = Sums(len(masks), packed.num_requests)
         blocks, inputs = len(stream.blocks), functools.partial(
             model_inputs, self._loaded, tree_mask=packed.layout.tree_mask)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,6 +29,7 @@ from headcount.masks import Mask, ways
 from headcount.model.contracts import probe_tokens
 from headcount.model.held import fetched, held, in_files, one_by_one
 from headcount.model.load import LoadedModel
+from headcount.model.placement import free_memory
 
 # Of the memory that is free, what may wait between two blocks.
 _SHARE = 0.25
@@ -92,7 +92,7 @@ class Stream:
             states: How many hidden states of a batch will wait at the most.
         """
         embeddings: Any = self.model.get_input_embeddings()
-        left = self.memory if self.memory is not None else int(_SHARE * psutil.virtual_memory().available)
+        left = self.memory if self.memory is not None else int(_SHARE * free_memory("cpu"))
         waves: list[Wave[B]] = []
         with held([embeddings], fetched(embeddings)):
             while waiting and (not waves or left > 0):

@@ -46,6 +46,7 @@ def streamed_scores(loaded: LoadedModel, stream: Stream, batches: Sequence[Batch
         ModelError: If a block is cut off from gradients, or blocks hand keys and values to later ones.
     """
     waiting = deque(batches)
+    _ = loaded.norms  # found in a pass of its own, which is not to fall between two blocks
     while waiting:
         waves, given = _forwards(loaded, stream, waiting)
         gradients = _of_the_last(loaded, stream.blocks, waves, given)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headcount.errors import ModelError, first_line
-from headcount.model.attention import device_of
+from headcount.model.devices import device_of
 
 CONFIG = "adapter_config.json"
 # Files that hold a whole model's weights, and not an adapter's.

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from headcount.errors import ModelError
 from headcount.model.anatomy import Anatomy
+from headcount.model.devices import device_of
 from headcount.model.held import present
 
 # A layer, what its output projection reads (batch pos head d_head), and its attention (batch head pos pos).
@@ -121,13 +122,6 @@ def attention_keywords(name: str, model: PreTrainedModel, anatomy: Anatomy) -> d
             handle.remove()
     raise ModelError(f"{name} ({model.config.model_type}): {failure}, also with eager attention and output_attentions: "
                      "its induction heads cannot be measured")
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Where token ids go."""
-    embeddings: Any = model.get_input_embeddings()
-    device: torch.device = embeddings.weight.device
-    return device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
 
 
 def embedded_tokens(model: PreTrainedModel) -> Int[np.ndarray, " token"]:

@@ -29,9 +29,9 @@ from transformers import PreTrainedModel
 from headcount.errors import ModelError
 from headcount.masks import Mask, heads_named
 from headcount.model.anatomy import Anatomy, LayerAnatomy
-from headcount.model.attention import Visit, attention_seen, device_of, fed, one_logit
+from headcount.model.attention import Visit, attention_seen, fed, one_logit
 from headcount.model.damage import damaged
-from headcount.model.devices import doubled
+from headcount.model.devices import device_of, doubled
 from headcount.model.finite import is_finite
 from headcount.model.held import present
 from headcount.model.hooks import ablated

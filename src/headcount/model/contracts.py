@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy, find_anatomy
 from headcount.model.attention import eager
-from headcount.model.devices import doubled
+from headcount.model.devices import device_of, doubled
 from headcount.model.held import present
 from headcount.model.hooks import ablated, first_output, frozen
 from headcount.model.load import LoadedModel
@@ -80,13 +80,10 @@ def verify(model: LoadedModel | PreTrainedModel, anatomy: Anatomy | None = None)
 def probe_tokens(model: PreTrainedModel) -> Int[Tensor, "batch pos"]:
     """A row of a few random tokens, the same every time."""
     embeddings: Any = model.get_input_embeddings()
-    device = embeddings.weight.device
-    if device.type == "meta":
-        device = torch.device(embeddings._hf_hook.execution_device)
     generator = torch.Generator().manual_seed(0)
     # Past the first ids, where padding and other special tokens tend to be.
     size = int(embeddings.weight.shape[0])
-    return torch.randint(min(10, size // 2), size, (1, PROBE_TOKENS), generator=generator).to(device)
+    return torch.randint(min(10, size // 2), size, (1, PROBE_TOKENS), generator=generator).to(device_of(model))
 
 
 @dataclass
@@ -275,7 +272,8 @@ def _layer_by_layer(
 
             hooks.callback(part.attention.register_forward_hook(attended).remove)
             hooks.callback(part.block.register_forward_hook(left).remove)
-        model(input_ids=ids, use_cache=False, output_attentions=True)
+        # Without output_attentions, for which the model would keep all of them, and with them their graphs.
+        model(input_ids=ids, use_cache=False)
     return found
 
 

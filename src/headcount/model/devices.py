@@ -1,4 +1,4 @@
-"""What devices need: arrays onto one without waiting for it, and double precision where one has none.
+"""Devices: which one a model is given its tokens on, arrays onto one without waiting for it, and double precision.
 
 A copy from ordinary memory to a GPU waits until all that the GPU was given before is done. From pinned memory it takes
 its place in the queue, so that batches, gates and indices of scored positions follow one another without a gap.
@@ -6,9 +6,19 @@ its place in the queue, so that batches, gates and indices of scored positions f
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: the device of the input embeddings (the one they run on, where they are offloaded)."""
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    return device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 from headcount.errors import few
 from headcount.masks import Mask, heads_named
 from headcount.model.anatomy import Anatomy, LayerAnatomy
-from headcount.model.attention import device_of
 from headcount.model.damage import by_feature, damaged, holds_nan
+from headcount.model.devices import device_of
 from headcount.model.hooks import ablated, first_output, frozen, scored_only
 
 _SCALED = 2.0**-16

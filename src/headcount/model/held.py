@@ -37,7 +37,7 @@ class Weight(NamedTuple):
 
 def in_files(model: nn.Module) -> bool:
     """Whether all weights are fetched when they are needed (accelerate's offloading), so that blocks can be held."""
-    return bool(_offloaded([model])) and all(p.is_meta for p in model.parameters())
+    return all(p.is_meta for p in model.parameters()) and bool(_offloaded([model]))
 
 
 def offloaded(model: nn.Module) -> bool:

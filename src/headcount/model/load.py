@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from headcount.errors import ModelError, OptionError
 from headcount.model import adapters, earlier_fingerprint, gguf, gguf_proof, wrappers
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
+from headcount.model.devices import device_of
 from headcount.model.fingerprint import (
     KeptDigest,
     code_of,
@@ -41,8 +42,8 @@ from headcount.model.held import hold_blocks
 from headcount.model.norms import LayerNorms, find_norms
 from headcount.model.placement import DISK, bytes_said, dtype_of, fits, free_memory, placement
 from headcount.model.read import Wanted, check_config, quiet, read
+from headcount.model.size import weights_size
 from headcount.model.source import Source, find
-from headcount.model.weight_files import files_read
 
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
 _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
@@ -111,7 +112,7 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return input_device(self.model)
+        return device_of(self.model)
 
     @property
     def max_length(self) -> int:
@@ -128,13 +129,6 @@ def window_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | Non
     said = getattr(tokenizer, "model_max_length", None)
     # transformers writes int(1e30) for "unset".
     return int(said) if said is not None and said < int(1e30) else _WINDOW
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: the device of the input embeddings (the one they run on, where they are offloaded)."""
-    embeddings: Any = model.get_input_embeddings()
-    device: torch.device = embeddings.weight.device
-    return device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
 
 
 def load(
@@ -203,18 +197,10 @@ def load(
 
 
 def _too_large(source: Source, wanted: Wanted) -> str:
-    """Says that weights do not fit into memory; empty where they do, or where it is not known how large they are."""
-    try:
-        folder = source.folder
-        if folder is None or source.adapter() is not None:
-            return ""
-        size = sum(path.stat().st_size for path in files_read(folder, None))
-        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, AttributeError, ModelError):  # what is wrong is told when it is read
+    """Says that weights do not fit into memory; empty where they do, and of what is put together in memory."""
+    if source.gguf is not None or source.adapter() is not None:
         return ""
-    stored = getattr(torch, str(told.get("dtype") or told.get("torch_dtype")), torch.float32)
-    if isinstance(wanted.dtype, torch.dtype) and isinstance(stored, torch.dtype):
-        size = size * wanted.dtype.itemsize // stored.itemsize
+    size = weights_size(source, wanted.dtype, trust_remote_code=wanted.trust_remote_code)
     if fits(size, wanted.device_map):
         return ""
     return (f"its weights take {size / 1e9:,.1f} GB, and {free_memory(wanted.device_map) / 1e9:,.1f} GB of memory are "

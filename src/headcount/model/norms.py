@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headcount.model.anatomy import Anatomy, LayerAnatomy
-from headcount.model.attention import device_of, embedded_tokens
+from headcount.model.attention import embedded_tokens
+from headcount.model.devices import device_of
 from headcount.model.held import present
 
 

@@ -37,7 +37,7 @@ def bytes_said(text: str | int | None) -> int | None:
     return size
 
 
-def free_memory(device: str) -> int:
+def free_memory(device: str | torch.device) -> int:
     """How many bytes of a device's memory are free."""
     kind = torch.device(device)
     if kind.type == "cuda":

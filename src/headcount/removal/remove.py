@@ -24,11 +24,13 @@ from headcount.errors import ModelError, OptionError, named
 from headcount.mask_file import MaskFile, check_mask
 from headcount.masks import Mask, ffns_named
 from headcount.model.contracts import FAILURES, probe_tokens
+from headcount.model.devices import device_of
 from headcount.model.held import offloaded
 from headcount.model.hooks import ablated
-from headcount.model.load import LoadedModel, input_device, wrap
-from headcount.model.placement import DISK
+from headcount.model.load import LoadedModel, wrap
+from headcount.model.placement import DISK, dtype_of, fits, placement
 from headcount.model.read import Wanted, quiet, read
+from headcount.model.size import weights_size
 from headcount.model.source import find
 from headcount.removal import certificate, stock
 from headcount.removal.cost import Savings, savings, unsaved
@@ -240,6 +242,19 @@ def remove(model: LoadedModel, mask: Mask | MaskFile) -> Removed:
     return Removed(model, mask, source)
 
 
+def fits_twice(name: str, revision: str | None, dtype: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether a model and its smaller twin, which is loaded again beside it, fit into memory together.
+
+    Args:
+        name: As `headcount.load` takes it.
+        revision: As there.
+        dtype: As there.
+        trust_remote_code: As there.
+    """
+    size = weights_size(find(name, revision), dtype_of(dtype), trust_remote_code=trust_remote_code)
+    return fits(2 * size, placement(None, None))
+
+
 def prompts(loaded: LoadedModel) -> Tensor:
     """A few short texts as tokens, all of one length, and one of random tokens: what logits are compared on."""
     random = probe_tokens(loaded.model)[0].cpu()
@@ -255,7 +270,7 @@ def _check(small: PreTrainedModel, ids: Tensor, expected: Tensor, where: str) ->
     """How far the smaller model's logits are from the masked model's; too far is refused."""
     try:
         with torch.no_grad():  # in its own type: what is proved is proved in float32
-            small(input_ids=ids[:1].to(input_device(small)), use_cache=False)
+            small(input_ids=ids[:1].to(device_of(small)), use_cache=False)
         error = logits_apart(logits_of(small, ids), expected)
     except FAILURES as failure:
         raise not_known(small, f"{where}, the smaller model does not run ({named(failure)})") from failure

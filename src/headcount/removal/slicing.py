@@ -24,9 +24,10 @@ from headcount.engine.step import is_mutable, owned
 from headcount.errors import ModelError, listed, named
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES, probe_tokens
+from headcount.model.devices import device_of
 from headcount.model.held import give_back, offloaded, present
 from headcount.model.hooks import layer_ablated
-from headcount.model.load import LoadedModel, input_device
+from headcount.model.load import LoadedModel
 from headcount.model.removed import FORMAT, base_of, name_code, narrowed
 from headcount.removal.in_float32 import as_float32, in_float32
 from headcount.removal.layouts import Cut, cut, merged
@@ -218,7 +219,7 @@ class Walk:
 def logits_of(model: PreTrainedModel, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocabulary"]:
     """Logits at all positions of the plain forward pass, in float32 whatever the weights' type."""
     with in_float32(model):
-        found: Tensor = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
+        found: Tensor = model(input_ids=ids.to(device_of(model)), use_cache=False).logits
     return found.float().cpu()
 
 

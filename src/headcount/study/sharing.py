@@ -5,7 +5,7 @@ single components, random orders and curves of one shape are known before anythi
 the grid go by orders that are not. For these there are bounds that no order leaves, and a middle: the mean over a few
 drawn orders. Importance differs between layers, and little between neighbouring ones, so that masks part later than by
 random orders: a component's drawn importance is a random walk over the layers, of variance 1, plus noise of its own of
-standard deviation `_NOISE`, near what was run of SmolLM2 (docs/design.md, 4.12).
+standard deviation `_NOISE`, near what was run of SmolLM2 (docs/design.md, 4.14).
 
 The bounds of a curve. Its masks are nested, so that neighbouring fractions part at the first layer that has a component
 of those which the larger fraction removes besides. These sets have known sizes and nothing in common. A parting costs
