@@ -94,7 +94,7 @@ def connected(spec: InductionSpec, cores: int) -> Iterator[Any]:
     except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if address == "local":
             raise OptionError(f"Ray could not be started on this machine ({first_line(error)}): `executor='ray'` needs "
-                              "it; leave that out, or mend Ray", fields=("executor='ray'",)) from error
+                              "it; leave that out, or fix Ray", fields=("executor='ray'",)) from error
         raise OptionError(f"the Ray cluster at `address` {address} cannot be used ({first_line(error)}): start one "
                           "(ray start --head) with the same versions of Ray and Python, or leave the address out for "
                           "one of this machine", fields=("address",)) from error

@@ -303,7 +303,7 @@ class _Crew:
         self.reporter.advance(planned.tokens)
 
     def _raised(self, hand: _Hand, cause: BaseException) -> None:
-        """A call failed in a worker's code: what a user can mend is a fact, anything else may be its process's."""
+        """A call failed in a worker's code: what a user can fix is a fact, anything else may be its process's."""
         told = str(cause) if isinstance(cause, HeadcountError) else named(cause)
         if hand.step != "job" and isinstance(cause, HeadcountError | ImportError):
             self._refuse(hand, told)
