@@ -258,13 +258,14 @@ def remove(
     study = None if spec.study is None else open_study(spec.study, spec.asked)
     if spec.mask is not None:
         file, num_fewshot = _mask_of(spec.mask, choice), None
-        if isinstance(said := file.source.get("sentence"), str):
-            terminal.print_sentence(said)
+        said = file.source.get("sentence")
     elif study is not None:
         chosen = study.choose(choice or ChoiceSpec())
         file, num_fewshot = chosen.file, chosen.num_fewshot
-        terminal.print_sentence(chosen.describe())
+        said = chosen.describe()
     removed = _removed(spec, file, study)
+    if isinstance(said, str):
+        terminal.print_sentence(said)
     timed_too = spec.speed and not offloaded(removed.loaded.model)
     if spec.speed and not timed_too:
         terminal.print_note("the weights stay on the disk, so nothing is timed")
