@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from headcount.engine.encode import encode
-from headcount.engine.engine import Engine, Likelihoods
+from headcount.engine.engine import Engine
 from headcount.engine.forward import target_logprobs
+from headcount.engine.likelihoods import Likelihoods
 from headcount.engine.pack import Batch, batches, pack
 from headcount.masks import Mask, prune, random_order
 from headcount.measure.copying import Reading, paper_copying, sound_copying

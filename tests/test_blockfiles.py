@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import families
 from headcount.errors import ModelError
 from headcount.model import block_cache
-from headcount.model.blockfiles import BlockFiles, block_files
+from headcount.model.blockfiles import BlockFiles, Checkpoint, block_files
 from headcount.model.source import Source
 from headcount.model.weight_files import held_by
 
@@ -67,8 +67,9 @@ def empty(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model
 
 
-def opened(folder: Path, dtype: torch.dtype = torch.float32) -> BlockFiles:
-    return block_files(folder, empty(folder, dtype), dtype)
+def opened(folder: Path, dtype: torch.dtype = torch.float32, model: PreTrainedModel | None = None,
+           progress: Callable[[int, int], None] | None = None) -> BlockFiles:
+    return block_files(Checkpoint.open(folder, None), model or empty(folder, dtype), dtype, progress=progress)
 
 
 def read(files: BlockFiles) -> dict[str, Tensor]:
@@ -139,7 +140,7 @@ def test_bin_files_of_before_torch_1_6_are_read_whole_once(tmp_path: Path, monke
     check_equal(opened(folder), folder)
     model = empty(folder)
     monkeypatch.setattr(torch, "load", None)
-    assert read(block_files(folder, model, torch.float32)).keys() == model.state_dict().keys()
+    assert read(opened(folder, model=model)).keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -205,14 +206,14 @@ def test_a_rewrite_that_was_killed_goes_on(
     if not child:
         monkeypatch.setattr(block_cache, "write_values", dies)
         try:
-            block_files(folder, model, torch.float32)
+            opened(folder, model=model)
         finally:
             os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     whole = {path: path.stat().st_mtime_ns for path in cache.glob("*/[br]*.safetensors")}
     assert len(whole) == (at - 1) // 16
     told: list[tuple[int, int]] = []
-    files = block_files(folder, model, torch.float32, progress=lambda done, of: told.append((done, of)))
+    files = opened(folder, model=model, progress=lambda done, of: told.append((done, of)))
     assert len(told) == 3 - len(whole)
     assert {path: path.stat().st_mtime_ns for path in whole} == whole
     assert files.folder is not None
@@ -264,7 +265,7 @@ def test_memory_is_that_of_one_block(tmp_path: Path) -> None:
             torch.empty(size, dtype=torch.uint8)
         with pytest.raises(RuntimeError):  # a map counts, too
             torch.load(tmp_path / "pytorch_model.bin", mmap=True)
-        files = block_files(tmp_path, model, torch.float32)
+        files = opened(tmp_path, model=model)
         memory = torch.empty(files.bytes_of(files.names(files.blocks[0])), dtype=torch.uint8)
         found = {name: zlib.crc32(one.numpy().data) for block in files.blocks
                  for name, one in files.read(block, memory).items()}
@@ -419,7 +420,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path: Path, c
         os.utime(folder / "pytorch_model.bin", (1, 1))
 
     with pytest.raises(ModelError, match="have changed while they were read: give the same command again"):
-        block_files(folder, empty(folder), torch.float32, progress=changes)
+        opened(folder, progress=changes)
     assert [path.name for path in cache.glob("*/*.safetensors")] == ["block-00000.safetensors"]
 
 
@@ -428,7 +429,7 @@ def test_a_folder_without_weights_and_a_quantised_model_are_refused(tmp_path: Pa
     model = empty(folder)
     model.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(ModelError, match="is quantised"):
-        block_files(folder, model, torch.float32)
+        opened(folder, model=model)
     (folder / "pytorch_model.bin").unlink()
     refused(folder, "holds no weights")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from more_itertools import peekable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import headcount as hc
@@ -24,7 +25,7 @@ from headcount.engine.engine import Engine
 from headcount.engine.gradients import batch_scores
 from headcount.engine.pack import Batch, Budget, batches, pack
 from headcount.engine.proof import _parting, _requests
-from headcount.engine.stream import Stream
+from headcount.engine.stream import Stream, Waiting
 from headcount.engine.stream_gradients import streamed_scores
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
@@ -57,12 +58,17 @@ def packed(loaded: LoadedModel) -> list[Batch]:
             batches(pack([[one] for one in some], budget, trees=False), budget, gradients=True)]
 
 
+def waiting(loaded: LoadedModel, given: list[Batch], masks: list[Mask]) -> peekable[Waiting[Batch]]:
+    """Batches before the first block, all under the same masks."""
+    return peekable(Waiting(batch, lambda one: model_inputs(loaded, one), masks, 1) for batch in given)
+
+
 @torch.no_grad()
 def most_of(stream: Stream, loaded: LoadedModel, given: list[Batch]) -> int:
     """What the largest of some batches takes while it waits with the states of all blocks."""
     needed = []
     for batch in given:
-        (wave,) = stream.enter(deque([batch]), lambda one: model_inputs(loaded, one))
+        (wave,) = stream.enter(waiting(loaded, [batch], [Mask.full(loaded.anatomy.heads_per_layer)]))
         hidden = wave.nodes[0][1].hidden.untyped_storage().nbytes()
         needed.append(streams.bytes_of(wave.calls) + (len(stream.blocks) + 1) * hidden)
     return max(needed)
@@ -78,8 +84,8 @@ def test_the_streamed_schedule_gives_the_resident_ones_logits(family: str, tmp_p
     expected = [[(owners, logits.clone()) for owners, logits in
                  sweep.logits(model_inputs(resident, batch), masks, *kept)] for batch in given]
     stream = Stream(in_files.model, learned(in_files.model, in_files.anatomy, probe_tokens(in_files.model)))
-    waves = stream.enter(deque(given), lambda batch: model_inputs(in_files, batch), len(masks))
-    assert list(stream.through(waves, masks)) == list(range(resident.anatomy.num_layers))
+    waves = stream.enter(waiting(in_files, given, masks))
+    assert list(stream.through(waves)) == list(range(resident.anatomy.num_layers))
     for of_batch, logits in zip(expected, stream.leave(waves, [kept] * len(waves)), strict=True):
         found = list(logits)
         assert [owners for owners, _ in found] == [owners for owners, _ in of_batch]
@@ -166,9 +172,9 @@ def test_a_pass_reads_each_block_once_and_holds_two(
     numbers = {id(part.block): i for i, part in enumerate(in_files.anatomy.layers)}
     reads, original, most = Counter[int](), held.fetched, [0]
 
-    def counted(*modules: torch.nn.Module) -> Any:
+    def counted(*modules: torch.nn.Module, **options: Any) -> Any:
         reads.update(numbers[id(module)] for module in modules if id(module) in numbers)
-        return original(*modules)
+        return original(*modules, **options)
 
     def watched(blocks: Any) -> Iterator[int]:
         for i in one_by_one(blocks):
@@ -206,8 +212,9 @@ def test_what_does_not_fit_into_memory_is_left_in_its_files(tmp_path: Path, monk
     for said in ("much", "0", "-1GB", "B", "8XB"):
         with pytest.raises(OptionError, match="is no amount of memory: write 8GB"):
             load(folder, stream=True, stream_memory=said)
-    with pytest.raises(OptionError, match="give one of them"):
-        load(folder, stream=True, device="cpu")
+    with pytest.raises(OptionError, match="device_map auto puts them elsewhere: give one of them"):
+        load(folder, stream=True, device_map="auto")
+    assert held.in_files(load(folder, stream=True, device="cpu").model)
 
 
 def test_a_whole_study_streamed_has_the_resident_ones_tables(tmp_path: Path) -> None:
@@ -249,11 +256,11 @@ def test_no_step_keeps_the_weights_of_more_than_two_blocks(
     read: list[tuple[int, StorageWeakRef]] = []
     most, now = Counter[str](), [""]
 
-    def fetched(*modules: torch.nn.Module) -> list[held.Weight]:
-        found = whole(*modules)
+    def fetched(*modules: torch.nn.Module, **options: Any) -> list[held.Weight]:
+        found = whole(*modules, **options)
         read.extend((numbers[id(one.owner)], StorageWeakRef(one.value.untyped_storage())) for one in found
                     if id(one.owner) in numbers)
-        most[now[0]] = max(most[now[0]], len({i for i, storage in read if not storage.expired()}))
+        most[now[0]] = max(most[now[0]], len({storage.cdata for _, storage in read if not storage.expired()}))
         return found
 
     whole = held.fetched

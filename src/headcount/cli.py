@@ -253,7 +253,7 @@ def remove(
     """
     from headcount import terminal
     from headcount.analysis.study import open_study
-    from headcount.model.held import offloaded
+    from headcount.model.offloaded import offloaded
 
     study = None if spec.study is None else open_study(spec.study, spec.asked)
     if spec.mask is not None:
@@ -409,7 +409,7 @@ def _compared(
 ) -> dict[str, Any] | None:
     """Full and removed model compared, which is told; None where the weights stay on the disk."""
     from headcount import terminal
-    from headcount.model.held import offloaded
+    from headcount.model.offloaded import offloaded
     from headcount.removal.comparison import compare
     from headcount.removal.confirm import facts_of
 

@@ -13,19 +13,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 
 from headcount.engine import budget as budgets
 from headcount.engine import neighbours
 from headcount.engine.encode import Request
-from headcount.engine.examples import ExampleScores, example_scores
+from headcount.engine.examples import Examples, ExampleScores, example_scores
 from headcount.engine.forward import (
     Progress,
     Sums,
@@ -37,9 +34,10 @@ from headcount.engine.forward import (
     plain_loglikelihoods,
 )
 from headcount.engine.layout import Layout, probe
+from headcount.engine.likelihoods import Likelihoods, Packed, Wanted, streamed_likelihoods
 from headcount.engine.pack import Batch, Budget, Cost, batches, pack
 from headcount.engine.proof import numbers_apart, verify_gradients, verify_scoring, verify_sweep
-from headcount.engine.stream import Stream, stream_of
+from headcount.engine.stream import stream_of
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
@@ -48,34 +46,6 @@ from headcount.model.contracts import ContractResult, probe_tokens, verify
 from headcount.model.finite import first_no_number
 from headcount.model.hooks import ablated, lifted
 from headcount.model.load import LoadedModel
-
-
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """Requests laid out for a model, ready for any number of masks.
-
-    Attributes:
-        batches: What the model reads.
-        layout: How the requests are laid out.
-        num_requests: How many they are.
-    """
-
-    batches: tuple[Batch, ...]
-    layout: Layout
-    num_requests: int
-
-    @property
-    def tokens(self) -> int:
-        """Positions that one forward pass over all requests computes, padding included."""
-        return sum(batch.tokens for batch in self.batches)
-
-
-class Likelihoods(NamedTuple):
-    """Log-likelihoods (nats) and greedy matches of requests under masks, and the positions that layers computed."""
-
-    loglikelihoods: Float[np.ndarray, "mask request"]
-    greedy: Int[np.ndarray, "mask request"]
-    layer_tokens: int
 
 
 class Engine:
@@ -209,7 +179,6 @@ class Engine:
         rows = pack(requests_by_document, budget, trees=layout.trees, tree_tokens=layout.tree_tokens)
         return Packed(tuple(batches(rows, budget)), layout, sum(map(len, requests_by_document)))
 
-    @torch.no_grad()
     def loglikelihoods(
         self, requests: Packed | Sequence[Sequence[Request]], masks: Sequence[Mask] | None = None, *,
         columns: int | None = None, progress: Progress | None = None,
@@ -226,15 +195,26 @@ class Engine:
         Raises:
             ModelError: If memory is too small for one request.
         """
-        self._check_mode()
         packed = requests if isinstance(requests, Packed) else self.pack(requests)
         masks = masks or [Mask.full(self._loaded.anatomy.heads_per_layer)]
+        return next(self.loglikelihoods_of([Wanted(packed, masks, columns, progress)]))
+
+    def loglikelihoods_of(self, wanted: Iterable[Wanted]) -> Iterator[Likelihoods]:
+        """Log-likelihoods of each, in the order given, as soon as they are known.
+
+        Where weights are read block by block, what is wanted shares readings of them: it is asked for as there is room.
+
+        Raises:
+            ModelError: If memory is too small for one request.
+        """
+        self._check_mode()
         stream = stream_of(self._loaded)
         if stream is not None and self.sweep_contract.holds:
-            return self._streamed(stream, packed, masks, columns, progress)
-        if len(masks) > 1 and self.sweep_contract.holds:
-            return self._swept(packed, masks, columns, progress)
-        return self._one_by_one(packed, masks, columns, progress)
+            yield from streamed_likelihoods(self._loaded, stream, wanted)
+            return
+        for one in wanted:
+            swept = len(one.masks) > 1 and self.sweep_contract.holds
+            yield (self._swept if swept else self._one_by_one)(one.packed, one.masks, one.columns, one.progress)
 
     def gradients(
         self, requests: Sequence[Request], *, budget: Budget | None = None, progress: Progress | None = None
@@ -249,12 +229,26 @@ class Engine:
         Raises:
             ModelError: If memory is too small for one request.
         """
-        self.prove(gradients=True)
+        return next(self.gradients_of([self.examples(requests, budget, progress)]))
+
+    def examples(
+        self, requests: Sequence[Request], budget: Budget | None = None, progress: Progress | None = None
+    ) -> Examples:
+        """Requests laid out for gradients; the arguments are those of `gradients`."""
         self._check_ids(requests)
         self._check_lengths(requests)
         budget = budget or self.budget()
         packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
-        return example_scores(self._loaded, packed, len(requests), progress)
+        return Examples(packed, len(requests), progress)
+
+    def gradients_of(self, wanted: Iterable[Examples]) -> Iterator[ExampleScores]:
+        """Gradient scores of each, in the order given, as soon as they are known; readings are shared as above.
+
+        Raises:
+            ModelError: If memory is too small for one request.
+        """
+        self.prove(gradients=True)
+        return example_scores(self._loaded, wanted)
 
     def _check_mode(self) -> None:
         """Refuse a mode in which the model computes something else."""
@@ -307,6 +301,7 @@ class Engine:
         """Kept with what it learns of the model's outputs in a pass of its own."""
         return Sweep(self._loaded.model, self._loaded.anatomy)
 
+    @torch.no_grad()
     def _one_by_one(
         self, packed: Packed, masks: Sequence[Mask], columns: int | None, progress: Progress | None
     ) -> Likelihoods:
@@ -319,29 +314,7 @@ class Engine:
         layer_tokens = layers_run(masks, shared=False) * packed.tokens
         return Likelihoods(np.stack([x for x, _ in results]), np.stack([g for _, g in results]), layer_tokens)
 
-    def _streamed(
-        self, stream: Stream, packed: Packed, masks: Sequence[Mask], columns: int | None, progress: Progress | None
-    ) -> Likelihoods:
-        waiting, layer_tokens, told = deque(packed.batches), 0, 0
-        sums = Sums(len(masks), packed.num_requests)
-        blocks, inputs = len(stream.blocks), functools.partial(
-            model_inputs, self._loaded, tree_mask=packed.layout.tree_mask)
-        while waiting:
-            waves = stream.enter(waiting, inputs, len(masks), len(set(masks)))
-            tokens, before = sum(wave.batch.tokens for wave in waves) * len(masks), told
-            for layer in stream.through(waves, masks):
-                done = before + tokens * (layer + 1) // blocks
-                if progress is not None and done > told:
-                    progress(done - told)
-                told = done
-            places = [places_of(wave.batch, self._loaded.device) for wave in waves]
-            logits = stream.leave(waves, [(rows, positions) for rows, positions, _ in places])
-            for wave, (_, _, which), of_wave in zip(waves, places, logits, strict=True):
-                layer_tokens += wave.layer_tokens
-                for members, some in of_wave:
-                    sums.add(members, wave.batch, logprobs_of(some, wave.batch, which, columns))
-        return Likelihoods(*sums.totals(), layer_tokens)
-
+    @torch.no_grad()
     def _swept(
         self, packed: Packed, masks: Sequence[Mask], columns: int | None, progress: Progress | None
     ) -> Likelihoods:

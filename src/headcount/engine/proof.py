@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headcount.engine.encode import Request
-from headcount.engine.examples import example_scores
+from headcount.engine.examples import Examples, example_scores
 from headcount.engine.forward import plain_loglikelihoods
 from headcount.engine.layout import TOLERANCE
 from headcount.engine.pack import Budget, batches, pack
@@ -257,6 +257,6 @@ def _gradients(loaded: LoadedModel, requests: list[Request]) -> str:
     """What is wrong with the scores of one gradient pass; empty if nothing is."""
     budget = Budget(batch_tokens=10_000)
     packed = batches(pack([[r] for r in requests], budget, trees=False), budget, gradients=True)
-    heads, ffns = example_scores(loaded, packed, len(requests))
+    heads, ffns = next(example_scores(loaded, [Examples(packed, len(requests))]))
     without = "heads" if not heads.any() else "FFNs" if not ffns.any() else ""
     return f"all {without} have the score 0: no gradient reaches them" if without and _branches_write(loaded) else ""

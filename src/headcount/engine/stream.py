@@ -5,19 +5,22 @@ taken, and the arguments that each block is given. What differs is what waits: t
 weights, here all hidden states and two blocks (the one that computes, and the next one, which is read meanwhile). So
 weights are read once for as many batches as `Stream.memory` lets wait, a *pass*; more batches take more passes.
 
+Batches that wait may belong to different jobs, each with its own masks: what is left of one job and the first of the
+next share a pass. On another device than the CPU what waits does so in the host's memory.
+
 Bit for bit this gives what the resident schedule gives on equal batches: each block is called with the same tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from more_itertools import peekable
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,6 +30,7 @@ from headcount.engine.sweep import fewest_first
 from headcount.errors import OptionError
 from headcount.masks import Mask, ways
 from headcount.model.contracts import probe_tokens
+from headcount.model.devices import device_of
 from headcount.model.held import fetched, held, in_files, one_by_one
 from headcount.model.load import LoadedModel
 from headcount.model.placement import free_memory
@@ -45,8 +49,26 @@ class Counted(Protocol):
 
 
 B = TypeVar("B", bound=Counted)
+T = TypeVar("T")
 # What is open around a wave's step in a layer.
 Around = Callable[[int, "Wave[B]"], contextlib.AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting(Generic[B]):
+    """One batch before the first block.
+
+    Attributes:
+        batch: Which.
+        inputs: Makes it the model's keyword arguments.
+        masks: What is kept.
+        states: How many hidden states of it will wait at the most.
+    """
+
+    batch: B
+    inputs: Callable[[B], Inputs]
+    masks: Sequence[Mask]
+    states: int
 
 
 @dataclass
@@ -55,13 +77,15 @@ class Wave(Generic[B]):
 
     Attributes:
         batch: Which.
+        masks: What is kept.
         calls: The arguments that each block is given beside the hidden state.
         nodes: Hidden states, each with the masks (by index) that share it, in the resident schedule's order.
         layer_tokens: Positions that blocks computed for it so far, layers added up.
     """
 
     batch: B
-    calls: list[Call]
+    masks: Sequence[Mask]
+    calls: tuple[Call, ...]
     nodes: list[tuple[list[int], State]]
     layer_tokens: int = 0
 
@@ -80,60 +104,61 @@ class Stream:
     blocks: Sequence[Block]
     memory: int | None = None
 
-    def enter(
-        self, waiting: deque[B], inputs_of: Callable[[B], Inputs], num_masks: int = 1, states: int = 1
-    ) -> list[Wave[B]]:
+    def here(self, value: T) -> T:
+        """A value whose tensors are on the device that the blocks run on."""
+        device = device_of(self.model)
+        return with_tensors(value, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def enter(self, waiting: peekable[Waiting[B]]) -> list[Wave[B]]:
         """The batches of one pass at the first block; the embedding matrix is read once for all.
 
         Args:
-            waiting: Batches that are still to be done: as many as memory lets wait, at least one, are taken away.
-            inputs_of: Makes a batch the model's keyword arguments.
-            num_masks: How many masks there are.
-            states: How many hidden states of a batch will wait at the most.
+            waiting: Batches that are still to be done: as many as memory lets wait, at least one, are taken.
         """
         embeddings: Any = self.model.get_input_embeddings()
         left = self.memory if self.memory is not None else int(_SHARE * free_memory("cpu"))
         waves: list[Wave[B]] = []
         with held([embeddings], fetched(embeddings)):
             while waiting and (not waves or left > 0):
-                hidden, calls = entered(self.model, self.blocks, inputs_of(waiting[0]))
-                needed = bytes_of(calls) + states * hidden.untyped_storage().nbytes()
+                first = waiting.peek()
+                hidden, calls = entered(self.model, self.blocks, first.inputs(first.batch))
+                needed = bytes_of(calls) + first.states * hidden.untyped_storage().nbytes()
                 if not waves and self.memory is not None and needed > self.memory:
-                    raise OptionError(f"a batch of {waiting[0].tokens:,} tokens takes {needed / 1e6:,.1f} MB while it "
+                    raise OptionError(f"a batch of {first.batch.tokens:,} tokens takes {needed / 1e6:,.1f} MB while it "
                                       f"waits, and `stream_memory` is {self.memory / 1e6:,.1f} MB: give more, or "
                                       "smaller batches (`batch_tokens`)", fields=("stream_memory", "batch_tokens"))
                 left -= needed
                 if waves and left < 0:
                     break
-                waves.append(Wave(waiting.popleft(), calls, [([*range(num_masks)], State(hidden))]))
+                masks = next(waiting).masks
+                nodes = [([*range(len(masks))], State(away(hidden)))]
+                waves.append(Wave(first.batch, masks, away(tuple(calls)), nodes))
         return waves
 
-    def through(
-        self, waves: Sequence[Wave[B]], masks: Sequence[Mask], around: Around[B] | None = None
-    ) -> Iterator[int]:
-        """Take waves through all blocks, under masks; yields after each block.
+    def through(self, waves: Sequence[Wave[B]], around: Around[B] | None = None) -> Iterator[int]:
+        """Take waves through all blocks, each under its masks; yields after each block.
 
         Args:
             waves: From `enter`.
-            masks: What is kept.
             around: What is open while a wave passes a layer, such as hooks that look at it.
         """
         for i in one_by_one([block.part.block for block in self.blocks]):
             for wave in waves:
                 with around(i, wave) if around is not None else contextlib.nullcontext():
-                    self._through_one(i, wave, masks)
+                    self._through_one(i, wave)
             yield i
 
-    def _through_one(self, i: int, wave: Wave[Any], masks: Sequence[Mask]) -> None:
+    def _through_one(self, i: int, wave: Wave[Any]) -> None:
         before, wave.nodes = wave.nodes[::-1], []
+        call = self.here(wave.calls[i])
         while before:
             owners, state = before.pop()
-            parted = ways(masks, owners, i)
-            steps = step(self.blocks[i], state, wave.calls[i], fewest_first(parted))
+            parted = ways(wave.masks, owners, i)
+            steps = step(self.blocks[i], self.here(state), call, fewest_first(parted))
             del state  # the step lets go of it before its last way
             for stepped in steps:
                 wave.layer_tokens += stepped.positions
-                wave.nodes.append((parted[stepped.way], stepped.state))
+                wave.nodes.append((parted[stepped.way], away(stepped.state)))
 
     def leave(
         self, waves: Sequence[Wave[Any]], kept: Sequence[tuple[Tensor, Tensor]]
@@ -148,8 +173,7 @@ class Stream:
         with held([output], fetched(output)):
             for wave, (rows, positions) in zip(waves, kept, strict=True):
                 nodes, wave.nodes = wave.nodes, []
-                leaves = ((owners, state.hidden[rows.to(state.hidden.device), positions.to(state.hidden.device)])
-                          for owners, state in nodes)
+                leaves = ((owners, self.here(state.hidden)[rows, positions]) for owners, state in nodes)
                 yield finished(self.model, self.blocks, leaves)
 
 
@@ -163,6 +187,41 @@ def stream_of(loaded: LoadedModel) -> Stream | None:
             blocks = learned(loaded.model, loaded.anatomy, probe_tokens(loaded.model))
         stream = loaded.kept[Stream] = Stream(loaded.model, blocks, loaded.stream_memory)
     return stream
+
+
+def away(value: T) -> T:
+    """A value whose tensors wait in the host's memory, pinned where it is a GPU's; each once."""
+    copies: dict[int, Tensor] = {}
+
+    def away(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":
+            return tensor
+        if id(tensor) not in copies:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[id(tensor)] = copy.copy_(tensor, non_blocking=tensor.is_cuda)
+        return copies[id(tensor)]
+
+    return with_tensors(value, away)
+
+
+def with_tensors(value: T, moved: Callable[[Tensor], Tensor]) -> T:
+    """A value with other tensors in the places of its own; what blocks may write to is left as it is.
+
+    Args:
+        value: A tensor, a state, the arguments of a block, or a tuple of these.
+        moved: Gives the other tensor.
+    """
+    made: Any = value  # of the same type; T knows no tuples
+    if isinstance(value, Tensor):
+        made = moved(value)
+    elif isinstance(value, State):
+        made = State(moved(value.hidden), value.own)
+    elif isinstance(value, Call):
+        kwargs = {name: with_tensors(one, moved) for name, one in value.kwargs.items()}
+        made = Call(with_tensors(value.args, moved), kwargs)
+    elif type(value) is tuple:
+        made = tuple(with_tensors(one, moved) for one in made)
+    return made  # type: ignore[no-any-return]
 
 
 def bytes_of(calls: Sequence[Call]) -> int:

@@ -10,20 +10,21 @@ the scores are those of the plain pass: every block is called with the same tens
 from __future__ import annotations
 
 import functools
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from more_itertools import peekable
 from torch import Tensor
 
-from headcount.engine.blocks import Block, first, logits_of_vectors
+from headcount.engine.blocks import first, logits_of_vectors
 from headcount.engine.gradients import Scores, gradients_of, layer_scores, loss_of, real_positions
 from headcount.engine.pack import Batch
 from headcount.engine.step import is_mutable
-from headcount.engine.stream import Stream, Wave
+from headcount.engine.stream import Stream, Waiting, Wave, away
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError
+from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy
 from headcount.model.devices import on_device
 from headcount.model.held import fetched, held, one_by_one
@@ -34,27 +35,28 @@ from headcount.model.norms import LayerNorms
 Given = list[Tensor]
 
 
-def streamed_scores(loaded: LoadedModel, stream: Stream, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Scores]]:
-    """Batches with the two scores of every row, in passes; parameters should be frozen.
+def streamed_scores(loaded: LoadedModel, stream: Stream, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Scores]]:
+    """Batches with the two scores of every row, in the order given, in passes; parameters should be frozen.
 
     Args:
         loaded: The model.
         stream: Its streamed schedule.
-        batches: Of single rows, each an example.
+        batches: Of single rows, each an example; asked for when a pass has room for more.
 
     Raises:
         ModelError: If a block is cut off from gradients, or blocks hand keys and values to later ones.
     """
-    waiting = deque(batches)
+    inputs, full = functools.partial(model_inputs, loaded), [Mask.full(loaded.anatomy.heads_per_layer)]
+    waiting = peekable(Waiting(batch, inputs, full, len(stream.blocks) + 1) for batch in batches)
     _ = loaded.norms  # found in a pass of its own, which is not to fall between two blocks
     while waiting:
         waves, given = _forwards(loaded, stream, waiting)
-        gradients = _of_the_last(loaded, stream.blocks, waves, given)
+        gradients = _of_the_last(loaded, stream, waves, given)
         scores: list[list[Scores]] = [[] for _ in waves]
         for back in one_by_one([block.part.block for block in reversed(stream.blocks)]):
             layer = len(stream.blocks) - 1 - back
             for i, wave in enumerate(waves):
-                of_layer, gradients[i] = _backwards(loaded, layer, wave, given[i], gradients[i])
+                of_layer, gradients[i] = _backwards(loaded, stream, layer, wave, given[i], gradients[i])
                 scores[i].append(of_layer)
         for wave, one in zip(waves, scores, strict=True):
             heads, ffns = zip(*one[::-1], strict=True)
@@ -62,10 +64,12 @@ def streamed_scores(loaded: LoadedModel, stream: Stream, batches: Sequence[Batch
 
 
 @torch.no_grad()
-def _forwards(loaded: LoadedModel, stream: Stream, waiting: deque[Batch]) -> tuple[list[Wave[Batch]], list[Given]]:
+def _forwards(
+    loaded: LoadedModel, stream: Stream, waiting: peekable[Waiting[Batch]]
+) -> tuple[list[Wave[Batch]], list[Given]]:
     """The batches of one pass, and the hidden states that each block was given, the last block's output at the end."""
     blocks = stream.blocks
-    waves = stream.enter(waiting, functools.partial(model_inputs, loaded), states=len(blocks) + 1)
+    waves = stream.enter(waiting)
     for call in (call for wave in waves for call in wave.calls):
         if any(map(is_mutable, (*call.args, *call.kwargs.values()))):
             raise ModelError(f"blocks of {loaded.name} hand keys and values to later ones, so that gradients cannot be "
@@ -73,37 +77,37 @@ def _forwards(loaded: LoadedModel, stream: Stream, waiting: deque[Batch]) -> tup
     given: list[Given] = [[wave.nodes.pop()[1].hidden] for wave in waves]
     for i in one_by_one([block.part.block for block in blocks]):
         for wave, states in zip(waves, given, strict=True):
-            call = wave.calls[i]
-            states.append(first(blocks[i].part.block(states[i].clone(), *call.args, **call.kwargs)))
+            call = stream.here(wave.calls[i])
+            states.append(away(first(blocks[i].part.block(stream.here(states[i]).clone(), *call.args, **call.kwargs))))
     return waves, given
 
 
 def _of_the_last(
-    loaded: LoadedModel, blocks: Sequence[Block], waves: Sequence[Wave[Batch]], given: Sequence[Given]
+    loaded: LoadedModel, stream: Stream, waves: Sequence[Wave[Batch]], given: Sequence[Given]
 ) -> list[Tensor]:
     """Of each batch, the loss's gradient by what the last block put out."""
     output: Any = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     found = []
     with held([output], fetched(output)), torch.enable_grad():
         for wave, states in zip(waves, given, strict=True):
-            last = states.pop().requires_grad_()
+            last = stream.here(states.pop()).requires_grad_()
             rows, positions = (on_device(x, last.device) for x in (wave.batch.rows, wave.batch.positions))
-            logits = logits_of_vectors(loaded.model, blocks, last[rows, positions])
+            logits = logits_of_vectors(loaded.model, stream.blocks, last[rows, positions])
             (gradient,) = torch.autograd.grad(loss_of(logits, wave.batch), last)
-            found.append(gradient)
+            found.append(away(gradient))
     return found
 
 
 def _backwards(
-    loaded: LoadedModel, layer: int, wave: Wave[Batch], states: Given, gradient: Tensor
+    loaded: LoadedModel, stream: Stream, layer: int, wave: Wave[Batch], states: Given, gradient: Tensor
 ) -> tuple[Scores, Tensor]:
     """One block's scores, and the loss's gradient by what the block was given."""
     part, norms = loaded.anatomy.layers[layer], loaded.norms.get(layer, LayerNorms())
-    given, call = states.pop().requires_grad_(), wave.calls[layer]
+    given, call = stream.here(states.pop()).requires_grad_(), stream.here(wave.calls[layer])
     catching = captured(Anatomy((part,), 0), gradients=True, norms={0: norms})
     with torch.enable_grad(), catching as caught:
         put_out = first(part.block(given.clone(), *call.args, **call.kwargs))
         heads = caught.attention.get(0, caught.heads[0])
         longest = int(wave.batch.lengths.max())
-        *own, before = gradients_of(put_out, [heads, caught.ffns[0], given], longest, gradient, layer)
-    return layer_scores(loaded, layer, caught, 0, (own[0], own[1]), real_positions(wave.batch)), before
+        *own, before = gradients_of(put_out, [heads, caught.ffns[0], given], longest, stream.here(gradient), layer)
+    return layer_scores(loaded, layer, caught, 0, (own[0], own[1]), real_positions(wave.batch)), away(before)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from headcount.engine.encode import Request, encode
-from headcount.engine.engine import Engine, Packed
+from headcount.engine.engine import Engine
 from headcount.engine.forward import Progress, columns_of
+from headcount.engine.likelihoods import Likelihoods, Packed, Wanted
 from headcount.engine.pack import Batch, Budget
 from headcount.errors import OptionError, TaskError
 from headcount.masks import Mask, mask_named
@@ -163,6 +165,14 @@ def _encoded(loaded: LoadedModel, task: Task, prompts: Sequence[Prompt]) -> list
         raise TaskError(f"task {task.name!r}: {error}") from error
 
 
+class Scoring(NamedTuple):
+    """Prepared prompts that are to be run under masks, and who is told of progress."""
+
+    prepared: Prepared
+    masks: Sequence[Mask]
+    progress: Progress | None = None
+
+
 def score(
     loaded: LoadedModel, prepared: Prepared, masks: Sequence[Mask], *, progress: Progress | None = None
 ) -> Evaluations:
@@ -172,7 +182,36 @@ def score(
         ModelError: If a log-likelihood is no number, with document, mask and the part of the model.
         TaskError: If a metric of the task is none.
     """
-    likelihoods = Engine.of(loaded).loglikelihoods(prepared.packed, masks, columns=prepared.columns, progress=progress)
+    return next(scores(loaded, [Scoring(prepared, masks, progress)]))
+
+
+def scores(loaded: LoadedModel, wanted: Iterable[Scoring]) -> Iterator[Evaluations]:
+    """The same of several, in the order given; they share readings of weights that lie in files.
+
+    Args:
+        loaded: The model.
+        wanted: What is to be scored; asked for when there is room for more.
+
+    Raises:
+        ModelError: If a log-likelihood is no number, with document, mask and the part of the model.
+        TaskError: If a metric of the task is none.
+    """
+    begun: deque[Scoring] = deque()
+
+    def asked() -> Iterator[Wanted]:
+        for one in wanted:
+            begun.append(one)
+            yield Wanted(one.prepared.packed, one.masks, one.prepared.columns, one.progress)
+
+    for likelihoods in Engine.of(loaded).loglikelihoods_of(asked()):
+        one = begun.popleft()
+        yield _evaluations(loaded, one.prepared, one.masks, likelihoods)
+
+
+def _evaluations(
+    loaded: LoadedModel, prepared: Prepared, masks: Sequence[Mask], likelihoods: Likelihoods
+) -> Evaluations:
+    """What log-likelihoods say of a task."""
     likelihoods = finite_likelihoods(
         loaded, likelihoods, masks, prepared.packed, lambda: _encoded(loaded, prepared.task, prepared.prompts),
         prepared.named, columns=prepared.columns)

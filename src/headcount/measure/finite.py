@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from headcount.engine.encode import Request
-from headcount.engine.engine import Engine, Likelihoods, Packed
+from headcount.engine.engine import Engine
 from headcount.engine.examples import ExampleScores
+from headcount.engine.likelihoods import Likelihoods, Packed
 from headcount.engine.pack import Budget
 from headcount.errors import ModelError
 from headcount.masks import Mask, all_heads, ffns_named, heads_named, mask_named

@@ -11,14 +11,16 @@ beside it the mean gold log-likelihood that is lost. Either can be what orders (
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from headcount.engine.encode import Request, encode
 from headcount.engine.engine import Engine
+from headcount.engine.examples import Examples, ExampleScores
 from headcount.engine.forward import Progress
 from headcount.engine.pack import Budget
 from headcount.errors import ModelError, OptionError
@@ -29,7 +31,7 @@ from headcount.measure.resampling import halves, resampled, standard_error
 from headcount.model.load import LoadedModel
 from headcount.results import Evaluations, Importance, Score
 from headcount.tasks.fewshot import LM_EVAL_SEED, FewShot
-from headcount.tasks.task import Split, Task
+from headcount.tasks.task import Prompt, Split, Task
 
 
 def head_importance(
@@ -139,13 +141,51 @@ def gradient_importance(
     Returns:
         Importance of heads under "head" and of FFNs under "ffn", scores "position" and "example" in nats.
     """
-    prompts = task.prompts("examples", few_shot, chat=loaded.chat)
-    paper = task.protocol == "paper"
-    requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length, apart=paper)
+    return next(gradient_importances(loaded, [Learning(task, few_shot, progress)], budget=budget))
+
+
+class Learning(NamedTuple):
+    """A task on whose training documents importance is wanted, how many and with which shots, and who is told."""
+
+    task: Task
+    few_shot: FewShot
+    progress: Progress | None = None
+
+
+def gradient_importances(
+    loaded: LoadedModel, wanted: Iterable[Learning], *, budget: Budget | None = None
+) -> Iterator[dict[Component, Importance]]:
+    """The same of several tasks, in the order given; they share readings of weights that lie in files.
+
+    Args:
+        loaded: The model.
+        wanted: The tasks; asked for when there is room for more.
+        budget: How large batches may be; None measures the device.
+    """
+    engine, begun = Engine.of(loaded), deque[tuple[Learning, list[Prompt], list[Request]]]()
+
+    def asked() -> Iterator[Examples]:
+        for one in wanted:
+            prompts = one.task.prompts("examples", one.few_shot, chat=loaded.chat)
+            requests = encode(loaded.tokenizer, [p.pairs[p.gold] for p in prompts], loaded.max_length,
+                              apart=one.task.protocol == "paper")
+            begun.append((one, prompts, requests))
+            yield engine.examples(requests, budget, one.progress)
+
+    for measured in engine.gradients_of(asked()):
+        yield _importances(loaded, *begun.popleft(), measured)
+
+
+def _importances(
+    loaded: LoadedModel, learning: Learning, prompts: Sequence[Prompt], requests: Sequence[Request],
+    measured: ExampleScores,
+) -> dict[Component, Importance]:
+    """Importance of heads and FFNs from the scores of every example."""
+    task, few_shot, _ = learning
     heads, ffns = finite_gradients(
-        loaded, Engine.of(loaded).gradients(requests, budget=budget, progress=progress), requests,
+        loaded, measured, requests,
         lambda i: document_named(task.name, few_shot.num_fewshot, "examples", prompts[i].doc_id))
-    if paper:
+    if task.protocol == "paper":
         heads[0] *= paper_weights(requests, loaded.anatomy.heads_per_layer)
 
     owners, doc_ids = task.passages("examples", prompts), np.array([p.doc_id for p in prompts], np.int64)

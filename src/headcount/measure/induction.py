@@ -25,7 +25,6 @@ import copy
 import dataclasses
 import functools
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,11 +34,12 @@ import torch
 from accelerate import dispatch_model
 from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Int
+from more_itertools import peekable
 from torch import Tensor
 
 from headcount.engine.engine import Engine
 from headcount.engine.forward import Progress
-from headcount.engine.stream import Stream, Wave, stream_of
+from headcount.engine.stream import Stream, Waiting, Wave, stream_of
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
 from headcount.measure.copying import Reading, Watch, paper_copying, sound_copying
@@ -290,19 +290,22 @@ def _measured(
     scores = np.zeros((len(_KINDS), len(texts.members), loaded.anatomy.num_heads))
     entries = _ENTRIES.get(loaded.device.type, 2**28)
     # The paper's copying passes each text twice, with other inputs of every block.
-    stream, waiting = stream_of(loaded) if protocol == "sound" else None, deque[_Text]()
+    stream, left = stream_of(loaded) if protocol == "sound" else None, list[_Text]()
     for batch in texts.batches(max(loaded.anatomy.heads_per_layer), entries):
         length = texts.members[batch[0]][0]
         for kinds, repeated in ((slice(0, 2), True), (slice(2, 3), False)):
             ids = texts.drawn(batch, repeated=repeated).to(loaded.device)
             if stream is not None:
-                waiting.append(_Text(kinds, batch, ids, length))
+                left.append(_Text(kinds, batch, ids, length))
                 continue
             work = _prefix_work(reading, length, texts.repeats, bos, protocol) if repeated else (
                 _copying_work(reading, protocol))
             scores[kinds, batch] = _halved(work, ids).numpy()
             if progress is not None:
                 progress(ids.numel())
+    # Beside the hidden states directions wait, in float32.
+    full, states = [Mask.full(loaded.anatomy.heads_per_layer)], 1 + 4 // loaded.model.dtype.itemsize
+    waiting = peekable(Waiting(text, lambda text: reading.inputs(text.ids), full, states) for text in left)
     while stream is not None and waiting:
         _one_pass(reading, stream, waiting, functools.partial(_watched, reading, texts.repeats, bos), scores, progress)
     finite_induction(loaded, scores, _KINDS,
@@ -340,15 +343,12 @@ def _watched(reading: Reading, repeats: int, bos: int, text: _Text) -> Watch:
 
 
 def _one_pass(
-    reading: Reading, stream: Stream, waiting: deque[_Text], watched: Callable[[_Text], Watch],
+    reading: Reading, stream: Stream, waiting: peekable[Waiting[_Text]], watched: Callable[[_Text], Watch],
     scores: Float[np.ndarray, "kind text head"], progress: Progress | None,
 ) -> None:
     """Fill in the scores of as many texts as may wait between two blocks."""
     output: Any = reading.loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    full = [Mask.full(reading.loaded.anatomy.heads_per_layer)]
-    # Beside the hidden states directions wait, in float32.
-    states = 1 + 4 // reading.loaded.model.dtype.itemsize
-    waves = stream.enter(waiting, lambda text: reading.inputs(text.ids), states=states)
+    waves = stream.enter(waiting)
     with held([output], fetched(output)):
         watches = {id(wave): watched(wave.batch) for wave in waves}
 
@@ -356,7 +356,7 @@ def _one_pass(
         part, watch = reading.loaded.anatomy.layers[layer], watches[id(wave)]
         return attention_seen(Anatomy((part,), 0), lambda _, z, attention: watch.visit(layer, z, attention))
 
-    for _ in stream.through(waves, full, seen):
+    for _ in stream.through(waves, seen):
         pass
     for wave in waves:
         scores[wave.batch.kinds, wave.batch.members] = watches[id(wave)].result().numpy()

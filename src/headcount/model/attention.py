@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from headcount.errors import ModelError
 from headcount.model.anatomy import Anatomy
 from headcount.model.devices import device_of
-from headcount.model.held import present
+from headcount.model.offloaded import present
 
 # A layer, what its output projection reads (batch pos head d_head), and its attention (batch head pos pos).
 Visit = Callable[[int, Tensor, Tensor], None]

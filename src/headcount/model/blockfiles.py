@@ -22,7 +22,7 @@ from headcount.errors import ModelError
 from headcount.model import checkpoint
 from headcount.model.anatomy import Names, find_anatomy
 from headcount.model.block_cache import BlockCache, Layout
-from headcount.model.conversion import convert
+from headcount.model.conversion import Source, convert
 from headcount.model.weight_files import Held, files_read
 
 # Tensors begin at multiples of so many bytes, as torch's own.
@@ -39,6 +39,8 @@ class BlockFiles:
         places: Where every tensor lies, by the model's name of it; tied ones by the name that is kept.
         dtypes: The type that each is wanted in, by the same names.
         tied: Other names of some of them, and the name that is kept.
+        behind: How many bytes behind a multiple of 64 each begins in memory, by the names that are kept. Kernels go by
+            that: so it is where a model in memory has it, whose weights are the mapped file's.
         held: What the checkpoint's own files hold, by its own names.
         notes: What must be said of the checkpoint beside every result.
         folder: Of the files that were written; None where the checkpoint is read where it lies.
@@ -49,6 +51,7 @@ class BlockFiles:
     places: Mapping[str, Held]
     dtypes: Mapping[str, torch.dtype]
     tied: Mapping[str, str]
+    behind: Mapping[str, int]
     held: Mapping[str, Held]
     notes: tuple[str, ...]
     folder: Path | None
@@ -67,7 +70,7 @@ class BlockFiles:
 
     def bytes_of(self, names: Sequence[str]) -> int:
         """The memory that these tensors are read into; tied ones once."""
-        return sum(_length_in_memory(self.places[name].shape, self.dtypes[name]) for name in self._kept(names))
+        return self._starts(names)[-1][1]
 
     def read(self, prefix: str, memory: Tensor | None = None) -> dict[str, Tensor]:
         """The tensors whose names begin so, in memory (`read_named`)."""
@@ -90,66 +93,111 @@ class BlockFiles:
             ModelError: If a file is gone or has become shorter.
         """
         memory = torch.empty(self.bytes_of(names), dtype=torch.uint8) if memory is None else memory
+        first = -memory.data_ptr() % _ALIGNED
         read: dict[str, Tensor] = {}
-        start = 0
-        for name in self._kept(names):
+        for name, start in self._starts(names)[:-1]:
             place, dtype = self.places[name], self.dtypes[name]
-            end = start + math.prod(place.shape) * dtype.itemsize
-            read[name] = memory[start:end].view(dtype).view(place.shape)
+            begin = first + start
+            read[name] = memory[begin : begin + math.prod(place.shape) * dtype.itemsize].view(dtype).view(place.shape)
             place.read_into(read[name])
-            start += _length_in_memory(place.shape, dtype)
         return {name: read[self.tied.get(name, name)] for name in names}
 
-    def _kept(self, names: Sequence[str]) -> list[str]:
-        return list(dict.fromkeys(self.tied.get(name, name) for name in names))
+    def _starts(self, names: Sequence[str]) -> list[tuple[str, int]]:
+        """Where each begins, behind the memory's first multiple of 64; at the end how long the memory must be."""
+        starts, end = [], 0
+        for name in dict.fromkeys(self.tied.get(name, name) for name in names):
+            end += -end % _ALIGNED + self.behind[name]
+            starts.append((name, end))
+            end += math.prod(self.places[name].shape) * self.dtypes[name].itemsize
+        return [*starts, ("", end + _ALIGNED)]
 
 
-def _length_in_memory(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """A tensor's bytes, filled up so that the next one begins where fast kernels want it."""
-    length = math.prod(shape) * dtype.itemsize
-    return length + -length % _ALIGNED
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint's files, opened: what they hold is known, and nothing of it is read.
+
+    Attributes:
+        name: The model, as the user named it.
+        folder: Where the files lie.
+        cache: Where they are rewritten, if need be.
+        held: What they hold, by its own names.
+    """
+
+    name: str
+    folder: Path
+    cache: BlockCache
+    held: Mapping[str, Held]
+
+    @classmethod
+    def open(cls, folder: Path, named: str | None, *, name: str | None = None, commit: str | None = None) -> Checkpoint:
+        """The files of a checkpoint; those that can only be read whole are rewritten once.
+
+        Args:
+            folder: Of the checkpoint, with all its files.
+            named: The file of weights, or index of shards, that the config names; None where it names none.
+            name: The model, as the user named it; the folder by default.
+            commit: The hub's commit that the files are of, where they are from there.
+
+        Raises:
+            ModelError: If a file is missing, damaged or not whole.
+        """
+        name = str(folder) if name is None else name
+        files = files_read(folder, named)
+        if not files:
+            raise ModelError(f"{name} holds no weights in {folder} that transformers reads (model.safetensors, "
+                             "pytorch_model.bin, or the index of their shards): download them there")
+        cache = BlockCache.of(name, files, commit)
+        return cls(name, folder, cache, checkpoint.tensors(name, cache.in_parts()))
+
+    def without_values(self) -> dict[str, Tensor]:
+        """What it holds without values, on the meta device.
+
+        Raises:
+            ModelError: If it holds numbers of a type that torch does not have.
+        """
+        return {name: one.without_values() for name, one in self.held.items()}
 
 
 def block_files(
-    folder: Path, model: PreTrainedModel, dtype: torch.dtype, *, name: str | None = None, names: Names | None = None,
-    commit: str | None = None, progress: Callable[[int, int], None] | None = None,
+    opened: Checkpoint, model: PreTrainedModel, dtype: torch.dtype, *, names: Names | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> BlockFiles:
     """Where a model's weights lie, to be read block by block; what does not lie so is written into the cache first.
 
     Args:
-        folder: Of the checkpoint, with all its files.
+        opened: The checkpoint.
         model: The model without weights, built on the meta device, in `dtype`.
         dtype: The type that its weights are wanted in, as `from_pretrained` takes it.
-        name: The model, as the user named it; the folder by default.
         names: Names of the model's parts, where they are not found.
-        commit: The hub's commit that the files are of, where they are from there.
         progress: Told after every file how many bytes are written, of how many.
 
     Raises:
-        ModelError: If a file is missing, damaged or not whole, the checkpoint is not the model's, it is quantised, or
-            the disk of the cache has too little space.
+        ModelError: If the checkpoint is not the model's, it is quantised, it changes meanwhile, or the disk of the
+            cache has too little space.
     """
-    name = str(folder) if name is None else name
-    files = files_read(folder, checkpoint.named_weights(model))
-    if not files:
-        raise ModelError(f"{name} holds no weights in {folder} that transformers reads (model.safetensors, "
-                         "pytorch_model.bin, or the index of their shards): download them there")
+    name, held = opened.name, opened.held
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{name} is quantised, and only plain weights can be read block by block: load it whole, "
                          "without `stream`", fields=("stream",))
     blocks = _blocks(model, names or Names())
-    cache = BlockCache.of(name, files, commit)
-    held = checkpoint.tensors(name, cache.in_parts())
     conversion = convert(name, list(held.values()), model, dtype)
-    notes = checkpoint.check(name, model, conversion.told, folder, held)
+    notes = checkpoint.check(name, model, conversion.told, opened.folder, held)
     layout = Layout.of(conversion, model, blocks)
-    folder_written = cache.write(layout, model, progress) if layout.files else None
+    folder = opened.cache.write(layout, model, progress) if layout.files else None
     places = {source.first: source.held[0][1] for source in layout.in_place}
-    places |= {} if folder_written is None else layout.held(folder_written)
-    cache.tidy([*places.values(), *held.values()])
+    places |= {} if folder is None else layout.held(folder)
+    opened.cache.tidy([*places.values(), *held.values()])
     dtypes = {key: one.dtype for key, one in conversion.announced.items()}
-    return BlockFiles(name, blocks, {key: places[key] for key in dtypes}, dtypes, conversion.tied, held, notes,
-                      folder_written)
+    behind = dict.fromkeys(dtypes, 0) | {source.first: _mapped_at(source) for source in conversion.sources}
+    return BlockFiles(name, blocks, {key: places[key] for key in dtypes}, dtypes, conversion.tied, behind, held, notes,
+                      folder)
+
+
+def _mapped_at(source: Source) -> int:
+    """How many bytes behind a multiple of 64 a tensor begins that `from_pretrained` gives a model: a mapped file's."""
+    held = source.held[0][1]
+    maps = source.rule is None and held.whole is None and held.dtype == source.dtype
+    return held.offset % _ALIGNED if maps else 0
 
 
 def _blocks(model: PreTrainedModel, names: Names) -> tuple[str, ...]:

@@ -33,9 +33,9 @@ from headcount.model.attention import Visit, attention_seen, fed, one_logit
 from headcount.model.damage import damaged
 from headcount.model.devices import device_of, doubled
 from headcount.model.finite import is_finite
-from headcount.model.held import present
 from headcount.model.hooks import ablated
 from headcount.model.norms import find_norms, zeros
+from headcount.model.offloaded import present
 
 # Basis vectors that pass the model at once.
 _PROBES = 1024

@@ -32,9 +32,9 @@ from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy, find_anatomy
 from headcount.model.attention import eager
 from headcount.model.devices import device_of, doubled
-from headcount.model.held import present
 from headcount.model.hooks import ablated, first_output, frozen
 from headcount.model.load import LoadedModel
+from headcount.model.offloaded import present
 
 PROBE_TOKENS = 8
 # Rounding of a few additions, in units of the dtype's precision at the largest value.

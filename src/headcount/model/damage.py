@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy, LayerAnatomy
-from headcount.model.held import present
+from headcount.model.offloaded import present
 
 
 def damaged(modules: Iterable[nn.Module], model: nn.Module) -> list[str]:

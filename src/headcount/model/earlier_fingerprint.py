@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headcount.model.fingerprint import described
-from headcount.model.held import present
+from headcount.model.offloaded import present
 
 _SAMPLED = 64
 # So many 64-bit numbers stay in a core's cache.

@@ -37,7 +37,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from headcount.code_files import digests, own_files
 from headcount.errors import ModelError, first_line
-from headcount.model.held import present
+from headcount.model.offloaded import present
 
 # Neither what the file was called, nor what the weights say better, changes what a model computes.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_commit_hash"}

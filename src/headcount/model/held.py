@@ -1,10 +1,10 @@
 """Weights of a part of a model held in memory while many batches pass it, where the model's weights lie in files.
 
-A model may leave its weights in their files (accelerate's offloading, `device_map="disk"`). Then every call of a module
-fetches its own anew. Here those of a whole block are fetched once, in another thread if that is wished (`fetched`), and
-put in place while something runs (`held`). Meanwhile modules run by their own `forward`, not by accelerate's, which
-would fetch again. A plain pass does the same block by block (`hold_blocks`): blocks whose modules read one another's
-weights without a call (DBRX, Llama-4) run from files, too.
+A model may leave its weights in their files (`headcount.model.disk`). Then every call of a module fetches its own anew.
+Here those of a whole block are fetched once, in another thread if that is wished (`fetched`), and put in place while
+something runs (`held`). Meanwhile modules run by their own `forward`, not by accelerate's, which would fetch again. A
+plain pass does the same block by block (`hold_blocks`): blocks whose modules read one another's weights without a call
+(DBRX, Llama-4) run from files, too.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
-from accelerate.utils import align_module_device, send_to_device
+from accelerate.utils import send_to_device
 from accelerate.utils.modeling import named_module_tensors
+from accelerate.utils.offload import PrefixedDataset
 from torch import Tensor, nn
 
-_ALIGNED = 64
+from headcount.model.blockfiles import BlockFiles
+from headcount.model.disk import InFiles
+
 # Where something stood, under which name, and what it was.
 Before = tuple[dict[str, Any], str, Any]
 
@@ -36,47 +39,50 @@ class Weight(NamedTuple):
 
 
 def in_files(model: nn.Module) -> bool:
-    """Whether all weights are fetched when they are needed (accelerate's offloading), so that blocks can be held."""
-    return all(p.is_meta for p in model.parameters()) and bool(_offloaded([model]))
+    """Whether all weights stay in their files, so that blocks can be held."""
+    return all(p.is_meta for p in model.parameters()) and any(_places(model))
 
 
-def offloaded(model: nn.Module) -> bool:
-    """Whether some weights are, as where a model is spread over devices and its files."""
-    return any(p.is_meta for p in model.parameters())
+def fetched(*modules: nn.Module, memory: Tensor | None = None) -> list[Weight]:
+    """The weights of some modules of a model that lies in files, read whole into one piece of memory.
 
-
-@contextlib.contextmanager
-def present(module: nn.Module) -> Iterator[None]:
-    """Have a module's own weights in memory: fetched where they are not there, left alone where they are."""
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    with align_module_device(module) if any(tensor.is_meta for tensor in own) else contextlib.nullcontext():
-        yield
-
-
-def fetched(*modules: nn.Module) -> list[Weight]:
-    """The weights of some modules, read whole."""
+    Args:
+        modules: The modules.
+        memory: The bytes to read into, such as an earlier block's, at least `size` of them; None takes new ones.
+    """
+    places = [place for module in modules for place in _places(module)]
+    files = {id(place.files): place.files for place in places}
     found: list[Weight] = []
-    for part in _offloaded(modules):
-        hook: Any = part._hf_hook
-        for name, _ in named_module_tensors(part, include_buffers=hook.offload_buffers, recurse=hook.place_submodules,
-                                            remove_non_persistent=True):
-            owner, _, last = name.rpartition(".")
-            found.append(Weight(part.get_submodule(owner), last, _read(hook.weights_map[name])))
+    for key, one in files.items():
+        own = [place for place in places if id(place.files) == key]
+        read = one.read_named([place.key for place in own], memory)
+        found += [Weight(place.owner, place.name, read[place.key]) for place in own]
     return found
 
 
-def _read(mapped: Tensor) -> Tensor:
-    """A copy of a tensor that may be a mapped file's, which is read when it is first looked at.
+def size(*modules: nn.Module) -> int:
+    """How many bytes of memory some modules' weights are read into."""
+    places = [place for module in modules for place in _places(module)]
+    return places[0].files.bytes_of([place.key for place in places]) if places else 0
 
-    It begins as far behind a multiple of 64 bytes as the file's does: kernels go by that, and a model in memory, whose
-    weights are the mapped file's, must have no other last bits.
-    """
-    bytes_of = mapped.contiguous().reshape(-1).view(torch.uint8)
-    room = torch.empty(len(bytes_of) + _ALIGNED, dtype=torch.uint8)
-    start = (mapped.data_ptr() - room.data_ptr()) % _ALIGNED
-    here = room[start : start + len(bytes_of)]
-    here.copy_(bytes_of)
-    return here.view(mapped.dtype).view(mapped.shape)
+
+class _Place(NamedTuple):
+    """Where a tensor belongs, and where it is read."""
+
+    owner: nn.Module
+    name: str
+    files: BlockFiles
+    key: str
+
+
+def _places(module: nn.Module) -> Iterator[_Place]:
+    for part in _offloaded([module]):
+        hook: Any = part._hf_hook
+        if isinstance(mapped := hook.weights_map, PrefixedDataset) and isinstance(mapped.dataset, InFiles):
+            for name, _ in named_module_tensors(part, include_buffers=hook.offload_buffers,
+                                                recurse=hook.place_submodules, remove_non_persistent=True):
+                owner, _, last = name.rpartition(".")
+                yield _Place(part.get_submodule(owner), last, mapped.dataset.files, f"{mapped.prefix}{name}")
 
 
 @contextlib.contextmanager
@@ -134,8 +140,7 @@ def hold_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
 
 def _put(modules: Sequence[nn.Module], weights: Sequence[Weight], before: list[Before]) -> None:
     """Put weights in their places, and own forwards; what was there is noted."""
-    device = next((torch.device(part._hf_hook.execution_device) for part in _offloaded(modules)),  # type: ignore
-                  torch.device("cpu"))
+    device = _runs_on(modules)
     for owner, name, value in weights:
         is_parameter = name in owner._parameters
         place: dict[str, Any] = owner._parameters if is_parameter else owner._buffers
@@ -157,14 +162,16 @@ def one_by_one(blocks: Sequence[nn.Module]) -> Iterator[int]:
     """Go through blocks, whose weights are in memory while their numbers are out; the next one is read meanwhile.
 
     Yields:
-        The number of each block, in the order given. Two blocks are in memory at a time.
+        The number of each block, in the order given. Two blocks are in memory at a time, in turn in two pieces of it.
     """
+    room = max(map(size, blocks))
+    memory = [torch.empty(room, dtype=torch.uint8, pin_memory=_runs_on(blocks[:1]).type == "cuda") for _ in range(2)]
     with ThreadPoolExecutor(1, thread_name_prefix="headcount-reader") as reader:
-        ahead = reader.submit(fetched, blocks[0])
+        ahead = reader.submit(fetched, blocks[0], memory=memory[0])
         for i, block in enumerate(blocks):
             weights = ahead.result()
             if i + 1 < len(blocks):
-                ahead = reader.submit(fetched, blocks[i + 1])
+                ahead = reader.submit(fetched, blocks[i + 1], memory=memory[(i + 1) % 2])
             with held([block], weights):
                 yield i
             del weights
@@ -176,6 +183,12 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def _runs_on(modules: Sequence[nn.Module]) -> torch.device:
+    """The device on which modules compute whose weights are fetched."""
+    return next((torch.device(part._hf_hook.execution_device) for part in _offloaded(modules)),  # type: ignore
+                torch.device("cpu"))
 
 
 def _offloaded(modules: Sequence[nn.Module]) -> list[nn.Module]:

@@ -173,11 +173,14 @@ def load(
         raise ModelError(f"load takes a hub id or a path, not a {type(name).__name__}: for a model that is in memory "
                          "use wrap(model, tokenizer)")
     waits = bytes_said(stream_memory)
-    if stream and (device is not None or device_map not in (None, DISK)):
-        raise OptionError("`stream` leaves weights in their files, and `device` or `device_map` puts them elsewhere: "
-                          "give one of them", fields=("stream", "device", "device_map"))
-    wanted = Wanted(str(name), dtype_of(dtype), placement(device, DISK if stream else device_map), attn_implementation,
-                    trust_remote_code, tokenizer, names or Names(), apply_chat_template)
+    if stream and device_map not in (None, DISK):
+        raise OptionError(f"`stream` leaves weights in their files, and `device_map` {device_map} puts them elsewhere: "
+                          "give one of them", fields=("stream", "device_map"))
+    on_disk = stream or device_map == DISK
+    runs_on = placement(device, None if on_disk else device_map)
+    wanted = Wanted(str(name), dtype_of(dtype), DISK if on_disk else runs_on, attn_implementation, trust_remote_code,
+                    tokenizer, names or Names(), apply_chat_template,
+                    runs_on if on_disk or device_map is None else "cpu")
     with quiet():
         source = find(wanted.name, revision)
         too_large = "" if device is not None or wanted.device_map == DISK or device_map is not None else (

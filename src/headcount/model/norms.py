@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.attention import embedded_tokens
 from headcount.model.devices import device_of
-from headcount.model.held import present
+from headcount.model.offloaded import present
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import shutil
-import tempfile
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,6 +34,8 @@ from transformers.utils import logging as transformers_logging
 from headcount.errors import ModelError
 from headcount.model import checkpoint, removed
 from headcount.model.anatomy import Names, find_anatomy
+from headcount.model.blockfiles import Checkpoint
+from headcount.model.disk import left_in_files
 from headcount.model.placement import DISK
 from headcount.model.source import TRUST, Source, failure, said
 from headcount.model.weight_files import UNREADABLE
@@ -48,7 +48,10 @@ _LOAD_ERRORS = (*UNREADABLE, KeyError, ImportError, StrictDataclassError, TypeEr
 
 @dataclass(frozen=True)
 class Wanted:
-    """What was asked of a model, wherever its files are: the options of `load`."""
+    """What was asked of a model, wherever its files are: the options of `load`.
+
+    `runs_on` is the device on which a model computes whose weights stay in their files.
+    """
 
     name: str
     dtype: str | torch.dtype
@@ -58,6 +61,7 @@ class Wanted:
     tokenizer: str | None = None
     names: Names = field(default_factory=Names)
     apply_chat_template: bool = False
+    runs_on: str = "cpu"
 
 
 def read(
@@ -81,19 +85,12 @@ def read(
     if wanted.apply_chat_template and not reader.chat_template:
         raise ModelError(f"the tokenizer of {wanted.name} has no chat template: leave out "
                          "`apply_chat_template`", fields=("apply_chat_template",))
-    options = {**common, "config": config, "dtype": wanted.dtype, "device_map": wanted.device_map,
-               "attn_implementation": wanted.attn_implementation}
-    if wanted.device_map != DISK:
-        model, notes = _model(wanted.name, source, options)
-        return model, reader, notes
-    # What does not lie in the files as the model wants it (stacked experts) is written here, while the model is there.
-    spilled = tempfile.mkdtemp(prefix="headcount-weights-")
-    try:
-        model, notes = _model(wanted.name, source, options | {"device_map": {"": DISK}, "offload_folder": spilled})
-    except BaseException:
-        shutil.rmtree(spilled, ignore_errors=True)
-        raise
-    weakref.finalize(model, shutil.rmtree, spilled, ignore_errors=True)
+    if wanted.device_map == DISK and source.gguf is None:
+        model, notes = _on_disk(wanted, source, config)
+    else:
+        model, notes = _model(wanted.name, source, {
+            **common, "config": config, "dtype": wanted.dtype, "device_map": wanted.device_map,
+            "attn_implementation": wanted.attn_implementation})
     return model, reader, notes
 
 
@@ -201,6 +198,34 @@ def tokenizer_of(name: str, source: Source, wanted: Wanted) -> PreTrainedTokeniz
         why = said(e) if wanted.tokenizer is not None or source.has_tokenizer else "there are no files of one"
         raise ModelError(f"no tokenizer can be loaded from {wanted.tokenizer or name} ({why}): put its files "
                          "beside the model's, or in Python name one with load(..., tokenizer=FOLDER_OR_HUB_ID)") from e
+
+
+def _on_disk(wanted: Wanted, source: Source, config: PreTrainedConfig) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """A model whose weights stay in their files."""
+    name = wanted.name
+    named = getattr(config, "transformers_weights", None)
+    opened = Checkpoint.open(source.fetched(named), named, name=name, commit=source.commit)
+    try:
+        made: Any = type(empty(config, wanted.trust_remote_code, wanted.attn_implementation))
+        # Sizes that do not match are told when the files are laid out.
+        build = functools.partial(made.from_pretrained, None, config=config, dtype=wanted.dtype,
+                                  attn_implementation=wanted.attn_implementation, ignore_mismatched_sizes=True)
+        model, notes = left_in_files(opened, build, wanted.runs_on, names=wanted.names)
+    except _LOAD_ERRORS as e:
+        raise failure(name, source, e) from e
+    model.name_or_path = model.config.name_or_path = source.place
+    if model.can_generate():
+        model.generation_config = _generation(source)
+    return model, (*notes, *_of_another_class(model))
+
+
+def _generation(source: Source) -> GenerationConfig:
+    """Settings of generation, as `from_pretrained` takes them from a folder: their own file's, else the config's."""
+    try:
+        return GenerationConfig.from_pretrained(source.place, **source.keywords)
+    except OSError:
+        return GenerationConfig.from_pretrained(source.place, config_file_name="config.json", _from_model_config=True,
+                                                **source.keywords)
 
 
 def _model(name: str, source: Source, options: Mapping[str, Any]) -> tuple[PreTrainedModel, tuple[str, ...]]:

@@ -69,6 +69,14 @@ class Held:
         """Whether its numbers lie in the file one behind another."""
         return self.whole is None and self.strides == contiguous(self.shape)
 
+    def without_values(self) -> Tensor:
+        """Its shape and type, on the meta device.
+
+        Raises:
+            ModelError: If torch has no such type.
+        """
+        return torch.empty(self.shape, dtype=self._type, device="meta")
+
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """All of it, in its own type or another one; takes no more memory than what is returned, and a little.
 

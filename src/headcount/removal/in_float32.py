@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from headcount.engine.blocks import replaced
-from headcount.model.held import HeldWhileCalled, give_back, present
+from headcount.model.held import HeldWhileCalled, give_back
+from headcount.model.offloaded import present
 
 # Weights of more numbers are cast some rows at a time.
 _LARGE, _ROWS = 2**26, 2**12

@@ -25,9 +25,9 @@ from headcount.mask_file import MaskFile, check_mask
 from headcount.masks import Mask, ffns_named
 from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.devices import device_of
-from headcount.model.held import offloaded
 from headcount.model.hooks import ablated
 from headcount.model.load import LoadedModel, wrap
+from headcount.model.offloaded import offloaded
 from headcount.model.placement import DISK, dtype_of, fits, placement
 from headcount.model.read import Wanted, quiet, read
 from headcount.model.size import weights_size

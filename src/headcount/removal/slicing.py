@@ -25,9 +25,10 @@ from headcount.errors import ModelError, listed, named
 from headcount.masks import Mask
 from headcount.model.contracts import FAILURES, probe_tokens
 from headcount.model.devices import device_of
-from headcount.model.held import give_back, offloaded, present
+from headcount.model.held import give_back
 from headcount.model.hooks import layer_ablated
 from headcount.model.load import LoadedModel
+from headcount.model.offloaded import offloaded, present
 from headcount.model.removed import FORMAT, base_of, name_code, narrowed
 from headcount.removal.in_float32 import as_float32, in_float32
 from headcount.removal.layouts import Cut, cut, merged
