@@ -115,7 +115,8 @@ def test_layer_tokens_are_those_of_the_run(measured: tuple[StudySpec, Path], tim
             assert layers.low <= info["layer_tokens"] <= layers.high, planned.title
             assert layers.exact or planned.job.needs, planned.title
             seen[planned.job.masks.order] += 1
-            assert cost.waiting == info["tokens"], "positions of all masks"
+            hidden = info["tokens"] * plan.loaded.anatomy.layers[0].d_model * plan.loaded.model.dtype.itemsize
+            assert hidden < cost.waiting, "hidden states of all masks, and masks of attention"
             ran[planned.job.masks.order] += info["layer_tokens"]
             middle[planned.job.masks.order] += cost.layer_tokens.middle
     assert middle.total() == pytest.approx(ran.total(), rel=0.1)
@@ -213,7 +214,7 @@ def test_flops_are_two_a_parameter_and_attention_and_output() -> None:
 
 
 def test_a_device_holds_a_model_streams_it_or_cannot() -> None:
-    memory = Memory(weights=100, block=10, output=30, batch=20, gradients=80, hidden=1)
+    memory = Memory(weights=100, block=10, output=30, batch=20, gradients=80)
     device = Device("d", 150, 1, {"float32": 10.0}, 0.5, "", 1)
 
     def on(size: float, number: int = 1) -> object:

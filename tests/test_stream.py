@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from headcount.engine.engine import Engine
 from headcount.engine.gradients import batch_scores
 from headcount.engine.pack import Batch, Budget, batches, pack
 from headcount.engine.proof import _parting, _requests
-from headcount.engine.stream import Stream, Waiting
+from headcount.engine.stream import Stream, Waiting, Wave
 from headcount.engine.stream_gradients import streamed_scores
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
@@ -36,6 +36,8 @@ from headcount.model import held, placement
 from headcount.model.contracts import probe_tokens
 from headcount.model.hooks import frozen
 from headcount.model.load import LoadedModel, load
+from headcount.study.prepare import Silent, prepare
+from headcount.study.runner import run
 from headcount.tasks.task import Task
 
 # Every kind: norms on branches, projections beside blocks, fused and transposed matrices, experts that are read by
@@ -276,3 +278,47 @@ def test_no_step_keeps_the_weights_of_more_than_two_blocks(
         do()
     assert {*most} == {*steps}
     assert max(most.values()) <= 2, most
+
+class Titles(Silent):
+    """Which jobs began."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    def job(self, title: str) -> None:
+        """Kept."""
+        self.titles.append(title)
+
+
+def test_jobs_that_are_ready_together_share_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass for all gradients, one for what then is ready, one for the rest; with less memory some more."""
+    folder, data = tiny.saved(tmp_path / "model"), tmp_path / "data"
+    for name in ("piqa", "copa_like"):
+        tiny.write_task(data, name)
+    passes: list[Sequence[Wave[Any]]] = []
+
+    def counted(self: Stream, waiting: peekable[Waiting[Any]]) -> list[Wave[Any]]:
+        passes.append(waves := enter(self, waiting))
+        return waves
+
+    enter = Stream.enter
+    monkeypatch.setattr(Stream, "enter", counted)
+    tables = []
+    for memory in (None, "1MB"):
+        told, spec = Titles(), hc.StudySpec(
+            model=str(folder), tasks=("piqa", "icl_plural", "icl_past_tense"), data=data, shots=(0, 1), limit=8,
+            importance_limit=6, fractions=(0.25, 0.5), random_orders=1, measure=("curves",), batch_tokens=500,
+            row_tokens=200, stream=True, stream_memory=memory, out=tmp_path / f"study-{memory}")
+        planned = hc.forecast(spec).passes
+        plan = prepare(spec)
+        Engine.of(plan.loaded).prove_sweep()
+        Engine.of(plan.loaded).prove(gradients=True)
+        passes.clear()
+        tables.append(hc.open_study(run(plan, reporter=told)).curves())
+        least = planned.scoring + planned.gradients // 2
+        # A pass is full where the next batch does not fit: some more are needed than bytes alone tell.
+        assert least <= len(passes) <= (3 if memory is None else 1.5 * least)
+        assert len(told.titles) == len({*told.titles}) == 66
+        jobs = [{id(wave.batch.begun) for wave in waves if hasattr(wave.batch, "begun")} for waves in passes]
+        assert max(map(len, jobs)) > 1
+    pd.testing.assert_frame_equal(*tables, check_exact=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from headcount.study.devices import READ_SPEED, USABLE, WAITING
+from headcount.study.devices import READ_SPEED, USABLE
 from headcount.terminal import table_of
 
 if TYPE_CHECKING:
@@ -118,9 +118,10 @@ def _print_devices(known: Forecast) -> None:
         _say(f"assumed: {_short(rate)}FLOP/s, {efficiency:.0%} of {_short(rate / efficiency)}FLOP/s in "
              f"{known.shape.dtype} ({text})")
     if any(one.bytes_read for one in known.devices):
-        _say(f"assumed: weights are read at {READ_SPEED / 1e9:g} GB/s, once for as many jobs as {WAITING / 1e9:g} GB "
-             f"of hidden states allow: {known.passes.scoring:,} times to score, {known.passes.gradients:,} times for "
-             "gradients. A pass takes as long as the slower of reading and computing.")
+        _say(f"assumed: weights are read at {READ_SPEED / 1e9:g} GB/s, once for as many jobs as "
+             f"{_bytes(known.waiting)} of hidden states allow: {known.passes.scoring:,} times to score, "
+             f"{known.passes.gradients:,} times for gradients. A pass takes as long as the slower of reading and "
+             "computing.")
     if any(one.way == "part streamed" for one in known.devices):
         _say("part streamed: the model fits, but not with the gradients of an example beside it")
     _say(f"A model is resident where it fits into {USABLE:.0%} of the memory; loading it, and proofs of it, are not "

@@ -303,14 +303,18 @@ def _measured(
             scores[kinds, batch] = _halved(work, ids).numpy()
             if progress is not None:
                 progress(ids.numel())
-    # Beside the hidden states directions wait, in float32.
-    full, states = [Mask.full(loaded.anatomy.heads_per_layer)], 1 + 4 // loaded.model.dtype.itemsize
+    full, states = [Mask.full(loaded.anatomy.heads_per_layer)], states_of_induction(loaded.model.dtype)
     waiting = peekable(Waiting(text, lambda text: reading.inputs(text.ids), full, states) for text in left)
     while stream is not None and waiting:
         _one_pass(reading, stream, waiting, functools.partial(_watched, reading, texts.repeats, bos), scores, progress)
     finite_induction(loaded, scores, _KINDS,
                      lambda kind, i: texts.drawn([i], repeated=_KINDS[kind] != "copying")[0].numpy())
     return scores
+
+
+def states_of_induction(dtype: torch.dtype) -> int:
+    """How many hidden states of a text wait between two blocks: its own, and directions in float32 beside it."""
+    return 1 + 4 // dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)

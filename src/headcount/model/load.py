@@ -272,15 +272,16 @@ def _from_gguf(source: Source, path: Path, wanted: Wanted) -> _Got:
     dtype = torch.float32 if isinstance(wanted.dtype, str) else wanted.dtype
     wanted, other = dataclasses.replace(wanted, dtype=dtype), wanted.tokenizer is not None
     kept = gguf.Kept.of(path, dtype)
-    if (facts := kept.facts()) is not None:
-        # Where this fails or gives another model, the file itself is read, which raises the user's own errors again.
-        with contextlib.suppress(ModelError):
-            inside = Source(str(kept.folder))
-            model, reader, _ = read(inside, wanted)
-            own = _fingerprint(model, inside.files)
-            if gguf.Facts.of(facts.note, facts.reading, own, reader) == facts or (other and own == facts.fingerprint):
-                model.name_or_path = model.config.name_or_path = reader.name_or_path = source.place
-                return _Got(model, reader, facts.fingerprint, facts.notes(other))
+    if (got := _from_kept(kept, source, wanted)) is not None:
+        return got
+    if wanted.device_map == DISK:
+        # Dequantised in memory once, and kept: what is kept can be left on the disk.
+        _from_gguf(source, path, dataclasses.replace(wanted, device_map="cpu", tokenizer=None))
+        if (got := _from_kept(kept, source, wanted)) is None:
+            raise ModelError(f"the weights of {path.name} are dequantised, and could not be kept in "
+                             f"{kept.folder.parent}, from where `stream` would read them: make space there, or set "
+                             "XDG_CACHE_HOME to a folder on another disk", fields=("stream",))
+        return got
     with gguf.read_once(path) as note:
         model, reader, _ = read(source, wanted)
         reading = gguf_proof.prove(path, model, None if other else reader)
@@ -292,6 +293,22 @@ def _from_gguf(source: Source, path: Path, wanted: Wanted) -> _Got:
     if not other:
         kept.keep(facts, model, reader)
     return _Got(model, reader, facts.fingerprint, facts.notes(other))
+
+
+def _from_kept(kept: gguf.Kept, source: Source, wanted: Wanted) -> _Got | None:
+    """What was dequantised before; None where nothing was, or where it is not what it was."""
+    facts, other = kept.facts(), wanted.tokenizer is not None
+    if facts is None:
+        return None
+    # Where this fails or gives another model, the file itself is read, which raises the user's own errors again.
+    with contextlib.suppress(ModelError):
+        inside = Source(str(kept.folder))
+        model, reader, _ = read(inside, wanted)
+        own = _fingerprint(model, inside.files)
+        if gguf.Facts.of(facts.note, facts.reading, own, reader) == facts or (other and own == facts.fingerprint):
+            model.name_or_path = model.config.name_or_path = reader.name_or_path = source.place
+            return _Got(model, reader, facts.fingerprint, facts.notes(other))
+    return None
 
 
 def _date(called: re.Match[str]) -> str:

@@ -8,13 +8,14 @@ takes as long as the slower of reading and computing. Computing is FLOPs over th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from headcount.engine.budget import bytes_per_token
 from headcount.engine.pack import Budget
 from headcount.model.without_weights import Shape
-from headcount.study.devices import READ_SPEED, USABLE, WAITING, Device
+from headcount.study.devices import READ_SPEED, USABLE, Device
 
 Way: TypeAlias = Literal["resident", "part streamed", "streamed", "too large"]
 
@@ -29,7 +30,6 @@ class Memory:
         output: The output layer's.
         batch: Activations of a batch that is scored.
         gradients: Activations of an example whose gradients are wanted, of all blocks; 0 where none are.
-        hidden: One position's hidden state.
     """
 
     weights: int
@@ -37,7 +37,6 @@ class Memory:
     output: int
     batch: int
     gradients: int
-    hidden: int
 
     @property
     def resident(self) -> int:
@@ -94,20 +93,20 @@ def memory_of(shape: Shape, budget: Budget, longest: float | int) -> Memory:
     size, (forward, gradient) = shape.model.dtype.itemsize, bytes_per_token(shape)
     return Memory(shape.anatomy.num_parameters * size, max(shape.block_parameters) * size,
                   shape.output_parameters * size, int(forward * max(budget.batch_tokens, longest)),
-                  int(gradient * longest), shape.anatomy.layers[0].d_model * size)
+                  int(gradient * longest))
 
 
-def passes_of(scored: float, gradients: float, stages: int, memory: Memory) -> Passes:
+def passes_of(scored: Iterable[float], gradients: Iterable[float], waiting: float) -> Passes:
     """How often the weights are read where the model is streamed, with as many jobs together as hidden states allow.
 
     Args:
-        scored: Hidden states of scored prompts, in positions, one for each mask: they wait between blocks.
-        gradients: The same of examples, every block's input.
-        stages: How many times jobs become ready together.
-        memory: What a position takes.
+        scored: Bytes of scored prompts that wait between blocks, a hidden state for each mask; of all jobs that are
+            ready together (`headcount.study.queue.rounds`).
+        gradients: The same of examples, every block's input; forwards and backwards are a reading each.
+        waiting: How many bytes may wait.
     """
-    scoring, backward = (math.ceil(positions * memory.hidden / WAITING) for positions in (scored, gradients))
-    return Passes(max(stages, scoring), 2 * backward)
+    scoring, backward = (sum(math.ceil(needed / waiting) for needed in of_round) for of_round in (scored, gradients))
+    return Passes(scoring, 2 * backward)
 
 
 def hours_on(

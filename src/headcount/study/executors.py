@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ import torch
 from headcount.engine.engine import Engine
 from headcount.engine.waiting import CHOSEN
 from headcount.errors import HeadcountError, StudyError, first_line, named
+from headcount.model.held import in_files
 from headcount.study.cluster import Size, connected, size_of
 from headcount.study.member import Delivered, facts_of
 from headcount.study.plan import PlannedJob
 from headcount.study.prepare import Outline, Plan, Reporter
-from headcount.study.queue import TRIES, Failed, Queue
+from headcount.study.queue import TRIES, Failed, Queue, rounds
 from headcount.study.worker import PACKAGES, Worker
 
 # How often a worker is started in one's place that dies, or is refused, before it is given a job.
@@ -57,13 +58,22 @@ class Done:
 
 
 def in_this_process(plan: Plan, todo: Sequence[PlannedJob], reporter: Reporter) -> Done:
-    """Do jobs one after another; the first that fails ends it."""
+    """Do jobs one after another; the first that fails ends it.
+
+    Where weights are read block by block, all jobs of one kind that are ready share these readings.
+    """
     ledger, worker = plan.folder, Worker(plan, reporter.advance)
-    for planned in todo:
-        reporter.job(planned.title)
-        result = worker.entry(planned, ledger.read_need)
-        ledger.write(planned.key, result.table, result.info)
+    for jobs in rounds(todo) if in_files(plan.loaded.model) else ([planned] for planned in todo):
+        for planned, result in zip(jobs, worker.entries(_told(jobs, reporter), ledger.read_need), strict=True):
+            ledger.write(planned.key, result.table, result.info)
     return Done(Engine.of(plan.loaded).masks_reason)
+
+
+def _told(jobs: Sequence[PlannedJob], reporter: Reporter) -> Iterator[PlannedJob]:
+    """Jobs, each told when it begins."""
+    for planned in jobs:
+        reporter.job(planned.title)
+        yield planned
 
 
 def by_ray(plan: Plan, todo: Sequence[PlannedJob], reporter: Reporter) -> Done:

@@ -21,20 +21,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import torch
+
 from headcount.engine.budget import budget_for, device_key, kept_cost
 from headcount.engine.layout import expected_layout
 from headcount.engine.pack import Budget
 from headcount.errors import OptionError, TaskError, UnavailableError
-from headcount.measure.induction import texts_of
+from headcount.measure.induction import states_of_induction, texts_of
+from headcount.model.placement import bytes_said
 from headcount.model.without_weights import Shape, shape_of
 from headcount.study.costs import Memory, OnDevice, Passes, hours_on, memory_of, passes_of
-from headcount.study.devices import Device, device_of
+from headcount.study.devices import WAITING, Device, device_of
 from headcount.study.folder import check_options, other_orders, previous
 from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job
 from headcount.study.ledger import Ledger
 from headcount.study.masksets import FullModel, Grid, RandomCurve, SingleFFNs, SingleHeads, Transfer, steps_of
 from headcount.study.plan import GRADIENT_PASSES, PlannedJob, TaskFacts, plan, reads
 from headcount.study.prepare import Reporter, Silent, check_named, kept_budget, left_of
+from headcount.study.queue import rounds
 from headcount.study.sharing import NONE, Layers, layers_of
 from headcount.study.spec import Part, StudySpec, parts_of
 from headcount.study.stand_in import StandIn
@@ -56,7 +60,7 @@ class Cost:
         jobs: How many they are.
         layer_tokens: Positions that blocks compute.
         flops: Floating-point operations, at the middle of the layer-tokens.
-        waiting: Hidden states, in positions, that wait between blocks of a streamed run.
+        waiting: Bytes that wait between blocks of a streamed run: hidden states, and the masks of attention.
         kept: The same where gradients are wanted, which keep every block's input.
     """
 
@@ -112,6 +116,7 @@ class Forecast:
         memory: What a run keeps in memory.
         devices: Hours on every device asked for.
         passes: How often the weights are read where the model is streamed.
+        waiting: How many bytes of hidden states are assumed to wait between its blocks.
         notes: What is assumed.
         other_orders: As in `headcount.study.prepare.Plan`.
         damaged: As there.
@@ -129,6 +134,7 @@ class Forecast:
     memory: Memory
     devices: tuple[OnDevice, ...]
     passes: Passes
+    waiting: float
     notes: tuple[str, ...]
     other_orders: str = ""
     damaged: tuple[str, ...] = ()
@@ -176,19 +182,20 @@ def forecast(
     for name, documents in {**seen, **unseen}.items():
         reporter.stage("counting tokens", len(facts), len(seen) + len(unseen))
         facts.append(_facts(name, documents, spec, parts, unseen=name in unseen))
-    known = _Known(spec, shape, {**seen, **unseen}, facts)
+    known = _Known(spec, shape, {**seen, **unseen}, facts, reading.trees)
     jobs, left = _planned(spec, shape, facts, parts, before, ledger)
     todo = [one for one in left if one is not None]
     shares = known.shares(todo)
     memory = memory_of(shape, reading.budget, max((t.gradient / max(1, t.examples) for t in known.tasks), default=0.0))
-    passes = _passes(todo, _sum(shares.values()), memory)
+    costs = tuple(None if one is None else known.cost(one.job) for one in left)
+    waiting = float(bytes_said(spec.stream_memory) or WAITING)
+    passes = _passes(todo, [cost for cost in costs if cost is not None], waiting)
     prices: list[float | None] = [*price] * len(on) if len(price) == 1 else [*price] or [None] * len(on)
     total = _sum(shares.values())
     spent = tuple(hours_on(device, shape.dtype, total.flops, memory, passes, cost)
                   for device, cost in zip(devices, prices, strict=True))
-    costs = tuple(None if one is None else known.cost(one.job) for one in left)
     return Forecast(spec, shape, parts, tuple(jobs), tuple(left), costs, tuple(known.tasks), shares,
-                    tuple(known.savings(todo, shares)), memory, spent, passes, (*notes, *known.notes),
+                    tuple(known.savings(todo, shares)), memory, spent, passes, waiting, (*notes, *known.notes),
                     other_orders(spec, before) if "curve" in parts else "",
                     tuple(ledger.damaged()) if ledger is not None else ())
 
@@ -294,6 +301,7 @@ class _Known:
     shape: Shape
     documents: Mapping[str, Documents]
     facts: Sequence[TaskFacts]
+    trees: bool
 
     @property
     def tasks(self) -> list[TaskTokens]:
@@ -367,18 +375,25 @@ class _Known:
         if isinstance(job, InductionScores):
             # Prefix matching and copying read texts of their own; the paper's copying runs blocks twice.
             work, runs = self._texts(job), Layers.exactly(layers * (3 if job.protocol == "paper" else 2))
+            waiting = 2 * self._waiting(work, states_of_induction(self.shape.model.dtype))
         elif isinstance(job, GradientImportance):
             work, runs = self._work(job, "gradient", "examples", shared), Layers.exactly(GRADIENT_PASSES * layers)
-            masks, kept = GRADIENT_PASSES, layers * float(work.tokens)
+            masks, kept = GRADIENT_PASSES, self._waiting(work, layers + 1)
         elif isinstance(job, Evaluation):
             work = self._work(job, "scored", job.split, shared)
             runs, masks = layers_of(job.masks, self.shape.anatomy.heads_per_layer), max(1, len(steps_of(job.masks)))
-            waiting = masks * float(work.tokens)
+            waiting = self._waiting(work, masks, trees=self.trees)
         else:
             return Cost(1)  # put together from other entries
         flops = (2 * work.tokens * runs.middle * self.shape.mean_active_parameters
                  + 4 * work.pairs * runs.middle * width + 2 * work.places * masks * self.shape.output_parameters)
         return Cost(1, runs.times(work.tokens), float(flops), waiting, kept)
+
+    def _waiting(self, work: Work, states: int, *, trees: bool = False) -> float:
+        """Bytes that documents take between two blocks: so many hidden states of each, and its mask of attention."""
+        size = self.shape.model.dtype.itemsize
+        hidden = states * size * self.shape.anatomy.layers[0].d_model
+        return float(work.tokens * (hidden + torch.int64.itemsize) + work.pairs * (size if trees else 1))
 
     def _work(
         self, job: Evaluation | GradientImportance, layout: Literal["scored", "gradient"],
@@ -412,13 +427,12 @@ def _with_documents(job: Job, most: int) -> Job:
     return dataclasses.replace(job, documents=most)
 
 
-def _passes(todo: Sequence[PlannedJob], total: Cost, memory: Memory) -> Passes:
-    """How often the weights are read where the model is streamed."""
-    computing = [one.job for one in todo if one.passes]
-    ordered = any(isinstance(job, Evaluation) and job.needs for job in computing)
-    stages = ordered + any(isinstance(job, Evaluation) and not job.needs for job in computing)
-    inductions = sum(isinstance(job, InductionScores) for job in computing)
-    return passes_of(total.waiting, total.kept, stages + inductions, memory)
+def _passes(todo: Sequence[PlannedJob], costs: Sequence[Cost], waiting: float) -> Passes:
+    """How often the weights are read where the model is streamed: the jobs of each round share readings."""
+    by_job = {id(planned): cost for planned, cost in zip(todo, costs, strict=True)}
+    of_rounds = [_sum(by_job[id(one)] for one in jobs) for jobs in rounds(todo)]
+    return passes_of([cost.waiting for cost in of_rounds if cost.waiting],
+                     [cost.kept for cost in of_rounds if cost.kept], waiting)
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:

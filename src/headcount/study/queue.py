@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from headcount.study.jobs import name_of
+from headcount.study.jobs import Evaluation, GradientImportance, HeadOracle, InductionScores, OracleImportance, name_of
 from headcount.study.plan import PlannedJob
 
 # How often a job is tried that is lost, or fails by what is no fact about it.
 TRIES = 3
+# Of jobs that are ready together, which kind is done first.
+_TURNS = (OracleImportance, HeadOracle, GradientImportance, Evaluation, InductionScores)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,23 @@ class Failed:
 
     title: str
     reason: str
+
+
+def rounds(todo: Sequence[PlannedJob]) -> Iterator[list[PlannedJob]]:
+    """Jobs that are ready together, all of one kind, which share readings of weights that lie in files.
+
+    First comes what is put together from entries, then gradients, then evaluations under whatever masks: so that as
+    many as possible are ready when weights are read.
+
+    Args:
+        todo: Jobs in an order in which they can be done.
+    """
+    queue = Queue(todo)
+    while queue:
+        together = queue.take_together()
+        yield together
+        for planned in together:
+            queue.done(planned)
 
 
 class Queue:
@@ -75,6 +94,14 @@ class Queue:
         self._out.add(chosen)
         self._tries[chosen] += 1
         return self._left[chosen]
+
+    def take_together(self) -> list[PlannedJob]:
+        """The next of `rounds`: jobs that are ready, all of one kind; they count as handed out."""
+        ready = [self._left[name] for name, _ in self._ready()]
+        kind = min((type(one.job) for one in ready), key=_TURNS.index)
+        together = [one for one in ready if type(one.job) is kind]
+        self._out.update(self._names[id(one)] for one in together)
+        return together
 
     def done(self, planned: PlannedJob) -> None:
         """A job's entry is there."""

@@ -2,7 +2,8 @@
 
 `Worker.entry` takes a job and a way to read the entries that it needs, and gives the rows of its result and what is
 known besides; it writes nothing. What jobs of one task and number of shots share, their encoded prompts, is kept from
-one job to the next.
+one job to the next. `Worker.entries` does several jobs of one kind: where weights lie in files they are read for all of
+them together.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
+from more_itertools import peekable
 
 from headcount.study.codec import evaluation_table, evaluations_from, importance_table, induction_table
 from headcount.study.jobs import (
@@ -22,10 +25,12 @@ from headcount.study.jobs import (
     GradientImportance,
     HeadOracle,
     InductionScores,
+    Job,
     Need,
     OracleImportance,
 )
 from headcount.study.ledger import Entry
+from headcount.study.masksets import Labelled
 from headcount.study.plan import GRADIENT_PASSES, PlannedJob
 from headcount.study.prepare import Plan
 
@@ -70,36 +75,62 @@ class Worker:
             planned: The job.
             read: Gives the entry of a need.
         """
-        started, job = time.monotonic(), planned.job
-        if isinstance(job, InductionScores):
-            result = self._induction(job)
-        elif isinstance(job, Evaluation):
-            result = self._evaluation(job, planned, read)
-        elif isinstance(job, GradientImportance):
-            result = self._gradient(job)
-        else:
-            result = self._oracle(job, read)
-        known = {"seconds": round(time.monotonic() - started, 3), "versions": self._versions}
-        return Result(result.table, result.info | known)
+        return next(self.entries([planned], read))
 
-    def _evaluation(self, job: Evaluation, planned: PlannedJob, read: Read) -> Result:
-        from headcount.measure.evaluate import score
+    def entries(self, planned: Iterable[PlannedJob], read: Read) -> Iterator[Result]:
+        """The results of jobs of one kind, in the order given, as soon as they are known.
+
+        Args:
+            planned: The jobs; the next is asked for when it begins.
+            read: Gives the entry of a need.
+        """
+        jobs = peekable(planned)
+        kind = type(jobs.peek().job)
+        done = (self._evaluations(jobs, read) if kind is Evaluation else
+                self._gradients(jobs) if kind is GradientImportance else (self._other(one.job, read) for one in jobs))
+        started = time.monotonic()
+        for result in done:
+            known = {"seconds": round(time.monotonic() - started, 3), "versions": self._versions}
+            yield Result(result.table, result.info | known)
+            started = time.monotonic()
+
+    def _other(self, job: Job, read: Read) -> Result:
+        if isinstance(job, InductionScores):
+            return self._induction(job)
+        if not isinstance(job, OracleImportance | HeadOracle):
+            raise TypeError(f"{type(job).__name__} is done with its like")
+        return self._oracle(job, read)
+
+    def _evaluations(self, jobs: Iterable[PlannedJob], read: Read) -> Iterator[Result]:
+        from headcount.measure.evaluate import Scoring, scores
 
         anatomy = self.plan.loaded.anatomy
-        labelled = job.masks.masks(anatomy.heads_per_layer, [read(need).table for need in job.needs])
-        prepared = self._prompts(job)
-        planned_per_token = planned.tokens / max(1, prepared.tokens * len(labelled))
-        measured = score(self.plan.loaded, prepared, [mask for mask, _ in labelled],
-                         progress=lambda n: self.progress(n * planned_per_token))
-        return Result(evaluation_table(measured), {
-            "metric": measured.metric,
-            "truncated": measured.truncated,
-            "tokens": measured.tokens,
-            "layer_tokens": measured.layer_tokens,
-            "masks": [{**dataclasses.asdict(label), "heads_removed": len(mask.heads_removed),
-                       "ffns_removed": len(mask.ffns_removed), "parameters_removed": anatomy.parameters_removed(mask),
-                       "mask": mask.to_json()} for mask, label in labelled],
-        })
+        begun: deque[Labelled] = deque()
+
+        def wanted() -> Iterator[Scoring]:
+            for planned in jobs:
+                job: Any = planned.job
+                labelled = job.masks.masks(anatomy.heads_per_layer, [read(need).table for need in job.needs])
+                begun.append(labelled)
+                prepared = self._prompts(job)
+                per_token = planned.tokens / max(1, prepared.tokens * len(labelled))
+                yield Scoring(prepared, [mask for mask, _ in labelled], self._told(per_token))
+
+        for measured in scores(self.plan.loaded, wanted()):
+            yield Result(evaluation_table(measured), {
+                "metric": measured.metric,
+                "truncated": measured.truncated,
+                "tokens": measured.tokens,
+                "layer_tokens": measured.layer_tokens,
+                "masks": [{**dataclasses.asdict(label), "heads_removed": len(mask.heads_removed),
+                           "ffns_removed": len(mask.ffns_removed),
+                           "parameters_removed": anatomy.parameters_removed(mask),
+                           "mask": mask.to_json()} for mask, label in begun.popleft()],
+            })
+
+    def _told(self, per_token: float) -> Callable[[int], None]:
+        """Tells progress in planned tokens, so many for each that was computed."""
+        return lambda computed: self.progress(computed * per_token)
 
     def _prompts(self, job: Evaluation) -> Prepared:
         """The job's prompts, encoded and packed; those of another task or number of shots are forgotten."""
@@ -113,16 +144,17 @@ class Worker:
                 split=job.split, budget=self.plan.budget)
         return of_task[job.split, job.documents]
 
-    def _gradient(self, job: GradientImportance) -> Result:
-        from headcount.measure.importance import gradient_importance
+    def _gradients(self, jobs: Iterable[PlannedJob]) -> Iterator[Result]:
+        from headcount.measure.importance import Learning, gradient_importances
 
-        importance = gradient_importance(
-            self.plan.loaded, self.plan.tasks[job.task], self.plan.few_shot(job.num_fewshot, job.documents),
-            budget=self.plan.budget, progress=lambda n: self.progress(float(GRADIENT_PASSES * n)))
-        table = pd.concat([importance_table(importance["head"]), importance_table(importance["ffn"])],
-                          ignore_index=True)
-        return Result(table, {"num_examples": importance["head"].num_examples,
-                              "truncated": importance["head"].truncated})
+        wanted = (Learning(self.plan.tasks[job.task], self.plan.few_shot(job.num_fewshot, job.documents),
+                           self._told(float(GRADIENT_PASSES)))
+                  for planned in jobs if isinstance(job := planned.job, GradientImportance))
+        for importance in gradient_importances(self.plan.loaded, wanted, budget=self.plan.budget):
+            table = pd.concat([importance_table(importance["head"]), importance_table(importance["ffn"])],
+                              ignore_index=True)
+            yield Result(table, {"num_examples": importance["head"].num_examples,
+                                 "truncated": importance["head"].truncated})
 
     def _oracle(self, job: OracleImportance | HeadOracle, read: Read) -> Result:
         from headcount.measure.importance import oracle_from
