@@ -1,7 +1,8 @@
 """Proof, on the user's own model, that what the engine does with it gives the model's own numbers: contracts 3 to 5.
 
-3. Run block by block, sharing between masks, logits are those of the plain pass. A model that fails it is measured all
-   the same, one plain pass for each mask.
+3. Run block by block, sharing between masks, logits are those of the plain pass. All masks go through one plain pass,
+   a row each, by gates that act row by row. A model that fails it is measured all the same, one plain pass for each
+   mask.
 4. Requests are scored as the model scores them. Two random requests of unlike lengths, padded into one batch, go the
    way that every measurement goes (hooks, masks, gathered positions and all arguments), and their log-likelihoods must
    equal those of one request at a time through the unmodified model, whose logits are read at all positions: with
@@ -15,24 +16,28 @@ The first two contracts are in `headcount.model.contracts`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from more_itertools import peekable
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from headcount.engine.blocks import learned
 from headcount.engine.encode import Request
 from headcount.engine.examples import Examples, example_scores
 from headcount.engine.forward import plain_loglikelihoods
 from headcount.engine.layout import TOLERANCE
 from headcount.engine.pack import Budget, batches, pack
+from headcount.engine.stream import Stream, Waiting
 from headcount.engine.sweep import Sweep
 from headcount.masks import Mask
-from headcount.model.anatomy import Anatomy
+from headcount.model.anatomy import Anatomy, LayerAnatomy
 from headcount.model.contracts import (
     FAILURES,
     PROBE_TOKENS,
@@ -43,6 +48,7 @@ from headcount.model.contracts import (
 )
 from headcount.model.damage import damage_blank
 from headcount.model.finite import first_no_number
+from headcount.model.held import in_files
 from headcount.model.hooks import ablated, first_output
 from headcount.model.load import LoadedModel
 
@@ -67,12 +73,10 @@ def verify_sweep(model: PreTrainedModel, anatomy: Anatomy) -> ContractResult:
     worst, where = 0.0, ""
     try:
         with torch.no_grad():
-            for owners, logits in Sweep(model, anatomy).logits(inputs, masks, rows, positions):
+            expected = _plain(model, anatomy, inputs, masks, rows, positions)
+            for owners, logits in _by_blocks(model, anatomy, inputs, masks, rows, positions):
                 for i in owners:
-                    with ablated(anatomy, masks[i]):
-                        plain = model(**inputs, use_cache=False).logits
-                    expected = plain[rows.to(plain.device), positions.to(plain.device)]
-                    error = relative_error(logits.cpu().double(), expected.cpu().double())
+                    error = relative_error(logits.cpu().double(), expected[i])
                     if not error <= worst:
                         worst, where = error, f"{masks[i]}"
     except torch.OutOfMemoryError:  # says nothing of the model
@@ -81,6 +85,74 @@ def verify_sweep(model: PreTrainedModel, anatomy: Anatomy) -> ContractResult:
         return ContractResult(name, False, float("inf"), f"blocks cannot be called by themselves ({failure})")
     holds = worst <= max(1e-5, 16 * torch.finfo(model.dtype).eps)
     return ContractResult(name, holds, worst, "" if holds else f"it does not for {where}")
+
+
+class _Probe(NamedTuple):
+    """The texts of contract 3."""
+
+    inputs: dict[str, Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """How many positions they have."""
+        return self.inputs["input_ids"].numel()
+
+
+def _by_blocks(
+    model: PreTrainedModel, anatomy: Anatomy, inputs: dict[str, Tensor], masks: Sequence[Mask],
+    rows: Int[Tensor, " kept"], positions: Int[Tensor, " kept"],
+) -> Iterator[tuple[list[int], Float[Tensor, "kept vocabulary"]]]:
+    """Logits under masks by the schedule that the model needs."""
+    if not in_files(model):
+        yield from Sweep(model, anatomy).logits(inputs, masks, rows, positions)
+        return
+    stream = Stream(model, learned(model, anatomy, probe_tokens(model)))
+    waves = stream.enter(peekable([Waiting(_Probe(inputs), lambda probe: probe.inputs, masks, len(masks))]))
+    for _ in stream.through(waves):
+        pass
+    for of_wave in stream.leave(waves, [(rows, positions)]):
+        yield from of_wave
+
+
+def _plain(
+    model: PreTrainedModel, anatomy: Anatomy, inputs: dict[str, Tensor], masks: Sequence[Mask],
+    rows: Int[Tensor, " kept"], positions: Int[Tensor, " kept"],
+) -> Float[Tensor, "mask kept vocabulary"]:
+    """Logits under all masks from one pass of the unmodified model, in which each mask has rows of its own."""
+    number, texts = len(masks), len(inputs["input_ids"])
+    repeated = {name: one.repeat(number, 1) for name, one in inputs.items()}
+    with _gated_rows(anatomy, [mask for mask in masks for _ in range(texts)]):
+        logits = model(**repeated, use_cache=False).logits
+    found: Tensor = logits.unflatten(0, (number, texts))[:, rows, positions].cpu().double()
+    return found
+
+
+@contextlib.contextmanager
+def _gated_rows(anatomy: Anatomy, masks: Sequence[Mask]) -> Iterator[None]:
+    """Zeros for what each row's mask removes: heads before the output projection, FFNs behind all that they compute."""
+
+    def zeroed(x: Tensor, removed: Bool[np.ndarray, "row features"]) -> Tensor:
+        gate = torch.from_numpy(removed)[:, None].to(x.device)
+        return x.reshape(len(masks), -1, x.shape[-1]).masked_fill(gate, 0).reshape(x.shape)
+
+    def heads_of(layer: int, part: LayerAnatomy) -> Any:
+        removed = np.stack([np.repeat(~mask.heads[layer], part.d_head) for mask in masks])
+        return lambda _, args: (zeroed(args[0], removed), *args[1:])
+
+    def ffn_of(layer: int) -> Any:
+        removed = np.array([[not mask.ffns[layer]] for mask in masks])
+
+        def gate(_: torch.nn.Module, args: Any, output: Any) -> Any:
+            gated = zeroed(first_output(output), removed)
+            return (gated, *output[1:]) if isinstance(output, tuple) else gated
+
+        return gate
+
+    with contextlib.ExitStack() as hooks:
+        for i, part in enumerate(anatomy.layers):
+            hooks.callback(part.out_proj.register_forward_pre_hook(heads_of(i, part)).remove)
+            hooks.callback(part.ffn_output.register_forward_hook(ffn_of(i)).remove)
+        yield
 
 
 def _parting(anatomy: Anatomy) -> list[Mask]:
