@@ -51,6 +51,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 import random_checkpoint
 from gpu_page import table
+from headcount.engine import neighbours
+from headcount.engine.budget import threads_of
 from headcount.engine.encode import Request
 from headcount.engine.engine import Engine, Packed
 from headcount.engine.pack import Budget, batches, pack
@@ -61,7 +63,7 @@ from headcount.model.load import LoadedModel, load
 from headcount.model.placement import free_memory
 from headcount.model.without_weights import Shape, bundled_shapes, shape_of
 from headcount.study.costs import flops_of, memory_of
-from headcount.study.devices import USABLE, device_of, matrix_products
+from headcount.study.devices import USABLE, device_of
 from headcount.study.plan import GRADIENT_PASSES
 from headcount.study.tokens import Work
 
@@ -208,12 +210,13 @@ def measured(loaded: LoadedModel, shape: Shape, one: Measurement, repetitions: i
             torch.cuda.reset_peak_memory_stats(device)
         layer_tokens = one.run()  # warms up
         times = []
-        for _ in range(repetitions):
-            _synchronize(device)
-            started = time.perf_counter()
-            one.run()
-            _synchronize(device)
-            times.append(time.perf_counter() - started)
+        with neighbours.watch(threads_of(loaded)) as cores:
+            for _ in range(repetitions):
+                _synchronize(device)
+                started = time.perf_counter()
+                one.run()
+                _synchronize(device)
+                times.append(time.perf_counter() - started)
     except (HeadcountError, RuntimeError) as error:
         return row | {"failed": _line(error)}
     finally:
@@ -221,6 +224,7 @@ def measured(loaded: LoadedModel, shape: Shape, one: Measurement, repetitions: i
             torch.cuda.empty_cache()
     seconds, flops = statistics.median(times), flops_of(shape, one.work, layer_tokens / one.work.tokens, one.masks)
     return row | {"layer_tokens": layer_tokens, "seconds": seconds, "times": times, "flops": flops,
+                  "others": cores.others,
                   "utilisation": None if peak.flops is None else flops / seconds / peak.flops,
                   "peak_memory": torch.cuda.max_memory_allocated(device) if cuda else None}
 
@@ -301,14 +305,12 @@ def _line(error: Exception) -> str:
 
 
 def peak_of(options: argparse.Namespace, title: str) -> Peak:
-    """What the device computes at most: as told, by its maker's data sheet, or, of a CPU, timed."""
+    """What the device computes at most: as told, or by its maker's data sheet."""
     if options.peak_tflops is not None:
         return Peak(options.peak_tflops * 1e12, "--peak-tflops")
     if title in _KNOWN:
         known = device_of(_KNOWN[title], 0, 0, options.dtype)
         return Peak(known.peak[options.dtype], known.source)
-    if options.device == "cpu":
-        return Peak(matrix_products(2048, 4096, getattr(torch, options.dtype), 1.0), "matrix products timed before")
     return Peak(None, "not known: give it with --peak-tflops")
 
 
@@ -328,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="timed after one that warms up; the median counts "
                         "(default: %(default)s)")
     parser.add_argument("--peak-tflops", type=float, help="the device's peak at this type (default: of "
-                        f"{', '.join(_KNOWN.values())} the data sheet's, of a CPU timed)")
+                        f"{', '.join(_KNOWN.values())} the data sheet's)")
     parser.add_argument("--folder", type=Path,
                         help="where checkpoints are written, and kept (default: a temporary folder)")
     parser.add_argument("--kept", type=Path, default=_ROOT / "benchmarks" / "results",

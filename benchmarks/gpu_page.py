@@ -7,6 +7,10 @@ from typing import Any
 
 _COMMAND = "`python benchmarks/gpu.py`"
 _COUNTED = (
+    "*Plain* is a causal forward pass of the same rows through the unmodified model, with logits of each row's last "
+    "position; *lm-eval* its HF backend on the same requests; *gradients* the importance of all heads and FFNs on one "
+    "option of each document; *oracle* single FFNs off, one after another; *sweep* ten masks with 0 to 90 % of heads "
+    "off. "
     "*TFLOP* are the needed operations: 2 a parameter of a block and position that is computed, 4 a channel of "
     "attention and pair of positions in a row, 2 a parameter of the output layer and position whose logits are wanted; "
     "a backward pass counts as a forward one, what is recomputed counts once, and a block counts in full for every way "
@@ -22,11 +26,14 @@ def gpu_section(kept: Mapping[str, Mapping[str, Any]]) -> str:
     if (found := kept.get("gpu_cuda")) is not None:
         lines += [*_told(found), *table(found), "", f"Measured {found['when']}.", ""]
     else:
-        lines += [f"Not run: no GPU was at hand. {_COMMAND} measures OPT-125m, 1.3B and 6.7B and Llama-3-8B there, "
-                  "with random weights, and writes this section.", ""]
+        lines += [f"Not run: no GPU was at hand. {_COMMAND}, with a torch that sees the GPU, measures OPT-125m, 1.3B "
+                  "and 6.7B and Llama-3-8B with random weights and writes this section.", ""]
     if (found := kept.get("gpu_cpu")) is not None:
+        others = [row["others"] for row in found["rows"] if "others" in row]
+        busy = (f"; other processes kept {sum(others) / len(others):.1f} cores busy meanwhile, so that ratios are rough"
+                if sum(others) > 0.25 * len(others) else "")
         lines += ["### The same script on a CPU", "", "That it runs, and what it gives; it says nothing of GPUs.", "",
-                  *_told(found), *table(found), "", f"Measured {found['when']}.", ""]
+                  *_told(found), *table(found), "", f"Measured {found['when']}{busy}.", ""]
     return "\n".join(lines)
 
 
