@@ -56,11 +56,11 @@ from headcount.engine.budget import threads_of
 from headcount.engine.encode import Request
 from headcount.engine.engine import Engine, Packed
 from headcount.engine.pack import Budget, batches, pack
-from headcount.errors import HeadcountError
+from headcount.errors import HeadcountError, OptionError
 from headcount.masks import Mask, prune, random_order
 from headcount.model.devices import on_device
 from headcount.model.load import LoadedModel, load
-from headcount.model.placement import free_memory
+from headcount.model.placement import free_memory, placement
 from headcount.model.without_weights import Shape, bundled_shapes, shape_of
 from headcount.study.costs import flops_of, memory_of
 from headcount.study.devices import USABLE, device_of
@@ -235,7 +235,9 @@ def _synchronize(device: torch.device) -> None:
 
 
 def lacking(shape: Shape, way: str, device: str, longest: int) -> str:
-    """Why a shape cannot be measured in a way, by the memory that is free; empty where it can."""
+    """Why a shape cannot be measured in a way, by its window and the memory that is free; empty where it can."""
+    if longest > shape.max_length:
+        return f"a document has {longest} tokens, the model's window {shape.max_length}: give fewer --shots"
     memory = memory_of(shape, Budget(), longest)
     needed, free = memory.resident if way == "resident" else memory.streamed, free_memory(device) * USABLE
     return "" if needed <= free else f"needs {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free"
@@ -342,6 +344,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"there is no shape {unknown[0]!r}: name some of {', '.join(SHAPES)}")
     if min(options.documents, options.shots, options.repetitions) < 1:
         parser.error("--documents, --shots and --repetitions are at least 1")
+    try:
+        placement(options.device, None)
+    except OptionError as error:
+        parser.error(str(error))
     kind = torch.device(options.device).type
     options.kept.mkdir(parents=True, exist_ok=True)
     file = options.kept / f"gpu_{kind}.json"

@@ -67,11 +67,21 @@ def test_where_a_disk_is_too_small_it_is_said(tmp_path: Path, monkeypatch: pytes
     assert [r["skipped"].split(":")[0] for r in rows] == ["needs 0.0 GB of disk, 0.0 GB are free"]
 
 
-def test_an_unknown_shape_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_documents_longer_than_the_window_are_said(tmp_path: Path) -> None:
+    rows, _ = run(tmp_path, "--shots", "2100", "--ways", "resident")
+    assert [r["skipped"] for r in rows] == ["a document has 2167 tokens, the model's window 2048: give fewer --shots"]
+
+
+@pytest.mark.parametrize(("slip", "said"), [
+    (["opt-9b"], "there is no shape 'opt-9b'"),
+    (["tiny", "--device", "gpu"], "unknown device 'gpu'"),
+    (["tiny", "--documents", "0"], "are at least 1"),
+])
+def test_a_slip_is_one_line(slip: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        gpu.main(["opt-9b"])
+        gpu.main(slip)
     assert ended.value.code == 2
-    assert "there is no shape 'opt-9b'" in capsys.readouterr().err
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
