@@ -42,7 +42,7 @@ import against_lm_eval
 import against_the_obvious
 from headcount.model.load import LoadedModel, load
 from headcount.tasks.catalog import PAPER14
-from performance_page import page
+from performance_page import write
 from removal import draw, removal
 from waiting import waiting
 
@@ -74,13 +74,10 @@ def main() -> None:
             _scoring(loaded, options)
         else:
             _keep(options.kept / f"{name}.json", _WHOLE[name](loaded, options.data))
-    kept = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(options.kept.glob("*.json"))}
-    pairs = [json.loads(f.read_text(encoding="utf-8")) for f in sorted((options.kept / "scoring").glob("*.json"))]
-    if pairs:
-        kept["scoring"] = {"when": pairs[-1]["when"], "rows": [p["rows"] for p in pairs]}
-    options.page.write_text(page(kept), encoding="utf-8")
+    write(options.kept, options.page)
     if "removal" in options.sections:
-        draw(kept["removal"]["rows"], options.page.parent / "images" / "removal-time.png")
+        rows = json.loads((options.kept / "removal.json").read_text(encoding="utf-8"))["rows"]
+        draw(rows, options.page.parent / "images" / "removal-time.png")
 
 
 def _scoring(loaded: LoadedModel, options: argparse.Namespace) -> None:

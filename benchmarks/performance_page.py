@@ -1,4 +1,4 @@
-"""docs/performance.md, from the sections that `bench.py` has kept."""
+"""docs/performance.md, from the sections that `bench.py` and `gpu.py` have kept."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from typing import Any
 import numpy as np
 
 from against_lm_eval import SETTINGS
+from gpu_page import gpu_section
 from headcount.tasks.catalog import PAPER14
 from removal import DOCUMENTS, EXAMPLES, GOAL, SHOTS, TASKS, share_of_promise
 
 Row = dict[str, Any]
+
+
+def write(folder: Path, file: Path) -> None:
+    """Write the page from the results in a folder."""
+    kept = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))}
+    pairs = [json.loads(f.read_text(encoding="utf-8")) for f in sorted((folder / "scoring").glob("*.json"))]
+    if pairs:
+        kept["scoring"] = {"when": pairs[-1]["when"], "rows": [p["rows"] for p in pairs]}
+    file.write_text(page(kept), encoding="utf-8")
 
 
 def page(kept: dict[str, dict[str, Any]]) -> str:
@@ -22,6 +32,7 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
     for name, write in _SECTIONS.items():
         if name in kept:
             parts.append(f"{write(kept[name]['rows'])}\nMeasured {kept[name]['when']}.\n")
+    parts.append(gpu_section(kept))
     if absent := [name for name in _SECTIONS if name not in kept]:
         parts.append(f"Not measured yet: {', '.join(absent)}.\n")
     return "\n".join(parts)
@@ -58,6 +69,13 @@ def _goals(kept: dict[str, list[Row]]) -> str:
         elif (r["heads"], r["ffns"]) == GOAL:
             found.append((f"time of a prefill saved / promised by its arithmetic, {without}", share_of_promise(r), 0.7,
                           "at least"))
+    for r in kept.get("gpu_cuda", []):
+        if (r["model"], r["way"]) == ("opt-6.7b", "resident") and "seconds" in r:
+            if r["what"] == "scoring" and r["utilisation"] is not None:
+                found.append(("share of a GPU's peak, scoring by OPT-6.7B's shape", r["utilisation"], 0.5, "at least"))
+            elif r["what"] == "sweep" and r["over_plain"] is not None:
+                found.append(("time of a sweep of ten masks / plain forward passes of as many operations, the same",
+                              r["over_plain"], 1.1, "at most"))
     lines = ["| figure | goal | measured | |", "|---|--:|--:|---|"]
     for figure, measured, goal, side in found:
         reached = measured <= goal + 1e-9 if side == "at most" else measured >= goal
@@ -262,5 +280,5 @@ _HEAD = """\
 # Performance
 
 `make bench` writes this page from stored measurements. A ratio compares two times of the same run; other figures are
-counts. `python benchmarks/gpu.py` is for GPUs, where nothing has been measured yet.
+counts. `python benchmarks/gpu.py` writes the section on GPUs.
 """

@@ -20,18 +20,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_ROOT / "tests"))
 
+import random_checkpoint
 import tiny
 from headcount.masks import Mask
 from headcount.model.load import load
 from headcount.removal.certificate import certificate_of
 from headcount.removal.remove import remove
-from headcount.removal.shards import Shards
 
+_CONFIG = LlamaConfig(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,
+                      num_attention_heads=32, max_position_embeddings=2048)
 _RESULTS = Path(__file__).parent / "results" / "large" / "removal_memory.json"
 
 
@@ -39,7 +41,7 @@ def main(folder: Path) -> None:
     """Write the model where it is not there, remove, and keep what was measured."""
     torch.set_num_threads(2)
     if not (folder / "config.json").is_file():
-        _write(folder)
+        random_checkpoint.write(folder, _CONFIG, torch.bfloat16, tiny.tokenizer())
     started = time.perf_counter()
     loaded = load(folder, device_map="disk")
     opened, base = time.perf_counter() - started, _peak()
@@ -63,22 +65,6 @@ def main(folder: Path) -> None:
         "proofs": proofs}
     _RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
-
-
-def _write(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,
-                         num_attention_heads=32, max_position_embeddings=2048, dtype=torch.bfloat16,
-                         architectures=["LlamaForCausalLM"])
-    with torch.device("meta"):
-        shapes = dict(LlamaForCausalLM(config).to(torch.bfloat16).named_parameters())
-    shards, generator = Shards(folder, shapes), torch.Generator().manual_seed(0)
-    for name, shape in shapes.items():
-        value = torch.ones(shape.shape, dtype=torch.bfloat16)
-        shards.write(name, value if value.dim() == 1 else value.normal_(0, 0.02, generator=generator))
-    shards.close()
-    tiny.tokenizer().save_pretrained(folder)
-    config.save_pretrained(folder)
 
 
 def _peak() -> float:

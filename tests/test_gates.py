@@ -58,6 +58,25 @@ def test_ablating_equals_erasing_weights(family):
     assert torch.equal(logits(model, ids), before)
 
 
+@pytest.mark.parametrize("family", ["opt", "xglm", "biogpt", "llama", "gpt2"])
+def test_a_removed_ffn_computes_nothing(family):
+    model = tiny(family)
+    anatomy = find_anatomy(model)
+    given, handles = [], []
+    for part in anatomy.layers:
+        attention = set(part.attention.modules())
+        for module in part.block.modules():
+            if module not in attention and (hasattr(module, "in_features") or hasattr(module, "nx")):
+                handles.append(module.register_forward_hook(lambda module, args, output: given.append(args[0].numel())))
+    none = Mask.full(anatomy.heads_per_layer).without_ffns(range(anatomy.num_layers))
+    with torch.no_grad(), ablated(anatomy, none):
+        model(tokens())
+    for handle in handles:
+        handle.remove()
+    assert len(given) >= 2 * anatomy.num_layers
+    assert not any(given)
+
+
 def test_a_full_mask_touches_nothing():
     model = tiny("opt")
     with ablated(find_anatomy(model), Mask.full((4, 4))):
@@ -68,7 +87,7 @@ def test_only_layers_that_lose_something_are_touched():
     model = tiny("opt")
     anatomy = find_anatomy(model)
     with ablated(anatomy, Mask.full((4, 4)).without_heads([(1, 0)]).without_ffns([1])):
-        assert hooks(model) == 2
+        assert hooks(model) == 3  # one before the output projection, one at each end of the FFN
         assert len(anatomy.layers[1].out_proj._forward_pre_hooks) == 1
         assert len(anatomy.layers[1].ffn_output._forward_hooks) == 1
 

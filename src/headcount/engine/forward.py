@@ -152,8 +152,14 @@ class Sums:
     def totals(self) -> tuple[Float[np.ndarray, "mask request"], Int[np.ndarray, "mask request"]]:
         """Log-likelihoods in nats, and 1 where every target is the most probable token."""
         total, greedy = np.zeros(self.shape), np.ones(self.shape, np.int64)
-        for masks, batch, (logprobs, best) in self.parts:
-            values, hits = logprobs.cpu().double().numpy(), best.cpu().numpy()
+        if not self.parts:
+            return total, greedy
+        # Each copy to the host waits for the device: one for all.
+        logprobs, best = (torch.cat(of).cpu() for of in zip(*(targets for *_, targets in self.parts), strict=True))
+        ends = np.cumsum([len(batch.targets) for _, batch, _ in self.parts])[:-1]
+        for (masks, batch, _), values, hits in zip(
+            self.parts, np.split(logprobs.double().numpy(), ends), np.split(best.numpy(), ends), strict=True
+        ):
             for i in masks:
                 np.add.at(total[i], batch.requests, values)
                 np.minimum.at(greedy[i], batch.requests, hits)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -107,6 +108,19 @@ class LayerAnatomy:
     kv_parameters: int
     attention_parameters: int
     ffn_parameters: int
+
+    @property
+    def ffn_input(self) -> nn.Module | None:
+        """What the FFN's input enters first: its module, or the one matrix before its output; None if neither is known.
+
+        Of matrices that lie in the block, it is known where there are two, which fit.
+        """
+        if self.ffn is not None:
+            return self.ffn
+        down: Any = self.ffn_output
+        others: list[Any] = [m for m in self.block.children() if hasattr(m, "in_features") and m is not down]
+        fits = len(others) == 1 and others[0].out_features == getattr(down, "in_features", None)
+        return others[0] if fits else None
 
 
 @dataclass(frozen=True, eq=False)

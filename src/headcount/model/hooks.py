@@ -172,7 +172,7 @@ def _head_gate(removed: Bool[np.ndarray, " features"]) -> Callable[[nn.Module, t
 
 
 def _ffn_gate(part: LayerAnatomy) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    """Zeros for the FFN's output; an FFN that is a module of its own is given no positions, and computes nothing."""
+    """Zeros for the FFN's output; an FFN whose input is known is given no positions, and computes nothing."""
     shape: tuple[int, ...] | None = None
 
     def starve(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -186,8 +186,8 @@ def _ffn_gate(part: LayerAnatomy) -> Iterator[torch.utils.hooks.RemovableHandle]
         zeros = first.new_zeros(first.shape if shape is None else (*shape, first.shape[-1]))
         return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
 
-    if part.ffn is not None and part.ffn is not part.ffn_output:
-        yield part.ffn.register_forward_pre_hook(starve)
+    if part.ffn_input is not None:
+        yield part.ffn_input.register_forward_pre_hook(starve)
     yield part.ffn_output.register_forward_hook(gate)
 
 

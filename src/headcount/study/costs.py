@@ -16,6 +16,7 @@ from headcount.engine.budget import bytes_per_token
 from headcount.engine.pack import Budget
 from headcount.model.without_weights import Shape
 from headcount.study.devices import READ_SPEED, USABLE, Device
+from headcount.study.tokens import Work
 
 Way: TypeAlias = Literal["resident", "part streamed", "streamed", "too large"]
 
@@ -80,6 +81,19 @@ class OnDevice:
     reading: float
     bytes_read: float | int
     money: float | None
+
+
+def flops_of(shape: Shape, work: Work, layers: float | int, masks: int) -> float:
+    """Floating-point operations of passes over documents: 2 a parameter, 4 a channel of attention and pair.
+
+    Args:
+        shape: The model.
+        work: What one pass over the documents computes.
+        layers: How many times a layer is computed, all passes together.
+        masks: How many times logits are.
+    """
+    return float(2 * work.tokens * layers * shape.mean_active_parameters
+                 + 4 * work.pairs * layers * shape.attention_width + 2 * work.places * masks * shape.output_parameters)
 
 
 def memory_of(shape: Shape, budget: Budget, longest: float | int) -> Memory:

@@ -30,7 +30,7 @@ from headcount.errors import OptionError, TaskError, UnavailableError
 from headcount.measure.induction import states_of_induction, texts_of
 from headcount.model.placement import bytes_said
 from headcount.model.without_weights import Shape, shape_of
-from headcount.study.costs import Memory, OnDevice, Passes, hours_on, memory_of, passes_of
+from headcount.study.costs import Memory, OnDevice, Passes, flops_of, hours_on, memory_of, passes_of
 from headcount.study.devices import WAITING, Device, device_of
 from headcount.study.folder import check_options, other_orders, previous
 from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job
@@ -370,7 +370,7 @@ class _Known:
 
     def cost(self, job: Job, shared: bool | None = None) -> Cost:
         """What one job computes; arguments as in `shares`."""
-        layers, width = self.shape.anatomy.num_layers, self.shape.attention_width
+        layers = self.shape.anatomy.num_layers
         masks, kept, waiting = 1, 0.0, 0.0
         if isinstance(job, InductionScores):
             # Prefix matching and copying read texts of their own; the paper's copying runs blocks twice.
@@ -385,9 +385,8 @@ class _Known:
             waiting = self._waiting(work, masks, trees=self.trees)
         else:
             return Cost(1)  # put together from other entries
-        flops = (2 * work.tokens * runs.middle * self.shape.mean_active_parameters
-                 + 4 * work.pairs * runs.middle * width + 2 * work.places * masks * self.shape.output_parameters)
-        return Cost(1, runs.times(work.tokens), float(flops), waiting, kept)
+        flops = flops_of(self.shape, work, runs.middle, masks)
+        return Cost(1, runs.times(work.tokens), flops, waiting, kept)
 
     def _waiting(self, work: Work, states: int, *, trees: bool = False) -> float:
         """Bytes that documents take between two blocks: so many hidden states of each, and its mask of attention."""
