@@ -178,7 +178,9 @@ def _bias(projection: nn.Module) -> Tensor | None:
 
 def _identity_error(trace: _Trace, bias: Tensor | None) -> float:
     """How far a gated block is from what the first contract says, relative to the largest value in it."""
-    x, out = doubled(trace.entered), doubled(trace.left)
+    out = doubled(trace.left)
+    # It may come from the device of the block before.
+    x = doubled(trace.entered).to(out)
     b = torch.zeros(x.shape[-1]).to(x) if bias is None else bias.to(x)
     last = trace.norms[-1][1] if trace.norms else None
     if last is not None and last.numel() == out.numel() and torch.equal(last.reshape(out.shape), trace.left):
