@@ -110,6 +110,8 @@ class Devices:
         if wanted is not None and wanted.type == TYPE:
             kwargs["device"] = CPU
         plain_args, plain_kwargs = tree_map_only(Elsewhere, lambda one: one.inner, (args, kwargs))
+        if func is aten.histc.default:  # of whole numbers, which the CPU does not count and GPUs do
+            plain_args = (plain_args[0].float(), *plain_args[1:])
         out = func(*plain_args, **plain_kwargs)
         if device.type != TYPE:
             return out

@@ -15,6 +15,7 @@ from headcount.engine.stream import stream_of
 from headcount.engine.stream_gradients import streamed_scores
 from headcount.model.hooks import frozen
 from headcount.model.load import LoadedModel
+from headcount.model.refetched import refetched
 
 
 class ExampleScores(NamedTuple):
@@ -40,7 +41,7 @@ def example_scores(
     """
     heads = np.zeros((2, num_examples, loaded.anatomy.num_heads))
     ffns = np.zeros((2, num_examples, loaded.anatomy.num_layers))
-    with frozen(loaded.model):
+    with frozen(loaded.model), refetched(loaded.model, [part.block for part in loaded.anatomy.layers]):
         measured = []
         for batch, scores in _measured(loaded, packed, progress):
             measured.append((batch.requests[np.unique(batch.rows, return_index=True)[1]], scores))

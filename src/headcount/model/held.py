@@ -129,9 +129,9 @@ class HeldWhileCalled(ModelHook):  # type: ignore[misc]
         return output
 
 
-def hold_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Let each of a model's blocks hold all its weights while it is called, where they lie in files."""
-    for block in blocks if in_files(model) else ():
+def hold_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Let each of a model's blocks hold all its weights while it is called, where all of them are fetched for it."""
+    for block in filter(in_files, blocks):
         inner = getattr(block, "_hf_hook", None)
         if isinstance(inner, AlignDevicesHook):
             add_hook_to_module(block, HeldWhileCalled(inner))
