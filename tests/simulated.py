@@ -15,14 +15,19 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import PreTrainedModel
+
+from headcount.model.anatomy import find_anatomy
 
 TYPE = "maia"
 aten = torch.ops.aten
@@ -49,7 +54,8 @@ class Elsewhere(Tensor):
             return torch.nn.Parameter(inner, requires_grad)
         made = Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype)
-        made._inner, made._device, made.devices = (inner,), device, devices  # no tensor of its own, as quantised ones have
+        # No tensor among its attributes, as quantised weights have them.
+        made._inner, made._device, made.devices = (inner,), device, devices
         return made
 
     @property
@@ -208,3 +214,26 @@ def _moved(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x
     moved: Tensor = _Moved.apply(x, device, dtype)
     return moved
+
+
+def spread(model: PreTrainedModel, places: Sequence[str], folder: Path) -> PreTrainedModel:
+    """A model in memory over devices, `cpu` and `disk`, as accelerate does it.
+
+    Args:
+        model: The model.
+        places: Where each block goes, in turns; what is in no block goes to the first.
+        folder: Where the disk is.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    blocks = [names[part.block] for part in find_anatomy(model).layers]
+    outer = [name for name in names.values() if name and not any(
+        block == name or f"{block}.".startswith(f"{name}.") or name.startswith(f"{block}.") for block in blocks)]
+    outer = [name for name in outer if not any(name.startswith(f"{other}.") for other in outer)]
+    device_map = dict.fromkeys(outer, places[0]) | {b: places[i % len(places)] for i, b in enumerate(blocks)}
+    main = next((place for place in places if place.startswith(TYPE)), "cpu")
+    # accelerate knows tied weights by their addresses, which tensors that are read later must not get.
+    vars(model)["_addresses"] = [parameter.data for parameter in model.parameters()]
+    dispatched: PreTrainedModel = dispatch_model(
+        model, device_map, main_device=main, offload_dir=folder, force_hooks=True,
+        skip_keys=model._skip_keys_device_placement)
+    return dispatched

@@ -88,6 +88,6 @@ def _weight_of(running: Sequence[nn.Module], tensor: Tensor) -> _Fetched | None:
             for name, weight in owner._parameters.items():
                 if weight is not None and not weight.is_meta and weight.untyped_storage()._cdata == storage and (
                         weight.is_contiguous()):
-                    return _Fetched(owner, name, tensor.shape, tensor.stride(),
-                                    tensor.storage_offset() - weight.storage_offset())
+                    start = int(tensor.storage_offset()) - int(weight.storage_offset())
+                    return _Fetched(owner, name, tensor.shape, tensor.stride(), start)
     return None

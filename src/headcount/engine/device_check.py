@@ -1,0 +1,141 @@
+"""Whether a device computes what the CPU computes: the logits of a few tokens, compared once for a model and a device.
+
+A device may be wrong without saying so (Apple's GPUs were, for some kernels), and no proof on the device alone can find
+that. The reference is the same model in float32 on the CPU, block by block. What a narrower type explains is found by
+the CPU, too, which computes the model in its own type: a device that works is about as far from the reference as the
+CPU is then. With e(position) the root mean square of the differences of a position's logits, divided by the standard
+deviation of all the reference's logits, and e its largest value, the device is told of where
+
+    e(device) > max(1e-4, 4 * e(CPU, own type)).
+
+In float32, and wider, the second is 0. The first number is the project's own bar for equal logits; how both were chosen
+stands in docs/design.md. The result is kept, in `headcount/device_checks.json` in the user's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headcount.engine.budget import name_of
+from headcount.engine.kept import keep, kept
+from headcount.errors import named
+from headcount.model.attention import eager
+from headcount.model.contracts import FAILURES, probe_tokens
+from headcount.model.devices import devices_of
+from headcount.model.load import LoadedModel
+from headcount.model.on_cpu import on_cpu
+
+_FILE = "device_checks.json"
+_FLOOR, _FACTOR = 1e-4, 4.0
+# Attention kernels that the CPU has.
+_ON_CPU = ("eager", "sdpa", None)
+
+
+@dataclass(frozen=True)
+class DeviceCheck:
+    """How far a device's logits are from those of the CPU in float32, in standard deviations of these.
+
+    Attributes:
+        devices: What was compared, in words.
+        error: Of the device, at its worst position; None where the CPU does not compute the model.
+        of_type: Of the CPU in the model's own type.
+        reason: Why the CPU does not; empty where it does.
+    """
+
+    devices: str
+    error: float | None
+    of_type: float = 0.0
+    reason: str = ""
+
+    @property
+    def allowed(self) -> float:
+        """How large the error may be."""
+        return max(_FLOOR, _FACTOR * self.of_type)
+
+    def __str__(self) -> str:
+        return self.note or (f"{self.devices} computes the CPU's logits, but for {self.error:.1g} of their standard "
+                             f"deviation ({self.allowed:.1g} is allowed)")
+
+    @property
+    def note(self) -> str:
+        """What must be said; empty where the device computes what the CPU does."""
+        if self.error is None:
+            return f"what {self.devices} computes was not compared with the CPU, which cannot run it ({self.reason})"
+        if self.error <= self.allowed:
+            return ""
+        return (f"{self.devices} computes other logits than the CPU: they differ by {self.error:.1g} of their standard "
+                f"deviation, where the type of the weights explains {self.allowed:.1g}; measure on another device, with "
+                "another attention kernel or type, or by another version of torch")
+
+
+def device_check(loaded: LoadedModel) -> DeviceCheck | None:
+    """What was found of a model on its devices, now or earlier; None where it runs on the CPU alone."""
+    devices = devices_of(loaded.model)
+    if all(device.type == "cpu" for device in devices):
+        return None
+    names = [f"{device} ({name_of(device)})" for device in devices]
+    kernel = loaded.model.config.get_text_config()._attn_implementation
+    key = ", ".join(map(str, (loaded.fingerprint, *names, loaded.model.dtype, kernel, f"torch {torch.__version__}",
+                              f"transformers {transformers.__version__}")))
+    with contextlib.suppress(KeyError, TypeError):
+        return DeviceCheck(**kept(_FILE)[key])
+    check = compare(loaded, " and ".join(names))
+    keep(_FILE, key, dataclasses.asdict(check))
+    return check
+
+
+@torch.no_grad()
+def compare(loaded: LoadedModel, devices: str) -> DeviceCheck:
+    """Compare now.
+
+    Args:
+        loaded: The model.
+        devices: What it runs on, in words.
+    """
+    first = probe_tokens(loaded.model)
+    ids = torch.cat([first, first.flip(1)])
+    found = _logits(loaded, ids)
+    try:
+        expected = _on_cpu(loaded, ids, torch.float32)
+        own = _on_cpu(loaded, ids, None) if _narrow(loaded) else expected
+    except FAILURES as failure:
+        return DeviceCheck(devices, None, reason=named(failure))
+    return DeviceCheck(devices, _error(found, expected), _error(own, expected))
+
+
+def _narrow(loaded: LoadedModel) -> bool:
+    return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in loaded.model.parameters())
+
+
+def _on_cpu(
+    loaded: LoadedModel, ids: Int[Tensor, "row pos"], dtype: torch.dtype | None
+) -> Float[Tensor, "row pos vocabulary"]:
+    kernel = loaded.model.config.get_text_config()._attn_implementation
+    blocks = [part.block for part in loaded.anatomy.layers]
+    with on_cpu(loaded.model, blocks, dtype), contextlib.nullcontext() if kernel in _ON_CPU else eager(loaded.model):
+        return _logits(loaded, ids.cpu())
+
+
+def _logits(loaded: LoadedModel, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos vocabulary"]:
+    logits: Tensor = loaded.model(input_ids=ids, use_cache=False).logits
+    return logits.cpu().double()
+
+
+def _error(
+    found: Float[Tensor, "row pos vocabulary"], expected: Float[Tensor, "row pos vocabulary"]
+) -> float:
+    """The largest root mean square of a position's differences, in standard deviations of what is expected."""
+    numbers = torch.isfinite(expected).all((0, 1))  # a model may mask tokens out with -inf
+    if not numbers.any():
+        return 0.0  # told where it is measured
+    some = expected[..., numbers]
+    error = float((found[..., numbers] - some).square().mean(-1).sqrt().max() / some.std().clamp_min(1e-30))
+    return math.inf if math.isnan(error) else error
