@@ -68,6 +68,8 @@ class Elsewhere(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist:
+            return args[0].inner.tolist()
         with torch._C.DisableTorchFunctionSubclass():
             return _moved(func, *args, **kwargs or {}) if func in _MOVES else func(*args, **kwargs or {})
 
@@ -177,6 +179,9 @@ class _Operations(TorchDispatchMode):
 
 class _Moves(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Functions of PyTorch's C++, of which this one asks no tensor of a class of its own.
+        if func is Tensor.tolist and isinstance(args[0], Elsewhere):
+            return args[0].inner.tolist()
         return _moved(func, *args, **kwargs or {}) if func in _MOVES else func(*args, **kwargs or {})
 
 

@@ -126,7 +126,7 @@ def _on_cpu(
 
 def _logits(loaded: LoadedModel, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos vocabulary"]:
     logits: Tensor = loaded.model(input_ids=ids, use_cache=False).logits
-    return logits.cpu().double()
+    return logits.detach().cpu().double()
 
 
 def _error(
