@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import headcount as hc
 import tiny
@@ -99,25 +99,26 @@ def test_experts_that_their_parents_read_are_there_when_only_some_blocks_are(tmp
                               Engine.of(resident).loglikelihoods(requests).loglikelihoods)
 
 
-def wide() -> PreTrainedModel:
+def wide(family: str) -> PreTrainedModel:
     """A model whose blocks are nearly all that it is made of, and hidden states nearly nothing."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=96, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
-        max_position_embeddings=64)).eval()
+    width = {"vocab_size": 96, "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4}
+    if family == "falcon":  # hands attention probabilities out only when it is asked for all
+        return FalconForCausalLM(FalconConfig(**width, ffn_hidden_size=1536)).eval()
+    return LlamaForCausalLM(LlamaConfig(**width, intermediate_size=1024, max_position_embeddings=64)).eval()
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize(("family", "place"), [("llama", "cpu"), ("llama", "disk"), ("falcon", "cpu")])
 def test_a_model_larger_than_its_device_is_proved_and_measured(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three of its eight blocks fit onto the device, of which one lies there."""
-    resident = wrap(wide(), reader())
+    resident = wrap(wide(family), reader())
     block = sum(p.numel() * p.element_size() for p in resident.anatomy.layers[0].block.parameters())
     requests, size = _requests(resident), Budget(batch_tokens=100)
     expected = Engine.of(resident).gradients(requests, budget=size)
     with Devices(capacity={ONE: 3 * block}).open():
-        loaded = wrap(spread(wide(), (ONE, *[place] * 7), tmp_path), reader())
+        loaded = wrap(spread(wide(family), (ONE, *[place] * 7), tmp_path), reader())
         engine = Engine.of(loaded)
         assert all(result.holds for result in [*engine.contracts, engine.gradient_contract, engine.sweep_contract])
         for one, other in zip(engine.gradients(requests, budget=size), expected, strict=True):

@@ -223,6 +223,7 @@ def device_key(loaded: Placed) -> str:
     """What timings depend on: device, threads, version, shape, type and attention kernel."""
     anatomy = loaded.anatomy
     return ", ".join(map(str, (
-        name_of(loaded.device), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", loaded.model.config.model_type,
+        name_of(loaded.device), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}",
+        loaded.model.config.model_type,
         f"{anatomy.num_layers} x {max(anatomy.heads_per_layer)} x {anatomy.layers[0].d_model}", loaded.model.dtype,
         loaded.model.config.get_text_config()._attn_implementation)))

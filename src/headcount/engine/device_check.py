@@ -72,8 +72,8 @@ class DeviceCheck:
         if self.error <= self.allowed:
             return ""
         return (f"{self.devices} computes other logits than the CPU: they differ by {self.error:.1g} of their standard "
-                f"deviation, where the type of the weights explains {self.allowed:.1g}; measure on another device, with "
-                "another attention kernel or type, or by another version of torch")
+                f"deviation, where the type of the weights explains {self.allowed:.1g}; take another device, attention "
+                "kernel or type, or another version of torch")
 
 
 def device_check(loaded: LoadedModel) -> DeviceCheck | None:

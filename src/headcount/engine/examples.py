@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ def example_scores(
     """
     heads = np.zeros((2, num_examples, loaded.anatomy.num_heads))
     ffns = np.zeros((2, num_examples, loaded.anatomy.num_layers))
-    with frozen(loaded.model), refetched(loaded.model, [part.block for part in loaded.anatomy.layers]):
+    with frozen(loaded.model):
         measured = []
         for batch, scores in _measured(loaded, packed, progress):
             measured.append((batch.requests[np.unique(batch.rows, return_index=True)[1]], scores))
@@ -56,9 +57,15 @@ def _measured(
 ) -> Iterator[tuple[Batch, Scores]]:
     stream = stream_of(loaded)
     if stream is None:
-        yield from in_memory(packed, lambda batch: batch_scores(loaded, batch), Told(progress))
+        yield from in_memory(packed, functools.partial(_refetching, loaded), Told(progress))
         return
     for batch, scores in streamed_scores(loaded, stream, packed):
         if progress is not None:
             progress(batch.tokens)
         yield batch, scores
+
+
+def _refetching(loaded: LoadedModel, batch: Batch) -> Scores:
+    """A batch's scores; where some weights are offloaded, the graph keeps none of them."""
+    with refetched(loaded.model, [part.block for part in loaded.anatomy.layers]):
+        return batch_scores(loaded, batch)

@@ -57,7 +57,8 @@ class _Copies:
         """Put them there."""
         for owner in self.owners:
             stored = {weight.name: weight.value for weight in fetched(owner) if weight.owner is owner}
-            for place in (owner._parameters, owner._buffers, vars(owner)):
+            places: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, vars(owner))
+            for place in places:
                 for name, tensor in [*place.items()]:
                     if isinstance(tensor, Tensor):
                         self._before.append((place, name, tensor))
