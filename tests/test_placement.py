@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations import accelerate as spreading
 
 import headcount as hc
 import tiny
@@ -32,7 +35,7 @@ from headcount.errors import DeviceWarning, ModelError
 from headcount.measure.induction import induction_scores, randomised
 from headcount.model.contracts import probe_tokens
 from headcount.model.devices import devices_of
-from headcount.model.load import LoadedModel, wrap
+from headcount.model.load import LoadedModel, load, wrap
 from headcount.model.on_cpu import on_cpu
 from headcount.report.cautions import cautions
 from headcount.study.runner import run_study
@@ -97,6 +100,31 @@ def test_experts_that_their_parents_read_are_there_when_only_some_blocks_are(tmp
     with spread_out("dbrx", ("cpu", "disk"), tmp_path) as loaded:
         assert np.array_equal(Engine.of(loaded).loglikelihoods(requests).loglikelihoods,
                               Engine.of(resident).loglikelihoods(requests).loglikelihoods)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_what_memory_has_no_room_for_goes_to_the_disk(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixtral's experts do not lie in the files as the model wants them: they are written to a folder meanwhile."""
+    model = of_family(family)
+    model.save_pretrained(tmp_path / "model")
+    reader().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    room = 0.8 * sum(p.numel() * p.element_size() for p in model.parameters())
+    monkeypatch.setattr(spreading, "accelerate_max_memory", lambda given=None: {"cpu": int(room)})
+    resident, loaded = load(tmp_path / "model", device="cpu"), load(tmp_path / "model", device_map="auto")
+    assert {*loaded.model.hf_device_map.values()} == {"cpu", "disk"}
+    assert loaded.fingerprint == resident.fingerprint
+    requests = _requests(resident)
+    assert np.array_equal(Engine.of(loaded).loglikelihoods([requests]).loglikelihoods,
+                          Engine.of(resident).loglikelihoods([requests]).loglikelihoods)
+    for one, other in zip(Engine.of(loaded).gradients(requests), Engine.of(resident).gradients(requests), strict=True):
+        assert np.allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert len([*tmp_path.glob("headcount-weights-*")]) == (family == "mixtral")
+    del loaded
+    gc.collect()
+    assert not [*tmp_path.glob("headcount-weights-*")]
 
 
 def wide(family: str) -> PreTrainedModel:

@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from headcount.errors import ModelError
 from headcount.model import checkpoint, removed
 from headcount.model.anatomy import Names, find_anatomy
-from headcount.model.placement import DISK
+from headcount.model.placement import DISK, SPREAD
 from headcount.model.source import TRUST, Source, failure, said
 from headcount.model.weight_files import UNREADABLE
 
@@ -84,7 +85,7 @@ def read(
     options = {**common, "config": config, "dtype": wanted.dtype, "device_map": wanted.device_map,
                "attn_implementation": wanted.attn_implementation}
     if wanted.device_map != DISK:
-        model, notes = _model(wanted.name, source, options)
+        model, notes = (_spread if wanted.device_map in SPREAD else _model)(wanted.name, source, options)
         return model, reader, notes
     # What does not lie in the files as the model wants it (stacked experts) is written here, while the model is there.
     spilled = tempfile.mkdtemp(prefix="headcount-weights-")
@@ -216,6 +217,21 @@ def _model(name: str, source: Source, options: Mapping[str, Any]) -> tuple[PreTr
         raise failure(name, source, e) from e
     model: PreTrainedModel = pair[0]
     return model, (*checkpoint.check(name, model, pair[1], source.folder), *_of_another_class(model))
+
+
+def _spread(name: str, source: Source, options: Mapping[str, Any]) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """A model over devices, with a folder for what ends on the disk and does not lie in the files as it is wanted."""
+    spilled = Path(tempfile.mkdtemp(prefix="headcount-weights-"))
+    try:
+        model, notes = _model(name, source, {**options, "offload_folder": str(spilled)})
+    except BaseException:
+        shutil.rmtree(spilled, ignore_errors=True)
+        raise
+    if any(spilled.iterdir()):
+        weakref.finalize(model, shutil.rmtree, spilled, ignore_errors=True)
+    else:
+        spilled.rmdir()
+    return model, notes
 
 
 def _of_another_class(model: PreTrainedModel) -> tuple[str, ...]:
