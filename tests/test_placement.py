@@ -176,9 +176,9 @@ def test_a_device_that_computes_otherwise_is_told_once(
         loaded = wrap(spread(of_family("llama").to(dtype), places, tmp_path), reader())
         before = {name: id(parameter) for name, parameter in loaded.model.named_parameters()}
         check = compare(loaded, "the device")
-        assert check.error is not None
-        assert check.error > check.allowed
-        assert check.note.startswith("the device computes other logits than the CPU: they differ by ")
+        assert check.found is not None
+        assert check.found.median > check.of_type.allowed.median
+        assert check.note.startswith("the device computes other logits than the CPU: at the median position they ")
         assert {name: id(parameter) for name, parameter in loaded.model.named_parameters()} == before
         (note,) = Engine.of(loaded).notes
         monkeypatch.setattr(device_check, "compare", lambda *given: pytest.fail("compared again"))
@@ -192,9 +192,20 @@ def test_a_type_explains_what_it_rounds(tmp_path: Path) -> None:
             loaded = wrap(spread(of_family("llama").to(dtype), (ONE, "cpu"), tmp_path), reader())
             check = compare(loaded, "it")
         assert check.note == ""
-        assert check.error is not None
-        assert (check.error > 1e-4) == (dtype != torch.float32)
-        assert check.error < most
+        assert check.found is not None
+        assert (check.found.median > 1e-4) == (dtype != torch.float32)
+        assert check.found.worst < most
+
+
+def test_one_position_that_is_wrong_is_told() -> None:
+    expected = torch.randn(2, 8, 50, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    for wrong in (0.01, float("nan"), float("inf")):
+        found = expected.clone()
+        found[1, 7, 3] += wrong
+        assert "at the worst position they differ by" in DeviceCheck("it", device_check._apart(found, expected)).note
+    masked = expected.clone()
+    masked[..., 4] = -torch.inf
+    assert device_check._apart(masked, masked) == (0, 0)
 
 
 def test_products_in_other_parts_are_explained_by_the_type(tmp_path: Path) -> None:
@@ -206,9 +217,9 @@ def test_products_in_other_parts_are_explained_by_the_type(tmp_path: Path) -> No
             found = device_check._logits(loaded, torch.cat([ids := probe_tokens(loaded.model), ids.flip(1)]))
         with on_cpu(loaded.model, [part.block for part in loaded.anatomy.layers], torch.float32), torch.no_grad():
             expected = device_check._logits(loaded, torch.cat([ids, ids.flip(1)]))
-        error = device_check._error(found, expected)
-        assert 0 < error <= own.allowed
-        assert error != own.error, "it is another device"
+        apart = device_check._apart(found, expected)
+        assert DeviceCheck("it", apart, own.of_type).note == ""
+        assert apart.median not in (0, own.of_type.median), "it is another device"
 
 
 class InParts(TorchDispatchMode):
@@ -250,7 +261,7 @@ def test_weights_come_back_when_the_cpu_fails(tmp_path: Path) -> None:
         assert check.note == ("what it computes was not compared with the CPU, which cannot run it "
                               "(NotImplementedError: no such kernel on the CPU)")
         assert all(p.device.type == TYPE for p in loaded.model.parameters())
-        assert DeviceCheck(**dataclasses.asdict(check)) == check
+        assert DeviceCheck.of(json.loads(json.dumps(dataclasses.asdict(check)))) == check
 
 
 def test_a_study_tells_of_a_wrong_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,21 +3,23 @@
 A device may be wrong without saying so (Apple's GPUs were, for some kernels), and no proof on the device alone can find
 that. The reference is the same model in float32 on the CPU, block by block. What a narrower type explains is found by
 the CPU, too, which computes the model in its own type: a device that works is about as far from the reference as the
-CPU is then. With e(position) the root mean square of the differences of a position's logits, divided by the standard
-deviation of all the reference's logits, and e its largest value, the device is told of where
+CPU is then. The error of a position is the root mean square of the differences of its logits, divided by the standard
+deviation of all the reference's logits. The device is told of where
 
-    e(device) > max(1e-4, 4 * e(CPU, own type)).
+    error(device) > max(1e-4, 4 * error(CPU, own type))
 
-In float32, and wider, the second is 0. The first number is the project's own bar for equal logits; how both were chosen
-stands in docs/design.md. The result is kept, in `headcount/device_checks.json` in the user's cache.
+at the median position, or at the worst. In float32, and wider, the second is 0. The first number is the project's own
+bar for equal logits; how both were chosen stands in docs/design.md. The result is kept, in
+`headcount/device_checks.json` in the user's cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -39,41 +41,60 @@ _FLOOR, _FACTOR = 1e-4, 4.0
 _ON_CPU = ("eager", "sdpa", None)
 
 
+class Apart(NamedTuple):
+    """How far logits are from those of the CPU in float32, in standard deviations of these: two positions' errors."""
+
+    median: float
+    worst: float
+
+    @property
+    def allowed(self) -> Apart:
+        """How far a device may be where the CPU is so far in the type of the weights."""
+        return Apart(*(max(_FLOOR, _FACTOR * error) for error in self))
+
+
+_EQUAL = Apart(0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class DeviceCheck:
-    """How far a device's logits are from those of the CPU in float32, in standard deviations of these.
+    """How far a device's logits are from those of the CPU in float32.
 
     Attributes:
         devices: What was compared, in words.
-        error: Of the device, at its worst position; None where the CPU does not compute the model.
-        of_type: Of the CPU in the model's own type.
+        found: The device's; None where the CPU does not compute the model.
+        of_type: The CPU's in the model's own type.
         reason: Why the CPU does not; empty where it does.
     """
 
     devices: str
-    error: float | None
-    of_type: float = 0.0
+    found: Apart | None
+    of_type: Apart = _EQUAL
     reason: str = ""
 
-    @property
-    def allowed(self) -> float:
-        """How large the error may be."""
-        return max(_FLOOR, _FACTOR * self.of_type)
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> DeviceCheck:
+        """What was kept as JSON."""
+        found = kept["found"]
+        return cls(kept["devices"], None if found is None else Apart(*found), Apart(*kept["of_type"]), kept["reason"])
 
     def __str__(self) -> str:
-        return self.note or (f"{self.devices} computes the CPU's logits, but for {self.error:.1g} of their standard "
-                             f"deviation ({self.allowed:.1g} is allowed)")
+        if self.found is None or self.note:
+            return self.note
+        return (f"{self.devices} computes the CPU's logits, but for {self.found.median:.1g} of their standard "
+                f"deviation at the median position ({self.of_type.allowed.median:.1g} is allowed)")
 
     @property
     def note(self) -> str:
         """What must be said; empty where the device computes what the CPU does."""
-        if self.error is None:
+        if self.found is None:
             return f"what {self.devices} computes was not compared with the CPU, which cannot run it ({self.reason})"
-        if self.error <= self.allowed:
-            return ""
-        return (f"{self.devices} computes other logits than the CPU: they differ by {self.error:.1g} of their standard "
-                f"deviation, where the type of the weights explains {self.allowed:.1g}; take another device, attention "
-                "kernel or type, or another version of torch")
+        for where, error, allowed in zip(self.found._fields, self.found, self.of_type.allowed, strict=True):
+            if error > allowed:
+                return (f"{self.devices} computes other logits than the CPU: at the {where} position they differ by "
+                        f"{error:.1g} of their standard deviation, where the type of the weights explains "
+                        f"{allowed:.1g}; take another device, attention kernel or type, or another version of torch")
+        return ""
 
 
 def device_check(loaded: LoadedModel) -> DeviceCheck | None:
@@ -86,7 +107,7 @@ def device_check(loaded: LoadedModel) -> DeviceCheck | None:
     key = ", ".join(map(str, (loaded.fingerprint, *names, loaded.model.dtype, kernel, f"torch {torch.__version__}",
                               f"transformers {transformers.__version__}")))
     with contextlib.suppress(KeyError, TypeError):
-        return DeviceCheck(**kept(_FILE)[key])
+        return DeviceCheck.of(kept(_FILE)[key])
     check = compare(loaded, " and ".join(names))
     keep(_FILE, key, dataclasses.asdict(check))
     return check
@@ -108,7 +129,7 @@ def compare(loaded: LoadedModel, devices: str) -> DeviceCheck:
         own = _on_cpu(loaded, ids, None) if _narrow(loaded) else expected
     except FAILURES as failure:
         return DeviceCheck(devices, None, reason=named(failure))
-    return DeviceCheck(devices, _error(found, expected), _error(own, expected))
+    return DeviceCheck(devices, _apart(found, expected), _apart(own, expected))
 
 
 def _narrow(loaded: LoadedModel) -> bool:
@@ -129,13 +150,11 @@ def _logits(loaded: LoadedModel, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "
     return logits.detach().cpu().double()
 
 
-def _error(
-    found: Float[Tensor, "row pos vocabulary"], expected: Float[Tensor, "row pos vocabulary"]
-) -> float:
-    """The largest root mean square of a position's differences, in standard deviations of what is expected."""
+def _apart(found: Float[Tensor, "row pos vocabulary"], expected: Float[Tensor, "row pos vocabulary"]) -> Apart:
     numbers = torch.isfinite(expected).all((0, 1))  # a model may mask tokens out with -inf
     if not numbers.any():
-        return 0.0  # told where it is measured
+        return _EQUAL  # told where it is measured
     some = expected[..., numbers]
-    error = float((found[..., numbers] - some).square().mean(-1).sqrt().max() / some.std().clamp_min(1e-30))
-    return math.inf if math.isnan(error) else error
+    errors = (found[..., numbers] - some).square().mean(-1).sqrt().flatten() / some.std().clamp_min(1e-30)
+    errors = errors.nan_to_num(torch.inf, torch.inf)
+    return Apart(float(errors.median()), float(errors.max()))
