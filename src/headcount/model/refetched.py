@@ -63,7 +63,7 @@ def refetched(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
     def unpack(kept: Tensor | _Fetched) -> Tensor:
         return kept.again() if isinstance(kept, _Fetched) else kept
 
-    fetching = [module for module in model.modules() if module in {*blocks} or _fetches(module)]
+    fetching = [*dict.fromkeys((*blocks, *filter(_fetches, model.modules())))]
     if not any(map(_fetches, fetching)):
         yield
         return
