@@ -178,7 +178,7 @@ def test_a_device_that_computes_otherwise_is_told_once(
         check = compare(loaded, "the device")
         assert check.found is not None
         assert check.found.median > check.of_type.allowed.median
-        assert check.note.startswith("the device computes other logits than the CPU: at the median position they ")
+        assert check.note.startswith("on the device logits are other than on the CPU: at the median position they ")
         assert {name: id(parameter) for name, parameter in loaded.model.named_parameters()} == before
         (note,) = Engine.of(loaded).notes
         monkeypatch.setattr(device_check, "compare", lambda *given: pytest.fail("compared again"))
@@ -258,7 +258,7 @@ def test_weights_come_back_when_the_cpu_fails(tmp_path: Path) -> None:
     with spread_out("llama", (ONE, TWO), tmp_path) as loaded:
         loaded.anatomy.layers[1].out_proj.register_forward_pre_hook(fail)
         check = compare(loaded, "it")
-        assert check.note == ("what it computes was not compared with the CPU, which cannot run it "
+        assert check.note == ("logits on it were not compared with the CPU's, which cannot run the model "
                               "(NotImplementedError: no such kernel on the CPU)")
         assert all(p.device.type == TYPE for p in loaded.model.parameters())
         assert DeviceCheck.of(json.loads(json.dumps(dataclasses.asdict(check)))) == check
@@ -274,7 +274,7 @@ def test_a_study_tells_of_a_wrong_device(tmp_path: Path, capsys: pytest.CaptureF
             folder = run_study(spec, loaded=loaded)
             run_study(spec, loaded=loaded)  # goes on
     (told,) = [line for line in " ".join(capsys.readouterr().out.split()).split("note: ") if line]
-    assert "computes other logits than the CPU" in told, "printed once"
+    assert "logits are other than on the CPU" in told, "printed once"
     (note,) = json.loads((folder / "study.json").read_text())["model"]["notes"]
     assert note == Engine.of(loaded).notes[0]
     assert f"Model: {note}." in [*cautions(hc.open_study(folder))]
@@ -283,7 +283,7 @@ def test_a_study_tells_of_a_wrong_device(tmp_path: Path, capsys: pytest.CaptureF
 def test_python_is_warned(tmp_path: Path) -> None:
     with Devices(kernels={ONE: attention_off}).open():
         loaded = wrap(spread(tiny.model("llama"), (ONE,), tmp_path), tiny.tokenizer(), "tiny")
-        with pytest.warns(DeviceWarning, match=r"^tiny: maia:0 .* computes other logits than the CPU"):
+        with pytest.warns(DeviceWarning, match=r"^tiny: on maia:0 .* logits are other than on the CPU"):
             Engine.of(loaded).prove()
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -81,17 +81,17 @@ class DeviceCheck:
     def __str__(self) -> str:
         if self.found is None or self.note:
             return self.note
-        return (f"{self.devices} computes the CPU's logits, but for {self.found.median:.1g} of their standard "
+        return (f"on {self.devices} logits are the CPU's, but for {self.found.median:.1g} of their standard "
                 f"deviation at the median position ({self.of_type.allowed.median:.1g} is allowed)")
 
     @property
     def note(self) -> str:
         """What must be said; empty where the device computes what the CPU does."""
         if self.found is None:
-            return f"what {self.devices} computes was not compared with the CPU, which cannot run it ({self.reason})"
+            return f"logits on {self.devices} were not compared with the CPU's, which cannot run the model ({self.reason})"
         for where, error, allowed in zip(self.found._fields, self.found, self.of_type.allowed, strict=True):
             if error > allowed:
-                return (f"{self.devices} computes other logits than the CPU: at the {where} position they differ by "
+                return (f"on {self.devices} logits are other than on the CPU: at the {where} position they differ by "
                         f"{error:.1g} of their standard deviation, where the type of the weights explains "
                         f"{allowed:.1g}; take another device, attention kernel or type, or another version of torch")
         return ""
