@@ -88,7 +88,8 @@ class DeviceCheck:
     def note(self) -> str:
         """What must be said; empty where the device computes what the CPU does."""
         if self.found is None:
-            return f"logits on {self.devices} were not compared with the CPU's, which cannot run the model ({self.reason})"
+            return (f"logits on {self.devices} were not compared with the CPU's, which cannot run the model "
+                    f"({self.reason})")
         for where, error, allowed in zip(self.found._fields, self.found, self.of_type.allowed, strict=True):
             if error > allowed:
                 return (f"on {self.devices} logits are other than on the CPU: at the {where} position they differ by "
