@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tiny
-from headcount.engine import blocks
+from headcount.engine import blocks, kept
 from headcount.engine import budget as rooms
 from headcount.engine.engine import Engine
 from headcount.engine.forward import Told, in_memory
@@ -231,8 +231,8 @@ def test_a_budget_is_positive(wrong: dict[str, int]) -> None:
 
 def test_timings_lie_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert rooms._file() == tmp_path / "cache" / "headcount" / "devices.json"
+    assert kept._file("devices.json") == tmp_path / "cache" / "headcount" / "devices.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     if sys.platform == "linux":
-        assert rooms._file() == tmp_path / ".cache" / "headcount" / "devices.json"
+        assert kept._file("devices.json") == tmp_path / ".cache" / "headcount" / "devices.json"

@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 import tomllib
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,7 +20,7 @@ from cyclopts import App, Parameter
 
 import headcount
 from headcount.engine.waiting import wait_asleep
-from headcount.errors import HeadcountError, JobsFailedError, OptionError, StudyError, UnavailableError
+from headcount.errors import DeviceWarning, HeadcountError, JobsFailedError, OptionError, StudyError, UnavailableError
 from headcount.study.spec import PRESETS, ChoiceSpec, InductionSpec, ModelSpec, Part, RemovalSpec, StudySpec
 
 if TYPE_CHECKING:
@@ -552,7 +553,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        app.meta(sys.argv[1:] if arguments is None else arguments, exit_on_error=False, print_error=False)
+        with _device_notes():
+            app.meta(sys.argv[1:] if arguments is None else arguments, exit_on_error=False, print_error=False)
     except (HeadcountError, cyclopts.CycloptsError) as error:
         called = {option: short for short, option in _short(arguments or sys.argv[1:]).items()}
         message = error.on_command_line(called) if isinstance(error, HeadcountError) else str(error)
@@ -565,6 +567,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"\nheadcount: stopped; {kept}\n")
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _device_notes() -> Iterator[None]:
+    """Print what is warned of a device as other notes are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DeviceWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, DeviceWarning):
+                others(message, category, *where, **more)
+                return
+            from headcount import terminal
+
+            terminal.print_note(str(message))
+
+        warnings.showwarning = show
+        yield
 
 
 def _fail(message: str, code: int = 2) -> int:

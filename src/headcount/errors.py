@@ -1,4 +1,7 @@
-"""Errors that a user can cause: one clear line that says what to do; the command line prints it and exits with 2."""
+"""Errors that a user can cause: one clear line that says what to do; the command line prints it and exits with 2.
+
+Beside them the one warning: numbers are given all the same, and may be wrong.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +71,10 @@ class StudyError(HeadcountError):
 
 class JobsFailedError(StudyError):
     """Some jobs of a study failed as often as they were tried; all others are measured and kept."""
+
+
+class DeviceWarning(UserWarning):
+    """A device computes other logits than the CPU, or could not be compared with it."""
 
 
 def named(error: BaseException) -> str:

@@ -242,6 +242,8 @@ def _print_contracts(loaded: LoadedModel) -> bool:
         _out.print(f"[red]FAILS[/red]  random tokens give numbers: it goes wrong first in {told}", highlight=False)
         return False
     if holds:
+        if engine.device_check is not None:
+            _out.print(f"device: {engine.device_check}", highlight=False)
         _out.print(f"prompts: {engine.layout}", highlight=False)
         _out.print(f"masks: {engine.prove_sweep()}", highlight=False)
     return holds

@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import platformdirs
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
@@ -31,6 +27,7 @@ from transformers import PreTrainedModel
 
 from headcount.engine import neighbours
 from headcount.engine.encode import Request
+from headcount.engine.kept import keep, kept
 from headcount.engine.layout import Layout
 from headcount.engine.pack import Batch, Budget, Cost, batches, pack
 from headcount.engine.treemask import model_inputs
@@ -39,6 +36,7 @@ from headcount.model.held import fetched, held, in_files
 from headcount.model.load import LoadedModel
 from headcount.model.placement import free_memory
 
+_FILE = "devices.json"
 _SHORT, _LONG = 128, 1024
 _BLOCKS = 4
 _REPETITIONS = 3
@@ -89,14 +87,14 @@ def timed_cost(loaded: LoadedModel, layout: Layout) -> Cost:
             raise
         return Cost()  # hardly any memory: batches will be halved
     if not load.crowded:
-        _keep(loaded, cost)
+        keep(_FILE, device_key(loaded), dataclasses.asdict(cost))
     return cost
 
 
 def kept_cost(loaded: Placed) -> Cost | None:
     """What was timed earlier on such a device with a model of that shape; None if nothing was."""
     try:
-        return Cost(**_read()[device_key(loaded)])
+        return Cost(**kept(_FILE)[device_key(loaded)])
     except (KeyError, TypeError):
         return None
 
@@ -216,34 +214,16 @@ def threads_of(loaded: LoadedModel) -> int:
     return torch.get_num_threads() if loaded.device.type == "cpu" else 1
 
 
+def name_of(device: torch.device) -> str:
+    """What a device is called: a GPU by its model, others by their kind and that of the machine."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+
+
 def device_key(loaded: Placed) -> str:
     """What timings depend on: device, threads, version, shape, type and attention kernel."""
-    device = loaded.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     anatomy = loaded.anatomy
     return ", ".join(map(str, (
-        name, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", loaded.model.config.model_type,
+        name_of(loaded.device), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}",
+        loaded.model.config.model_type,
         f"{anatomy.num_layers} x {max(anatomy.heads_per_layer)} x {anatomy.layers[0].d_model}", loaded.model.dtype,
         loaded.model.config.get_text_config()._attn_implementation)))
-
-
-def _file() -> Path:
-    return platformdirs.user_cache_path("headcount", appauthor=False) / "devices.json"
-
-
-def _read() -> dict[str, Any]:
-    try:
-        known = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # measured again
-    return known if isinstance(known, dict) else {}
-
-
-def _keep(loaded: LoadedModel, cost: Cost) -> None:
-    file = _file()
-    with contextlib.suppress(OSError):  # no such place here: measured again next time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        own = file.with_suffix(f".{os.getpid()}")
-        known = {**_read(), device_key(loaded): dataclasses.asdict(cost)}
-        own.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
-        own.replace(file)

@@ -5,7 +5,8 @@ needed: how prompts are laid out (`probe`, when they are first packed), what row
 when a budget is wanted and none is given), and whether the model can be run layer by layer (contract 3, proved when
 more than one mask is first swept). Before all that it proves that heads and FFNs are where the anatomy says (contracts
 1 and 2) and that requests are scored as the model scores them (contract 4), and before gradients that these reach heads
-and FFNs (contract 5): nothing is measured on a model that fails one of these, whoever asks.
+and FFNs (contract 5): nothing is measured on a model that fails one of these, whoever asks. On a device that is not the
+CPU it compares the logits of a few tokens with the CPU's, once (`headcount.engine.device_check`), and warns.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 
 from headcount.engine import budget as budgets
 from headcount.engine import neighbours
+from headcount.engine.device_check import DeviceCheck, device_check
 from headcount.engine.encode import Request
 from headcount.engine.examples import Examples, ExampleScores, example_scores
 from headcount.engine.forward import (
@@ -40,7 +43,7 @@ from headcount.engine.proof import numbers_apart, verify_gradients, verify_scori
 from headcount.engine.stream import stream_of
 from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
-from headcount.errors import ModelError, OptionError
+from headcount.errors import DeviceWarning, ModelError, OptionError
 from headcount.masks import Mask, layers_run
 from headcount.model.contracts import ContractResult, probe_tokens, verify
 from headcount.model.finite import first_no_number
@@ -89,8 +92,19 @@ class Engine:
         with lifted(self._loaded.model):
             return verify_gradients(self._loaded)
 
+    @functools.cached_property
+    def device_check(self) -> DeviceCheck | None:
+        """How far the device's logits are from the CPU's, found when first asked for; None on the CPU."""
+        with lifted(self._loaded.model):
+            return device_check(self._loaded)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """To be shown beside every result, with the model's own: what its device computes otherwise than the CPU."""
+        return tuple(filter(None, [self.device_check.note if self.device_check is not None else ""]))
+
     def prove(self, *, gradients: bool = False) -> None:
-        """Prove, once, that this model is measured right.
+        """Prove, once, that this model is measured right; warn, once, where its device computes other logits.
 
         Args:
             gradients: Whether gradients are wanted, too.
@@ -115,6 +129,9 @@ class Engine:
             more = "" if in_memory else f"; headcount anatomy {name} --verify shows all checks"
             raise ModelError(f"{name} cannot be measured: it fails the check '{failed.name}' ({failed.detail}){more}",
                              fields=("dtype",))
+        if "device_check" not in vars(self):
+            for note in self.notes:
+                warnings.warn(f"{self._loaded.name}: {note}", DeviceWarning, stacklevel=2)
 
     @functools.cached_property
     def sweep_contract(self) -> ContractResult:

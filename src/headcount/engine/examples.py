@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headcount.engine.forward import Progress, Told, in_memory
-from headcount.engine.gradients import batch_scores
+from headcount.engine.gradients import Scores, batch_scores
 from headcount.engine.pack import Batch
 from headcount.engine.stream import Stream, stream_of
 from headcount.engine.stream_gradients import streamed_scores
 from headcount.model.hooks import frozen
 from headcount.model.load import LoadedModel
+from headcount.model.refetched import refetched
 
 # A batch and its two scores; without shapes, since each batch has its own number of examples.
 _Scored = tuple[Batch, tuple[Tensor, Tensor]]
@@ -63,7 +65,7 @@ def example_scores(loaded: LoadedModel, wanted: Iterable[Examples]) -> Iterator[
         return
     for one in wanted:
         with frozen(loaded.model):
-            scored = [*in_memory(one.batches, lambda batch: batch_scores(loaded, batch), Told(one.progress))]
+            scored = [*in_memory(one.batches, functools.partial(_refetching, loaded), Told(one.progress))]
         yield _on_host(loaded, one.number, scored)
 
 
@@ -94,3 +96,9 @@ def _on_host(loaded: LoadedModel, number: int, scored: Sequence[_Scored]) -> Exa
         examples = batch.requests[np.unique(batch.rows, return_index=True)[1]]
         heads[:, examples], ffns[:, examples] = of_heads.cpu().double().numpy(), of_ffns.cpu().double().numpy()
     return ExampleScores(heads, ffns)
+
+
+def _refetching(loaded: LoadedModel, batch: Batch) -> Scores:
+    """A batch's scores; where some weights are offloaded, the graph keeps none of them."""
+    with refetched(loaded.model, [part.block for part in loaded.anatomy.layers]):
+        return batch_scores(loaded, batch)

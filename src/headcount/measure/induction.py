@@ -486,7 +486,7 @@ def randomised(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
             with torch.device("cpu" if spread else loaded.device):
                 made = maker._from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
         if spread:
-            made = dispatch_model(made, devices)
+            made = dispatch_model(made, devices, skip_keys=made._skip_keys_device_placement)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"memory is too small for {loaded.name} and the same model with random weights beside it, the "
                          "control of copying: leave it out (`skip_control`)",

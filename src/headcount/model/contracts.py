@@ -178,7 +178,9 @@ def _bias(projection: nn.Module) -> Tensor | None:
 
 def _identity_error(trace: _Trace, bias: Tensor | None) -> float:
     """How far a gated block is from what the first contract says, relative to the largest value in it."""
-    x, out = doubled(trace.entered), doubled(trace.left)
+    out = doubled(trace.left)
+    # It may come from the device of the block before.
+    x = doubled(trace.entered).to(out)
     b = torch.zeros(x.shape[-1]).to(x) if bias is None else bias.to(x)
     last = trace.norms[-1][1] if trace.norms else None
     if last is not None and last.numel() == out.numel() and torch.equal(last.reshape(out.shape), trace.left):
@@ -227,16 +229,13 @@ def _slices(name: str, model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor
     # Layers of which all heads were removed attend to nothing.
     attending = [(layer, part) for layer, part in enumerate(anatomy.layers) if part.num_heads]
     with eager(model), frozen(model), torch.enable_grad(), _differentiable(model):
+        # Asked last: two families (Falcon, OpenAI-GPT) hand their probabilities out only then.
         errors = _layer_by_layer(model, anatomy, ids)
         if len(errors) != len(attending):
-            with _projected(anatomy) as projected:
-                attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-            handed_out = [attention for attention in attentions or () if attention is not None]
-            if len(handed_out) != len(attending):
-                return ContractResult(name, False, float("inf"), "the model hands out no attention probabilities of "
-                                      "every layer: it has layers whose attention is not ordinary")
-            errors = {layer: _layer_error(part, projected[layer], attention)
-                      for (layer, part), attention in zip(attending, handed_out, strict=True)}
+            errors = _layer_by_layer(model, anatomy, ids, output_attentions=True)
+        if len(errors) != len(attending):
+            return ContractResult(name, False, float("inf"), "the model hands out no attention probabilities of "
+                                  "every layer: it has layers whose attention is not ordinary")
     worst, where = 0.0, ""
     for layer, (error, head) in sorted(errors.items()):
         if not error <= worst:
@@ -247,19 +246,23 @@ def _slices(name: str, model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor
 
 
 def _layer_by_layer(
-    model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]
+    model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"], **told: bool
 ) -> dict[int, tuple[float, int]]:
     """Each layer's error, found as soon as the layer has run; of layers whose attention hands out its probabilities.
 
-    The graph ends with each block, so that no more than one block's weights are kept for it.
+    The graph ends with each block, and the model is given no probabilities to keep: no more than one block's weights
+    are kept for them.
     """
     found: dict[int, tuple[float, int]] = {}
     seen: list[Tensor] = []
     length = len(ids[0])
 
-    def attended(module: nn.Module, args: Any, output: Any) -> None:
-        seen[:] = [one for one in (output if isinstance(output, tuple | list) else ()) if isinstance(one, Tensor)
-                   and one.dim() == 4 and one.shape[-2:] == (length, length) and one.requires_grad]
+    def attended(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, tuple | list):
+            return output
+        seen[:] = [one for one in output if isinstance(one, Tensor) and one.dim() == 4
+                   and one.shape[-2:] == (length, length) and one.requires_grad]
+        return type(output)(one.new_empty(0) if any(one is other for other in seen) else one for one in output)
 
     with _projected(anatomy) as projected, contextlib.ExitStack() as hooks:
         for i, part in enumerate(anatomy.layers):
@@ -272,8 +275,7 @@ def _layer_by_layer(
 
             hooks.callback(part.attention.register_forward_hook(attended).remove)
             hooks.callback(part.block.register_forward_hook(left).remove)
-        # Without output_attentions, for which the model would keep all of them, and with them their graphs.
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=False, **told)
     return found
 
 

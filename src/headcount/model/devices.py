@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -19,6 +19,14 @@ def device_of(model: PreTrainedModel) -> torch.device:
     embeddings: Any = model.get_input_embeddings()
     device: torch.device = embeddings.weight.device
     return device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """The devices that a model runs on; of weights that are fetched for each call, where their modules run."""
+    found = {tensor.device for tensor in model.parameters() if not tensor.is_meta}
+    hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    found |= {torch.device(hook.execution_device) for hook in hooks if getattr(hook, "offload", False)}
+    return sorted(found, key=str)
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:

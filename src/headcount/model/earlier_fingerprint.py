@@ -34,7 +34,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256(f"{type(model).__name__} {described(model.config)}".encode())
     for prefix, module in model.named_modules():
-        with present(module), torch.no_grad():
+        with present(module, torch.device("cpu")), torch.no_grad():
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             for name, tensor in own:
                 if name not in module._non_persistent_buffers_set:

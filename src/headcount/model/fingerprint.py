@@ -118,7 +118,7 @@ def _unsaved(name: str, module: nn.Module) -> Iterator[str]:
     """Buffers of a module's own that are not saved, with their digests: masks, whole numbers, a single number."""
     if not module._non_persistent_buffers_set:
         return
-    with present(module), torch.no_grad():
+    with present(module, torch.device("cpu")), torch.no_grad():
         for key, tensor in module.named_buffers(recurse=False):
             plain = not tensor.is_floating_point() or tensor.numel() == 1
             if key in module._non_persistent_buffers_set and plain and tensor.device.type != "meta":
@@ -157,7 +157,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 def _of_module(named: tuple[str, nn.Module]) -> list[str]:
     """One line for each tensor of a module's own: name, shape, type and digest."""
     prefix, module = named
-    with present(module), torch.no_grad():
+    with present(module, torch.device("cpu")), torch.no_grad():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         return [f"{prefix}.{name}{part} {tuple(tensor.shape)} {tensor.dtype} {_digest(tensor)}"
                 for name, whole in own if name not in module._non_persistent_buffers_set

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -39,50 +39,56 @@ class Weight(NamedTuple):
 
 
 def in_files(model: nn.Module) -> bool:
-    """Whether all weights stay in their files, so that blocks can be held."""
-    return all(p.is_meta for p in model.parameters()) and any(_places(model))
+    """Whether all weights of a model stay in their files (`headcount.model.disk`), so that they can be streamed."""
+    return _is_fetched(model) and all(place.files is not None for place in _places(model))
 
 
 def fetched(*modules: nn.Module, memory: Tensor | None = None) -> list[Weight]:
-    """The weights of some modules of a model that lies in files, read whole into one piece of memory.
+    """The weights of some modules; of a model that lies in files they are read whole, into one piece of memory.
 
     Args:
         modules: The modules.
         memory: The bytes to read into, such as an earlier block's, at least `size` of them; None takes new ones.
     """
     places = [place for module in modules for place in _places(module)]
-    files = {id(place.files): place.files for place in places}
-    found: list[Weight] = []
-    for key, one in files.items():
-        own = [place for place in places if id(place.files) == key]
-        read = one.read_named([place.key for place in own], memory)
-        found += [Weight(place.owner, place.name, read[place.key]) for place in own]
-    return found
+    files = next((place.files for place in places if place.files is not None), None)
+    if files is None:
+        return [Weight(place.owner, place.name, place.weights[place.key]) for place in places]
+    read = files.read_named([place.key for place in places], memory)
+    return [Weight(place.owner, place.name, read[place.key]) for place in places]
 
 
 def size(*modules: nn.Module) -> int:
     """How many bytes of memory some modules' weights are read into."""
     places = [place for module in modules for place in _places(module)]
-    return places[0].files.bytes_of([place.key for place in places]) if places else 0
+    files = next((place.files for place in places if place.files is not None), None)
+    return 0 if files is None else files.bytes_of([place.key for place in places])
 
 
 class _Place(NamedTuple):
-    """Where a tensor belongs, and where it is read."""
+    """Where a tensor belongs, and where it comes from: the map of all that is fetched, and its name there."""
 
     owner: nn.Module
     name: str
-    files: BlockFiles
+    weights: Mapping[str, Tensor]
     key: str
+
+    @property
+    def files(self) -> BlockFiles | None:
+        """The files of a model all of whose weights stay there."""
+        return self.weights.files if isinstance(self.weights, InFiles) else None
 
 
 def _places(module: nn.Module) -> Iterator[_Place]:
     for part in _offloaded([module]):
         hook: Any = part._hf_hook
-        if isinstance(mapped := hook.weights_map, PrefixedDataset) and isinstance(mapped.dataset, InFiles):
-            for name, _ in named_module_tensors(part, include_buffers=hook.offload_buffers,
-                                                recurse=hook.place_submodules, remove_non_persistent=True):
-                owner, _, last = name.rpartition(".")
-                yield _Place(part.get_submodule(owner), last, mapped.dataset.files, f"{mapped.prefix}{name}")
+        weights, prefix = hook.weights_map, ""
+        if isinstance(weights, PrefixedDataset):
+            weights, prefix = weights.dataset, weights.prefix
+        for name, _ in named_module_tensors(part, include_buffers=hook.offload_buffers,
+                                            recurse=hook.place_submodules, remove_non_persistent=True):
+            owner, _, last = name.rpartition(".")
+            yield _Place(part.get_submodule(owner), last, weights, f"{prefix}{name}")
 
 
 @contextlib.contextmanager
@@ -130,9 +136,9 @@ class HeldWhileCalled(ModelHook):  # type: ignore[misc]
         return output
 
 
-def hold_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Let each of a model's blocks hold all its weights while it is called, where they lie in files."""
-    for block in blocks if in_files(model) else ():
+def hold_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Let each of a model's blocks hold all its weights while it is called, where all of them are fetched for it."""
+    for block in filter(_is_fetched, blocks):
         inner = getattr(block, "_hf_hook", None)
         if isinstance(inner, AlignDevicesHook):
             add_hook_to_module(block, HeldWhileCalled(inner))
@@ -189,6 +195,11 @@ def _runs_on(modules: Sequence[nn.Module]) -> torch.device:
     """The device on which modules compute whose weights are fetched."""
     return next((torch.device(part._hf_hook.execution_device) for part in _offloaded(modules)),  # type: ignore
                 torch.device("cpu"))
+
+
+def _is_fetched(module: nn.Module) -> bool:
+    """Whether all weights of a module are fetched when they are needed."""
+    return all(p.is_meta for p in module.parameters()) and bool(_offloaded([module]))
 
 
 def _offloaded(modules: Sequence[nn.Module]) -> list[nn.Module]:

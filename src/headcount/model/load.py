@@ -350,7 +350,7 @@ def _loaded(
     _check_output(name, model)
     model.eval()  # type: ignore[no-untyped-call]
     anatomy = find_anatomy(model, names)
-    hold_blocks(model, [part.block for part in anatomy.layers])
+    hold_blocks([part.block for part in anatomy.layers])
     notes = (*notes, *_tokenizer_notes(tokenizer))
     provenance = {
         "name": name, **told, "model_type": model.config.model_type, "class": type(model).__name__,

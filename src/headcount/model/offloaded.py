@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
@@ -18,8 +19,13 @@ def offloaded(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def present(module: nn.Module) -> Iterator[None]:
-    """Have a module's own weights in memory: fetched where they are not there, left alone where they are."""
+def present(module: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """Have a module's own weights in memory: fetched where they are not there, left alone where they are.
+
+    Args:
+        module: The module.
+        device: Where what is fetched goes; None: where the module runs.
+    """
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    with align_module_device(module) if any(tensor.is_meta for tensor in own) else contextlib.nullcontext():
+    with align_module_device(module, device) if any(tensor.is_meta for tensor in own) else contextlib.nullcontext():
         yield

@@ -11,7 +11,8 @@ from headcount.errors import OptionError
 
 # All weights stay where they lie, and are read a module at a time.
 DISK = "disk"
-_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", DISK)
+# Over all devices; what they have no room for goes to memory, then to the disk.
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 # What follows a number of bytes.
@@ -78,8 +79,8 @@ def placement(device: str | None, device_map: str | None) -> str:
     if device is not None and device_map is not None:
         raise OptionError(f"give a device ({device!r}) or a device map ({device_map!r}), not both")
     if device_map is not None:
-        if device_map not in _DEVICE_MAPS:
-            raise OptionError(f"unknown device map {device_map!r}: use {', '.join(_DEVICE_MAPS)}, or a device")
+        if device_map not in (*SPREAD, DISK):
+            raise OptionError(f"unknown device map {device_map!r}: use {', '.join((*SPREAD, DISK))}, or a device")
         return device_map
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device is None:

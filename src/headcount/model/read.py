@@ -10,9 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shutil
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +40,7 @@ from headcount.model import checkpoint, removed
 from headcount.model.anatomy import Names, find_anatomy
 from headcount.model.blockfiles import Checkpoint
 from headcount.model.disk import left_in_files
-from headcount.model.placement import DISK
+from headcount.model.placement import DISK, SPREAD
 from headcount.model.source import TRUST, Source, failure, said
 from headcount.model.weight_files import UNREADABLE
 
@@ -88,7 +92,7 @@ def read(
     if wanted.device_map == DISK and source.gguf is None:
         model, notes = _on_disk(wanted, source, config)
     else:
-        model, notes = _model(wanted.name, source, {
+        model, notes = (_spread if wanted.device_map in SPREAD else _model)(wanted.name, source, {
             **common, "config": config, "dtype": wanted.dtype, "device_map": wanted.device_map,
             "attn_implementation": wanted.attn_implementation})
     return model, reader, notes
@@ -241,6 +245,21 @@ def _model(name: str, source: Source, options: Mapping[str, Any]) -> tuple[PreTr
         raise failure(name, source, e) from e
     model: PreTrainedModel = pair[0]
     return model, (*checkpoint.check(name, model, pair[1], source.folder), *_of_another_class(model))
+
+
+def _spread(name: str, source: Source, options: Mapping[str, Any]) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """A model over devices, with a folder for what ends on the disk and does not lie in the files as it is wanted."""
+    spilled = Path(tempfile.mkdtemp(prefix="headcount-weights-"))
+    try:
+        model, notes = _model(name, source, {**options, "offload_folder": str(spilled)})
+    except BaseException:
+        shutil.rmtree(spilled, ignore_errors=True)
+        raise
+    if any(spilled.iterdir()):
+        weakref.finalize(model, shutil.rmtree, spilled, ignore_errors=True)
+    else:
+        spilled.rmdir()
+    return model, notes
 
 
 def _of_another_class(model: PreTrainedModel) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def _measured_with(plan: Plan) -> dict[str, Any]:
     from headcount.engine.engine import Engine
 
     engine = Engine.of(plan.loaded)
-    return {"layout": str(engine.layout), "masks": engine.masks_reason,
+    return {"layout": str(engine.layout), "masks": engine.masks_reason, "notes": [*plan.loaded.notes, *engine.notes],
             "budget": {"device": engine.device_key, **dataclasses.asdict(plan.budget)}}
 
 
@@ -98,7 +98,7 @@ def _describe(plan: Plan, ledger: Ledger, command: str, measured: Mapping[str, A
 def _description(
     plan: Plan, before: Mapping[str, Any], command: str, measured: Mapping[str, Any]
 ) -> dict[str, Any]:
-    anatomy = plan.loaded.anatomy
+    anatomy, how = plan.loaded.anatomy, {name: said for name, said in measured.items() if name != "notes"}
     layers = range(anatomy.num_layers)
     tasks, unseen = dict(before.get("tasks", {})), dict(before.get("unseen", {}))
     for facts in plan.facts:
@@ -116,13 +116,14 @@ def _description(
         "tasks": tasks,
         "unseen": unseen,
         "asked": asked_before(before or None, {**asked, **named}),
-        "model": {**plan.loaded.provenance, "fingerprint": plan.identity, "identity": plan.loaded.identity},
+        "model": {**plan.loaded.provenance, "notes": measured["notes"], "fingerprint": plan.identity,
+                  "identity": plan.loaded.identity},
         "anatomy": {"heads_per_layer": list(anatomy.heads_per_layer),
                     "kv_groups_per_layer": [part.num_kv_heads for part in anatomy.layers],
                     "parameters": anatomy.num_parameters,
                     "parameters_per_head": [anatomy.parameters_per_head(i) for i in layers],
                     "parameters_per_ffn": [anatomy.parameters_per_ffn(i) for i in layers]},
-        **measured,
+        **how,
         "masks": measured["masks"] or before.get("masks"),
         "commands": list(dict.fromkeys(filter(None, [*before.get("commands", [before.get("command")]), command]))),
         "created": before.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
