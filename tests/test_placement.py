@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations import accelerate as spreading
 
@@ -26,11 +27,12 @@ import tiny
 from families import reader
 from families import tiny as of_family
 from headcount import cli
-from headcount.engine import budget, device_check, examples
+from headcount.engine import budget, device_check, examples, stream
 from headcount.engine.device_check import DeviceCheck, compare
 from headcount.engine.engine import Engine
 from headcount.engine.pack import Budget
 from headcount.engine.proof import _parting, _requests
+from headcount.engine.stream import away
 from headcount.errors import DeviceWarning, ModelError
 from headcount.measure.induction import induction_scores, randomised
 from headcount.model.contracts import probe_tokens
@@ -125,6 +127,38 @@ def test_what_memory_has_no_room_for_goes_to_the_disk(
     del loaded
     gc.collect()
     assert not [*tmp_path.glob("headcount-weights-*")]
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon", "gemma3", "mixtral"])
+def test_a_streamed_model_runs_on_its_device_and_waits_beside_it(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_family(family).save_pretrained(tmp_path)
+    reader().save_pretrained(tmp_path)
+    resident = load(tmp_path, device="cpu")
+    engine, masks, budget = Engine.of(resident), _parting(resident.anatomy), Budget(batch_tokens=100)
+    requests = [[request] for request in _requests(resident)]
+    expected, gradients = engine.loglikelihoods(requests, masks), engine.gradients(_requests(resident), budget=budget)
+    monkeypatch.setattr("headcount.model.load.placement", lambda device, device_map: ONE)
+    waiting: list[torch.device] = []
+
+    def left(value: Any) -> Any:
+        made = away(value)
+        waiting.extend(one.device for one in tree_leaves(made) if isinstance(one, Tensor))
+        return made
+
+    monkeypatch.setattr(stream, "away", left)
+    with Devices().open():
+        loaded = load(tmp_path, stream=True)
+        found = Engine.of(loaded)
+        assert np.array_equal(found.loglikelihoods(requests, masks).loglikelihoods, expected.loglikelihoods)
+        assert found.notes == ()
+        assert found.device_check is not None
+        assert found.sweep_contract.holds
+        for one, other in zip(found.gradients(_requests(loaded), budget=budget), gradients, strict=True):
+            assert np.allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert {str(device) for device in devices_of(loaded.model)} == {ONE}
+    assert {device.type for device in waiting} == {"cpu"}
 
 
 def wide(family: str) -> PreTrainedModel:

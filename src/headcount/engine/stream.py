@@ -230,7 +230,7 @@ def bytes_of(calls: Sequence[Call]) -> int:
 
     def count(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            found[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
         elif isinstance(value, (list, tuple)):
             for one in value:
                 count(one)

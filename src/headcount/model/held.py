@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from headcount.model.blockfiles import BlockFiles
 from headcount.model.disk import InFiles
+from headcount.model.offloaded import fetches
 
 # Where something stood, under which name, and what it was.
 Before = tuple[dict[str, Any], str, Any]
@@ -43,14 +44,16 @@ def in_files(model: nn.Module) -> bool:
     return _is_fetched(model) and all(place.files is not None for place in _places(model))
 
 
-def fetched(*modules: nn.Module, memory: Tensor | None = None) -> list[Weight]:
+def fetched(*modules: nn.Module, memory: Tensor | None = None, inside: bool = True) -> list[Weight]:
     """The weights of some modules; of a model that lies in files they are read whole, into one piece of memory.
 
     Args:
         modules: The modules.
         memory: The bytes to read into, such as an earlier block's, at least `size` of them; None takes new ones.
+        inside: Whether weights of the modules in them are fetched, too.
     """
-    places = [place for module in modules for place in _places(module)]
+    parts = [part for module in modules for part in (module.modules() if inside else (module,))]
+    places = [place for part in parts for place in _own_places(part)]
     files = next((place.files for place in places if place.files is not None), None)
     if files is None:
         return [Weight(place.owner, place.name, place.weights[place.key]) for place in places]
@@ -80,15 +83,21 @@ class _Place(NamedTuple):
 
 
 def _places(module: nn.Module) -> Iterator[_Place]:
-    for part in _offloaded([module]):
-        hook: Any = part._hf_hook
-        weights, prefix = hook.weights_map, ""
-        if isinstance(weights, PrefixedDataset):
-            weights, prefix = weights.dataset, weights.prefix
-        for name, _ in named_module_tensors(part, include_buffers=hook.offload_buffers,
-                                            recurse=hook.place_submodules, remove_non_persistent=True):
-            owner, _, last = name.rpartition(".")
-            yield _Place(part.get_submodule(owner), last, weights, f"{prefix}{name}")
+    return (place for part in module.modules() for place in _own_places(part))
+
+
+def _own_places(part: nn.Module) -> Iterator[_Place]:
+    """The places of what one module fetches when it is called."""
+    if not fetches(part):
+        return
+    hook: Any = part._hf_hook
+    weights, prefix = hook.weights_map, ""
+    if isinstance(weights, PrefixedDataset):
+        weights, prefix = weights.dataset, weights.prefix
+    for name, _ in named_module_tensors(part, include_buffers=hook.offload_buffers, recurse=hook.place_submodules,
+                                        remove_non_persistent=True):
+        owner, _, last = name.rpartition(".")
+        yield _Place(part.get_submodule(owner), last, weights, f"{prefix}{name}")
 
 
 @contextlib.contextmanager
@@ -204,5 +213,4 @@ def _is_fetched(module: nn.Module) -> bool:
 
 def _offloaded(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Modules, and those in them, that fetch weights of their own."""
-    return [part for module in modules for part in module.modules()
-            if getattr(getattr(part, "_hf_hook", None), "offload", False)]
+    return [part for module in modules for part in module.modules() if fetches(part)]

@@ -18,6 +18,11 @@ def offloaded(model: nn.Module) -> bool:
     return any(p.is_meta for p in model.parameters())
 
 
+def fetches(module: nn.Module) -> bool:
+    """Whether accelerate fetches a module's own weights when it is called."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
 @contextlib.contextmanager
 def present(module: nn.Module, device: torch.device | None = None) -> Iterator[None]:
     """Have a module's own weights in memory: fetched where they are not there, left alone where they are.

@@ -55,14 +55,14 @@ class _Copies:
 
     def put(self, *_: Any) -> None:
         """Put them there."""
+        stored = {(weight.owner, weight.name): weight.value for weight in fetched(*self.owners, inside=False)}
         for owner in self.owners:
-            stored = {weight.name: weight.value for weight in fetched(owner) if weight.owner is owner}
             places: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, vars(owner))
             for place in places:
                 for name, tensor in [*place.items()]:
                     if isinstance(tensor, Tensor):
                         self._before.append((place, name, tensor))
-                        place[name] = self._copy(tensor, stored.get(name, tensor))
+                        place[name] = self._copy(tensor, stored.get((owner, name), tensor))
 
     def remove(self, *_: Any) -> None:
         """Put the model's own back."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headcount.model.offloaded import fetches
+
 
 @dataclass(frozen=True, eq=False)
 class _Fetched:
@@ -63,8 +65,8 @@ def refetched(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
     def unpack(kept: Tensor | _Fetched) -> Tensor:
         return kept.again() if isinstance(kept, _Fetched) else kept
 
-    fetching = [*dict.fromkeys((*blocks, *filter(_fetches, model.modules())))]
-    if not any(map(_fetches, fetching)):
+    fetching = [*dict.fromkeys((*blocks, *filter(fetches, model.modules())))]
+    if not any(map(fetches, fetching)):
         yield
         return
     with contextlib.ExitStack() as hooks:
@@ -75,16 +77,11 @@ def refetched(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _fetches(module: nn.Module) -> bool:
-    """Whether accelerate fetches a module's own weights when it is called."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
-
-
 def _weight_of(running: Sequence[nn.Module], tensor: Tensor) -> _Fetched | None:
     """The fetched weight of which a tensor is a view; None of anything else."""
     storage = tensor.untyped_storage()._cdata
     for module in reversed(running):
-        for owner in filter(_fetches, module.modules()):
+        for owner in filter(fetches, module.modules()):
             for name, weight in owner._parameters.items():
                 if weight is not None and not weight.is_meta and weight.untyped_storage()._cdata == storage and (
                         weight.is_contiguous()):
