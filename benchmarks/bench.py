@@ -11,6 +11,7 @@ oracles     single FFNs off, and single heads off, by layer sweep / one evaluati
 scaling     seconds and peak memory against masks, documents, layers, length of prompts
 demo        wall time of the demo, by kind of job, beside the speed of matrix products
 waiting     short scoring passes by how torch's threads wait, without and with busy processes beside
+streaming   a pass whose weights are read from a disk / reading alone, computing alone
 removal     prefill, decoding, memory and accuracy of full, masked and removed models, from 0 to 80 % of heads and FFNs
 
 Nothing else should run meanwhile.
@@ -44,13 +45,14 @@ from headcount.model.load import LoadedModel, load
 from headcount.tasks.catalog import PAPER14
 from performance_page import write
 from removal import draw, removal
+from streaming import streaming
 from waiting import waiting
 
 _ROOT = Path(__file__).resolve().parents[1]
 _WHOLE = {"counts": against_lm_eval.counts, "importance": against_the_obvious.importance,
           "induction": against_the_obvious.induction, "oracles": against_the_obvious.oracles,
           "scaling": against_the_obvious.scaling, "demo": against_the_obvious.demo, "waiting": waiting,
-          "removal": removal}
+          "removal": removal, "streaming": streaming}
 SECTIONS = (*_WHOLE, "scoring")
 
 

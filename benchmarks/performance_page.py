@@ -69,6 +69,9 @@ def _goals(kept: dict[str, list[Row]]) -> str:
         elif (r["heads"], r["ffns"]) == GOAL:
             found.append((f"time of a prefill saved / promised by its arithmetic, {without}", share_of_promise(r), 0.7,
                           "at least"))
+    if rows := kept.get("streaming"):
+        found.append(("a streamed pass / the larger of its reading and its computing, the worst", max(
+            r["ratio"] for r in rows), 1.25, "at most"))
     for r in kept.get("gpu_cuda", []):
         if (r["model"], r["way"]) == ("opt-6.7b", "resident") and "seconds" in r:
             if r["what"] == "scoring" and r["utilisation"] is not None:
@@ -272,9 +275,24 @@ def _gone(row: Row) -> str:
     return f"{row['heads']:.0%} / {row['ffns']:.0%}"
 
 
+def _streaming(rows: list[Row]) -> str:
+    size = rows[0]["bytes"] / 1e9
+    lines = ["## Streaming", "", f"One pass of a model of {rows[0]['layers']} blocks of 50 MB ({size:.1f} GB, float32, "
+             "OPT's layers of width 1,024) whose weights stay in their files. *Reading* is the reader of the streamed "
+             "schedule alone, *computing* the schedule alone with all weights in memory, medians of several rounds in "
+             "turns. Before everything that reads, the system's file cache forgets the checkpoint. Computing has one "
+             "thread and reading one. *Others* is how many cores other processes kept busy meanwhile, of two.", "",
+             "| documents | tokens | masks | reading, s | computing, s | streaming, s | / the larger | others |",
+             "|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    return "\n".join([*lines, *(
+        f"| {r['documents']} | {r['tokens']} | {r['masks']} | {r['reading']:.2f} | {r['computing']:.2f} | "
+        f"{r['streaming']:.2f} | {r['ratio']:.2f} | {r['others']:.1f} |" for r in rows), ""])
+
+
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "counts": _counts, "scoring": _scoring, "importance": _importance, "induction": _induction, "oracles": _oracles,
-    "scaling": _scaling, "demo": _demo, "waiting": _waiting, "removal": _removal}
+    "scaling": _scaling, "demo": _demo, "waiting": _waiting, "removal": _removal,
+    "streaming": _streaming}
 _MEMORY = Path(__file__).parent / "results" / "large" / "removal_memory.json"
 _HEAD = """\
 # Performance

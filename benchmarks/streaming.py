@@ -11,6 +11,7 @@ Sizes of batches make a pass bound by reading, by neither, and by computing.
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 import tempfile
 import time
@@ -25,12 +26,14 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 import random_checkpoint
 from headcount.engine import neighbours
+from headcount.engine.blocks import Block, learned
 from headcount.engine.encode import Request
 from headcount.engine.engine import Engine
 from headcount.engine.likelihoods import Packed, Wanted, streamed_likelihoods
 from headcount.engine.pack import Budget
 from headcount.engine.stream import Stream, stream_of
 from headcount.masks import Mask
+from headcount.model.contracts import probe_tokens
 from headcount.model.held import fetched, one_by_one
 from headcount.model.load import LoadedModel, load
 
@@ -87,10 +90,7 @@ def _row(streamed: LoadedModel, resident: LoadedModel, folder: Path, number: int
             "others": load_of_others.others}
 
 
-def _blocks(loaded: LoadedModel) -> Any:
-    from headcount.engine.blocks import learned
-    from headcount.model.contracts import probe_tokens
-
+def _blocks(loaded: LoadedModel) -> list[Block]:
     with torch.no_grad():
         return learned(loaded.model, loaded.anatomy, probe_tokens(loaded.model))
 
@@ -120,8 +120,6 @@ def _streamed(loaded: LoadedModel, stream: Stream, packed: Packed, masks: list[M
 
 def _drop(folder: Path) -> None:
     """Let the system forget the pages of a checkpoint's files that it keeps in memory."""
-    import os
-
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+from transformers import GraniteMoeConfig
 
 import capped
 import headcount as hc
+import random_checkpoint
 import tiny
 
 CAP = 700_000_000
@@ -31,31 +30,13 @@ hc.run_study(hc.StudySpec(model=model, tasks=("icl_plural",), shots=(1,), limit=
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 40 blocks of 54 MB, a shard each."""
+    """A checkpoint of 40 blocks of 54 MB."""
     folder = tmp_path_factory.mktemp("large")
-    tokenizer = tiny.tokenizer()
     config = GraniteMoeConfig(
-        vocab_size=len(tokenizer), hidden_size=_WIDTH, intermediate_size=2 * _WIDTH, num_hidden_layers=_LAYERS,
+        vocab_size=len(tiny.tokenizer()), hidden_size=_WIDTH, intermediate_size=2 * _WIDTH, num_hidden_layers=_LAYERS,
         num_attention_heads=8, num_key_value_heads=4, num_local_experts=_EXPERTS, num_experts_per_tok=1,
-        max_position_embeddings=512, tie_word_embeddings=False, architectures=["GraniteMoeForCausalLM"],
-        dtype="float32")
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = GraniteMoeForCausalLM(config).state_dict()
-    generator, drawn, shards = torch.Generator().manual_seed(0), dict[str, torch.Tensor](), dict[str, str]()
-    by_part: dict[str, dict[str, torch.Tensor]] = {}
-    for name, empty in shapes.items():
-        part, _, last = name.removeprefix("model.layers.").partition(".") if ".layers." in name else (
-            "rest", "", name)
-        if last not in drawn:
-            drawn[last] = torch.empty(empty.shape).normal_(0, 0.02, generator=generator)
-        by_part.setdefault(part, {})[name] = drawn[last].roll(len(by_part), -1)  # no layer is another's
-    for part, held in by_part.items():
-        shards |= dict.fromkeys(held, file := f"model-{part}.safetensors")
-        save_file(held, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": shards}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        max_position_embeddings=512, tie_word_embeddings=False)
+    random_checkpoint.write(folder, config, torch.float32, tiny.tokenizer())
     return folder
 
 

@@ -20,6 +20,7 @@ import tiny
 from families import reader
 from families import tiny as of_family
 from headcount.engine import stream as streams
+from headcount.engine import stream_gradients
 from headcount.engine.blocks import learned
 from headcount.engine.engine import Engine
 from headcount.engine.gradients import batch_scores
@@ -322,3 +323,23 @@ def test_jobs_that_are_ready_together_share_readings(tmp_path: Path, monkeypatch
         jobs = [{id(wave.batch.begun) for wave in waves if hasattr(wave.batch, "begun")} for waves in passes]
         assert max(map(len, jobs)) > 1
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_memory_that_is_too_small_for_a_batch_beside_a_block_is_told(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(tiny.saved(tmp_path / "llama"), stream=True)
+    measures: tuple[Callable[[], object], ...] = (
+        lambda: hc.evaluate(loaded, task, None, limit=4), lambda: hc.head_importance(loaded, task, limit=4))
+    for measure in measures:
+        measure()  # what is proved once is proved
+
+    def full(*_: object) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes")
+
+    monkeypatch.setattr(streams, "step", full)
+    monkeypatch.setattr(stream_gradients, "gradients_of", full)
+    for measure in measures:
+        with pytest.raises(ModelError, match=r"too small for a batch of \d+ tokens beside a block .* smaller batches"):
+            measure()
+    assert all(p.is_meta for p in loaded.model.parameters()), "nothing stays in memory"

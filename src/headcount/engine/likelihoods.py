@@ -21,7 +21,7 @@ from headcount.engine.blocks import Inputs
 from headcount.engine.forward import Progress, Sums, logprobs_of, places_of
 from headcount.engine.layout import Layout
 from headcount.engine.pack import Batch
-from headcount.engine.stream import Stream, Waiting
+from headcount.engine.stream import Stream, Waiting, fitting
 from headcount.engine.treemask import model_inputs
 from headcount.masks import Mask
 from headcount.model.load import LoadedModel
@@ -149,16 +149,17 @@ def _one_pass(loaded: LoadedModel, stream: Stream, waiting: peekable[Waiting[_Of
     for wave in waves:
         job = wave.batch.begun
         tokens[job] = tokens.get(job, 0) + wave.batch.tokens * len(wave.masks)
-    for layer in stream.through(waves):
+    with fitting(waves):
+        for layer in stream.through(waves):
+            for job, in_pass in tokens.items():
+                job.tell(in_pass, (layer + 1) / len(stream.blocks))
         for job, in_pass in tokens.items():
-            job.tell(in_pass, (layer + 1) / len(stream.blocks))
-    for job, in_pass in tokens.items():
-        job.done += in_pass
-    places = [places_of(wave.batch.batch, loaded.device) for wave in waves]
-    logits = stream.leave(waves, [(rows, positions) for rows, positions, _ in places])
-    for wave, (_, _, which), of_wave in zip(waves, places, logits, strict=True):
-        job, batch = wave.batch.begun, wave.batch.batch
-        job.layer_tokens += wave.layer_tokens
-        job.left -= 1
-        for members, some in of_wave:
-            job.sums.add(members, batch, logprobs_of(some, batch, which, job.wanted.columns))
+            job.done += in_pass
+        places = [places_of(wave.batch.batch, loaded.device) for wave in waves]
+        logits = stream.leave(waves, [(rows, positions) for rows, positions, _ in places])
+        for wave, (_, _, which), of_wave in zip(waves, places, logits, strict=True):
+            job, batch = wave.batch.begun, wave.batch.batch
+            job.layer_tokens += wave.layer_tokens
+            job.left -= 1
+            for members, some in of_wave:
+                job.sums.add(members, batch, logprobs_of(some, batch, which, job.wanted.columns))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float
 from more_itertools import peekable
 from torch import Tensor
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel
 from headcount.engine.blocks import Block, Call, Inputs, entered, finished, learned
 from headcount.engine.step import State, step
 from headcount.engine.sweep import fewest_first
-from headcount.errors import OptionError
+from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask, ways
 from headcount.model.contracts import probe_tokens
 from headcount.model.devices import device_of
@@ -175,6 +176,24 @@ class Stream:
                 nodes, wave.nodes = wave.nodes, []
                 leaves = ((owners, self.here(state.hidden)[rows, positions]) for owners, state in nodes)
                 yield finished(self.model, self.blocks, leaves)
+
+
+@contextlib.contextmanager
+def fitting(waves: Sequence[Wave[Any]]) -> Iterator[None]:
+    """While waves are computed: memory that is too small for one of them beside a block is told in a line.
+
+    Raises:
+        ModelError: If it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        most = max(wave.batch.tokens for wave in waves)
+        raise ModelError(f"memory is too small for a batch of {most:,} tokens beside a block of the model: give "
+                         f"smaller batches (`batch_tokens`), or less that waits (`stream_memory`) ({error})",
+                         fields=("batch_tokens", "stream_memory")) from error
 
 
 def stream_of(loaded: LoadedModel) -> Stream | None:

@@ -21,7 +21,7 @@ from headcount.engine.blocks import first, logits_of_vectors
 from headcount.engine.gradients import Scores, gradients_of, layer_scores, loss_of, real_positions
 from headcount.engine.pack import Batch
 from headcount.engine.step import is_mutable
-from headcount.engine.stream import Stream, Waiting, Wave, away
+from headcount.engine.stream import Stream, Waiting, Wave, away, fitting
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError
 from headcount.masks import Mask
@@ -50,7 +50,19 @@ def streamed_scores(loaded: LoadedModel, stream: Stream, batches: Iterable[Batch
     waiting = peekable(Waiting(batch, inputs, full, len(stream.blocks) + 1) for batch in batches)
     _ = loaded.norms  # found in a pass of its own, which is not to fall between two blocks
     while waiting:
-        waves, given = _forwards(loaded, stream, waiting)
+        for wave, one in _one_pass(loaded, stream, waiting):
+            heads, ffns = zip(*one[::-1], strict=True)
+            yield wave.batch, (torch.cat(heads, -1), torch.cat(ffns, -1))
+
+
+def _one_pass(
+    loaded: LoadedModel, stream: Stream, waiting: peekable[Waiting[Batch]]
+) -> list[tuple[Wave[Batch], list[Scores]]]:
+    """As many batches as memory lets wait, each with its scores in the layers, the last layer first."""
+    with torch.no_grad():
+        waves = stream.enter(waiting)
+    with fitting(waves):
+        given = _forwards(loaded, stream, waves)
         gradients = _of_the_last(loaded, stream, waves, given)
         scores: list[list[Scores]] = [[] for _ in waves]
         for back in one_by_one([block.part.block for block in reversed(stream.blocks)]):
@@ -58,18 +70,13 @@ def streamed_scores(loaded: LoadedModel, stream: Stream, batches: Iterable[Batch
             for i, wave in enumerate(waves):
                 of_layer, gradients[i] = _backwards(loaded, stream, layer, wave, given[i], gradients[i])
                 scores[i].append(of_layer)
-        for wave, one in zip(waves, scores, strict=True):
-            heads, ffns = zip(*one[::-1], strict=True)
-            yield wave.batch, (torch.cat(heads, -1), torch.cat(ffns, -1))
+    return list(zip(waves, scores, strict=True))
 
 
 @torch.no_grad()
-def _forwards(
-    loaded: LoadedModel, stream: Stream, waiting: peekable[Waiting[Batch]]
-) -> tuple[list[Wave[Batch]], list[Given]]:
-    """The batches of one pass, and the hidden states that each block was given, the last block's output at the end."""
+def _forwards(loaded: LoadedModel, stream: Stream, waves: Sequence[Wave[Batch]]) -> list[Given]:
+    """Of each batch the hidden states that each block was given, the last block's output at the end."""
     blocks = stream.blocks
-    waves = stream.enter(waiting)
     for call in (call for wave in waves for call in wave.calls):
         if any(map(is_mutable, (*call.args, *call.kwargs.values()))):
             raise ModelError(f"blocks of {loaded.name} hand keys and values to later ones, so that gradients cannot be "
@@ -79,7 +86,7 @@ def _forwards(
         for wave, states in zip(waves, given, strict=True):
             call = stream.here(wave.calls[i])
             states.append(away(first(blocks[i].part.block(stream.here(states[i]).clone(), *call.args, **call.kwargs))))
-    return waves, given
+    return given
 
 
 def _of_the_last(
