@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,7 +91,8 @@ def test_a_job_is_handed_out_when_what_it_reads_is_there_and_once() -> None:
     todo = jobs("a", "b")
     queue, there, out = Queue(todo), set[str](), []
     while queue:
-        while (planned := queue.take()) is not None:
+        while taken := queue.take():
+            (planned,) = taken
             assert {need.name for need in planned.job.needs} <= there
             out.append(planned)
         for planned in out[len(there):]:
@@ -102,13 +103,10 @@ def test_a_job_is_handed_out_when_what_it_reads_is_there_and_once() -> None:
 
 def test_a_worker_stays_with_its_task_and_others_take_another() -> None:
     queue = Queue(jobs("a", "b"))
-    first, second = queue.take(), queue.take()
-    assert first is not None
-    assert second is not None
+    (first,), (second,) = queue.take(), queue.take()
     assert (first.job.subject, second.job.subject) == ("a, 0-shot", "b, 0-shot")
     queue.done(second)
-    third = queue.take(second)
-    assert third is not None
+    (third,) = queue.take(second)
     assert third.job.subject == "b, 0-shot"
 
 
@@ -117,9 +115,9 @@ def test_a_lost_job_is_tried_a_few_times_and_takes_along_what_reads_it() -> None
     queue = Queue(todo)
     victim = next(p for p in todo if p.title == "a, 0-shot: gradient importance")
     for tried in range(1, TRIES + 1):
-        while (planned := queue.take()) is not victim:
-            assert planned is not None
-        assert queue.lost(victim, "it died") == (tried < TRIES)
+        while queue.take() != [victim]:
+            assert queue
+        assert queue.lost([victim], "it died") == (tried < TRIES)
     name = name_of(victim.job)
     readers = {p.title for p in todo if any(need.name == name for need in p.job.needs)}
     assert queue.failed[0].title == victim.title
@@ -211,13 +209,13 @@ def test_a_worker_writes_entries_where_it_shares_the_folder_and_else_sends_them(
     assert beside._plan.budget == ready.budget, "the driver's rows and batches, whatever is timed here"
     assert apart.facts == beside.facts == facts_of(ready)
     assert (apart.shares_folder, beside.shares_folder) == (False, True)
-    sent = apart.do(first, {}).result
+    ((sent, _),) = apart.do([first], {})
     assert sent is not None
     assert not ready.is_done(first)
-    assert beside.do(first, {}).result is None
+    assert [delivered.result for delivered in beside.do([first], {})] == [None]
     pd.testing.assert_frame_equal(ready.folder.read(first.key).table, sent.table)
     inode = ready.folder.path(first.key).stat().st_ino
-    assert beside.do(first, {}).result is None
+    assert [delivered.result for delivered in beside.do([first], {})] == [None]
     assert ready.folder.path(first.key).stat().st_ino == inode, "a job that is done twice has one entry"
 
 
@@ -263,6 +261,7 @@ class Acted:
         self.plan, self.names, self.act, self.unlike = plan, nodes, act, unlike or {}
         self.worker = Worker(plan, lambda tokens: None)
         self.free = [*nodes]
+        self.passes: list[tuple[str, list[str]]] = []
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"NodeID": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in self.names]
@@ -279,7 +278,9 @@ class Acted:
         return ready[:1], answers
 
     def get(self, answer: Any) -> Any:
-        return answer()
+        if isinstance(answer, RayError):
+            raise answer
+        return answer() if isinstance(answer, Answer) else answer
 
     def kill(self, actor: Actor) -> None:
         if actor.name:
@@ -295,14 +296,7 @@ class Actor:
             ray.free.remove(name)
 
     def __getattr__(self, method: str) -> Any:
-        def remote(*arguments: Any) -> Any:
-            class Answer:
-                actor = self
-
-                def __call__(self) -> Any:
-                    return getattr(self.actor, f"_{method}")(*arguments)
-            return Answer()
-        return SimpleNamespace(remote=remote)
+        return SimpleNamespace(remote=lambda *arguments: Answer(self, lambda: getattr(self, f"_{method}")(*arguments)))
 
     def _node(self) -> str:
         return self.name
@@ -319,14 +313,34 @@ class Actor:
             facts["the attention kernel"] = "eager"
         return facts, False
 
-    def _do(self, planned: PlannedJob, entries: Any) -> Delivered:
+    def _do(self, jobs: Sequence[PlannedJob], entries: Any) -> Iterator[Delivered]:
+        self.ray.passes.append((self.name, [planned.title for planned in jobs]))
+        for planned in jobs:
+            try:
+                self.ray.act(self.name, planned.title)
+            except RayError:
+                raise
+            except Exception as error:
+                raise RayTaskError(error) from error
+            yield Delivered(self.ray.worker.entry(planned, entries.__getitem__), None)
+
+
+class Answer:
+    """What `Actor` was asked for: a call's answer, or one after another, an error among them."""
+
+    def __init__(self, actor: Actor, call: Callable[[], Any]) -> None:
+        self.actor, self.call = actor, call
+        self.given: Iterator[Any] | None = None
+
+    def __call__(self) -> Any:
+        return self.call()
+
+    def __next__(self) -> Any:
+        self.given = self.given or self.call()
         try:
-            self.ray.act(self.name, planned.title)
-        except RayError:
-            raise
-        except Exception as error:
-            raise RayTaskError(error) from error
-        return Delivered(self.ray.worker.entry(planned, entries.__getitem__), None)
+            return next(self.given)
+        except RayError as error:
+            return error
 
 
 @pytest.fixture(scope="module")
