@@ -54,6 +54,7 @@ class Told:
     def __init__(self, at_job: Callable[[str], None] = lambda title: None) -> None:
         self.notes: list[str] = []
         self.titles: list[str] = []
+        self.passes: list[tuple[str, list[str]]] = []
         self.at_job = at_job
 
     def stage(self, text: str, done: int = 0, total: int | None = None) -> None: ...
@@ -124,6 +125,33 @@ def test_a_lost_job_is_tried_a_few_times_and_takes_along_what_reads_it() -> None
     assert "tried 3 times" in queue.failed[0].reason
     assert {failed.title for failed in queue.failed[1:]} == readers
     assert readers
+
+
+def test_passes_are_of_one_kind_and_shared_out_by_tokens() -> None:
+    todo = [dataclasses.replace(one, tokens=float(tokens)) for one, tokens in zip(
+        [one for one in jobs("a", "b", "c", "d") if one.title.endswith("gradient importance")], (60, 20, 10, 30),
+        strict=True)]
+    queue = Queue([*todo, *(one for one in jobs("a", "b") if one.title.endswith("full model, evaluation"))])
+    assert queue.take_together(1 / 2) == todo[:1]
+    assert queue.take_together(1 / 2) == todo[1:3], "what is left is shared out anew"
+    assert queue.take_together(1 / 2) == todo[3:]
+    assert [planned.job.subject for planned in queue.take_together()] == ["a, 0-shot", "b, 0-shot"]
+    assert queue.take_together() == []
+
+
+def test_a_lost_pass_is_handed_out_in_halves_before_all_else_until_the_one_that_does_it_is_alone() -> None:
+    todo = [one for one in jobs(*"abcdefgh") if one.title.endswith("gradient importance")]
+    queue, victim, lost, passes = Queue(todo), todo[5], 0, 0
+    while queue:
+        taken, passes = queue.take_together(), passes + 1
+        if victim in taken:
+            queue.lost(taken, "it died")
+            lost += 1
+        else:
+            for planned in taken:
+                queue.done(planned)
+    assert (lost, passes) == (3 + TRIES, 6 + TRIES)
+    assert [failed.title for failed in queue.failed] == [victim.title]
 
 
 GPUS = {"CPU": 16.0, "GPU": 4.0}
@@ -362,11 +390,15 @@ def acted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("curve",))
     ready.folder.folder.mkdir()
 
-    def by(*nodes: str, workers: int | None = None, **options: Any) -> tuple[executors.Done, Told, Path]:
+    def by(
+        *nodes: str, workers: int | None = None, streamed: bool = False, **options: Any
+    ) -> tuple[executors.Done, Told, Path]:
         asked = dataclasses.replace(ready, spec=dataclasses.replace(ready.spec, executor="ray", workers=workers))
         told, ray = Told(), Acted(asked, nodes, **options)
+        monkeypatch.setattr(executors, "in_files", lambda model: streamed)
         monkeypatch.setattr(executors, "connected", lambda spec, cores: contextlib.nullcontext(ray))
         monkeypatch.setattr(executors, "_put_down", lambda plan: None)
+        told.passes = ray.passes
         return executors.by_ray(asked, asked.todo(), told), told, ready.folder.folder
     return by
 
@@ -447,6 +479,53 @@ def test_a_job_that_is_lost_once_is_done(acted: Callable[..., Any], folder: Path
     done, told, out = acted("north", act=act)
     assert done.failed == ()
     assert f"{lost[0]} is handed out again: the worker on north (process 1) died (The actor died)" in told.notes
+    same(folder / "alone", out)
+
+
+LOST = RayError("The actor died")
+
+
+@pytest.mark.parametrize(("error", "tries", "reason"), [
+    (ModelError("the loss is no number"), 1, "the loss is no number"),
+    (LOST, TRIES, "died (The actor died); it was tried 3 times")])
+def test_a_job_that_always_fails_does_not_take_its_pass_along(
+    acted: Callable[..., Any], folder: Path, error: Exception, tries: int, reason: str
+) -> None:
+    victim, done_before = "piqa, 2-shot: full model, evaluation", list[str]()
+
+    def act(node: str, title: str) -> None:
+        if title == victim:
+            raise error
+        done_before.append(title)
+
+    done, told, out = acted("north", "south", streamed=True, act=act)
+    assert [failed.title for failed in done.failed] == [victim]
+    assert done.failed[0].reason.endswith(reason)
+    passes = [titles for _, titles in told.passes]
+    assert passes.count([victim]) == tries
+    assert any(victim in titles and len(titles) > 1 for titles in passes), "it was in a pass at first"
+    assert len(done_before) == len({*done_before}), "what is delivered is not handed out again"
+    assert len(Ledger(out).damaged()) == 0
+    left = {job_id(e.job) for e in Ledger(folder / "alone").entries()} - {job_id(e.job) for e in Ledger(out).entries()}
+    assert len(left) == 1
+
+
+def test_of_a_pass_that_is_lost_only_what_is_not_delivered_is_handed_out_again(
+    acted: Callable[..., Any], folder: Path
+) -> None:
+    begun = list[str]()
+
+    def act(node: str, title: str) -> None:
+        begun.append(title)
+        if len(begun) == 6:
+            raise LOST
+
+    done, told, out = acted("north", streamed=True, act=act)
+    again = [title for title in begun if begun.count(title) > 1]
+    assert done.failed == ()
+    assert again == [begun[5]] * 2
+    assert any(note.startswith(f"{begun[5]} and ") and " more are handed out again: " in note for note in told.notes)
+    assert max(len(titles) for _, titles in told.passes) > 2
     same(folder / "alone", out)
 
 
