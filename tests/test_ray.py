@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,10 @@ class Told:
         self.titles: list[str] = []
         self.passes: list[tuple[str, list[str]]] = []
         self.at_job = at_job
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.notes)
 
     def stage(self, text: str, done: int = 0, total: int | None = None) -> None: ...
 
@@ -549,20 +554,50 @@ def test_failed_jobs_end_the_command_with_1(monkeypatch: pytest.MonkeyPatch, fol
 
 
 @pytest.fixture(scope="module")
-def nodes(folder: Path) -> Iterator[Any]:
-    """A Ray cluster of three nodes with a core each; the second has another version of tokenizers."""
+def nodes() -> Iterator[Any]:
+    """A Ray cluster of two nodes with a core each."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
-    older = folder / "older" / "tokenizers-0.0.1.dist-info"
-    older.mkdir(parents=True)
-    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 0.0.1\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         made = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        path = os.pathsep.join([str(older.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        made.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
         made.add_node(num_cpus=1)
         yield made
         made.shutdown()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The driver in this process, without the checks of types that tests run under, which Ray cannot send."""
+    spec = importlib.util.spec_from_file_location("headcount.study.sent", executors.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(executors, "by_ray", module.by_ray)
+    return module
+
+
+@contextlib.contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Something is done while the block runs, and has succeeded with it."""
+    with ThreadPoolExecutor(1) as pool:
+        acted = pool.submit(act)
+        yield
+        acted.result()
+
+
+def until(happened: Callable[[], bool], told: Callable[[], object], seconds: float = 200.0) -> None:
+    """Wait until something happened; what was told till then is shown if it does not."""
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, told()
+        time.sleep(0.02)
+
+
+def begun(notes: str) -> list[int]:
+    """Processes of workers that have begun."""
+    return [int(n) for n in re.findall(r"^a worker on \S+ \(process (\d+)\) begins", notes, re.MULTILINE)]
 
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:
@@ -572,6 +607,11 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
             str(asked.data), "--shots", "0", "2", "--limit", "6", "--importance-limit", "5", "--fractions", "0.25",
             "0.5", "--random-orders", "1", "--masks-per-job", "3", "--row-tokens", "200", "--batch-tokens", "400",
             "--out", str(out), "--executor", "ray", *more]
+
+
+def by_ray(folder: Path, out: Path, nodes: Any, **changes: object) -> StudySpec:
+    """The same study by workers of a cluster, whose driver is this process."""
+    return spec(folder, model=str(folder / "model"), out=out, executor="ray", address=nodes.address, **changes)
 
 
 class Driver:
@@ -591,23 +631,17 @@ class Driver:
         self.process.wait()
         self.file.close()
 
-    def until(self, happened: Callable[[], bool], seconds: float = 200.0) -> None:
+    def until(self, happened: Callable[[], bool]) -> None:
         """Wait until something happened; processes that it started are kept."""
-        until = time.monotonic() + seconds
-        while not happened():
-            assert time.monotonic() < until, self.log.read_text()[-3000:]
+        def looked() -> bool:
             if self.process.poll() is None:
                 self.seen |= {*psutil.Process(self.process.pid).children(recursive=True)}
-            time.sleep(0.02)
+            return happened()
+        until(looked, lambda: self.said[-3000:])
 
     @property
     def said(self) -> str:
         return self.log.read_text()
-
-    @property
-    def workers(self) -> list[int]:
-        """Processes of workers that have begun."""
-        return [int(n) for n in re.findall(r"^a worker on \S+ \(process (\d+)\) begins", self.said, re.MULTILINE)]
 
     def ended(self) -> int:
         self.until(lambda: self.process.poll() is not None)
@@ -620,42 +654,71 @@ def entries(out: Path) -> dict[str, int]:
 
 
 @needs_ray
-def test_a_worker_is_killed_a_node_removed_and_an_unlike_one_refused(nodes: Any, folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "study"
-    with Driver(command(folder, out, "--address", nodes.address, "--workers", "3"), tmp_path / "log") as driver:
-        for number in (0, 1):  # stopped with the jobs that they have, so that there is time
-            driver.until(lambda number=number: len(driver.workers) > number)
-            os.kill(driver.workers[number], signal.SIGSTOP)
-        head = nodes.head_node.all_processes["raylet"][0].process.pid
-        on_head, elsewhere = sorted(driver.workers, key=lambda pid: psutil.Process(pid).ppid() != head)
-        assert psutil.Process(on_head).ppid() == head
-        os.kill(on_head, signal.SIGKILL)
-        driver.until(lambda: "is handed out again" in driver.said)
-        (node,) = (one for one in nodes.worker_nodes
-                   if one.all_processes["raylet"][0].process.pid == psutil.Process(elsewhere).ppid())
-        nodes.remove_node(node, allow_graceful=False)
-        os.kill(elsewhere, signal.SIGKILL)  # what is stopped does not see that its node is gone
-        assert driver.ended() == 0, driver.said
-        assert driver.said.count("is handed out again") == 2
-        assert "is refused: tokenizers is 0.0.1 there and" in driver.said
+def test_a_driver_of_a_streamed_study_was_killed_and_two_workers_go_on_by_the_same_command(
+    nodes: Any, sent: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, passes = tmp_path / "study", list[int]()
+    more = ("--address", nodes.address, "--workers", "1", "--stream")
+    with Driver(command(folder, out, *more), tmp_path / "log") as driver:
+        driver.until(lambda: len(entries(out)) > 1)
+        driver.process.kill()
+        assert driver.ended() == -signal.SIGKILL, "killed half-way"
+        (worker,) = begun(driver.said)
+        driver.until(lambda: not psutil.pid_exists(worker))  # a worker goes with its driver
+    before = entries(out)
+    assert len(before) < len(entries(folder / "alone"))
+    told, hand = Told(), sent._Crew._hand
+
+    def counted(crew: Any, to: Any, jobs: Sequence[PlannedJob]) -> None:
+        passes.append(len(jobs))
+        hand(crew, to, jobs)
+
+    def act() -> None:
+        until(lambda: len(begun(told.text)) > 0, lambda: told.text)
+        os.kill(begun(told.text)[0], signal.SIGSTOP)  # so that the other has its part
+        until(lambda: len(begun(told.text)) > 1, lambda: told.text)
+        os.kill(begun(told.text)[0], signal.SIGCONT)
+
+    monkeypatch.setattr(sent._Crew, "_hand", counted)
+    with meanwhile(act):
+        run_study(by_ray(folder, out, nodes, workers=2, stream=True), parts=("curve",), reporter=told)
+    assert max(passes) > 1, "jobs share readings"
+    assert sum(passes) == len(entries(folder / "alone")) - len(before)
+    assert before.items() <= entries(out).items(), "what was measured is not measured again"
     same(folder / "alone", out)
 
 
 @needs_ray
-def test_a_driver_that_was_killed_goes_on_by_the_same_command(nodes: Any, folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "study"
-    arguments = command(folder, out, "--address", nodes.address, "--workers", "1")
-    with Driver(arguments, tmp_path / "first") as driver:
-        driver.until(lambda: len(entries(out)) > 3)
-        driver.process.kill()
-        assert driver.ended() == -signal.SIGKILL, "killed half-way"
-        worker = driver.workers[-1]
-    before = entries(out)
-    assert len(before) < len(entries(folder / "alone"))
-    with Driver(arguments, tmp_path / "second") as driver:
-        assert driver.ended() == 0, driver.said
-    assert before.items() <= entries(out).items(), "what was measured is not measured again"
-    assert not psutil.pid_exists(worker), "a worker goes with its driver"
+def test_what_dies_or_is_unlike_takes_nothing_along(nodes: Any, sent: Any, folder: Path, tmp_path: Path) -> None:
+    """Of four workers one is unlike, one has no memory, one is killed, and one's node is removed."""
+    older = tmp_path / "older" / "tokenizers-0.0.1.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 0.0.1\n")
+    path = os.pathsep.join([str(older.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    nodes.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
+    starved = nodes.add_node(num_cpus=1, env_vars={"RAY_memory_usage_threshold": "0.001"})
+    out, told = tmp_path / "study", Told()
+
+    def act() -> None:
+        head = nodes.head_node.all_processes["raylet"][0].process.pid
+        for number in (0, 1):  # stopped with the jobs that they have, so that there is time
+            until(lambda number=number: len(begun(told.text)) > number, lambda: told.text)  # type: ignore[misc]
+            os.kill(begun(told.text)[number], signal.SIGSTOP)
+        on_head, elsewhere = sorted(begun(told.text), key=lambda pid: psutil.Process(pid).ppid() != head)
+        until(lambda: told.text.count("was ended by Ray since its node ran low on memory") >= 3, lambda: told.text)
+        nodes.remove_node(starved)
+        assert psutil.Process(on_head).ppid() == head
+        os.kill(on_head, signal.SIGKILL)
+        until(lambda: "is handed out again" in told.text, lambda: told.text)
+        (node,) = (one for one in nodes.worker_nodes
+                   if one.all_processes["raylet"][0].process.pid == psutil.Process(elsewhere).ppid())
+        nodes.remove_node(node, allow_graceful=False)
+        os.kill(elsewhere, signal.SIGKILL)  # what is stopped does not see that its node is gone
+
+    with meanwhile(act):
+        run_study(by_ray(folder, out, nodes, workers=4), parts=("curve",), reporter=told)
+    assert told.text.count("is handed out again") == 2
+    assert "is refused: tokenizers is 0.0.1 there and" in told.text
     same(folder / "alone", out)
 
 
