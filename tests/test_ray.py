@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import heapq
 import importlib.metadata
 import importlib.util
 import os
@@ -159,6 +160,27 @@ def test_a_lost_pass_is_handed_out_in_halves_before_all_else_until_the_one_that_
     assert [failed.title for failed in queue.failed] == [victim.title]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_two_workers_are_at_jobs_nearly_all_the_time(streamed: bool) -> None:
+    """By a clock of numbers: each job takes so long, whoever does it, and handing out takes no time."""
+    todo = [dataclasses.replace(planned, tokens=1.0 + n % 5) for n, planned in enumerate(jobs(*"abcdefgh"))]
+    seconds = {id(planned): planned.tokens * (0.8 + n % 4 / 10) for n, planned in enumerate(todo)}
+    queue, now, passes = Queue(todo), 0.0, 0
+    idle: list[PlannedJob | None] = [None, None]
+    busy: list[tuple[float, int, list[PlannedJob]]] = []
+    while queue:
+        while idle and (taken := queue.take_together(1 / 2) if streamed else queue.take(idle[0])):
+            passes += 1
+            idle.pop(0)
+            heapq.heappush(busy, (now + sum(seconds[id(one)] for one in taken), passes, taken))
+        now, _, done = heapq.heappop(busy)
+        for planned in done:
+            queue.done(planned)
+        idle.append(done[-1])
+    assert sum(seconds.values()) / now > 1.9, (now, passes)
+    assert passes < len(todo) / 2 if streamed else passes == len(todo)
+
+
 GPUS = {"CPU": 16.0, "GPU": 4.0}
 
 
@@ -237,8 +259,10 @@ def test_a_worker_writes_entries_where_it_shares_the_folder_and_else_sends_them(
     ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("evaluate",))
     outline, (first, *_) = Outline.of(ready), ready.jobs
     ready.folder.folder.mkdir()
+    torch.set_num_threads(2)
     with ready.folder.token() as token:
         apart, beside = Member(outline, 1, (token[0], "another")), Member(outline, 1, token)
+    assert torch.get_num_threads() == 1, "as many threads as it was told"
     assert beside._plan.budget == ready.budget, "the driver's rows and batches, whatever is timed here"
     assert apart.facts == beside.facts == facts_of(ready)
     assert (apart.shares_folder, beside.shares_folder) == (False, True)

@@ -19,8 +19,11 @@ from headcount.study.jobs import Need
 from headcount.study.ledger import Entry, Ledger
 from headcount.study.plan import PlannedJob
 from headcount.study.prepare import Outline, Plan
+from headcount.study.spec import Part
 from headcount.study.worker import Read, Result, Worker
 
+# Parts of a study whose jobs sweep no masks.
+_NO_SWEEPS: frozenset[Part] = frozenset({"evaluate", "heads", "induction"})
 # A file system of several machines may show a file a while after another one wrote it, in seconds.
 _PATIENCE = 30.0
 
@@ -60,6 +63,8 @@ class Member:
     def __init__(self, outline: Outline, threads: int, token: tuple[str, str]) -> None:
         torch.set_num_threads(threads)
         self._plan = outline.plan()
+        if not {*outline.parts} <= _NO_SWEEPS:
+            Engine.of(self._plan.loaded).prove_sweep()  # else within the first job of each worker
         self._worker = Worker(self._plan, lambda tokens: None)
         ledger = self._plan.ledger
         self._ledger = ledger if ledger is not None and ledger.shares(token) else None
