@@ -616,7 +616,7 @@ def until(happened: Callable[[], bool], told: Callable[[], object], seconds: flo
     until = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < until, told()
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def begun(notes: str) -> list[int]:
