@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import heapq
 import importlib.metadata
 import importlib.util
 import os
@@ -13,7 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +56,12 @@ class Told:
     def __init__(self, at_job: Callable[[str], None] = lambda title: None) -> None:
         self.notes: list[str] = []
         self.titles: list[str] = []
+        self.passes: list[tuple[str, list[str]]] = []
         self.at_job = at_job
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.notes)
 
     def stage(self, text: str, done: int = 0, total: int | None = None) -> None: ...
 
@@ -91,7 +98,8 @@ def test_a_job_is_handed_out_when_what_it_reads_is_there_and_once() -> None:
     todo = jobs("a", "b")
     queue, there, out = Queue(todo), set[str](), []
     while queue:
-        while (planned := queue.take()) is not None:
+        while taken := queue.take():
+            (planned,) = taken
             assert {need.name for need in planned.job.needs} <= there
             out.append(planned)
         for planned in out[len(there):]:
@@ -102,13 +110,10 @@ def test_a_job_is_handed_out_when_what_it_reads_is_there_and_once() -> None:
 
 def test_a_worker_stays_with_its_task_and_others_take_another() -> None:
     queue = Queue(jobs("a", "b"))
-    first, second = queue.take(), queue.take()
-    assert first is not None
-    assert second is not None
+    (first,), (second,) = queue.take(), queue.take()
     assert (first.job.subject, second.job.subject) == ("a, 0-shot", "b, 0-shot")
     queue.done(second)
-    third = queue.take(second)
-    assert third is not None
+    (third,) = queue.take(second)
     assert third.job.subject == "b, 0-shot"
 
 
@@ -117,15 +122,63 @@ def test_a_lost_job_is_tried_a_few_times_and_takes_along_what_reads_it() -> None
     queue = Queue(todo)
     victim = next(p for p in todo if p.title == "a, 0-shot: gradient importance")
     for tried in range(1, TRIES + 1):
-        while (planned := queue.take()) is not victim:
-            assert planned is not None
-        assert queue.lost(victim, "it died") == (tried < TRIES)
+        while queue.take() != [victim]:
+            assert queue
+        assert queue.lost([victim], "it died") == (tried < TRIES)
     name = name_of(victim.job)
     readers = {p.title for p in todo if any(need.name == name for need in p.job.needs)}
     assert queue.failed[0].title == victim.title
     assert "tried 3 times" in queue.failed[0].reason
     assert {failed.title for failed in queue.failed[1:]} == readers
     assert readers
+
+
+def test_passes_are_of_one_kind_and_shared_out_by_tokens() -> None:
+    todo = [dataclasses.replace(one, tokens=float(tokens)) for one, tokens in zip(
+        [one for one in jobs("a", "b", "c", "d") if one.title.endswith("gradient importance")], (60, 20, 10, 30),
+        strict=True)]
+    queue = Queue([*todo, *(one for one in jobs("a", "b") if one.title.endswith("full model, evaluation"))])
+    assert queue.take_together(1 / 2) == todo[:1]
+    assert queue.take_together(1 / 2) == todo[1:3], "what is left is shared out anew"
+    assert queue.take_together(1 / 2) == todo[3:]
+    assert [planned.job.subject for planned in queue.take_together()] == ["a, 0-shot", "b, 0-shot"]
+    assert queue.take_together() == []
+
+
+def test_a_lost_pass_is_handed_out_in_halves_before_all_else_until_the_one_that_does_it_is_alone() -> None:
+    todo = [one for one in jobs(*"abcdefgh") if one.title.endswith("gradient importance")]
+    queue, victim, lost, passes = Queue(todo), todo[5], 0, 0
+    while queue:
+        taken, passes = queue.take_together(), passes + 1
+        if victim in taken:
+            queue.lost(taken, "it died")
+            lost += 1
+        else:
+            for planned in taken:
+                queue.done(planned)
+    assert (lost, passes) == (3 + TRIES, 6 + TRIES)
+    assert [failed.title for failed in queue.failed] == [victim.title]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_two_workers_are_at_jobs_nearly_all_the_time(streamed: bool) -> None:
+    """By a clock of numbers: each job takes so long, whoever does it, and handing out takes no time."""
+    todo = [dataclasses.replace(planned, tokens=1.0 + n % 5) for n, planned in enumerate(jobs(*"abcdefgh"))]
+    seconds = {id(planned): planned.tokens * (0.8 + n % 4 / 10) for n, planned in enumerate(todo)}
+    queue, now, passes = Queue(todo), 0.0, 0
+    idle: list[PlannedJob | None] = [None, None]
+    busy: list[tuple[float, int, list[PlannedJob]]] = []
+    while queue:
+        while idle and (taken := queue.take_together(1 / 2) if streamed else queue.take(idle[0])):
+            passes += 1
+            idle.pop(0)
+            heapq.heappush(busy, (now + sum(seconds[id(one)] for one in taken), passes, taken))
+        now, _, done = heapq.heappop(busy)
+        for planned in done:
+            queue.done(planned)
+        idle.append(done[-1])
+    assert sum(seconds.values()) / now > 1.9, (now, passes)
+    assert passes < len(todo) / 2 if streamed else passes == len(todo)
 
 
 GPUS = {"CPU": 16.0, "GPU": 4.0}
@@ -206,18 +259,20 @@ def test_a_worker_writes_entries_where_it_shares_the_folder_and_else_sends_them(
     ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("evaluate",))
     outline, (first, *_) = Outline.of(ready), ready.jobs
     ready.folder.folder.mkdir()
+    torch.set_num_threads(2)
     with ready.folder.token() as token:
         apart, beside = Member(outline, 1, (token[0], "another")), Member(outline, 1, token)
+    assert torch.get_num_threads() == 1, "as many threads as it was told"
     assert beside._plan.budget == ready.budget, "the driver's rows and batches, whatever is timed here"
     assert apart.facts == beside.facts == facts_of(ready)
     assert (apart.shares_folder, beside.shares_folder) == (False, True)
-    sent = apart.do(first, {}).result
+    ((sent, _),) = apart.do([first], {})
     assert sent is not None
     assert not ready.is_done(first)
-    assert beside.do(first, {}).result is None
+    assert [delivered.result for delivered in beside.do([first], {})] == [None]
     pd.testing.assert_frame_equal(ready.folder.read(first.key).table, sent.table)
     inode = ready.folder.path(first.key).stat().st_ino
-    assert beside.do(first, {}).result is None
+    assert [delivered.result for delivered in beside.do([first], {})] == [None]
     assert ready.folder.path(first.key).stat().st_ino == inode, "a job that is done twice has one entry"
 
 
@@ -263,6 +318,7 @@ class Acted:
         self.plan, self.names, self.act, self.unlike = plan, nodes, act, unlike or {}
         self.worker = Worker(plan, lambda tokens: None)
         self.free = [*nodes]
+        self.passes: list[tuple[str, list[str]]] = []
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"NodeID": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in self.names]
@@ -279,7 +335,9 @@ class Acted:
         return ready[:1], answers
 
     def get(self, answer: Any) -> Any:
-        return answer()
+        if isinstance(answer, RayError):
+            raise answer
+        return answer() if isinstance(answer, Answer) else answer
 
     def kill(self, actor: Actor) -> None:
         if actor.name:
@@ -295,14 +353,7 @@ class Actor:
             ray.free.remove(name)
 
     def __getattr__(self, method: str) -> Any:
-        def remote(*arguments: Any) -> Any:
-            class Answer:
-                actor = self
-
-                def __call__(self) -> Any:
-                    return getattr(self.actor, f"_{method}")(*arguments)
-            return Answer()
-        return SimpleNamespace(remote=remote)
+        return SimpleNamespace(remote=lambda *arguments: Answer(self, lambda: getattr(self, f"_{method}")(*arguments)))
 
     def _node(self) -> str:
         return self.name
@@ -319,14 +370,34 @@ class Actor:
             facts["the attention kernel"] = "eager"
         return facts, False
 
-    def _do(self, planned: PlannedJob, entries: Any) -> Delivered:
+    def _do(self, jobs: Sequence[PlannedJob], entries: Any) -> Iterator[Delivered]:
+        self.ray.passes.append((self.name, [planned.title for planned in jobs]))
+        for planned in jobs:
+            try:
+                self.ray.act(self.name, planned.title)
+            except RayError:
+                raise
+            except Exception as error:
+                raise RayTaskError(error) from error
+            yield Delivered(self.ray.worker.entry(planned, entries.__getitem__), None)
+
+
+class Answer:
+    """What `Actor` was asked for: a call's answer, or one after another, an error among them."""
+
+    def __init__(self, actor: Actor, call: Callable[[], Any]) -> None:
+        self.actor, self.call = actor, call
+        self.given: Iterator[Any] | None = None
+
+    def __call__(self) -> Any:
+        return self.call()
+
+    def __next__(self) -> Any:
+        self.given = self.given or self.call()
         try:
-            self.ray.act(self.name, planned.title)
-        except RayError:
-            raise
-        except Exception as error:
-            raise RayTaskError(error) from error
-        return Delivered(self.ray.worker.entry(planned, entries.__getitem__), None)
+            return next(self.given)
+        except RayError as error:
+            return error
 
 
 @pytest.fixture(scope="module")
@@ -348,11 +419,15 @@ def acted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     ready = prepare(spec(folder, model=str(folder / "model"), out=tmp_path / "study"), parts=("curve",))
     ready.folder.folder.mkdir()
 
-    def by(*nodes: str, workers: int | None = None, **options: Any) -> tuple[executors.Done, Told, Path]:
+    def by(
+        *nodes: str, workers: int | None = None, streamed: bool = False, **options: Any
+    ) -> tuple[executors.Done, Told, Path]:
         asked = dataclasses.replace(ready, spec=dataclasses.replace(ready.spec, executor="ray", workers=workers))
         told, ray = Told(), Acted(asked, nodes, **options)
+        monkeypatch.setattr(executors, "in_files", lambda model: streamed)
         monkeypatch.setattr(executors, "connected", lambda spec, cores: contextlib.nullcontext(ray))
         monkeypatch.setattr(executors, "_put_down", lambda plan: None)
+        told.passes = ray.passes
         return executors.by_ray(asked, asked.todo(), told), told, ready.folder.folder
     return by
 
@@ -436,6 +511,53 @@ def test_a_job_that_is_lost_once_is_done(acted: Callable[..., Any], folder: Path
     same(folder / "alone", out)
 
 
+LOST = RayError("The actor died")
+
+
+@pytest.mark.parametrize(("error", "tries", "reason"), [
+    (ModelError("the loss is no number"), 1, "the loss is no number"),
+    (LOST, TRIES, "died (The actor died); it was tried 3 times")])
+def test_a_job_that_always_fails_does_not_take_its_pass_along(
+    acted: Callable[..., Any], folder: Path, error: Exception, tries: int, reason: str
+) -> None:
+    victim, done_before = "piqa, 2-shot: full model, evaluation", list[str]()
+
+    def act(node: str, title: str) -> None:
+        if title == victim:
+            raise error
+        done_before.append(title)
+
+    done, told, out = acted("north", "south", streamed=True, act=act)
+    assert [failed.title for failed in done.failed] == [victim]
+    assert done.failed[0].reason.endswith(reason)
+    passes = [titles for _, titles in told.passes]
+    assert passes.count([victim]) == tries
+    assert any(victim in titles and len(titles) > 1 for titles in passes), "it was in a pass at first"
+    assert len(done_before) == len({*done_before}), "what is delivered is not handed out again"
+    assert len(Ledger(out).damaged()) == 0
+    left = {job_id(e.job) for e in Ledger(folder / "alone").entries()} - {job_id(e.job) for e in Ledger(out).entries()}
+    assert len(left) == 1
+
+
+def test_of_a_pass_that_is_lost_only_what_is_not_delivered_is_handed_out_again(
+    acted: Callable[..., Any], folder: Path
+) -> None:
+    begun = list[str]()
+
+    def act(node: str, title: str) -> None:
+        begun.append(title)
+        if len(begun) == 6:
+            raise LOST
+
+    done, told, out = acted("north", streamed=True, act=act)
+    again = [title for title in begun if begun.count(title) > 1]
+    assert done.failed == ()
+    assert again == [begun[5]] * 2
+    assert any(note.startswith(f"{begun[5]} and ") and " more are handed out again: " in note for note in told.notes)
+    assert max(len(titles) for _, titles in told.passes) > 2
+    same(folder / "alone", out)
+
+
 def test_a_cluster_that_never_has_a_place_is_told(acted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "_PATIENCE", 0.0)
     monkeypatch.setattr(Acted, "options", lambda self, **_: SimpleNamespace(remote=lambda: Actor(self, "")))
@@ -456,20 +578,50 @@ def test_failed_jobs_end_the_command_with_1(monkeypatch: pytest.MonkeyPatch, fol
 
 
 @pytest.fixture(scope="module")
-def nodes(folder: Path) -> Iterator[Any]:
-    """A Ray cluster of three nodes with a core each; the second has another version of tokenizers."""
+def nodes() -> Iterator[Any]:
+    """A Ray cluster of two nodes with a core each."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
-    older = folder / "older" / "tokenizers-0.0.1.dist-info"
-    older.mkdir(parents=True)
-    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 0.0.1\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         made = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        path = os.pathsep.join([str(older.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        made.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
         made.add_node(num_cpus=1)
         yield made
         made.shutdown()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The driver in this process, without the checks of types that tests run under, which Ray cannot send."""
+    spec = importlib.util.spec_from_file_location("headcount.study.sent", executors.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(executors, "by_ray", module.by_ray)
+    return module
+
+
+@contextlib.contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Something is done while the block runs, and has succeeded with it."""
+    with ThreadPoolExecutor(1) as pool:
+        acted = pool.submit(act)
+        yield
+        acted.result()
+
+
+def until(happened: Callable[[], bool], told: Callable[[], object], seconds: float = 200.0) -> None:
+    """Wait until something happened; what was told till then is shown if it does not."""
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, told()
+        time.sleep(0.05)
+
+
+def begun(notes: str) -> list[int]:
+    """Processes of workers that have begun."""
+    return [int(n) for n in re.findall(r"^a worker on \S+ \(process (\d+)\) begins", notes, re.MULTILINE)]
 
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:
@@ -479,6 +631,11 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
             str(asked.data), "--shots", "0", "2", "--limit", "6", "--importance-limit", "5", "--fractions", "0.25",
             "0.5", "--random-orders", "1", "--masks-per-job", "3", "--row-tokens", "200", "--batch-tokens", "400",
             "--out", str(out), "--executor", "ray", *more]
+
+
+def by_ray(folder: Path, out: Path, nodes: Any, **changes: object) -> StudySpec:
+    """The same study by workers of a cluster, whose driver is this process."""
+    return spec(folder, model=str(folder / "model"), out=out, executor="ray", address=nodes.address, **changes)
 
 
 class Driver:
@@ -498,23 +655,17 @@ class Driver:
         self.process.wait()
         self.file.close()
 
-    def until(self, happened: Callable[[], bool], seconds: float = 200.0) -> None:
+    def until(self, happened: Callable[[], bool]) -> None:
         """Wait until something happened; processes that it started are kept."""
-        until = time.monotonic() + seconds
-        while not happened():
-            assert time.monotonic() < until, self.log.read_text()[-3000:]
+        def looked() -> bool:
             if self.process.poll() is None:
                 self.seen |= {*psutil.Process(self.process.pid).children(recursive=True)}
-            time.sleep(0.02)
+            return happened()
+        until(looked, lambda: self.said[-3000:])
 
     @property
     def said(self) -> str:
         return self.log.read_text()
-
-    @property
-    def workers(self) -> list[int]:
-        """Processes of workers that have begun."""
-        return [int(n) for n in re.findall(r"^a worker on \S+ \(process (\d+)\) begins", self.said, re.MULTILINE)]
 
     def ended(self) -> int:
         self.until(lambda: self.process.poll() is not None)
@@ -527,42 +678,71 @@ def entries(out: Path) -> dict[str, int]:
 
 
 @needs_ray
-def test_a_worker_is_killed_a_node_removed_and_an_unlike_one_refused(nodes: Any, folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "study"
-    with Driver(command(folder, out, "--address", nodes.address, "--workers", "3"), tmp_path / "log") as driver:
-        for number in (0, 1):  # stopped with the jobs that they have, so that there is time
-            driver.until(lambda number=number: len(driver.workers) > number)
-            os.kill(driver.workers[number], signal.SIGSTOP)
-        head = nodes.head_node.all_processes["raylet"][0].process.pid
-        on_head, elsewhere = sorted(driver.workers, key=lambda pid: psutil.Process(pid).ppid() != head)
-        assert psutil.Process(on_head).ppid() == head
-        os.kill(on_head, signal.SIGKILL)
-        driver.until(lambda: "is handed out again" in driver.said)
-        (node,) = (one for one in nodes.worker_nodes
-                   if one.all_processes["raylet"][0].process.pid == psutil.Process(elsewhere).ppid())
-        nodes.remove_node(node, allow_graceful=False)
-        os.kill(elsewhere, signal.SIGKILL)  # what is stopped does not see that its node is gone
-        assert driver.ended() == 0, driver.said
-        assert driver.said.count("is handed out again") == 2
-        assert "is refused: tokenizers is 0.0.1 there and" in driver.said
+def test_a_driver_of_a_streamed_study_was_killed_and_two_workers_go_on_by_the_same_command(
+    nodes: Any, sent: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, passes = tmp_path / "study", list[int]()
+    more = ("--address", nodes.address, "--workers", "1", "--stream")
+    with Driver(command(folder, out, *more), tmp_path / "log") as driver:
+        driver.until(lambda: len(entries(out)) > 1)
+        driver.process.kill()
+        assert driver.ended() == -signal.SIGKILL, "killed half-way"
+        (worker,) = begun(driver.said)
+        driver.until(lambda: not psutil.pid_exists(worker))  # a worker goes with its driver
+    before = entries(out)
+    assert len(before) < len(entries(folder / "alone"))
+    told, hand = Told(), sent._Crew._hand
+
+    def counted(crew: Any, to: Any, jobs: Sequence[PlannedJob]) -> None:
+        passes.append(len(jobs))
+        hand(crew, to, jobs)
+
+    def act() -> None:
+        until(lambda: len(begun(told.text)) > 0, lambda: told.text)
+        os.kill(begun(told.text)[0], signal.SIGSTOP)  # so that the other has its part
+        until(lambda: len(begun(told.text)) > 1, lambda: told.text)
+        os.kill(begun(told.text)[0], signal.SIGCONT)
+
+    monkeypatch.setattr(sent._Crew, "_hand", counted)
+    with meanwhile(act):
+        run_study(by_ray(folder, out, nodes, workers=2, stream=True), parts=("curve",), reporter=told)
+    assert max(passes) > 1, "jobs share readings"
+    assert sum(passes) == len(entries(folder / "alone")) - len(before)
+    assert before.items() <= entries(out).items(), "what was measured is not measured again"
     same(folder / "alone", out)
 
 
 @needs_ray
-def test_a_driver_that_was_killed_goes_on_by_the_same_command(nodes: Any, folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "study"
-    arguments = command(folder, out, "--address", nodes.address, "--workers", "1")
-    with Driver(arguments, tmp_path / "first") as driver:
-        driver.until(lambda: len(entries(out)) > 3)
-        driver.process.kill()
-        assert driver.ended() == -signal.SIGKILL, "killed half-way"
-        worker = driver.workers[-1]
-    before = entries(out)
-    assert len(before) < len(entries(folder / "alone"))
-    with Driver(arguments, tmp_path / "second") as driver:
-        assert driver.ended() == 0, driver.said
-    assert before.items() <= entries(out).items(), "what was measured is not measured again"
-    assert not psutil.pid_exists(worker), "a worker goes with its driver"
+def test_what_dies_or_is_unlike_takes_nothing_along(nodes: Any, sent: Any, folder: Path, tmp_path: Path) -> None:
+    """Of four workers one is unlike, one has no memory, one is killed, and one's node is removed."""
+    older = tmp_path / "older" / "tokenizers-0.0.1.dist-info"
+    older.mkdir(parents=True)
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 0.0.1\n")
+    path = os.pathsep.join([str(older.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    nodes.add_node(num_cpus=1, env_vars={"PYTHONPATH": path})
+    starved = nodes.add_node(num_cpus=1, env_vars={"RAY_memory_usage_threshold": "0.001"})
+    out, told = tmp_path / "study", Told()
+
+    def act() -> None:
+        head = nodes.head_node.all_processes["raylet"][0].process.pid
+        for number in (0, 1):  # stopped with the jobs that they have, so that there is time
+            until(lambda number=number: len(begun(told.text)) > number, lambda: told.text)  # type: ignore[misc]
+            os.kill(begun(told.text)[number], signal.SIGSTOP)
+        on_head, elsewhere = sorted(begun(told.text), key=lambda pid: psutil.Process(pid).ppid() != head)
+        until(lambda: told.text.count("was ended by Ray since its node ran low on memory") >= 3, lambda: told.text)
+        nodes.remove_node(starved)
+        assert psutil.Process(on_head).ppid() == head
+        os.kill(on_head, signal.SIGKILL)
+        until(lambda: "is handed out again" in told.text, lambda: told.text)
+        (node,) = (one for one in nodes.worker_nodes
+                   if one.all_processes["raylet"][0].process.pid == psutil.Process(elsewhere).ppid())
+        nodes.remove_node(node, allow_graceful=False)
+        os.kill(elsewhere, signal.SIGKILL)  # what is stopped does not see that its node is gone
+
+    with meanwhile(act):
+        run_study(by_ray(folder, out, nodes, workers=4), parts=("curve",), reporter=told)
+    assert told.text.count("is handed out again") == 2
+    assert "is refused: tokenizers is 0.0.1 there and" in told.text
     same(folder / "alone", out)
 
 

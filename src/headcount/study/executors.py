@@ -2,11 +2,12 @@
 
 By Ray. Each worker is an actor that loads tasks and model once (`headcount.study.member`). Before it does so its
 versions are compared with the driver's, and before it works what its numbers depend on; one that differs is refused by
-name, and another is started on a node that was not refused. The driver then hands out jobs that are ready
-(`headcount.study.queue`), one a worker, until none is left. A worker that dies is replaced, and its job handed out
-again; a job that fails as often as it is tried is told and left out. Nothing has to be undone: an entry is written
-whole or not at all, and a job that is done twice has one entry. So a driver that died leaves a study that goes on by
-the same command; Ray ends the workers of a driver that is gone.
+name, and another is started on a node that was not refused. The driver then hands out passes of jobs that are ready
+(`headcount.study.queue`), one a worker, until none is left: a pass is one job, or several that share readings of
+weights which lie in files. Each job's entry is written as soon as it is known. A worker that dies is replaced, and what
+is left of its pass handed out again; a job that fails as often as it is tried is told and left out. Nothing has to be
+undone: an entry is written whole or not at all, and a job that is done twice has one entry. So a driver that died
+leaves a study that goes on by the same command; Ray ends the workers of a driver that is gone.
 
 Ray schedules, watches processes and nodes, and carries calls and results; the driver waits for answers, and for nothing
 else.
@@ -29,6 +30,8 @@ from headcount.engine.waiting import CHOSEN
 from headcount.errors import HeadcountError, StudyError, first_line, named
 from headcount.model.held import in_files
 from headcount.study.cluster import Size, connected, size_of
+from headcount.study.jobs import Need
+from headcount.study.ledger import Entry
 from headcount.study.member import Delivered, facts_of
 from headcount.study.plan import PlannedJob
 from headcount.study.prepare import Outline, Plan, Reporter
@@ -86,11 +89,11 @@ def by_ray(plan: Plan, todo: Sequence[PlannedJob], reporter: Reporter) -> Done:
         return Done(None)
     reporter.note("starting workers")
     expected, gpus = facts_of(plan), int(plan.loaded.device.type == "cuda")
-    outline = Outline.of(plan)
+    outline, streamed = Outline.of(plan), in_files(plan.loaded.model)
     with connected(plan.spec, torch.get_num_threads()) as ray, plan.folder.token() as token:
         size = size_of(plan.spec, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         _put_down(plan)
-        crew = _Crew(ray, plan, Queue(todo), reporter, size, outline, token, expected)
+        crew = _Crew(ray, plan, Queue(todo), reporter, size, outline, token, expected, streamed)
         crew.work()
         return Done(crew.masks, tuple(crew.queue.failed))
 
@@ -152,8 +155,8 @@ def _shell() -> type[Any]:
             return str(ray.get_runtime_context().get_node_id())
 
         def do(self, *arguments: Any) -> Any:
-            """A job done."""
-            return self.member.do(*arguments)
+            """A pass done, job by job: Ray sends what a generator gives as soon as it is there."""
+            yield from self.member.do(*arguments)
 
     return Shell
 
@@ -168,7 +171,7 @@ class _Hand:
         place: Where it is; empty until it has said so.
         node: The same by Ray's name.
         shares: Whether it writes entries itself.
-        job: What it does now.
+        jobs: What of its pass is not delivered.
         last: What it did before.
         starts: How often one was started in its place since one there was given a job.
     """
@@ -178,7 +181,7 @@ class _Hand:
     place: str = ""
     node: str = ""
     shares: bool = False
-    job: PlannedJob | None = None
+    jobs: Sequence[PlannedJob] = ()
     last: PlannedJob | None = None
     starts: int = 1
 
@@ -195,6 +198,7 @@ class _Crew:
     outline: Outline
     token: tuple[str, str]
     expected: dict[str, str]
+    streamed: bool
     masks: str | None = None
     _hands: list[_Hand] = field(default_factory=list)
     _waiting: dict[Any, _Hand] = field(default_factory=dict)
@@ -248,26 +252,37 @@ class _Crew:
         self._waiting[actor.node.remote()] = hand
 
     def _hand_out(self) -> None:
-        """A job for every worker that waits for one, as far as jobs are ready."""
-        for hand in [one for one in self._hands if one.step == "job" and one.job is None]:
-            planned = self.queue.take(hand.last)
-            if planned is None:
-                return
-            needs = planned.job.needs
+        """A pass for every worker that waits for one, as far as jobs are ready."""
+        for hand in [one for one in self._hands if one.step == "job" and not one.jobs]:
+            while not hand.jobs and (taken := self._next(hand)):
+                self._hand(hand, taken)
+
+    def _next(self, hand: _Hand) -> list[PlannedJob]:
+        """The next pass for a worker."""
+        if not self.streamed:
+            return self.queue.take(hand.last)
+        return self.queue.take_together(1 / sum(bool(one.place) for one in self._hands))
+
+    def _hand(self, hand: _Hand, jobs: Sequence[PlannedJob]) -> None:
+        """Give a worker a pass, with what its jobs read where the worker does not see that."""
+        ready, entries = [], dict[Need, Entry]()
+        for planned in jobs:
             try:
-                entries = {} if hand.shares else {need: self.plan.folder.read_need(need) for need in needs}
+                entries |= {} if hand.shares else {need: self.plan.folder.read_need(need) for need in planned.job.needs}
             except StudyError as error:  # an entry was damaged meanwhile
                 self._failed(planned, str(error))
                 continue
             self.reporter.job(planned.title)
-            hand.job, hand.starts = planned, 0
-            self._waiting[hand.actor.do.remote(planned, entries)] = hand
+            ready.append(planned)
+        if ready:
+            hand.jobs, hand.starts = ready, 0
+            self._waiting[hand.actor.do.remote(ready, entries)] = hand
 
     def _heard(self, hand: _Hand, answer: Any) -> None:
         """What a worker answers: where it is, what it has, or a result; or that it failed, or is gone."""
         errors = self.ray.exceptions
         try:
-            said = self.ray.get(answer)
+            said = self.ray.get(next(answer) if hand.step == "job" else answer)
         except errors.RayTaskError as error:
             self._raised(hand, error.cause)
         except errors.RayError as error:
@@ -276,6 +291,8 @@ class _Crew:
             steps: dict[str, Callable[[_Hand, Any], None]] = {
                 "node": self._greeted, "greet": self._compared, "join": self._joined, "job": self._delivered}
             steps[hand.step](hand, said)
+            if hand.jobs:  # a pass gives one result after another
+                self._waiting[answer] = hand
 
     def _greeted(self, hand: _Hand, node: str) -> None:
         hand.node, hand.step, hand.place = node, "greet", f"node {node[:8]}"
@@ -302,9 +319,7 @@ class _Crew:
             "" if hand.shares else "; it does not see the study folder, so that its results are sent here"))
 
     def _delivered(self, hand: _Hand, delivered: Delivered) -> None:
-        planned, hand.job = hand.job, None
-        if planned is None:
-            return
+        planned, *hand.jobs = hand.jobs
         if delivered.result is not None:
             self.plan.folder.write(planned.key, delivered.result.table, delivered.result.info)
         self.masks = delivered.masks or self.masks
@@ -317,26 +332,30 @@ class _Crew:
         told = str(cause) if isinstance(cause, HeadcountError) else named(cause)
         if hand.step != "job" and isinstance(cause, HeadcountError | ImportError):
             self._refuse(hand, told)
-        elif isinstance(cause, HeadcountError) and hand.job is not None:
-            planned, hand.job = hand.job, None
-            self._failed(planned, told)
+        elif not (isinstance(cause, HeadcountError) and hand.jobs):
+            self._gone(hand, f"{'it' if hand.jobs else 'a worker'} failed on {hand.place or 'some node'} ({told})")
         else:
-            self._gone(hand, f"{'it' if hand.job else 'a worker'} failed on {hand.place or 'some node'} ({told})")
+            jobs, hand.jobs = hand.jobs, ()
+            if len(jobs) == 1:
+                self._failed(jobs[0], told)
+            else:
+                self.queue.halve(jobs)
+                self.reporter.note(f"{_titles(jobs)}, done together, are handed out again in halves: {told}")
 
     def _gone(self, hand: _Hand, reason: str) -> None:
-        """A worker died, or cannot be trusted any more: its job is handed out again, and another worker started."""
-        if (planned := hand.job) is not None:
-            hand.job = None
-            if self.queue.lost(planned, reason):
-                self.reporter.note(f"{planned.title} is handed out again: {reason}")
-            else:
-                self._tell(planned)
+        """A worker died, or cannot be trusted any more: its jobs are handed out again, and another worker started."""
+        jobs, hand.jobs = hand.jobs, ()
+        if not jobs:
+            self.reporter.note(reason)
+        elif self.queue.lost(jobs, reason):
+            self.reporter.note(f"{_titles(jobs)} {'is' if len(jobs) == 1 else 'are'} handed out again: {reason}")
+        else:
+            self._tell(jobs[0])
+        if len(jobs) == 1:  # of several it is not known yet which job it was
             self._losses += 1
             if self._losses == _LOSSES:
                 raise StudyError(f"{_LOSSES} workers were lost one after another while no job was done, the last "
                                  f"since {reason}; what is measured is kept, and the same command goes on from there")
-        else:
-            self.reporter.note(reason)
         self._replace(hand, reason)
 
     def _refuse(self, hand: _Hand, reason: str) -> None:
@@ -374,6 +393,11 @@ class _Crew:
         if "running low on memory" in str(error):
             return f"{of} was ended by Ray since its node ran low on memory: take fewer workers, or smaller batches"
         return f"{of} died ({first_line(error)})"
+
+
+def _titles(jobs: Sequence[PlannedJob]) -> str:
+    """Jobs in few words."""
+    return jobs[0].title + (f" and {len(jobs) - 1} more" if len(jobs) > 1 else "")
 
 
 def _differences(expected: dict[str, str], found: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ read here; else they come with the job, and the result goes back. This file know
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,11 @@ from headcount.study.jobs import Need
 from headcount.study.ledger import Entry, Ledger
 from headcount.study.plan import PlannedJob
 from headcount.study.prepare import Outline, Plan
+from headcount.study.spec import Part
 from headcount.study.worker import Read, Result, Worker
 
+# Parts of a study whose jobs sweep no masks.
+_NO_SWEEPS: frozenset[Part] = frozenset({"evaluate", "heads", "induction"})
 # A file system of several machines may show a file a while after another one wrote it, in seconds.
 _PATIENCE = 30.0
 
@@ -60,6 +63,8 @@ class Member:
     def __init__(self, outline: Outline, threads: int, token: tuple[str, str]) -> None:
         torch.set_num_threads(threads)
         self._plan = outline.plan()
+        if not {*outline.parts} <= _NO_SWEEPS:
+            Engine.of(self._plan.loaded).prove_sweep()  # else within the first job of each worker
         self._worker = Worker(self._plan, lambda tokens: None)
         ledger = self._plan.ledger
         self._ledger = ledger if ledger is not None and ledger.shares(token) else None
@@ -74,27 +79,32 @@ class Member:
         """Whether it reads and writes the study folder itself."""
         return self._ledger is not None
 
-    def do(self, planned: PlannedJob, entries: Mapping[Need, Entry]) -> Delivered:
-        """Do one job.
+    def do(self, jobs: Sequence[PlannedJob], entries: Mapping[Need, Entry]) -> Iterator[Delivered]:
+        """Do jobs of one kind; what becomes of each, in the order given, as soon as it is known.
 
         Args:
-            planned: The job.
-            entries: What it reads, where the folder is not shared.
+            jobs: The jobs.
+            entries: What they read, where the folder is not shared.
 
         Raises:
-            HeadcountError: If the job cannot be done, whoever does it.
+            HeadcountError: If a job cannot be done, whoever does it.
         """
         ledger = self._ledger
         read: Read = entries.__getitem__ if ledger is None else lambda need: _read(ledger, need)
-        result = self._worker.entry(planned, read)
-        masks = Engine.of(self._plan.loaded).masks_reason
-        if ledger is not None:
-            try:
-                ledger.write(planned.key, result.table, result.info)
-            except OSError:  # the driver writes it, or says why it cannot
-                return Delivered(result, masks)
-            return Delivered(None, masks)
-        return Delivered(result, masks)
+        for planned, result in zip(jobs, self._worker.entries(jobs, read), strict=True):
+            yield Delivered(None if _written(ledger, planned, result) else result,
+                            Engine.of(self._plan.loaded).masks_reason)
+
+
+def _written(ledger: Ledger | None, planned: PlannedJob, result: Result) -> bool:
+    """Whether an entry could be written here; else the driver writes it, or says why it cannot."""
+    if ledger is None:
+        return False
+    try:
+        ledger.write(planned.key, result.table, result.info)
+    except OSError:
+        return False
+    return True
 
 
 def _read(ledger: Ledger, need: Need) -> Entry:

@@ -196,10 +196,17 @@ class Outline:
 
     @classmethod
     def of(cls, plan: Plan) -> Outline:
-        """The outline of a plan: its folder by the whole path, its device by the kind, since GPUs are numbered anew."""
+        """The outline of a plan: its folder by the whole path, its device by the kind, since GPUs are numbered anew.
+
+        Where the model is streamed it is everywhere: passes are made for that.
+        """
+        from headcount.model.held import in_files
+
         out, device = plan.spec.out, plan.spec.device
         spec = dataclasses.replace(plan.spec, out=None if out is None else out.absolute(),
-                                   device=None if device is None else device.partition(":")[0])
+                                   device=None if device is None else device.partition(":")[0],
+                                   stream=plan.spec.stream or (plan.spec.device_map is None
+                                                               and in_files(plan.loaded.model)))
         return cls(spec, plan.identity, plan.facts, plan.budget, plan.parts)
 
     def plan(self) -> Plan:
