@@ -179,7 +179,7 @@ def block_files(
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{name} is quantised, and only plain weights can be read block by block: load it whole, "
                          "without `stream`", fields=("stream",))
-    blocks = _blocks(model, names or Names())
+    blocks = blocks_of(model, names or Names())
     conversion = convert(name, list(held.values()), model, dtype)
     notes = checkpoint.check(name, model, conversion.told, opened.folder, held)
     layout = Layout.of(conversion, model, blocks)
@@ -200,6 +200,7 @@ def _mapped_at(source: Source) -> int:
     return held.offset % _ALIGNED if maps else 0
 
 
-def _blocks(model: PreTrainedModel, names: Names) -> tuple[str, ...]:
+def blocks_of(model: PreTrainedModel, names: Names) -> tuple[str, ...]:
+    """What the names of every block's tensors begin with (`model.layers.0.`), in order."""
     of_module = {id(module): name for name, module in model.named_modules()}
     return tuple(f"{of_module[id(layer.block)]}." for layer in find_anatomy(model, names).layers)

@@ -65,11 +65,22 @@ def left_in_files(
     _compute_buffers(model)
     files = block_files(opened, model, model.dtype, names=names, progress=progress)
     _read_buffers(model, files)
-    whole: dict[str, Any] = {"": torch.device(device)}
+    read_when_called(model, files, torch.device(device))
+    return model, files.notes
+
+
+def read_when_called(model: PreTrainedModel, files: BlockFiles, device: torch.device) -> None:
+    """Let each module of a model without weights read its own when it is called.
+
+    Args:
+        model: The model; its buffers have values.
+        files: Where its weights lie.
+        device: Where it runs.
+    """
+    whole: dict[str, Any] = {"": device}
     attach_align_device_hook_on_blocks(model, whole, offload={"": True}, weights_map=InFiles(files),
                                        skip_keys=model._skip_keys_device_placement)
     model.hf_device_map = {"": DISK}  # type: ignore[assignment]
-    return model, files.notes
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:

@@ -209,7 +209,7 @@ class Outline:
             HeadcountError: If a task or the model cannot be loaded here, or the model fails a proof.
         """
         tasks, unseen = _tasks(self.spec, self.parts)
-        loaded = _proved(_load(self.spec), self.spec, self.parts)
+        loaded = _proved(_load(self.spec), self.spec, self.parts, Silent())
         ledger = None if self.spec.out is None else Ledger(self.spec.out)
         return Plan(self.spec, loaded, self.identity, tasks, unseen, self.facts, self.budget, self.parts, (), ledger)
 
@@ -260,7 +260,7 @@ def prepare(
             for split in splits[task.name]:
                 task.prompts(split, _few_shot(spec, k, 1))
     reporter.stage(f"loading {spec.model}")
-    loaded = _proved(_unchanged(loaded) if loaded is not None else _load(spec), spec, parts)
+    loaded = _proved(_unchanged(loaded) if loaded is not None else _load(spec), spec, parts, reporter)
     groups = [part.num_kv_heads for part in loaded.anatomy.layers]
     uniform_steps(spec, loaded.anatomy.heads_per_layer, groups, parts)  # refuses what has none, before it is timed
     identity = loaded.identity if ledger is None else check_model(loaded, before, ledger)
@@ -371,7 +371,7 @@ def _unchanged(loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
-def _proved(loaded: LoadedModel, spec: StudySpec, parts: Sequence[Part]) -> LoadedModel:
+def _proved(loaded: LoadedModel, spec: StudySpec, parts: Sequence[Part], reporter: Reporter) -> LoadedModel:
     """Nothing is measured on a model whose heads and FFNs are not where they seem to be."""
     from headcount.engine.engine import Engine
 
@@ -382,7 +382,9 @@ def _proved(loaded: LoadedModel, spec: StudySpec, parts: Sequence[Part]) -> Load
     if "induction" in parts:
         from headcount.measure.induction import check
 
-        check(loaded, lengths=spec.induction_lengths, protocol=spec.protocol, control=not spec.skip_control)
+        if taken := check(loaded, lengths=spec.induction_lengths, protocol=spec.protocol,
+                          control=not spec.skip_control):
+            reporter.note(taken)
     return loaded
 
 
