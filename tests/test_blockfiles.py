@@ -68,8 +68,9 @@ def empty(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def opened(folder: Path, dtype: torch.dtype = torch.float32, model: PreTrainedModel | None = None,
-           progress: Callable[[int, int], None] | None = None) -> BlockFiles:
-    return block_files(Checkpoint.open(folder, None), model or empty(folder, dtype), dtype, progress=progress)
+           progress: Callable[[str, int, int], object] | None = None) -> BlockFiles:
+    found = Checkpoint.open(folder, None, progress=progress)
+    return block_files(found, model or empty(folder, dtype), dtype, progress=progress)
 
 
 def read(files: BlockFiles) -> dict[str, Tensor]:
@@ -212,9 +213,12 @@ def test_a_rewrite_that_was_killed_goes_on(
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     whole = {path: path.stat().st_mtime_ns for path in cache.glob("*/[br]*.safetensors")}
     assert len(whole) == (at - 1) // 16
-    told: list[tuple[int, int]] = []
-    files = opened(folder, model=model, progress=lambda done, of: told.append((done, of)))
-    assert len(told) == 3 - len(whole)
+    told: list[tuple[str, int, int]] = []
+    files = opened(folder, model=model, progress=lambda *said: told.append(said))
+    assert len(told) == 1 + 3 - len(whole)
+    (text, of), = {(text, of) for text, _, of in told}
+    assert text == f"rewriting {folder} to be read block by block: {of:,} bytes, once, into {cache}"
+    assert [done for _, done, _ in told][:: len(told) - 1] == [0, of]
     assert {path: path.stat().st_mtime_ns for path in whole} == whole
     assert files.folder is not None
     assert not [path for path in files.folder.iterdir() if path.name.startswith(".")]
@@ -416,20 +420,17 @@ def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path: Path, cache: Path, m
 def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path: Path, cache: Path) -> None:
     folder = saved(tmp_path / "m", "opt")
 
-    def changes(done: int, of: int) -> None:
-        os.utime(folder / "pytorch_model.bin", (1, 1))
+    def changes(_: str, done: int, of: int) -> None:
+        if done:
+            os.utime(folder / "pytorch_model.bin", (1, 1))
 
     with pytest.raises(ModelError, match="have changed while they were read: give the same command again"):
         opened(folder, progress=changes)
     assert [path.name for path in cache.glob("*/*.safetensors")] == ["block-00000.safetensors"]
 
 
-def test_a_folder_without_weights_and_a_quantised_model_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", "llama")
-    model = empty(folder)
-    model.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(ModelError, match="is quantised"):
-        opened(folder, model=model)
     (folder / "pytorch_model.bin").unlink()
     refused(folder, "holds no weights")
 

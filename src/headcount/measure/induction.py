@@ -110,21 +110,24 @@ def induction_scores(
     return _summary(loaded, measured, texts, protocol, torch.cat(scores).double().numpy(), notes)
 
 
-def check(
-    loaded: LoadedModel, *, lengths: Sequence[int] | None = None, protocol: Protocol = "sound", control: bool = True
-) -> str:
-    """Refuse, before anything is measured, what `induction_scores` (and a `control`) would refuse in the end.
-
-    Returns:
-        What the control will take of the disk; empty where it takes none.
+def check(loaded: LoadedModel, *, lengths: Sequence[int] | None = None, protocol: Protocol = "sound") -> None:
+    """Refuse, before anything is measured, what `induction_scores` would refuse in the end.
 
     Raises:
-        HeadcountError: As they do.
+        HeadcountError: As it does.
     """
     _drawn(loaded, lengths, REPEATS, None, 0, protocol)
     with eager(loaded.model):
         attention_keywords(loaded.name, loaded.model, loaded.anatomy)
-    if control and DISK in getattr(loaded.model, "hf_device_map", {}).values():
+
+
+def control_needs(loaded: LoadedModel) -> str:
+    """Says what the control (`randomised`) will take of the disk; empty where it takes none.
+
+    Raises:
+        ModelError: If the disk has less.
+    """
+    if DISK in getattr(loaded.model, "hf_device_map", {}).values():
         needed, folder = space_needed(loaded.name, loaded.model)
         return (f"the control of induction, the same model with random weights, will take {needed:,} bytes in {folder} "
                 "while it is measured")

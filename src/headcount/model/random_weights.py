@@ -32,12 +32,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from headcount.errors import ModelError, first_line
+from headcount.errors import ModelError
 from headcount.model.anatomy import Names
+from headcount.model.block_cache import what_to_do
 from headcount.model.blockfiles import BlockFiles, blocks_of
 from headcount.model.disk import read_when_called
 from headcount.model.tensor_format import size
-from headcount.model.weight_files import Held, scratch
+from headcount.model.weight_files import Held, scratch, stamps_of
 
 # Of the disk, what other things that are written beside the weights may take.
 _SPARE = 2**20
@@ -57,6 +58,7 @@ def space_needed(name: str, model: PreTrainedModel) -> tuple[int, Path]:
     needed = sum(size(weight) for _, weight in model.named_parameters(remove_duplicate=False)) + _SPARE
     try:
         root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
         free = shutil.disk_usage(root).free
     except OSError as e:
         raise _unwritten(name, e) from e
@@ -188,7 +190,7 @@ class _Away(TorchFunctionMode):
                 slot.path.unlink()
         dtypes: dict[str, torch.dtype] = {key: one.dtype for one, key in first.items()}
         return BlockFiles(name, blocks_of(model, names), places, dtypes, tied, dict.fromkeys(places, 0), {}, (),
-                          self._folder)
+                          stamps_of(places), self._folder)
 
     def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is None:
@@ -224,8 +226,7 @@ def _root() -> Path:
 
 def _unwritten(name: str, error: OSError) -> ModelError:
     return ModelError(f"the control of induction, {name} with random weights, could not be written into {_root()} "
-                      f"({first_line(error)}): make space there, set XDG_CACHE_HOME to a folder on another disk, or "
-                      "leave the control out (`skip_control`)", fields=("skip_control",))
+                      f"({what_to_do(error)}, or leave the control out (`skip_control`)", fields=("skip_control",))
 
 
 def _locked(folder: Path) -> FileLock | None:

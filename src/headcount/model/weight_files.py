@@ -185,9 +185,12 @@ def index_of(folder: Path, named: str | None = None) -> Index | None:
         return None
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return Index(path, {str(name): str(shard) for name, shard in shards.items()})
+        index = Index(path, {str(name): str(shard) for name, shard in shards.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise _damaged(path, "it is no index of shards") from e
+    if not index.shards:
+        raise _damaged(path, "it names no tensors")
+    return index
 
 
 def weight_names(named: str | None) -> list[str]:
@@ -272,6 +275,20 @@ def reads_in_parts(path: Path) -> bool:
     if path.is_file() and path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
         return False
     return all(one.whole is None for one in held_by(path))
+
+
+def stamp(path: Path) -> tuple[object, ...]:
+    """What tells a file from a later one of its name: size, time and inode; empty where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def stamps_of(places: Mapping[str, Held]) -> dict[Path, tuple[object, ...]]:
+    """The same of all files in which tensors lie."""
+    return {path: stamp(path) for path in {place.path for place in places.values()}}
 
 
 def scratch() -> Tensor:
