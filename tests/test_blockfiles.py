@@ -10,7 +10,7 @@ import resource
 import shutil
 import signal
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -325,14 +325,35 @@ def test_a_shard_that_is_not_whole_is_named(tmp_path: Path, form: str, left: flo
     refused(folder, rf"{shard.name} is damaged(,| or not whole \(.*\):) .*download or copy it again")
 
 
-def test_a_file_that_became_shorter_while_it_was_used_is_named(tmp_path: Path) -> None:
+def test_a_file_that_changed_while_it_was_used_is_named(tmp_path: Path) -> None:
     files = opened(saved(tmp_path / "m", "llama", "safetensors"))
     path = tmp_path / "m" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ModelError, match=r"model\.safetensors is damaged or not whole"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is gone or has changed .*: put it back as it was, and"):
         read(files)
     path.unlink()
-    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is gone or has changed .*: put it back as it was, and"):
+        read(files)
+
+
+@pytest.mark.parametrize(("do", "said"), [
+    (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is damaged or not whole"),
+    (lambda path: path.unlink(), "cannot be read"),
+    (lambda path: os.utime(path, (1, 1)), "is gone or has changed")])
+def test_a_file_that_changes_within_a_reading_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, do: Callable[[Path], object], said: str
+) -> None:
+    files, path = opened(saved(tmp_path / "m", "llama", "safetensors")), tmp_path / "m" / "model.safetensors"
+    checked = BlockFiles._check_files
+
+    def changes(self: BlockFiles, names: Sequence[str]) -> None:
+        checked(self, names)
+        if not done:
+            done.append(do(path))
+
+    done: list[object] = []
+    monkeypatch.setattr(BlockFiles, "_check_files", changes)
+    with pytest.raises(ModelError, match=rf"model\.safetensors {said}"):
         read(files)
 
 

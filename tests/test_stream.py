@@ -106,7 +106,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(family: str, tmp_
         expected = [batch_scores(resident, batch) for batch in given]
     stream = streams.stream_of(in_files)
     assert stream is not None
-    with pytest.raises(OptionError, match=r"while it waits, and stream_memory is 0\.0 MB: give more, or smaller"):
+    with pytest.raises(OptionError, match=r"while it waits, and stream_memory is 1 bytes: give more, or smaller"):
         list(streamed_scores(in_files, dataclasses.replace(stream, memory=1), given))
     for memory in (None, most_of(stream, in_files, given)):  # all batches in one pass, and each in one of its own
         with frozen(in_files.model):

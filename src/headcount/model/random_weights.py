@@ -37,6 +37,7 @@ from headcount.model.anatomy import Names
 from headcount.model.block_cache import what_to_do
 from headcount.model.blockfiles import BlockFiles, blocks_of
 from headcount.model.disk import read_when_called
+from headcount.model.held import give_back
 from headcount.model.tensor_format import size
 from headcount.model.weight_files import Held, scratch, stamps_of
 
@@ -207,6 +208,7 @@ class _Away(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # what is done here is none of the model's own
             for slot in (self._slots[key] for key in self._here - wanted):
                 slot.write()
+            give_back()
             for slot in (self._slots[key] for key in wanted - self._here):
                 slot.read()
         self._here = wanted
