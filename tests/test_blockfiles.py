@@ -9,13 +9,14 @@ import re
 import resource
 import shutil
 import signal
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -355,6 +356,33 @@ def test_a_file_that_changes_within_a_reading_is_named(
     monkeypatch.setattr(BlockFiles, "_check_files", changes)
     with pytest.raises(ModelError, match=rf"model\.safetensors {said}"):
         read(files)
+
+
+def test_numbers_that_begin_anywhere_in_a_file_are_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", "llama", "safetensors")
+    path = folder / "model.safetensors"
+    expected, data = load(path.read_bytes()), path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes((length + 3).to_bytes(8, "little") + data[8 : 8 + length] + b"   " + data[8 + length :])
+    found = read(opened(folder))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("place", ["directory", "offset"])
+def test_an_archive_that_is_damaged_inside_is_named(tmp_path: Path, place: str) -> None:
+    folder = saved(tmp_path / "m", "llama", "bin")
+    path = folder / "pytorch_model.bin"
+    data = bytearray(path.read_bytes())
+    if place == "directory":  # the number of disks that it spans
+        at = data.rindex(b"PK\x06\x07") + 16
+        data[at : at + 4] = (7).to_bytes(4, "little")
+    else:  # how much stands before the first tensor's numbers
+        with zipfile.ZipFile(path) as archive:
+            first = next(part for part in archive.infolist() if "/data/" in part.filename)
+        at = first.header_offset + 28
+        data[at : at + 2] = (int.from_bytes(data[at : at + 2], "little") + 1).to_bytes(2, "little")
+    path.write_bytes(data)
+    refused(folder, r"pytorch_model\.bin is damaged")
 
 
 @pytest.mark.parametrize("form", ["bin shards", "safetensors shards"])

@@ -220,7 +220,8 @@ def check_plain(name: str, config: PreTrainedConfig) -> None:
 def _mapped_at(source: Source) -> int:
     """How many bytes behind a multiple of 64 a tensor begins that `from_pretrained` gives a model: a mapped file's."""
     held = source.held[0][1]
-    maps = source.rule is None and held.whole is None and held.dtype == source.dtype
+    maps = source.rule is None and held.whole is None and held.dtype == source.dtype and (
+        held.offset % source.dtype.itemsize == 0)
     return held.offset % _ALIGNED if maps else 0
 
 

@@ -256,7 +256,7 @@ def held_by(path: Path) -> list[Held]:
     except UnpicklingError as e:  # torch's own text offers to run what is in the file
         raise ModelError(f"{path} is damaged, or holds other objects than tensors, which are not unpickled: download "
                          "or copy it again, or save its tensors as safetensors") from e
-    except (*UNREADABLE, KeyError, TypeError, AttributeError) as e:
+    except (*UNREADABLE, TypeError, AttributeError, AssertionError, ArithmeticError, LookupError) as e:
         raise _damaged(path, first_line(e)[:80].rstrip(". ")) from e
 
 
@@ -272,7 +272,7 @@ def reads_in_parts(path: Path) -> bool:
     Raises:
         ModelError: If there is no such file, or it is damaged or not whole.
     """
-    if path.is_file() and path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
+    if path.is_file() and path.suffix != ".safetensors" and not _is_zip(path):
         return False
     return all(one.whole is None for one in held_by(path))
 
@@ -329,7 +329,7 @@ def _of_safetensors(path: Path) -> list[Held]:
 
 
 def _of_bin(path: Path) -> list[Held]:
-    in_parts = zipfile.is_zipfile(path)
+    in_parts = _is_zip(path)
     if in_parts:
         with zipfile.ZipFile(path) as file:
             in_parts = all(part.compress_type == zipfile.ZIP_STORED for part in file.infolist())
@@ -340,10 +340,20 @@ def _of_bin(path: Path) -> list[Held]:
             begins = value.untyped_storage()._checkpoint_offset if in_parts else 0
             if begins is None:  # an earlier torch does not tell
                 return _mapped(path)
+            if begins % value.itemsize:
+                raise ValueError(f"{name} begins within a number")
             found.append(Held(path, name, tuple(value.shape), value.dtype,
                               begins + int(value.storage_offset()) * value.itemsize, value.stride(),
                               None if in_parts else value.detach()))
     return found
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file is a ZIP archive, whole or not, as .bin files are since torch 1.6."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
 
 
 def _mapped(path: Path) -> list[Held]:
