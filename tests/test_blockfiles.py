@@ -9,13 +9,14 @@ import re
 import resource
 import shutil
 import signal
+import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -68,8 +69,9 @@ def empty(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def opened(folder: Path, dtype: torch.dtype = torch.float32, model: PreTrainedModel | None = None,
-           progress: Callable[[int, int], None] | None = None) -> BlockFiles:
-    return block_files(Checkpoint.open(folder, None), model or empty(folder, dtype), dtype, progress=progress)
+           progress: Callable[[str, int, int], object] | None = None) -> BlockFiles:
+    found = Checkpoint.open(folder, None, progress=progress)
+    return block_files(found, model or empty(folder, dtype), dtype, progress=progress)
 
 
 def read(files: BlockFiles) -> dict[str, Tensor]:
@@ -212,9 +214,12 @@ def test_a_rewrite_that_was_killed_goes_on(
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     whole = {path: path.stat().st_mtime_ns for path in cache.glob("*/[br]*.safetensors")}
     assert len(whole) == (at - 1) // 16
-    told: list[tuple[int, int]] = []
-    files = opened(folder, model=model, progress=lambda done, of: told.append((done, of)))
-    assert len(told) == 3 - len(whole)
+    told: list[tuple[str, int, int]] = []
+    files = opened(folder, model=model, progress=lambda *said: told.append(said))
+    assert len(told) == 1 + 3 - len(whole)
+    (text, of), = {(text, of) for text, _, of in told}
+    assert text == f"rewriting {folder} to be read block by block: {of:,} bytes, once, into {cache}"
+    assert [done for _, done, _ in told][:: len(told) - 1] == [0, of]
     assert {path: path.stat().st_mtime_ns for path in whole} == whole
     assert files.folder is not None
     assert not [path for path in files.folder.iterdir() if path.name.startswith(".")]
@@ -321,15 +326,63 @@ def test_a_shard_that_is_not_whole_is_named(tmp_path: Path, form: str, left: flo
     refused(folder, rf"{shard.name} is damaged(,| or not whole \(.*\):) .*download or copy it again")
 
 
-def test_a_file_that_became_shorter_while_it_was_used_is_named(tmp_path: Path) -> None:
+def test_a_file_that_changed_while_it_was_used_is_named(tmp_path: Path) -> None:
     files = opened(saved(tmp_path / "m", "llama", "safetensors"))
     path = tmp_path / "m" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ModelError, match=r"model\.safetensors is damaged or not whole"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is gone or has changed .*: put it back as it was, and"):
         read(files)
     path.unlink()
-    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is gone or has changed .*: put it back as it was, and"):
         read(files)
+
+
+@pytest.mark.parametrize(("do", "said"), [
+    (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is damaged or not whole"),
+    (lambda path: path.unlink(), "cannot be read"),
+    (lambda path: os.utime(path, (1, 1)), "is gone or has changed")])
+def test_a_file_that_changes_within_a_reading_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, do: Callable[[Path], object], said: str
+) -> None:
+    files, path = opened(saved(tmp_path / "m", "llama", "safetensors")), tmp_path / "m" / "model.safetensors"
+    checked = BlockFiles._check_files
+
+    def changes(self: BlockFiles, names: Sequence[str]) -> None:
+        checked(self, names)
+        if not done:
+            done.append(do(path))
+
+    done: list[object] = []
+    monkeypatch.setattr(BlockFiles, "_check_files", changes)
+    with pytest.raises(ModelError, match=rf"model\.safetensors {said}"):
+        read(files)
+
+
+def test_numbers_that_begin_anywhere_in_a_file_are_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", "llama", "safetensors")
+    path = folder / "model.safetensors"
+    expected, data = load(path.read_bytes()), path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes((length + 3).to_bytes(8, "little") + data[8 : 8 + length] + b"   " + data[8 + length :])
+    found = read(opened(folder))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("place", ["directory", "offset"])
+def test_an_archive_that_is_damaged_inside_is_named(tmp_path: Path, place: str) -> None:
+    folder = saved(tmp_path / "m", "llama", "bin")
+    path = folder / "pytorch_model.bin"
+    data = bytearray(path.read_bytes())
+    if place == "directory":  # the number of disks that it spans
+        at = data.rindex(b"PK\x06\x07") + 16
+        data[at : at + 4] = (7).to_bytes(4, "little")
+    else:  # how much stands before the first tensor's numbers
+        with zipfile.ZipFile(path) as archive:
+            first = next(part for part in archive.infolist() if "/data/" in part.filename)
+        at = first.header_offset + 28
+        data[at : at + 2] = (int.from_bytes(data[at : at + 2], "little") + 1).to_bytes(2, "little")
+    path.write_bytes(data)
+    refused(folder, r"pytorch_model\.bin is damaged")
 
 
 @pytest.mark.parametrize("form", ["bin shards", "safetensors shards"])
@@ -416,20 +469,17 @@ def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path: Path, cache: Path, m
 def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path: Path, cache: Path) -> None:
     folder = saved(tmp_path / "m", "opt")
 
-    def changes(done: int, of: int) -> None:
-        os.utime(folder / "pytorch_model.bin", (1, 1))
+    def changes(_: str, done: int, of: int) -> None:
+        if done:
+            os.utime(folder / "pytorch_model.bin", (1, 1))
 
     with pytest.raises(ModelError, match="have changed while they were read: give the same command again"):
         opened(folder, progress=changes)
     assert [path.name for path in cache.glob("*/*.safetensors")] == ["block-00000.safetensors"]
 
 
-def test_a_folder_without_weights_and_a_quantised_model_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", "llama")
-    model = empty(folder)
-    model.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(ModelError, match="is quantised"):
-        opened(folder, model=model)
     (folder / "pytorch_model.bin").unlink()
     refused(folder, "holds no weights")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from headcount.errors import ModelError, OptionError, StudyError
 from headcount.masks import Mask, prune, random_order, removal_order
 from headcount.measure.evaluate import evaluate
 from headcount.measure.induction import induction_scores
+from headcount.model import random_weights
 from headcount.report.cautions import cautions
 from headcount.report.page import _CSV, write_report
 from headcount.study.codec import importance_table, resampled_from, stored_order
@@ -282,7 +284,8 @@ def test_what_induction_would_refuse_is_refused_before_anything_is_measured(
         prepare(dataclasses.replace(asked, induction_lengths=(500,)), loaded=tiny.loaded("llama"))
     loaded = tiny.loaded("llama")
     monkeypatch.setattr(loaded.model, "hf_device_map", {"": "disk"}, raising=False)
-    with pytest.raises(ModelError, match=r"leave it out \(skip_control\)"):
+    monkeypatch.setattr(random_weights.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ModelError, match=r"takes 1,\d{3},\d{3} bytes in .* 1,000 are left: .*\(skip_control\)"):
         prepare(asked, loaded=loaded)
     assert not (tmp_path / "study").exists()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,8 +34,8 @@ from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
-from headcount.measure.induction import induction_scores
-from headcount.model import held, placement
+from headcount.measure.induction import induction_scores, randomised
+from headcount.model import held, placement, random_weights
 from headcount.model.contracts import probe_tokens
 from headcount.model.hooks import frozen
 from headcount.model.load import LoadedModel, load
@@ -105,7 +107,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(family: str, tmp_
         expected = [batch_scores(resident, batch) for batch in given]
     stream = streams.stream_of(in_files)
     assert stream is not None
-    with pytest.raises(OptionError, match=r"while it waits, and stream_memory is 0\.0 MB: give more, or smaller"):
+    with pytest.raises(OptionError, match=r"while it waits, and stream_memory is 1 bytes: give more, or smaller"):
         list(streamed_scores(in_files, dataclasses.replace(stream, memory=1), given))
     for memory in (None, most_of(stream, in_files, given)):  # all batches in one pass, and each in one of its own
         with frozen(in_files.model):
@@ -226,10 +228,12 @@ def test_a_whole_study_streamed_has_the_resident_ones_tables(tmp_path: Path) -> 
         tiny.write_task(data, name)
     found = [hc.open_study(hc.run_study(hc.StudySpec(
         model=str(folder), tasks=("piqa", "icl_plural"), data=data, shots=(0, 1), limit=8, importance_limit=6,
-        fractions=(0.25, 0.5), random_orders=1, measure=("curves", "grid", "transfer"), grid_fractions=(0.5,),
-        transfer_fractions=(0.5,), batch_tokens=500, row_tokens=200, stream=stream, out=tmp_path / f"study-{stream}")))
+        fractions=(0.25, 0.5), random_orders=1, measure=("curves", "grid", "transfer", "induction"),
+        grid_fractions=(0.5,), transfer_fractions=(0.5,), induction_lengths=(5, 9), induction_seeds=2, batch_tokens=500,
+        row_tokens=200, stream=stream, out=tmp_path / f"study-{stream}")))
         for stream in (False, True)]
-    for table in ("curves", "importance", "grid", "transfer"):
+    assert {*found[0].induction()["weights"]} == {"trained", "random"}
+    for table in ("curves", "importance", "grid", "transfer", "induction"):
         one, other = (getattr(study, table)() for study in found)
         assert len(one) > 0
         pd.testing.assert_frame_equal(one, other, check_exact=True)
@@ -246,6 +250,55 @@ def test_induction_scores_are_the_same_read_block_by_block(family: str, tmp_path
         for name in ("prefix_matching", "copying", "previous_token", "ov_copying"):
             assert np.array_equal(getattr(found, name), getattr(expected, name), equal_nan=True)
     assert len(told) == 2 * 2 * 2, "two lengths, of two kinds each, twice"
+
+
+# Tied weights, weights that are drawn otherwise (GPT-2's outputs of branches), experts, buffers that are saved.
+@pytest.mark.parametrize("family", ["llama", "opt-350m", "gpt2", "gemma3", "mixtral", "dbrx", "gemma4"])
+def test_the_control_in_files_has_the_weights_of_the_one_in_memory(family: str, tmp_path: Path) -> None:
+    resident, in_files = both(family, tmp_path)
+    control, generator = randomised(resident, 3), torch.random.get_rng_state()
+    streamed = randomised(dataclasses.replace(in_files, stream_memory=10**6), 3)
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    assert held.in_files(streamed.model)
+    assert streamed.stream_memory == 10**6
+    assert streamed.fingerprint == control.fingerprint != randomised(resident, 4).fingerprint
+    own = dict(zip(streamed.model.modules(), control.model.modules(), strict=True))
+    read = held.fetched(streamed.model)
+    assert len(read) == len(list(control.model.named_parameters(remove_duplicate=False)))
+    assert all(torch.equal(one.value, getattr(own[one.owner], one.name)) for one in read)
+    folders = [*(Path(os.environ["XDG_CACHE_HOME"]) / "headcount" / "control").iterdir()]
+    assert folders
+    del streamed, own, read
+    gc.collect()
+    assert not any(path.exists() for path in folders)
+
+
+def test_the_control_takes_memory_for_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_files, most = load(tiny.saved(tmp_path / "llama"), stream=True), [0]
+
+    def counted(self: random_weights._Slot) -> None:
+        write(self)
+        most[0] = max(most[0], sum(slot.storage.nbytes() for slot in slots if slot is not self))
+        slots.add(self)
+
+    slots, write = set[random_weights._Slot](), random_weights._Slot.write
+    monkeypatch.setattr(random_weights._Slot, "write", counted)
+    randomised(in_files)
+    assert len(slots) > 20
+    assert most[0] <= tiny.VOCAB * 32 * 4, "the embedding matrix"
+
+
+def test_what_a_killed_process_left_of_a_control_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_files, root = load(tiny.saved(tmp_path / "llama"), stream=True), tmp_path / "cache" / "headcount" / "control"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (root / "left").mkdir(parents=True)
+    (root / "left" / "parameter-00000").write_bytes(b"weights")
+    (root / "left.lock").touch()
+    used = randomised(in_files, 1)
+    (folder,) = (path for path in root.iterdir() if path.is_dir())
+    again = randomised(in_files, 1)
+    assert folder.is_dir(), "another one's, which is in use"
+    assert again.fingerprint == used.fingerprint
 
 
 def test_no_step_keeps_the_weights_of_more_than_two_blocks(

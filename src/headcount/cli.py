@@ -348,7 +348,7 @@ def anatomy(spec: Annotated[ModelSpec, Parameter(name="*")], *, verify: bool = F
     with terminal.reporter() as reporter:
         reporter.stage(f"loading {spec.model}")
         options = dataclasses.asdict(spec)
-        loaded = load(options.pop("model"), **options)
+        loaded = load(options.pop("model"), **options, progress=reporter.stage)
     if not terminal.print_anatomy(loaded, verify=verify):
         raise SystemExit(1)
 
@@ -395,7 +395,7 @@ def _removed(spec: RemovalSpec, file: MaskFile, study: Study | None) -> Removed:
         if spec.format == "transformers" and not placed and not fits_twice(
                 spec.model, spec.revision, spec.dtype, trust_remote_code=spec.trust_remote_code):
             options["stream"] = True
-        loaded = load(options.pop("model"), **options)
+        loaded = load(options.pop("model"), **options, progress=reporter.stage)
         if study is not None:
             _check_study(study, loaded)
         reporter.stage("looking at what goes")

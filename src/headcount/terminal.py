@@ -58,6 +58,8 @@ class Bar:
             self._title = text
             self._progress.reset(self._task, description=text, total=total)
         self._progress.update(self._task, completed=done)
+        if total is not None and self._tells():
+            self._progress.console.print(f"{done / total:4.0%}  {text}", highlight=False, markup=False)
 
     def begin(self, todo: int, done: int, tokens: float) -> None:
         """How many jobs are to do and were done before, and about how many tokens they take."""
@@ -81,12 +83,18 @@ class Bar:
         """So many more tokens are computed."""
         self._done += tokens
         self._progress.update(self._task, completed=min(self._done, self._tokens))
-        now = time.monotonic()
-        if not self._progress.console.is_terminal and now - self._told > _LINE_EVERY:
-            self._told = now
-            left = (now - self._started) * (self._tokens / self._done - 1)
+        if self._tells():
+            left = (time.monotonic() - self._started) * (self._tokens / self._done - 1)
             self._progress.console.print(f"{self._done / self._tokens:4.0%}  about {max(left, 0) / 60:.0f} min left  "
                                          f"{self._title}", highlight=False)
+
+    def _tells(self) -> bool:
+        """Whether it is time for a line, where nobody watches."""
+        now = time.monotonic()
+        if self._progress.console.is_terminal or now - self._told <= _LINE_EVERY:
+            return False
+        self._told = now
+        return True
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from headcount.model.contracts import probe_tokens
 from headcount.model.devices import device_of
 from headcount.model.held import fetched, held, in_files, one_by_one
 from headcount.model.load import LoadedModel
-from headcount.model.placement import free_memory
+from headcount.model.placement import bytes_told, free_memory
 
 # Of the memory that is free, what may wait between two blocks.
 _SHARE = 0.25
@@ -125,9 +125,9 @@ class Stream:
                 hidden, calls = entered(self.model, self.blocks, first.inputs(first.batch))
                 needed = bytes_of(calls) + first.states * hidden.untyped_storage().nbytes()
                 if not waves and self.memory is not None and needed > self.memory:
-                    raise OptionError(f"a batch of {first.batch.tokens:,} tokens takes {needed / 1e6:,.1f} MB while it "
-                                      f"waits, and `stream_memory` is {self.memory / 1e6:,.1f} MB: give more, or "
-                                      "smaller batches (`batch_tokens`)", fields=("stream_memory", "batch_tokens"))
+                    raise OptionError(f"a batch of {first.batch.tokens:,} tokens takes {bytes_told(needed)} while it "
+                                      f"waits, and `stream_memory` is {bytes_told(self.memory)}: give more, or smaller "
+                                      "batches (`batch_tokens`)", fields=("stream_memory", "batch_tokens"))
                 left -= needed
                 if waves and left < 0:
                     break

@@ -36,6 +36,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Int
 from more_itertools import peekable
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from headcount.engine.engine import Engine
 from headcount.engine.forward import Progress
@@ -50,6 +51,8 @@ from headcount.model.circuits import ov_copying
 from headcount.model.devices import doubled
 from headcount.model.held import fetched, held
 from headcount.model.load import LoadedModel, wrap
+from headcount.model.placement import DISK
+from headcount.model.random_weights import random_in_files, space_needed
 from headcount.results import InductionScores
 from headcount.stats import ranks
 
@@ -107,19 +110,28 @@ def induction_scores(
     return _summary(loaded, measured, texts, protocol, torch.cat(scores).double().numpy(), notes)
 
 
-def check(
-    loaded: LoadedModel, *, lengths: Sequence[int] | None = None, protocol: Protocol = "sound", control: bool = True
-) -> None:
-    """Refuse, before anything is measured, what `induction_scores` (and a `control`) would refuse in the end.
+def check(loaded: LoadedModel, *, lengths: Sequence[int] | None = None, protocol: Protocol = "sound") -> None:
+    """Refuse, before anything is measured, what `induction_scores` would refuse in the end.
 
     Raises:
-        HeadcountError: As they do.
+        HeadcountError: As it does.
     """
     _drawn(loaded, lengths, REPEATS, None, 0, protocol)
     with eager(loaded.model):
         attention_keywords(loaded.name, loaded.model, loaded.anatomy)
-    if control:
-        _check_place(loaded)
+
+
+def control_needs(loaded: LoadedModel) -> str:
+    """Says what the control (`randomised`) will take of the disk; empty where it takes none.
+
+    Raises:
+        ModelError: If the disk has less.
+    """
+    if DISK in getattr(loaded.model, "hf_device_map", {}).values():
+        needed, folder = space_needed(loaded.name, loaded.model)
+        return (f"the control of induction, the same model with random weights, will take {needed:,} bytes in {folder} "
+                "while it is measured")
+    return ""
 
 
 def _drawn(
@@ -463,14 +475,16 @@ def split_half(halves: Float[np.ndarray, "2 head"]) -> float:
 def randomised(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
     """The same model with random weights, by its own initialisation, and the same tokenizer: a control.
 
-    It takes as much memory as the model, on the same devices. The random number generators are left as they were.
+    It takes as much memory as the model, on the same devices; where some of the model's weights lie in files, all of
+    its lie in a temporary folder of the user's cache, which goes with it. Weights are the same in both cases. The
+    random number generators are left as they were.
 
     Args:
         loaded: The model.
         seed: Of the weights.
 
     Raises:
-        ModelError: If the model is spread over devices and disk, or memory is too small for a second one.
+        ModelError: If memory is too small for a second model, or the disk for its files.
     """
     model = loaded.model
     config = copy.deepcopy(model.config)
@@ -478,27 +492,29 @@ def randomised(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
         del config.quantization_config
     devices = getattr(model, "hf_device_map", {})
     spread = len(set(devices.values())) > 1
-    _check_place(loaded)
     maker: Any = type(model)
-    try:
+
+    def drawn() -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             with torch.device("cpu" if spread else loaded.device):
-                made = maker._from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
-        if spread:
-            made = dispatch_model(made, devices, skip_keys=made._skip_keys_device_placement)
+                made: PreTrainedModel = maker._from_config(config, dtype=model.dtype,
+                                                           attn_implementation=config._attn_implementation)
+        return made
+
+    try:
+        if DISK in devices.values():
+            space_needed(loaded.name, model)
+            made = random_in_files(loaded.name, drawn, loaded.device, loaded.names)
+        else:
+            made = drawn()
+            if spread:
+                made = dispatch_model(made, devices, skip_keys=made._skip_keys_device_placement)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"memory is too small for {loaded.name} and the same model with random weights beside it, the "
                          "control of copying: leave it out (`skip_control`)",
                          fields=("skip_control",)) from error
     note = f"all weights are random, by the model's own initialisation (seed {seed})"
     control = wrap(made, loaded.tokenizer, f"{loaded.name} (random weights)", loaded.names)
-    return dataclasses.replace(control, notes=(*control.notes, note), apply_chat_template=loaded.apply_chat_template)
-
-
-def _check_place(loaded: LoadedModel) -> None:
-    """Refuse the control of a model that is larger than memory."""
-    if "disk" in getattr(loaded.model, "hf_device_map", {}).values():
-        raise ModelError(f"{loaded.name} lies partly on disk, and the same model with random weights, the control of "
-                         "copying, needs memory for all of it: leave it out (`skip_control`)",
-                         fields=("skip_control",))
+    return dataclasses.replace(control, notes=(*control.notes, note), apply_chat_template=loaded.apply_chat_template,
+                               stream_memory=loaded.stream_memory)

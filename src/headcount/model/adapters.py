@@ -91,6 +91,12 @@ def check_files(name: str, files: Collection[str]) -> None:
                          "put them there, as PEFT's save_pretrained does")
 
 
+def not_streamed(adapter: Adapter) -> ModelError:
+    """That an adapter's model cannot be read block by block."""
+    return ModelError(f"{adapter.place} is an adapter, which is merged in memory, and `stream` leaves weights in their "
+                      "files: leave it out, or merge the adapter first and load what was merged", fields=("stream",))
+
+
 def check_installed(adapter: Adapter) -> None:
     """Refuse adapters where PEFT is missing.
 

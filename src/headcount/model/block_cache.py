@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import transformers
 from filelock import FileLock
@@ -37,10 +38,13 @@ from headcount.errors import ModelError, first_line
 from headcount.model.conversion import Conversion, Source
 from headcount.model.fingerprint import described
 from headcount.model.tensor_format import header_of, size, write_values
-from headcount.model.weight_files import Held, held_by, reads_in_parts, scratch
+from headcount.model.weight_files import Held, held_by, reads_in_parts, scratch, stamp
 
+# What is written where, how many bytes of it are written, and of how many.
+Rewriting: TypeAlias = Callable[[str, int, int], object]
 _REST = "rest.safetensors"
 _ABOUT = "about.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What is stale goes if it was not used for so long: another process may still read it.
 _UNUSED_SECONDS = 24 * 3600
 
@@ -139,37 +143,43 @@ class BlockCache:
         root = user_cache_path("headcount", appauthor=False) / "blocks"
         return cls(name, tuple(files), commit, _stamps(files, commit), root)
 
-    def in_parts(self) -> list[Path]:
+    def in_parts(self, progress: Rewriting | None = None) -> list[Path]:
         """The files, and for those that can only be read whole their copies in the cache, which are made if need be.
+
+        Args:
+            progress: Told before each and behind it.
 
         Raises:
             ModelError: If a file is damaged, or the disk has too little space.
         """
         found, copies = [], self.root / _digest(self.stamps)
+        sizes = [path.stat().st_size for path in self.files]
         for i, path in enumerate(self.files):
             if reads_in_parts(path):
                 found.append(path)
                 continue
             found.append(copy := copies / f"whole-{i:05d}.safetensors")
             if not copy.is_file():
+                self._tell(progress, sum(sizes[:i]), sum(sizes))
                 values = {one.name: one.read() for one in held_by(path)}
                 with self._writing(copies):
                     _unfinished(copy).unlink(missing_ok=True)
-                    self._check_space(sum(file.stat().st_size for file in self.files[i:]))
+                    self._check_space(sum(sizes[i:]))
                     _write_file(copy, values, values.values())
                     self._check_unchanged(copy)
                 del values
+                self._tell(progress, sum(sizes[: i + 1]), sum(sizes))
         return found
 
     def write(
-        self, layout: Layout, model: PreTrainedModel, progress: Callable[[int, int], None] | None = None
+        self, layout: Layout, model: PreTrainedModel, progress: Rewriting | None = None
     ) -> Path:
         """The folder of the files that a layout names; those that are not whole there are written.
 
         Args:
             layout: What they are made of.
             model: The model without weights.
-            progress: Told after every file how many bytes are written, of how many.
+            progress: Told before anything is written and after every file.
 
         Raises:
             ModelError: If the disk has too little space, or the checkpoint changes meanwhile.
@@ -181,13 +191,14 @@ class BlockCache:
                 _unfinished(folder / file).unlink(missing_ok=True)
             total, written = sum(_length(layout.files[file][1]) for file in left), 0
             self._check_space(total)
+            if left:
+                self._tell(progress, written, total)
             for file in left:
                 sources, announced = layout.files[file]
                 _write_file(folder / file, announced, _values(sources, model))
                 self._check_unchanged(folder / file)
                 written += _length(announced)
-                if progress is not None:
-                    progress(written, total)
+                self._tell(progress, written, total)
         return folder
 
     def tidy(self, used: Iterable[Held]) -> None:
@@ -218,10 +229,14 @@ class BlockCache:
                     held.enter_context(FileLock(folder.with_name(f"{folder.name}.lock")))
                 yield
         except OSError as e:
-            why = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else first_line(e)
-            raise ModelError(f"{self.name} could not be written into the cache {self.root} ({why}): make space there, "
-                             "or set XDG_CACHE_HOME to a folder on another disk; the files that are whole stay, and "
-                             "the same command goes on with the next") from e
+            kept = "; the files that are whole stay, and the same command goes on with the next" * (e.errno in _FULL)
+            raise ModelError(f"{self.name} could not be written into the cache {self.root} ({what_to_do(e)}{kept}"
+                             ) from e
+
+    def _tell(self, progress: Rewriting | None, written: int, total: int) -> None:
+        if progress is not None:
+            progress(f"rewriting {self.name} to be read block by block: {total:,} bytes, once, into {self.root}",
+                     written, total)
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.root).free
@@ -236,6 +251,13 @@ class BlockCache:
             written.unlink()
             raise ModelError(f"the files of {self.name} have changed while they were read: give the same command again "
                              "once they are all there")
+
+
+def what_to_do(error: OSError) -> str:
+    """Why the user's cache could not be written, and what helps: `the disk is full): make space there, ...`."""
+    if error.errno in _FULL:
+        return "the disk is full): make space there, or set XDG_CACHE_HOME to a folder on another disk"
+    return f"{error.strerror or first_line(error)}): set XDG_CACHE_HOME to a folder that can be written to"
 
 
 def _values(sources: Sequence[Source], model: PreTrainedModel) -> Iterator[Tensor]:
@@ -286,10 +308,9 @@ def _stamp(path: Path, commit: str | None) -> tuple[object, ...]:
     """What tells a file of a checkpoint from a later one of its name."""
     if not path.is_file():
         held_by(path)  # which refuses it
-    found = path.stat()
     if commit is not None:
-        return path.name, found.st_size
-    return str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ino
+        return path.name, path.stat().st_size
+    return str(path.resolve()), *stamp(path)
 
 
 def _digest(told: object) -> str:

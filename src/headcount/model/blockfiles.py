@@ -10,20 +10,20 @@ reading. What lies otherwise, .bin files and what transformers makes of several 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from headcount.errors import ModelError
 from headcount.model import checkpoint
 from headcount.model.anatomy import Names, find_anatomy
-from headcount.model.block_cache import BlockCache, Layout
+from headcount.model.block_cache import BlockCache, Layout, Rewriting
 from headcount.model.conversion import Source, convert
-from headcount.model.weight_files import Held, files_read
+from headcount.model.weight_files import Held, files_read, stamp, stamps_of
 
 # Tensors begin at multiples of so many bytes, as torch's own.
 _ALIGNED = 64
@@ -43,6 +43,7 @@ class BlockFiles:
             that: so it is where a model in memory has it, whose weights are the mapped file's.
         held: What the checkpoint's own files hold, by its own names.
         notes: What must be said of the checkpoint beside every result.
+        stamps: What tells every file from a later one of its name.
         folder: Of the files that were written; None where the checkpoint is read where it lies.
     """
 
@@ -54,6 +55,7 @@ class BlockFiles:
     behind: Mapping[str, int]
     held: Mapping[str, Held]
     notes: tuple[str, ...]
+    stamps: Mapping[Path, tuple[object, ...]]
     folder: Path | None
 
     def names(self, prefix: str) -> list[str]:
@@ -90,8 +92,9 @@ class BlockFiles:
             memory: Bytes of the CPU's memory to read into, such as an earlier block's, at least `bytes_of` these names.
 
         Raises:
-            ModelError: If a file is gone or has become shorter.
+            ModelError: If a file is gone, or is not what it was when it was opened.
         """
+        self._check_files(names)
         memory = torch.empty(self.bytes_of(names), dtype=torch.uint8) if memory is None else memory
         first = -memory.data_ptr() % _ALIGNED
         read: dict[str, Tensor] = {}
@@ -100,7 +103,16 @@ class BlockFiles:
             begin = first + start
             read[name] = memory[begin : begin + math.prod(place.shape) * dtype.itemsize].view(dtype).view(place.shape)
             place.read_into(read[name])
+        self._check_files(names)  # once more: one may have changed meanwhile
         return {name: read[self.tied.get(name, name)] for name in names}
+
+    def _check_files(self, names: Sequence[str]) -> None:
+        """Refuse files of these tensors that are gone, or are not those that were opened."""
+        for path in {self.places[self.tied.get(name, name)].path for name in names}:
+            if stamp(path) != self.stamps[path]:
+                back = "" if path.parent == self.folder else "put it back as it was, and "  # else it is written anew
+                raise ModelError(f"{path} is gone or has changed while {self.name} was read from it: {back}give the "
+                                 "same command again")
 
     def _starts(self, names: Sequence[str]) -> list[tuple[str, int]]:
         """Where each begins, behind the memory's first multiple of 64; at the end how long the memory must be."""
@@ -129,7 +141,10 @@ class Checkpoint:
     held: Mapping[str, Held]
 
     @classmethod
-    def open(cls, folder: Path, named: str | None, *, name: str | None = None, commit: str | None = None) -> Checkpoint:
+    def open(
+        cls, folder: Path, named: str | None, *, name: str | None = None, commit: str | None = None,
+        progress: Rewriting | None = None,
+    ) -> Checkpoint:
         """The files of a checkpoint; those that can only be read whole are rewritten once.
 
         Args:
@@ -137,6 +152,7 @@ class Checkpoint:
             named: The file of weights, or index of shards, that the config names; None where it names none.
             name: The model, as the user named it; the folder by default.
             commit: The hub's commit that the files are of, where they are from there.
+            progress: Told before anything is rewritten and after every file.
 
         Raises:
             ModelError: If a file is missing, damaged or not whole.
@@ -147,7 +163,7 @@ class Checkpoint:
             raise ModelError(f"{name} holds no weights in {folder} that transformers reads (model.safetensors, "
                              "pytorch_model.bin, or the index of their shards): download them there")
         cache = BlockCache.of(name, files, commit)
-        return cls(name, folder, cache, checkpoint.tensors(name, cache.in_parts()))
+        return cls(name, folder, cache, checkpoint.tensors(name, cache.in_parts(progress)))
 
     def without_values(self) -> dict[str, Tensor]:
         """What it holds without values, on the meta device.
@@ -160,7 +176,7 @@ class Checkpoint:
 
 def block_files(
     opened: Checkpoint, model: PreTrainedModel, dtype: torch.dtype, *, names: Names | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Rewriting | None = None,
 ) -> BlockFiles:
     """Where a model's weights lie, to be read block by block; what does not lie so is written into the cache first.
 
@@ -169,17 +185,14 @@ def block_files(
         model: The model without weights, built on the meta device, in `dtype`.
         dtype: The type that its weights are wanted in, as `from_pretrained` takes it.
         names: Names of the model's parts, where they are not found.
-        progress: Told after every file how many bytes are written, of how many.
+        progress: Told before anything is written and after every file (`Rewriting`).
 
     Raises:
-        ModelError: If the checkpoint is not the model's, it is quantised, it changes meanwhile, or the disk of the
-            cache has too little space.
+        ModelError: If the checkpoint is not the model's, it changes meanwhile, or the disk of the cache has too little
+            space.
     """
     name, held = opened.name, opened.held
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ModelError(f"{name} is quantised, and only plain weights can be read block by block: load it whole, "
-                         "without `stream`", fields=("stream",))
-    blocks = _blocks(model, names or Names())
+    blocks = blocks_of(model, names or Names())
     conversion = convert(name, list(held.values()), model, dtype)
     notes = checkpoint.check(name, model, conversion.told, opened.folder, held)
     layout = Layout.of(conversion, model, blocks)
@@ -189,17 +202,30 @@ def block_files(
     opened.cache.tidy([*places.values(), *held.values()])
     dtypes = {key: one.dtype for key, one in conversion.announced.items()}
     behind = dict.fromkeys(dtypes, 0) | {source.first: _mapped_at(source) for source in conversion.sources}
-    return BlockFiles(name, blocks, {key: places[key] for key in dtypes}, dtypes, conversion.tied, behind, held, notes,
-                      folder)
+    places = {key: places[key] for key in dtypes}
+    return BlockFiles(name, blocks, places, dtypes, conversion.tied, behind, held, notes, stamps_of(places), folder)
+
+
+def check_plain(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a model whose weights are not numbers as they lie in its files.
+
+    Raises:
+        ModelError: If its config says that it is quantised.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{name} is quantised, and only plain weights can be read block by block: load it whole, "
+                         "without `stream`", fields=("stream",))
 
 
 def _mapped_at(source: Source) -> int:
     """How many bytes behind a multiple of 64 a tensor begins that `from_pretrained` gives a model: a mapped file's."""
     held = source.held[0][1]
-    maps = source.rule is None and held.whole is None and held.dtype == source.dtype
+    maps = source.rule is None and held.whole is None and held.dtype == source.dtype and (
+        held.offset % source.dtype.itemsize == 0)
     return held.offset % _ALIGNED if maps else 0
 
 
-def _blocks(model: PreTrainedModel, names: Names) -> tuple[str, ...]:
+def blocks_of(model: PreTrainedModel, names: Names) -> tuple[str, ...]:
+    """What the names of every block's tensors begin with (`model.layers.0.`), in order."""
     of_module = {id(module): name for name, module in model.named_modules()}
     return tuple(f"{of_module[id(layer.block)]}." for layer in find_anatomy(model, names).layers)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headcount.model.anatomy import Names
+from headcount.model.block_cache import Rewriting
 from headcount.model.blockfiles import BlockFiles, Checkpoint, block_files
 from headcount.model.placement import DISK
 
@@ -44,7 +45,7 @@ class InFiles(Mapping[str, Tensor]):
 
 def left_in_files(
     opened: Checkpoint, build: Callable[..., PreTrainedModel], device: str, *, names: Names | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Rewriting | None = None,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model of a checkpoint, whose weights stay in its files.
 
@@ -53,7 +54,7 @@ def left_in_files(
         build: The class's `from_pretrained`, all arguments given but `state_dict` and `device_map`.
         device: Where it runs.
         names: Names of the model's parts, where they are not found.
-        progress: Told after every file that is rewritten how many bytes are written, of how many.
+        progress: Told before anything is rewritten and after every file.
 
     Returns:
         The model, and what must be said of it.
@@ -65,11 +66,22 @@ def left_in_files(
     _compute_buffers(model)
     files = block_files(opened, model, model.dtype, names=names, progress=progress)
     _read_buffers(model, files)
-    whole: dict[str, Any] = {"": torch.device(device)}
+    read_when_called(model, files, torch.device(device))
+    return model, files.notes
+
+
+def read_when_called(model: PreTrainedModel, files: BlockFiles, device: torch.device) -> None:
+    """Let each module of a model without weights read its own when it is called.
+
+    Args:
+        model: The model; its buffers have values.
+        files: Where its weights lie.
+        device: Where it runs.
+    """
+    whole: dict[str, Any] = {"": device}
     attach_align_device_hook_on_blocks(model, whole, offload={"": True}, weights_map=InFiles(files),
                                        skip_keys=model._skip_keys_device_placement)
     model.hf_device_map = {"": DISK}  # type: ignore[assignment]
-    return model, files.notes
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:

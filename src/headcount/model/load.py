@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from headcount.errors import ModelError, OptionError
 from headcount.model import adapters, earlier_fingerprint, gguf, gguf_proof, wrappers
 from headcount.model.anatomy import Anatomy, Names, find_anatomy
+from headcount.model.block_cache import Rewriting
 from headcount.model.devices import device_of
 from headcount.model.fingerprint import (
     KeptDigest,
@@ -40,7 +41,7 @@ from headcount.model.fingerprint import (
 )
 from headcount.model.held import hold_blocks
 from headcount.model.norms import LayerNorms, find_norms
-from headcount.model.placement import DISK, bytes_said, dtype_of, fits, free_memory, placement
+from headcount.model.placement import DISK, bytes_said, check_stream, dtype_of, fits, free_memory, placement
 from headcount.model.read import Wanted, check_config, quiet, read
 from headcount.model.size import weights_size
 from headcount.model.source import Source, find
@@ -145,6 +146,7 @@ def load(
     tokenizer: str | None = None,
     names: Names | None = None,
     apply_chat_template: bool = False,
+    progress: Rewriting | None = None,
 ) -> LoadedModel:
     """A decoder-only language model with its tokenizer, read from files.
 
@@ -163,6 +165,8 @@ def load(
         tokenizer: Hub id or folder, where the model's own is not wanted.
         names: Names of the model's parts, where they are not found.
         apply_chat_template: Put prompts into the tokenizer's chat template, as lm-eval does.
+        progress: Told where a checkpoint is rewritten to be read block by block (.bin files, once): what is written
+            where, how many bytes of it are, and of how many.
 
     Raises:
         ModelError: If the model cannot be found or loaded, or is no decoder-only model with attention in every layer.
@@ -173,14 +177,12 @@ def load(
         raise ModelError(f"load takes a hub id or a path, not a {type(name).__name__}: for a model that is in memory "
                          "use wrap(model, tokenizer)")
     waits = bytes_said(stream_memory)
-    if stream and device_map not in (None, DISK):
-        raise OptionError(f"`stream` leaves weights in their files, and `device_map` {device_map} puts them elsewhere: "
-                          "give one of them", fields=("stream", "device_map"))
+    check_stream(stream, device_map)
     on_disk = stream or device_map == DISK
     runs_on = placement(device, None if on_disk else device_map)
     wanted = Wanted(str(name), dtype_of(dtype), DISK if on_disk else runs_on, attn_implementation, trust_remote_code,
                     tokenizer, names or Names(), apply_chat_template,
-                    runs_on if on_disk or device_map is None else "cpu")
+                    runs_on if on_disk or device_map is None else "cpu", progress)
     with quiet():
         source = find(wanted.name, revision)
         too_large = "" if device is not None or wanted.device_map == DISK or device_map is not None else (
@@ -237,9 +239,7 @@ def _from_folder(source: Source, wanted: Wanted) -> _Got:
         return _Got(model, reader, _fingerprint(model, source.files), notes)
     adapters.check_installed(adapter)
     if wanted.device_map == DISK:
-        raise ModelError(f"{adapter.place} is an adapter, which is merged in memory, and `device_map='disk'` leaves "
-                         "weights in their files: leave it out, or merge the adapter first and load what was merged",
-                         fields=("device_map='disk'",))
+        raise adapters.not_streamed(adapter)
     try:
         base = find(adapter.base, adapter.base_revision)
     except (ModelError, OptionError) as e:

@@ -46,6 +46,24 @@ def free_memory(device: str | torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def bytes_told(size: int) -> str:
+    """A number of bytes as `bytes_said` reads it, rounded up."""
+    unit = next((unit for unit in reversed(_UNITS) if size >= _UNITS[unit]), "")
+    tenths = -(-10 * size // _UNITS[unit])
+    return f"{tenths / 10:g}{unit or ' bytes'}"
+
+
+def check_stream(stream: bool, device_map: str | None) -> None:
+    """Refuse two places for the same weights.
+
+    Raises:
+        OptionError: If a map over devices is given beside `stream`.
+    """
+    if stream and device_map not in (None, DISK):
+        raise OptionError(f"`stream` leaves weights in their files, and `device_map` {device_map} puts them elsewhere: "
+                          "give one of them", fields=("stream", "device_map"))
+
+
 def fits(weights: int, device: str) -> bool:
     """Whether so many bytes of weights fit into a device's memory, with some room for batches."""
     return weights <= _FILLED * free_memory(device)

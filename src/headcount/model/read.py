@@ -38,7 +38,8 @@ from transformers.utils import logging as transformers_logging
 from headcount.errors import ModelError
 from headcount.model import checkpoint, removed
 from headcount.model.anatomy import Names, find_anatomy
-from headcount.model.blockfiles import Checkpoint
+from headcount.model.block_cache import Rewriting
+from headcount.model.blockfiles import Checkpoint, check_plain
 from headcount.model.disk import left_in_files
 from headcount.model.placement import DISK, SPREAD
 from headcount.model.source import TRUST, Source, failure, said
@@ -54,7 +55,8 @@ _LOAD_ERRORS = (*UNREADABLE, KeyError, ImportError, StrictDataclassError, TypeEr
 class Wanted:
     """What was asked of a model, wherever its files are: the options of `load`.
 
-    `runs_on` is the device on which a model computes whose weights stay in their files.
+    `runs_on` is the device on which a model computes whose weights stay in their files, and `progress` is told where
+    these are rewritten.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Wanted:
     names: Names = field(default_factory=Names)
     apply_chat_template: bool = False
     runs_on: str = "cpu"
+    progress: Rewriting | None = None
 
 
 def read(
@@ -207,14 +210,15 @@ def tokenizer_of(name: str, source: Source, wanted: Wanted) -> PreTrainedTokeniz
 def _on_disk(wanted: Wanted, source: Source, config: PreTrainedConfig) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """A model whose weights stay in their files."""
     name = wanted.name
+    check_plain(name, config)
     named = getattr(config, "transformers_weights", None)
-    opened = Checkpoint.open(source.fetched(named), named, name=name, commit=source.commit)
+    opened = Checkpoint.open(source.fetched(named), named, name=name, commit=source.commit, progress=wanted.progress)
     try:
         made: Any = type(empty(config, wanted.trust_remote_code, wanted.attn_implementation))
         # Sizes that do not match are told when the files are laid out.
         build = functools.partial(made.from_pretrained, None, config=config, dtype=wanted.dtype,
                                   attn_implementation=wanted.attn_implementation, ignore_mismatched_sizes=True)
-        model, notes = left_in_files(opened, build, wanted.runs_on, names=wanted.names)
+        model, notes = left_in_files(opened, build, wanted.runs_on, names=wanted.names, progress=wanted.progress)
     except _LOAD_ERRORS as e:
         raise failure(name, source, e) from e
     model.name_or_path = model.config.name_or_path = source.place

@@ -185,9 +185,12 @@ def index_of(folder: Path, named: str | None = None) -> Index | None:
         return None
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return Index(path, {str(name): str(shard) for name, shard in shards.items()})
+        index = Index(path, {str(name): str(shard) for name, shard in shards.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise _damaged(path, "it is no index of shards") from e
+    if not index.shards:
+        raise _damaged(path, "it names no tensors")
+    return index
 
 
 def weight_names(named: str | None) -> list[str]:
@@ -253,7 +256,7 @@ def held_by(path: Path) -> list[Held]:
     except UnpicklingError as e:  # torch's own text offers to run what is in the file
         raise ModelError(f"{path} is damaged, or holds other objects than tensors, which are not unpickled: download "
                          "or copy it again, or save its tensors as safetensors") from e
-    except (*UNREADABLE, KeyError, TypeError, AttributeError) as e:
+    except (*UNREADABLE, TypeError, AttributeError, AssertionError, ArithmeticError, LookupError) as e:
         raise _damaged(path, first_line(e)[:80].rstrip(". ")) from e
 
 
@@ -269,9 +272,23 @@ def reads_in_parts(path: Path) -> bool:
     Raises:
         ModelError: If there is no such file, or it is damaged or not whole.
     """
-    if path.is_file() and path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
+    if path.is_file() and path.suffix != ".safetensors" and not _is_zip(path):
         return False
     return all(one.whole is None for one in held_by(path))
+
+
+def stamp(path: Path) -> tuple[object, ...]:
+    """What tells a file from a later one of its name: size, time and inode; empty where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def stamps_of(places: Mapping[str, Held]) -> dict[Path, tuple[object, ...]]:
+    """The same of all files in which tensors lie."""
+    return {path: stamp(path) for path in {place.path for place in places.values()}}
 
 
 def scratch() -> Tensor:
@@ -312,7 +329,7 @@ def _of_safetensors(path: Path) -> list[Held]:
 
 
 def _of_bin(path: Path) -> list[Held]:
-    in_parts = zipfile.is_zipfile(path)
+    in_parts = _is_zip(path)
     if in_parts:
         with zipfile.ZipFile(path) as file:
             in_parts = all(part.compress_type == zipfile.ZIP_STORED for part in file.infolist())
@@ -323,10 +340,20 @@ def _of_bin(path: Path) -> list[Held]:
             begins = value.untyped_storage()._checkpoint_offset if in_parts else 0
             if begins is None:  # an earlier torch does not tell
                 return _mapped(path)
+            if begins % value.itemsize:
+                raise ValueError(f"{name} begins within a number")
             found.append(Held(path, name, tuple(value.shape), value.dtype,
                               begins + int(value.storage_offset()) * value.itemsize, value.stride(),
                               None if in_parts else value.detach()))
     return found
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file is a ZIP archive, whole or not, as .bin files are since torch 1.6."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
 
 
 def _mapped(path: Path) -> list[Held]:

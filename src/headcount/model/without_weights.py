@@ -20,10 +20,11 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from headcount.errors import ModelError
-from headcount.model import gguf
+from headcount.model import adapters, gguf
 from headcount.model.anatomy import Anatomy, find_anatomy
+from headcount.model.blockfiles import check_plain
 from headcount.model.load import window_of
-from headcount.model.placement import dtype_of, placement
+from headcount.model.placement import check_stream, dtype_of, placement
 from headcount.model.read import Wanted, check_kind, config_of, empty, quiet, tokenizer_of
 from headcount.model.source import Source, find
 
@@ -96,22 +97,23 @@ class Shape:
 
 def shape_of(
     name: str, *, dtype: str = "auto", device: str | None = None, device_map: str | None = None,
-    attn_implementation: str | None = None, trust_remote_code: bool = False, revision: str | None = None,
-    apply_chat_template: bool = False,
+    stream: bool = False, attn_implementation: str | None = None, trust_remote_code: bool = False,
+    revision: str | None = None, apply_chat_template: bool = False,
 ) -> Shape:
     """A model by its config; the arguments are those of `headcount.model.load.load`.
 
     Raises:
-        ModelError: If no config is to be had, or if it is of a model that cannot be measured.
+        ModelError: If no config is to be had, or if it is of a model that cannot be measured, or not streamed as asked.
         OptionError: If dtype, device or device_map is unknown or not available here.
     """
+    check_stream(stream, device_map)
     wanted_dtype, placed = dtype_of(dtype), placement(device, device_map)
     with quiet():
         source = find(name, revision)
         place = Path(source.place)
         bundled = bundled_shapes().get(name) if not place.is_dir() and source.folder is None else None
         if bundled is None:
-            source = _as_kept(_base(source), wanted_dtype)
+            source = _as_kept(_base(source, stream=stream), wanted_dtype)
             try:
                 config = config_of(name, source, trust_remote_code=trust_remote_code)
             except ModelError as error:
@@ -119,6 +121,8 @@ def shape_of(
         else:
             config = AutoConfig.for_model(bundled["model_type"], **bundled["config"], dtype=bundled["dtype"])
         wanted = Wanted(name, wanted_dtype, placed, attn_implementation, trust_remote_code)
+        if stream and source.gguf is None:
+            check_plain(name, config)
         if bundled is None:
             check_kind(config, wanted)
         tokenizer = tokenizer_of(name, source, wanted) if bundled is None and _reads(source) else None
@@ -142,9 +146,11 @@ def bundled_shapes() -> dict[str, dict[str, Any]]:
     return shapes
 
 
-def _base(source: Source) -> Source:
+def _base(source: Source, *, stream: bool) -> Source:
     """Where the config lies: of an adapter alone, its base's."""
     adapter = source.adapter()
+    if adapter is not None and stream:
+        raise adapters.not_streamed(adapter)
     return source if adapter is None else find(adapter.base, adapter.base_revision)
 
 

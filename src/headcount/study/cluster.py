@@ -49,7 +49,7 @@ def check_cluster(address: str | None) -> None:
     Raises:
         OptionError: Which says what to do.
     """
-    if find_spec("ray") is None:
+    if not _installed():
         raise OptionError(f"`executor='ray'` needs Ray, which is not installed: {_INSTALL}, on every node",
                           fields=("executor='ray'",))
     address = _address(address)
@@ -64,6 +64,14 @@ def check_cluster(address: str | None) -> None:
     except (OSError, OverflowError) as error:
         raise OptionError(f"no Ray cluster answers at `address` {address} ({first_line(error)}): start its head node "
                           "there (ray start --head), or correct it", fields=("address",)) from error
+
+
+def _installed() -> bool:
+    """Whether Ray can be imported; also where something stands in its place, or keeps it out."""
+    try:
+        return find_spec("ray") is not None
+    except (ImportError, ValueError):
+        return False
 
 
 @contextlib.contextmanager

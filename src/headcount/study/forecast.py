@@ -202,8 +202,9 @@ def forecast(
 
 def _shape(spec: StudySpec) -> Shape:
     return shape_of(spec.model, dtype=spec.dtype, device=spec.device, device_map=spec.device_map,
-                    attn_implementation=spec.attn_implementation, trust_remote_code=spec.trust_remote_code,
-                    revision=spec.revision, apply_chat_template=spec.apply_chat_template)
+                    stream=spec.stream, attn_implementation=spec.attn_implementation,
+                    trust_remote_code=spec.trust_remote_code, revision=spec.revision,
+                    apply_chat_template=spec.apply_chat_template)
 
 
 def _device(name: str, shape: Shape) -> Device:

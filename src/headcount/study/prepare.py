@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from headcount.errors import ModelError, OptionError, StudyError, few
 from headcount.study.folder import check_data, check_model, check_options, other_orders, previous
-from headcount.study.jobs import Evaluation, job_from
+from headcount.study.jobs import Evaluation, InductionScores, job_from
 from headcount.study.ledger import Ledger
 from headcount.study.plan import PlannedJob, TaskFacts, missing, plan, reads, uniform_steps
 from headcount.study.spec import Part, StudySpec, parts_of
@@ -216,7 +216,7 @@ class Outline:
             HeadcountError: If a task or the model cannot be loaded here, or the model fails a proof.
         """
         tasks, unseen = _tasks(self.spec, self.parts)
-        loaded = _proved(_load(self.spec), self.spec, self.parts)
+        loaded = _proved(_load(self.spec, Silent()), self.spec, self.parts)
         ledger = None if self.spec.out is None else Ledger(self.spec.out)
         return Plan(self.spec, loaded, self.identity, tasks, unseen, self.facts, self.budget, self.parts, (), ledger)
 
@@ -267,7 +267,9 @@ def prepare(
             for split in splits[task.name]:
                 task.prompts(split, _few_shot(spec, k, 1))
     reporter.stage(f"loading {spec.model}")
-    loaded = _proved(_unchanged(loaded) if loaded is not None else _load(spec), spec, parts)
+    loaded = _unchanged(loaded, spec) if loaded is not None else _load(spec, reporter)
+    reporter.stage(f"checking {spec.model}")
+    loaded = _proved(loaded, spec, parts)
     groups = [part.num_kv_heads for part in loaded.anatomy.layers]
     uniform_steps(spec, loaded.anatomy.heads_per_layer, groups, parts)  # refuses what has none, before it is timed
     identity = loaded.identity if ledger is None else check_model(loaded, before, ledger)
@@ -284,7 +286,17 @@ def prepare(
                  tuple(ledger.damaged()) if ledger is not None else ())
     if ledger is not None:
         ready.check_folder()
+    _tell_control(ready, reporter)
     return ready
+
+
+def _tell_control(plan: Plan, reporter: Reporter) -> None:
+    """Say what the control of induction will take of the disk, where it is still to be measured."""
+    if any(isinstance(planned.job, InductionScores) and planned.job.weights == "random" for planned in plan.todo()):
+        from headcount.measure.induction import control_needs
+
+        if needed := control_needs(plan.loaded):
+            reporter.note(needed)
 
 
 def _tasks(spec: StudySpec, parts: Sequence[Part]) -> tuple[dict[str, Task], frozenset[str]]:
@@ -351,19 +363,24 @@ def _facts(
     return TaskFacts(task.name, task.fingerprint, counts["evaluation"], counts["examples"], tokens, unseen)
 
 
-def _load(spec: StudySpec) -> LoadedModel:
+def _load(spec: StudySpec, reporter: Reporter) -> LoadedModel:
     from headcount.model.load import load
 
     return load(spec.model, dtype=spec.dtype, device=spec.device, device_map=spec.device_map, stream=spec.stream,
                 stream_memory=spec.stream_memory,
                 attn_implementation=spec.attn_implementation, trust_remote_code=spec.trust_remote_code,
-                revision=spec.revision, apply_chat_template=spec.apply_chat_template)
+                revision=spec.revision, apply_chat_template=spec.apply_chat_template, progress=reporter.stage)
 
 
-def _unchanged(loaded: LoadedModel) -> LoadedModel:
+def _unchanged(loaded: LoadedModel, spec: StudySpec) -> LoadedModel:
     """Refuse a model in memory that is not what its fingerprint says: entries answer for the latter."""
     from headcount.model.fingerprint import fingerprint
+    from headcount.model.held import in_files
     from headcount.model.wrappers import hooked
+
+    if spec.stream and not in_files(loaded.model):
+        raise OptionError(f"the weights of {loaded.name} are in memory, and `stream` leaves weights in their files: "
+                          "load it with stream=True, or leave out `stream`", fields=("stream",))
 
     if patched := [name or type(m).__name__ for name, m in loaded.model.named_modules()
                    if "forward" in vars(m) and not hasattr(m, "_hf_hook")]:
@@ -389,7 +406,7 @@ def _proved(loaded: LoadedModel, spec: StudySpec, parts: Sequence[Part]) -> Load
     if "induction" in parts:
         from headcount.measure.induction import check
 
-        check(loaded, lengths=spec.induction_lengths, protocol=spec.protocol, control=not spec.skip_control)
+        check(loaded, lengths=spec.induction_lengths, protocol=spec.protocol)
     return loaded
 
 

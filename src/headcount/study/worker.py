@@ -9,6 +9,7 @@ them together.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.metadata
 import time
 from collections import deque
@@ -178,6 +179,9 @@ class Worker:
         info: Mapping[str, Any] = {
             "sequences": scores.sequences, "lengths": list(scores.lengths), "repeats": scores.repeats,
             "reliability": dict(scores.reliability), "notes": list(scores.notes)}
+        if loaded is not self.plan.loaded:
+            del loaded
+            gc.collect()  # a model's modules and hooks hold one another, and its files may be large
         return Result(induction_table(scores), dict(info))
 
 
