@@ -74,8 +74,8 @@ def study_of(model: Path, out: Path, documents: int) -> StudySpec:
     return StudySpec(
         model=str(model), tasks=("icl_plural", "icl_past_tense"), shots=(1,), limit=documents,
         importance_limit=documents, measure=("curves", "grid", "transfer"), fractions=(0.34, 0.67), random_orders=1,
-        grid_fractions=(0.34, 0.67), transfer_fractions=(0.67,), row_tokens=256, batch_tokens=256, stream=True,
-        stream_memory="64MB", out=out)
+        grid_fractions=(0.34, 0.67), grid_order="mean", transfer_fractions=(0.67,), row_tokens=256, batch_tokens=256,
+        stream=True, stream_memory="64MB", out=out)
 
 
 class Watch(Silent):
