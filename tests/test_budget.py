@@ -199,6 +199,23 @@ def test_timings_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert pinned == Budget(100, 1000, 1000, found.longest_row, found.cost)
 
 
+def test_what_takes_seconds_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+
+    def seconds(self: object, batch: Batch) -> float:
+        timed.append(batch.tokens)
+        return batch.tokens / 1000
+
+    monkeypatch.setattr(rooms._Timed, "__call__", seconds)
+    loaded = tiny.loaded("llama")
+    rooms.measure_cost(loaded, Engine.of(loaded).layout)
+    few, many = min(timed), max(timed)
+    assert few / 1000 < rooms._ONCE < many / 1000
+    # Once in short rows for the cost of a batch, and once more beside the long rows.
+    assert timed.count(few) == 1 + rooms._REPETITIONS
+    assert timed.count(many) == 3
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"KEY": {"batch": 1}}', '{"KEY": {"speed": 1}}'])
 def test_what_cannot_be_read_is_timed_again(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

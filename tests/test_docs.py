@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
+import cyclopts
 import pytest
 
+import opt66b_page
+from headcount import cli
 from headcount.analysis.schema import Table
 from headcount.analysis.study import TABLES, Study
+from headcount.study.spec import PRESETS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -31,6 +36,30 @@ def test_tests_that_are_named_exist(page: Path) -> None:
 def test_files_that_are_linked_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         assert "://" in link or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_taken(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in re.findall(r"^    headcount (.*?)(?: +#.*)?$", page.read_text(encoding="utf-8"), re.M):
+        tokens = shlex.split(command)
+        monkeypatch.setattr(cli.app, "config", ())
+        if "--preset" in tokens:
+            at = tokens.index("--preset")
+            of_verb = {tokens[0]: PRESETS[tokens[at + 1]]}
+            monkeypatch.setattr(cli.app, "config", (cyclopts.config.Dict(of_verb, source="--preset"),))
+            del tokens[at : at + 2]
+        cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
+
+
+def test_what_the_opt_66b_page_says_of_its_shape_is_what_was_kept() -> None:
+    page = opt66b_page.PAGE.read_text(encoding="utf-8")
+    assert page == opt66b_page.filled(page, {"shape": opt66b_page.shape_run()})
+
+
+@pytest.mark.long
+def test_the_opt_66b_page_has_the_plan_of_this_version() -> None:
+    page = opt66b_page.PAGE.read_text(encoding="utf-8")
+    assert page == opt66b_page.filled(page, opt66b_page.blocks()), "python benchmarks/opt66b_page.py"
 
 
 def test_tables_that_the_paper_page_names_are_written() -> None:

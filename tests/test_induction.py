@@ -28,6 +28,7 @@ from headcount.errors import ModelError, OptionError
 from headcount.measure import induction
 from headcount.measure.induction import induction_scores, randomised, split_half, usable_tokens
 from headcount.model.anatomy import LayerAnatomy, find_anatomy
+from headcount.model.circuits import output_map
 from headcount.model.load import LoadedModel, wrap
 from headcount.results import InductionScores
 from headcount.study.spec import INDUCTION_TEXTS
@@ -225,6 +226,20 @@ def test_the_ov_score_is_that_of_the_whole_vocabularys_eigenvalues(family: str) 
     with torch.no_grad():
         expected = [score for part in loaded.anatomy.layers for score in slow_ov(family, loaded.model, part)]
     np.testing.assert_allclose(found.ov_copying, expected, atol=2e-3)
+
+
+def test_an_output_projection_that_is_a_plain_matrix_is_read_and_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(torch.nn.Linear):
+        pass
+
+    part = find_anatomy(tiny("opt").to(torch.bfloat16)).layers[0]
+    part.out_proj.bias.data.zero_()  # in bfloat16 a bias rounds what is asked
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    with monkeypatch.context() as asked:
+        asked.setattr(part.out_proj, "__class__", Asked)
+        expected = output_map(part, like)
+    monkeypatch.setattr(part.out_proj, "forward", lambda *_: pytest.fail("asked"))
+    assert torch.equal(output_map(part, like), expected)
 
 
 def papers_prefix_matching(model: PreTrainedModel, ids: torch.Tensor, length: int) -> torch.Tensor:

@@ -36,6 +36,7 @@ from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
 from headcount.measure.induction import induction_scores, randomised
 from headcount.model import held, placement, random_weights
+from headcount.model.blockfiles import BlockFiles
 from headcount.model.contracts import probe_tokens
 from headcount.model.hooks import frozen
 from headcount.model.load import LoadedModel, load
@@ -97,6 +98,31 @@ def test_the_streamed_schedule_gives_the_resident_ones_logits(family: str, tmp_p
         assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, of_batch, strict=True))
     assert sum(wave.layer_tokens for wave in waves) == sweep.layer_tokens
     assert all(p.is_meta for p in in_files.model.parameters()), "nothing stays in memory"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_and_output_are_read_once_for_all_batches(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = both(family, tmp_path)[1]
+    ends: list[Any] = [loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()]
+    names = {f"{name}.weight" for name, module in loaded.model.named_modules() if module in ends}
+    stream = Stream(loaded.model, learned(loaded.model, loaded.anatomy, probe_tokens(loaded.model)))
+    masks, given, read, count = _parting(loaded.anatomy), 4 * packed(loaded), BlockFiles.read_named, Counter[str]()
+
+    def counted(files: BlockFiles, wanted: Sequence[str], memory: torch.Tensor | None = None) -> Any:
+        count.update(names & {*wanted})
+        return read(files, wanted, memory)
+
+    monkeypatch.setattr(BlockFiles, "read_named", counted)
+    waves = stream.enter(waiting(loaded, given, masks))
+    assert len(waves) == len(given) > 4
+    for _ in stream.through(waves):
+        pass
+    for logits in stream.leave(waves, [(torch.tensor([0]), torch.tensor([1]))] * len(waves)):
+        assert list(logits)
+    assert set(count.values()) == {1}
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("opt-350m", "gemma4")])

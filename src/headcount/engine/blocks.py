@@ -151,6 +151,10 @@ def logits_of_vectors(
     """Logits where the last block puts out these vectors, each at a position of its own."""
     # One token a row: no position is beyond the window, and models that reshape to their input's shape can.
     rows = hidden[:, None]
+    embeddings: Any = model.get_input_embeddings()
+
+    def nothing(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros(*ids.shape, embeddings.weight.shape[1], dtype=rows.dtype, device=ids.device)
 
     def passed(block: Block) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -159,7 +163,8 @@ def logits_of_vectors(
 
         return forward
 
-    with replaced({block.part.block: passed(block) for block in blocks}):
+    # Embeddings are not looked up: where weights lie in files, the matrix would be read for every batch.
+    with replaced({embeddings: nothing} | {block.part.block: passed(block) for block in blocks}):
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=device_of(model))
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, 0]
         return logits

@@ -40,6 +40,8 @@ _FILE = "devices.json"
 _SHORT, _LONG = 128, 1024
 _BLOCKS = 4
 _REPETITIONS = 3
+# Seconds of a batch that is timed once: what disturbs it is small beside it, and wide models on CPUs take minutes.
+_ONCE = 1.0
 _FIRST_BATCH, _LARGEST_BATCH = 2048, 65536
 _LONGEST_ROW = 8192
 # A batch is so many times as large as what it costs beside its tokens: about 3 % are lost.
@@ -120,13 +122,15 @@ def measure_cost(loaded: LoadedModel, layout: Layout) -> Cost:
 
 
 def _times(timed: _Timed, *sizes: tuple[int, int]) -> list[float]:
-    """Seconds of batches of so many tokens in rows of such a length: the fastest of a few, taken in turns."""
+    """Seconds of batches of so many tokens in rows of such a length: the fastest of a few, in turns, or a long one."""
     made = [_random_batch(timed.loaded, timed.layout, *size) for size in sizes]
     fastest = [float("inf")] * len(sizes)
     for turn in range(1 + _REPETITIONS):
         for i, batch in enumerate(made):
+            if _ONCE < fastest[i] < float("inf"):
+                continue
             seconds = timed(batch)
-            if turn:  # the first warms up
+            if turn or seconds > _ONCE:  # the first warms up
                 fastest[i] = min(fastest[i], seconds)
     return fastest
 

@@ -54,6 +54,8 @@ def output_map(part: LayerAnatomy, like: Tensor) -> Float[Tensor, "features d_mo
         part: The layer.
         like: A tensor of the device and type that the projection reads.
     """
+    if type(part.out_proj) is nn.Linear and not part.out_proj.weight.is_meta:
+        return part.out_proj.weight.detach().float().T  # asking would take a product of the size of the layer's widths
     width = part.num_heads * part.d_head
     written = _project(part, torch.eye(width, dtype=like.dtype, device=like.device) * _SCALE)
     return (written - _project(part, like.new_zeros(1, width))) / _SCALE
@@ -349,6 +351,8 @@ def _token_products(model: PreTrainedModel) -> Float[Tensor, "d_embedding d_unem
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     with present(embeddings), present(output):
         device = embeddings.weight.device
-        pairs = zip(embeddings.weight.detach().split(8192), output.weight.detach().split(8192), strict=False)
-        parts = [e[:n].float().T @ u[:n].to(device).float() for e, u in pairs for n in [min(len(e), len(u))]]
-    return torch.stack(parts).sum(0).to(device_of(model))
+        total = torch.zeros(embeddings.weight.shape[1], output.weight.shape[1], device=device)
+        for e, u in zip(embeddings.weight.detach().split(8192), output.weight.detach().split(8192), strict=False):
+            n = min(len(e), len(u))
+            total.addmm_(e[:n].float().T, u[:n].to(device).float())
+    return total.to(device_of(model))
