@@ -155,7 +155,7 @@ def shape_figures(found: Mapping[str, Any]) -> str:
         f"{found['date']}, {found['machine']}, {found['threads']} threads, {found['memory'] / 1e9:.0f} GB of memory, "
         f"{versions}: {found['layers']} layers, {plan['parameters'] / 1e9:.1f} billion parameters, "
         f"{plan['weights'] / 1e9:.1f} GB; two embedded tasks of {found['documents']} documents, one shot, "
-        f"{plan['jobs']} jobs. It took: {took}, a proof of the model in each. Other processes kept up to {busy:.1f} of "
+        f"{plan['jobs']} jobs. With loading and proving the model: {took}. Other processes kept up to {busy:.1f} of "
         "the cores busy meanwhile, so that times are rough.", "",
         *_memory(found), "", *_passes(found), "", *_readings(found)]
     return "\n".join(lines)
@@ -194,7 +194,8 @@ def _passes(found: Mapping[str, Any]) -> list[str]:
     of_jobs = [one for one in blocks if one["kind"] != "proof"]
     return [*lines, "",
             f"Layer-tokens: {sum(one['positions'] for one in of_jobs):,} in the run; planned about {middle:,.0f}, "
-            f"between {low:,.0f} and {high:,.0f}. *Proof* is contract 3, which the first job needs."]
+            f"between {low:,.0f} and {high:,.0f}. *Proof* is contract 3, which the first job needs. GFLOP/s "
+            "count blocks in full, also those whose FFN is removed and not computed."]
 
 
 def _readings(found: Mapping[str, Any]) -> list[str]:
@@ -203,8 +204,8 @@ def _readings(found: Mapping[str, Any]) -> list[str]:
     of = {phase: sum(one["bytes"] for one in readings if one["phase"] == phase) for phase in ("proofs", "jobs")}
     seconds = sum(one["seconds"] for one in ahead) / len(ahead)
     scoring, gradients = plan["passes"]
-    return [f"Reading a block ahead took {seconds:.2f} s ({plan['block'] / 1e9 / seconds:.1f} GB/s, from the disk: "
-            "what was read is dropped from the file cache). The jobs read "
+    return [f"Reading a block ahead took {seconds:.2f} s ({plan['block'] / 1e9 / seconds:.1f} GB/s), from the disk, "
+            "beside computing and other processes: what was read is dropped from the file cache. The jobs read "
             f"{of['jobs'] / 1e9:.0f} GB, {of['jobs'] / plan['weights']:.1f} times the weights; planned were "
             f"{scoring + gradients} times ({scoring} to score, {gradients} for gradients). Loading, hashing and "
             f"proving the model read {of['proofs'] / 1e9:.0f} GB, {of['proofs'] / plan['weights']:.1f} times the "
