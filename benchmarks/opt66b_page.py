@@ -64,7 +64,8 @@ def filled(text: str, by_name: Mapping[str, str]) -> str:
 
 def planned(options: Mapping[str, Any]) -> Forecast:
     """The plan of the paper's whole study under other options."""
-    return forecast(StudySpec(**{"model": MODEL} | PRESETS[PRESET] | dict(options)), on=DEVICES)
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in PRESETS[PRESET].items()}
+    return forecast(StudySpec(**{"model": MODEL} | known | dict(options)), on=DEVICES)
 
 
 def plan_output() -> str:

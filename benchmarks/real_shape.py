@@ -225,7 +225,12 @@ def induction(watch: Watch, model: Path, out: Path, documents: int) -> None:
 
 
 def _command(*arguments: str) -> None:
-    if code := command(arguments):
+    """A command line in this process, which a verb may end by itself."""
+    try:
+        code: Any = command(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    if code:
         sys.exit(code)
 
 
