@@ -146,11 +146,12 @@ class _AtHand:
     def __init__(self, plan: Plan, progress: Callable[[float], None]) -> None:
         self.plan = plan
 
-    def entry(self, planned: PlannedJob, read: Any) -> Result:
-        for need in planned.job.needs:
-            read(need)
-        known = self.results[job_id(planned.key)]
-        return Result(known.table, dict(known.info))
+    def entries(self, jobs: Iterable[PlannedJob], read: Any) -> Iterator[Result]:
+        for planned in jobs:
+            for need in planned.job.needs:
+                read(need)
+            known = self.results[job_id(planned.key)]
+            yield Result(known.table, dict(known.info))
 
 
 def running(plan: Plan, entries: Iterable[Entry]) -> Callable[[Ledger], None]:

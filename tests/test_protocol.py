@@ -303,7 +303,7 @@ def test_head_importance_is_the_papers_sum(tmp_path: Path, family: str) -> None:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("headcount.study.prepare._load", lambda spec: tiny.loaded("opt"))
+    monkeypatch.setattr("headcount.study.prepare._load", lambda spec, reporter: tiny.loaded("opt"))
     data = tiny.write_task(tmp_path / "data")
     return run_study(StudySpec(model="tiny", tasks=("piqa",), shots=(0,), data=data, out=tmp_path / "study",
                                fractions=(0.5,), protocol="paper"))
@@ -322,7 +322,7 @@ def test_a_smaller_grid_is_of_the_first_of_the_shuffled_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = tiny.loaded("opt")
-    monkeypatch.setattr("headcount.study.prepare._load", lambda spec: loaded)
+    monkeypatch.setattr("headcount.study.prepare._load", lambda spec, reporter: loaded)
     data = tiny.write_task(tmp_path / "data", validation=20)
     folder = run_study(StudySpec(model="tiny", tasks=("piqa",), shots=(1,), data=data, out=tmp_path / "study",
                                  fractions=(0.5,), measure=("curves", "grid"), grid_fractions=(0.5,), limit=12,

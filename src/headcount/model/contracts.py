@@ -235,7 +235,8 @@ def _slices(name: str, model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor
             errors = _layer_by_layer(model, anatomy, ids, output_attentions=True)
         if len(errors) != len(attending):
             return ContractResult(name, False, float("inf"), "the model hands out no attention probabilities of "
-                                  "every layer: it has layers whose attention is not ordinary")
+                                  "every layer, or computes them without gradients: it has layers whose attention is "
+                                  "not ordinary")
     worst, where = 0.0, ""
     for layer, (error, head) in sorted(errors.items()):
         if not error <= worst:
