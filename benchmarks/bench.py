@@ -11,6 +11,7 @@ oracles     single FFNs off, and single heads off, by layer sweep / one evaluati
 scaling     seconds and peak memory against masks, documents, layers, length of prompts
 demo        wall time of the demo, by kind of job, beside the speed of matrix products
 waiting     short scoring passes by how torch's threads wait, without and with busy processes beside
+workers     a study of eight tasks by one worker of a Ray cluster with one thread, and by two (workers.py)
 streaming   a pass whose weights are read from a disk / reading alone, computing alone
 removal     prefill, decoding, memory and accuracy of full, masked and removed models, from 0 to 80 % of heads and FFNs
 
@@ -26,6 +27,7 @@ import itertools
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _WHOLE = {"counts": against_lm_eval.counts, "importance": against_the_obvious.importance,
           "induction": against_the_obvious.induction, "oracles": against_the_obvious.oracles,
           "scaling": against_the_obvious.scaling, "demo": against_the_obvious.demo, "waiting": waiting,
-          "removal": removal, "streaming": streaming}
+          "removal": removal, "streaming": streaming, "workers": lambda *_: [_workers()]}
 SECTIONS = (*_WHOLE, "scoring")
 
 
@@ -80,6 +82,12 @@ def main() -> None:
     if "removal" in options.sections:
         rows = json.loads((options.kept / "removal.json").read_text(encoding="utf-8"))["rows"]
         draw(rows, options.page.parent / "images" / "removal-time.png")
+
+
+def _workers() -> Any:
+    """In a process of its own, since its threads are set before torch is loaded."""
+    script = _ROOT / "benchmarks" / "workers.py"
+    return json.loads(subprocess.run([sys.executable, script], stdout=subprocess.PIPE, check=True).stdout)
 
 
 def _scoring(loaded: LoadedModel, options: argparse.Namespace) -> None:

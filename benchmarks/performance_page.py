@@ -69,6 +69,8 @@ def _goals(kept: dict[str, list[Row]]) -> str:
         elif (r["heads"], r["ffns"]) == GOAL:
             found.append((f"time of a prefill saved / promised by its arithmetic, {without}", share_of_promise(r), 0.7,
                           "at least"))
+    found += [("two workers / one, speed of a study of eight tasks", r["ratio"], 1.6, "at least")
+              for r in kept.get("workers", [])]
     if rows := kept.get("streaming"):
         found.append(("a streamed pass / the larger of its reading and its computing, the worst", max(
             r["ratio"] for r in rows), 1.25, "at most"))
@@ -289,10 +291,23 @@ def _streaming(rows: list[Row]) -> str:
         f"{r['streaming']:.2f} | {r['ratio']:.2f} | {r['others']:.1f} |" for r in rows), ""])
 
 
+def _workers(rows: list[Row]) -> str:
+    (row,) = rows
+    one, two = (row["medians"][number] for number in ("1", "2"))
+    spent = ", ".join(f"{run['overhead']:.1%}" for run in row["runs"]["2"])
+    runs = len(row["runs"]["1"])
+    return (f"## Several workers\n\nA study of {len(row['tasks'])} embedded tasks by SmolLM2-135M ({row['limit']} "
+            f"documents each, {row['jobs']} jobs), by workers of a local Ray cluster with one thread each, on "
+            f"{row['cores']} cores; medians of {runs} runs in turns, from when all workers have loaded the model. One "
+            f"worker takes {one:.1f} s, two take {two:.1f} s: {row['ratio']:.2f} times as fast. The order of the jobs "
+            f"allows {row['schedule']:.2f}; two processes that only compute do {row['machine']:.2f} times the work of "
+            f"one on this machine. The driver and Ray's own processes took {spent} of a core beside two workers.\n")
+
+
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "counts": _counts, "scoring": _scoring, "importance": _importance, "induction": _induction, "oracles": _oracles,
     "scaling": _scaling, "demo": _demo, "waiting": _waiting, "removal": _removal,
-    "streaming": _streaming}
+    "streaming": _streaming, "workers": _workers}
 _MEMORY = Path(__file__).parent / "results" / "large" / "removal_memory.json"
 _HEAD = """\
 # Performance
