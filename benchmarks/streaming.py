@@ -5,7 +5,7 @@ in turns: reading alone, all blocks by the streamed schedule's own reader and no
 schedule on the same batches with all weights in memory; and streaming. Before everything that reads, the checkpoint's
 pages are dropped from the file cache. Computing has one thread and reading one, so that two cores do both.
 
-Sizes of batches make a pass bound by reading, by neither, and by computing.
+Sizes of batches make a pass bound by reading and by computing. `python benchmarks/bench.py streaming` runs it.
 """
 
 from __future__ import annotations

@@ -227,6 +227,8 @@ def test_a_device_holds_a_model_streams_it_or_cannot() -> None:
     assert on(60) == ("streamed", 1, 700, 2.0, 4.0)
     assert on(70, 8) == ("resident", 2, 0, 1.0, 16.0), "three for a copy"
     assert on(40)[0] == "too large"
+    asked = hours_on(device, "float32", 36_000.0, memory, Passes(3, 4), None, streamed=True)
+    assert (asked.way, asked.bytes_read) == ("streamed", 700), "it would fit"
     assert math.isnan(on(40)[3])
     slow = dataclasses.replace(memory, weights=int(READ_SPEED * 3600))
     read = hours_on(device, "float32", 36_000.0, dataclasses.replace(slow, gradients=0), Passes(3, 0), None)

@@ -124,7 +124,8 @@ def passes_of(scored: Iterable[float], gradients: Iterable[float], waiting: floa
 
 
 def hours_on(
-    device: Device, dtype: str, flops: float, memory: Memory, passes: Passes, price: float | int | None
+    device: Device, dtype: str, flops: float, memory: Memory, passes: Passes, price: float | int | None, *,
+    streamed: bool = False,
 ) -> OnDevice:
     """What a study takes on a device.
 
@@ -135,11 +136,12 @@ def hours_on(
         memory: What a run keeps in memory.
         passes: How often the weights are read where the model is streamed.
         price: Of an hour of one of these devices.
+        streamed: Whether that is asked for, also where the model fits.
     """
     usable, copies, read = device.memory * USABLE, device.number, 0
     each = math.ceil(memory.weights / max(1.0, usable - memory.batch))
     way: Way = "resident"
-    if memory.batch < usable and each <= device.number:
+    if memory.batch < usable and each <= device.number and not streamed:
         copies = device.number // each
         if memory.resident > each * usable:
             way, read = "part streamed", passes.gradients

@@ -28,7 +28,7 @@ from headcount.engine.layout import expected_layout
 from headcount.engine.pack import Budget
 from headcount.errors import OptionError, TaskError, UnavailableError
 from headcount.measure.induction import states_of_induction, texts_of
-from headcount.model.placement import bytes_said
+from headcount.model.placement import DISK, bytes_said
 from headcount.model.without_weights import Shape, shape_of
 from headcount.study.costs import Memory, OnDevice, Passes, flops_of, hours_on, memory_of, passes_of
 from headcount.study.devices import WAITING, Device, device_of
@@ -192,7 +192,8 @@ def forecast(
     passes = _passes(todo, [cost for cost in costs if cost is not None], waiting)
     prices: list[float | None] = [*price] * len(on) if len(price) == 1 else [*price] or [None] * len(on)
     total = _sum(shares.values())
-    spent = tuple(hours_on(device, shape.dtype, total.flops, memory, passes, cost)
+    spent = tuple(hours_on(device, shape.dtype, total.flops, memory, passes, cost,
+                           streamed=spec.stream or spec.device_map == DISK)
                   for device, cost in zip(devices, prices, strict=True))
     return Forecast(spec, shape, parts, tuple(jobs), tuple(left), costs, tuple(known.tasks), shares,
                     tuple(known.savings(todo, shares)), memory, spent, passes, waiting, (*notes, *known.notes),
@@ -322,9 +323,10 @@ class _Known:
             notes.append("texts are cut into tokens by a stand-in, about as byte-level BPE tokenizers cut English")
         if len(at_hand) < len(self.documents):
             said = statistics()
-            notes.append(f"documents and tokens of {len(self.documents) - len(at_hand)} tasks are counts that come "
-                         f"along: the hub's numbers of documents, and tokens of {said['sample']} documents a split by "
-                         f"the tokenizer of {said['tokenizer']}, in a window of {said['window']:,}")
+            absent = len(self.documents) - len(at_hand)
+            notes.append(f"documents and tokens of {absent} task{'s' * (absent > 1)} are counts that come along: the "
+                         f"hub's numbers of documents, and tokens of {said['sample']} documents a split by the "
+                         f"tokenizer of {said['tokenizer']}, in a window of {said['window']:,}")
         return notes
 
     def shares(self, todo: Iterable[PlannedJob], shared: bool | None = None) -> dict[Share, Cost]:
