@@ -6,7 +6,9 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pandas as pd
 import pytest
@@ -19,16 +21,19 @@ import tiny
 from headcount import terminal
 from headcount.analysis.study import TABLES
 from headcount.cli import main
-from headcount.errors import StudyError
+from headcount.errors import ModelError, StudyError
 from headcount.model.load import wrap
 from headcount.report.cautions import cautions
 from headcount.report.page import write_page
+from headcount.study import executors
 from headcount.study.check import check
 from headcount.study.jobs import job_from
-from headcount.study.ledger import Ledger
+from headcount.study.ledger import Entry, Ledger, job_id
+from headcount.study.plan import PlannedJob
 from headcount.study.prepare import Plan, Silent, prepare
 from headcount.study.runner import run, run_study
 from headcount.study.spec import StudySpec
+from headcount.study.worker import Result
 
 
 @pytest.fixture(scope="module")
@@ -302,3 +307,31 @@ def test_without_its_description_entries_say_which_model_a_study_is_of(
     assert prepare(asked, loaded=plan.loaded, parts=("evaluate", "heads")).todo() == []
     with pytest.raises(StudyError, match=r"holds entries of another model, and no study\.json"):
         prepare(asked, loaded=tiny.loaded("opt"), parts=("evaluate", "heads"))
+
+
+def test_of_jobs_that_share_readings_one_that_fails_takes_none_along(
+    measured: tuple[Plan, Ledger], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but it and what reads its entry are measured, and then it is told."""
+    plan, ledger = measured
+    bad = next(job for job in plan.jobs if job.job.kind == "importance" and any(
+        need.name == job_id(job.key) for other in plan.jobs for need in other.job.needs))
+
+    class Failing(faults._AtHand):
+        results: ClassVar[dict[str, Entry]] = {job_id(entry.job): entry for entry in ledger.entries()}
+
+        def entries(self, jobs: Iterable[PlannedJob], read: Any) -> Iterator[Result]:
+            for planned, result in zip(kept := list(jobs), super().entries(kept, read), strict=True):
+                if planned.key == bad.key:
+                    raise ModelError("it has no number")
+                yield result
+
+    monkeypatch.setattr(executors, "Worker", Failing)
+    monkeypatch.setattr(executors, "in_files", lambda model: True)
+    again = dataclasses.replace(plan, ledger=Ledger(tmp_path / "study"))
+    with pytest.raises(ModelError, match="it has no number"):
+        run(again)
+    left = {job.title for job in again.todo()}
+    reading = {job.title for job in plan.jobs if any(need.name == job_id(bad.key) for need in job.job.needs)}
+    assert reading
+    assert {bad.title, *reading} == left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -288,3 +289,15 @@ def test_a_plan_fits_a_terminal_and_a_dry_run_is_one(
     assert "assumed: 80 GFLOP/s, 80% of 100 GFLOP/s" in planned
     assert tiny.run(["study", *options, "--dry-run"]) == 0
     assert capsys.readouterr().out == planned
+
+
+def test_prices_are_numbers_and_models_have_layers(tmp_path: Path) -> None:
+    folder = tiny.saved(tmp_path / "opt", "opt")
+    spec = StudySpec(str(folder), tasks=("icl_plural",), shots=(0,), limit=2, importance_limit=2)
+    for wrong in (-3.0, math.nan, math.inf):
+        with pytest.raises(OptionError, match="price is what an hour costs, not"):
+            forecast(spec, on=("h100",), price=(wrong,))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": -2}))
+    with pytest.raises(ModelError, match="describes a model without layers"):
+        forecast(spec)

@@ -205,6 +205,8 @@ def find_anatomy(model: PreTrainedModel, names: Names = _NAMES) -> Anatomy:
     """
     decoder, name, blocks = _decoder(model, names)
     config = getattr(decoder, "config", model.config)
+    if not len(blocks):
+        raise ModelError("its config describes a model without layers: put back the config.json that belongs to it")
     layers = tuple(_layer(block, f"{name}.{i}", config, i, names) for i, block in enumerate(blocks))
     _check_apart(layers, name)
     return Anatomy(layers, sum(p.numel() for p in model.parameters()))

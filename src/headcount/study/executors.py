@@ -18,10 +18,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -35,8 +35,8 @@ from headcount.study.ledger import Entry
 from headcount.study.member import Delivered, facts_of
 from headcount.study.plan import PlannedJob
 from headcount.study.prepare import Outline, Plan, Reporter
-from headcount.study.queue import TRIES, Failed, Queue, rounds
-from headcount.study.worker import PACKAGES, Worker
+from headcount.study.queue import TRIES, Failed, Queue
+from headcount.study.worker import PACKAGES, Read, Result, Worker
 
 # How often a worker is started in one's place that dies, or is refused, before it is given a job.
 _STARTS = 3
@@ -45,6 +45,10 @@ _LOSSES = 3 * TRIES
 # How long no worker may have a place in the cluster, in seconds: nodes that are started on demand take minutes.
 _PATIENCE = 900.0
 _TICK = 1.0
+
+
+# Gives the results of jobs, in order: `Worker.entries`.
+Work: TypeAlias = Callable[[Iterable[PlannedJob], Read], Iterator[Result]]
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,50 @@ class Done:
 
 
 def in_this_process(plan: Plan, todo: Sequence[PlannedJob], reporter: Reporter) -> Done:
-    """Do jobs one after another; the first that fails ends it.
-
-    Where weights are read block by block, all jobs of one kind that are ready share these readings.
-    """
-    ledger, worker = plan.folder, Worker(plan, reporter.advance)
-    for jobs in rounds(todo) if in_files(plan.loaded.model) else ([planned] for planned in todo):
-        for planned, result in zip(jobs, worker.entries(_told(jobs, reporter), ledger.read_need), strict=True):
-            ledger.write(planned.key, result.table, result.info)
+    """Do jobs one after another; the first that fails ends it, but where jobs share readings of weights."""
+    worker = Worker(plan, reporter.advance)
+    if in_files(plan.loaded.model):
+        _sharing(plan, worker.entries, todo, reporter)
+    else:
+        for planned in todo:
+            _written(plan, worker.entries, [planned], reporter)
     return Done(Engine.of(plan.loaded).masks_reason)
+
+
+def _sharing(plan: Plan, work: Work, todo: Sequence[PlannedJob], reporter: Reporter) -> None:
+    """Do all jobs of one kind that are ready together, since they share readings of weights.
+
+    One that fails takes none of the others along: what is left of its pass is done again in halves, until it is alone.
+
+    Raises:
+        HeadcountError: The first, when all others are done.
+    """
+    queue, first = Queue(todo), None
+    while queue:
+        left = queue.take_together()
+        try:
+            _written(plan, work, left, reporter, queue.done)
+        except HeadcountError as error:
+            left = [planned for planned in left if queue.holds(planned)]
+            if len(left) > 1:
+                queue.halve(left)
+                continue
+            first = first or error
+            queue.give_up(left[0], str(error))
+            reporter.note(f"{left[0].title} failed and is left out: {error}")
+    if first is not None:
+        raise first
+
+
+def _written(
+    plan: Plan, work: Work, jobs: Sequence[PlannedJob], reporter: Reporter,
+    done: Callable[[PlannedJob], None] = lambda planned: None,
+) -> None:
+    """Do jobs, and write the entry of each as soon as it is known."""
+    results = work(_told(jobs, reporter), plan.folder.read_need)
+    for planned, result in zip(jobs, results, strict=True):
+        plan.folder.write(planned.key, result.table, result.info)
+        done(planned)
 
 
 def _told(jobs: Sequence[PlannedJob], reporter: Reporter) -> Iterator[PlannedJob]:

@@ -17,6 +17,7 @@ what was timed on this machine for a model of this shape; else the default.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -163,8 +164,8 @@ def forecast(
     if len(price) not in (0, 1, len(on)):
         raise OptionError(f"`price` is one number, or one for each of `on`: there are {len(price)} prices and "
                           f"{len(on)} devices", fields=("price", "on"))
-    if price and min(price) < 0:
-        raise OptionError(f"`price` is what an hour costs, not {min(price):g}", fields=("price",))
+    if wrong := [one for one in price if not 0 <= one < math.inf]:
+        raise OptionError(f"`price` is what an hour costs, not {wrong[0]:g}", fields=("price",))
     parts, before, ledger = parts_of(spec), None, None
     if spec.out is not None:
         ledger = Ledger(spec.out)

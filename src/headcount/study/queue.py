@@ -124,6 +124,10 @@ class Queue:
             self._tries.update(names)
         return jobs
 
+    def holds(self, planned: PlannedJob) -> bool:
+        """Whether a job's entry is still to come."""
+        return self._names[id(planned)] in self._left
+
     def done(self, planned: PlannedJob) -> None:
         """A job's entry is there."""
         name = self._names[id(planned)]

@@ -71,7 +71,8 @@ class ModelSpec:
 
     stream: bool = field(default=False, metadata=MEANS)
     """Leave the weights in their files, and read them block by block, once for as many batches as --stream-memory lets
-    wait; by itself where the model does not fit into memory. Numbers are the same."""
+    wait; by itself where the model does not fit into memory. Numbers are the same, to the last bit where --row-tokens
+    and --batch-tokens are given."""
 
     stream_memory: str | None = field(default=None, metadata=MEANS)
     """How much memory batches may take that wait for the next block: 8GB, 500MB; by default a quarter of what is free.
