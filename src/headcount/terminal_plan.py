@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from headcount.study.devices import READ_SPEED, USABLE
+from headcount.study.devices import JOB_SECONDS, READ_SPEED, USABLE
 from headcount.terminal import table_of
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def _print_devices(known: Forecast) -> None:
         text, rate, efficiency = source
         _say(f"assumed: {_short(rate)}FLOP/s, {efficiency:.0%} of {_short(rate / efficiency)}FLOP/s in "
              f"{known.shape.dtype} ({text})")
+    _say(f"assumed: a job takes {JOB_SECONDS:g} s beside its operations")
     if any(one.bytes_read for one in known.devices):
         _say(f"assumed: weights are read at {READ_SPEED / 1e9:g} GB/s, once for as many jobs as "
              f"{_bytes(known.waiting)} of hidden states allow: {known.passes.scoring:,} times to score, "

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from headcount.engine.budget import bytes_per_token
 from headcount.engine.pack import Budget
 from headcount.model.without_weights import Shape
-from headcount.study.devices import READ_SPEED, USABLE, Device
+from headcount.study.devices import JOB_SECONDS, READ_SPEED, USABLE, Device
 from headcount.study.tokens import Work
 
 Way: TypeAlias = Literal["resident", "part streamed", "streamed", "too large"]
@@ -125,7 +125,7 @@ def passes_of(scored: Iterable[float], gradients: Iterable[float], waiting: floa
 
 def hours_on(
     device: Device, dtype: str, flops: float, memory: Memory, passes: Passes, price: float | int | None, *,
-    streamed: bool = False,
+    streamed: bool = False, jobs: int = 0,
 ) -> OnDevice:
     """What a study takes on a device.
 
@@ -137,6 +137,7 @@ def hours_on(
         passes: How often the weights are read where the model is streamed.
         price: Of an hour of one of these devices.
         streamed: Whether that is asked for, also where the model fits.
+        jobs: How many jobs they are.
     """
     usable, copies, read = device.memory * USABLE, device.number, 0
     each = math.ceil(memory.weights / max(1.0, usable - memory.batch))
@@ -147,7 +148,7 @@ def hours_on(
             way, read = "part streamed", passes.gradients
     else:
         way, read = ("streamed", sum(passes)) if memory.streamed <= usable else ("too large", 0)
-    computing = flops / device.flops(dtype) / 3600 / copies
+    computing = (flops / device.flops(dtype) + jobs * JOB_SECONDS) / 3600 / copies
     reading = memory.weights * read / READ_SPEED / 3600
     hours = math.nan if way == "too large" else max(computing, reading)
     return OnDevice(device, way, copies, hours, computing, reading, memory.weights * read,

@@ -194,7 +194,7 @@ def forecast(
     prices: list[float | None] = [*price] * len(on) if len(price) == 1 else [*price] or [None] * len(on)
     total = _sum(shares.values())
     spent = tuple(hours_on(device, shape.dtype, total.flops, memory, passes, cost,
-                           streamed=spec.stream or spec.device_map == DISK)
+                           streamed=spec.stream or spec.device_map == DISK, jobs=total.jobs)
                   for device, cost in zip(devices, prices, strict=True))
     return Forecast(spec, shape, parts, tuple(jobs), tuple(left), costs, tuple(known.tasks), shares,
                     tuple(known.savings(todo, shares)), memory, spent, passes, waiting, (*notes, *known.notes),
