@@ -239,7 +239,7 @@ def test_a_job_is_done_by_one_function_that_writes_nothing(tmp_path: Path) -> No
     from headcount.study.worker import Worker
 
     ready = prepare(spec_of(tmp_path), loaded=tiny.loaded("llama"), parts=("evaluate",))
-    result = Worker(ready, lambda tokens: None).entry(ready.jobs[0], Ledger(tmp_path / "nowhere").read_need)
+    result = next(Worker(ready, lambda tokens: None).entries(ready.jobs[:1], Ledger(tmp_path / "nowhere").read_need))
     assert len(result.table) == 6
     assert result.info["masks"][0]["order"] == "none"
     assert not (tmp_path / "study").exists()

@@ -379,7 +379,7 @@ class Actor:
                 raise
             except Exception as error:
                 raise RayTaskError(error) from error
-            yield Delivered(self.ray.worker.entry(planned, entries.__getitem__), None)
+            yield Delivered(next(self.ray.worker.entries([planned], entries.__getitem__)), None)
 
 
 class Answer:

@@ -41,7 +41,6 @@ class BlockFiles:
         tied: Other names of some of them, and the name that is kept.
         behind: How many bytes behind a multiple of 64 each begins in memory, by the names that are kept. Kernels go by
             that: so it is where a model in memory has it, whose weights are the mapped file's.
-        held: What the checkpoint's own files hold, by its own names.
         notes: What must be said of the checkpoint beside every result.
         stamps: What tells every file from a later one of its name.
         folder: Of the files that were written; None where the checkpoint is read where it lies.
@@ -53,7 +52,6 @@ class BlockFiles:
     dtypes: Mapping[str, torch.dtype]
     tied: Mapping[str, str]
     behind: Mapping[str, int]
-    held: Mapping[str, Held]
     notes: tuple[str, ...]
     stamps: Mapping[Path, tuple[object, ...]]
     folder: Path | None
@@ -203,7 +201,7 @@ def block_files(
     dtypes = {key: one.dtype for key, one in conversion.announced.items()}
     behind = dict.fromkeys(dtypes, 0) | {source.first: _mapped_at(source) for source in conversion.sources}
     places = {key: places[key] for key in dtypes}
-    return BlockFiles(name, blocks, places, dtypes, conversion.tied, behind, held, notes, stamps_of(places), folder)
+    return BlockFiles(name, blocks, places, dtypes, conversion.tied, behind, notes, stamps_of(places), folder)
 
 
 def check_plain(name: str, config: PreTrainedConfig) -> None:

@@ -190,7 +190,7 @@ class _Away(TorchFunctionMode):
             if slot.path not in {place.path for place in places.values()}:
                 slot.path.unlink()
         dtypes: dict[str, torch.dtype] = {key: one.dtype for one, key in first.items()}
-        return BlockFiles(name, blocks_of(model, names), places, dtypes, tied, dict.fromkeys(places, 0), {}, (),
+        return BlockFiles(name, blocks_of(model, names), places, dtypes, tied, dict.fromkeys(places, 0), (),
                           stamps_of(places), self._folder)
 
     def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

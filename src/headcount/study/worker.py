@@ -1,9 +1,8 @@
-"""One job done: what an executor calls, here or elsewhere.
+"""Jobs done: what an executor calls, here or elsewhere.
 
-`Worker.entry` takes a job and a way to read the entries that it needs, and gives the rows of its result and what is
-known besides; it writes nothing. What jobs of one task and number of shots share, their encoded prompts, is kept from
-one job to the next. `Worker.entries` does several jobs of one kind: where weights lie in files they are read for all of
-them together.
+`Worker.entries` takes jobs of one kind and a way to read the entries that they need, and gives of each the rows of its
+result and what is known besides; it writes nothing. What jobs of one task and number of shots share, their encoded
+prompts, is kept from one job to the next. Where weights lie in files they are read for all of the jobs together.
 """
 
 from __future__ import annotations
@@ -68,15 +67,6 @@ class Worker:
         self.progress = progress
         self._versions = versions()
         self._prepared: dict[tuple[str, int], dict[tuple[str, int], Prepared]] = {}
-
-    def entry(self, planned: PlannedJob, read: Read) -> Result:
-        """The result of one job.
-
-        Args:
-            planned: The job.
-            read: Gives the entry of a need.
-        """
-        return next(self.entries([planned], read))
 
     def entries(self, planned: Iterable[PlannedJob], read: Read) -> Iterator[Result]:
         """The results of jobs of one kind, in the order given, as soon as they are known.
