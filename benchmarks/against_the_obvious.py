@@ -27,9 +27,10 @@ from headcount.engine.forward import target_logprobs
 from headcount.engine.likelihoods import Likelihoods
 from headcount.engine.pack import Batch, batches, pack
 from headcount.masks import Mask, prune, random_order
-from headcount.measure.copying import Reading, paper_copying, sound_copying
+from headcount.measure.copying import PaperCopying, Reading, Watch, sound_copying
 from headcount.measure.evaluate import Prepared, prepare, score
 from headcount.measure.induction import LENGTHS, REPEATS, prefix_matching, usable_tokens
+from headcount.measure.probes import probe_of
 from headcount.model.attention import attention_keywords, attention_seen, eager
 from headcount.model.circuits import ov_copying
 from headcount.model.load import LoadedModel, load
@@ -117,7 +118,8 @@ def induction(loaded: LoadedModel, data: Path, repetitions: int = 3) -> list[Row
     with eager(loaded.model):
         told = attention_keywords(loaded.name, loaded.model, loaded.anatomy)
         once, reading = _timed(functools.partial(Reading.of, loaded, told))
-        ov, _ = _timed(functools.partial(ov_copying, loaded.model, loaded.anatomy, reading.ends, reading.norms, told))
+        ov, _ = _timed(functools.partial(ov_copying, loaded.model, loaded.anatomy, reading.ends, reading.norms,
+                                         probe_of(loaded, told)))
         for length in (LENGTHS[0], LENGTHS[3], LENGTHS[-1]):
             texts = max(1, 500 // length)
             tokens, _ = usable_tokens(loaded)
@@ -127,8 +129,8 @@ def induction(loaded: LoadedModel, data: Path, repetitions: int = 3) -> list[Row
             sides: dict[str, Callable[[], Any]] = {
                 "forward": functools.partial(reading.run, unique),
                 "prefix_matching": functools.partial(_prefix_matching, reading, repeated, length),
-                "copying": functools.partial(sound_copying, reading, unique),
-                "paper_copying": functools.partial(paper_copying, reading, unique)}
+                "copying": lambda unique=unique: _looked_at(reading, unique, sound_copying(reading, unique)),
+                "paper_copying": functools.partial(_paper_copying, reading, unique)}
             rows.append({"length": length, "texts": texts, "tokens": unique.numel(), "once": once + ov,
                          **_alternating(sides, repetitions)})
     return rows
@@ -140,6 +142,19 @@ def _prefix_matching(reading: Reading, ids: torch.Tensor, length: int) -> None:
 
     with attention_seen(reading.loaded.anatomy, visit):
         reading.run(ids)
+
+
+def _looked_at(reading: Reading, ids: torch.Tensor, watch: Watch) -> None:
+    with watch.over(reading.loaded.anatomy):
+        reading.run(ids)
+    if watch.result is not None:
+        watch.result()
+
+
+def _paper_copying(reading: Reading, ids: torch.Tensor) -> None:
+    looks = PaperCopying(reading, ids)
+    _looked_at(reading, ids, looks.attention())
+    _looked_at(reading, ids.reshape(-1, 1), looks.values())
 
 
 def oracles(loaded: LoadedModel, data: Path, limit: int = 40) -> list[Row]:

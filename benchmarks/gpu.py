@@ -60,10 +60,10 @@ from headcount.errors import HeadcountError, OptionError
 from headcount.masks import Mask, prune, random_order
 from headcount.model.devices import on_device
 from headcount.model.load import LoadedModel, load
-from headcount.model.placement import free_memory, placement
+from headcount.model.placement import filled, free_memory, placement
 from headcount.model.without_weights import Shape, bundled_shapes, shape_of
 from headcount.study.costs import flops_of, memory_of
-from headcount.study.devices import USABLE, device_of
+from headcount.study.devices import device_of
 from headcount.study.plan import GRADIENT_PASSES
 from headcount.study.tokens import Work
 
@@ -239,7 +239,8 @@ def lacking(shape: Shape, way: str, device: str, longest: int) -> str:
     if longest > shape.max_length:
         return f"a document has {longest} tokens, the model's window {shape.max_length}: give fewer --shots"
     memory = memory_of(shape, Budget(), longest)
-    needed, free = memory.resident if way == "resident" else memory.streamed, free_memory(device) * USABLE
+    needed = memory.resident if way == "resident" else memory.streamed
+    free = free_memory(device) * filled(torch.device(device).type)
     return "" if needed <= free else f"needs {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free"
 
 

@@ -405,6 +405,7 @@ def test_a_trained_model_grows_induction_heads() -> None:
 
 def test_scores_cost_one_pass_per_text_and_one_row_of_logits() -> None:
     loaded = wrap(tiny("llama"), reader(), "llama")
+    assert not loaded.norms, "found once, by a pass that is no matter here"
     counts = []
     for seeds in (1, 3):
         tokens, rows, passes = list[int](), list[int](), list[int]()

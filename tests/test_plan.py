@@ -19,16 +19,18 @@ from headcount.engine import budget as budgets
 from headcount.engine.pack import Budget, Cost
 from headcount.errors import ModelError, OptionError
 from headcount.measure import induction
+from headcount.model import placement, speed
 from headcount.model.load import LoadedModel, load
 from headcount.model.without_weights import bundled_shapes, shape_of
+from headcount.study import devices
 from headcount.study import forecast as forecasts
 from headcount.study.costs import Memory, Passes, hours_on
-from headcount.study.devices import READ_SPEED, Device
+from headcount.study.devices import READ_SPEED, Device, device_of
 from headcount.study.forecast import Forecast, forecast
 from headcount.study.jobs import Evaluation, GradientImportance, InductionScores
 from headcount.study.ledger import Ledger
 from headcount.study.prepare import prepare
-from headcount.study.runner import run
+from headcount.study.runner import run, run_study
 from headcount.study.spec import PRESETS, StudySpec
 from headcount.study.stand_in import StandIn
 from headcount.study.tokens import Bundled, Reading
@@ -271,6 +273,10 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded"):
         (tmp_path / "config.json").write_text("{", encoding="utf-8")
         forecast(StudySpec(str(tmp_path), tasks=("piqa",)))
+    for other in ("[1]", "null", "3", '"x"', "\xff"):
+        with pytest.raises(ModelError, match=r"its config\.json holds no JSON object"):
+            (tmp_path / "config.json").write_text(other, encoding="utf-8")
+            forecast(StudySpec(str(tmp_path), tasks=("piqa",)))
     with pytest.raises(ModelError, match="encoder-decoder"):
         (tmp_path / "config.json").write_text('{"model_type": "t5"}', encoding="utf-8")
         forecast(StudySpec(str(tmp_path), tasks=("piqa",)))
@@ -289,6 +295,65 @@ def test_a_plan_fits_a_terminal_and_a_dry_run_is_one(
     assert "assumed: 80 GFLOP/s, 80% of 100 GFLOP/s" in planned
     assert tiny.run(["study", *options, "--dry-run"]) == 0
     assert capsys.readouterr().out == planned
+
+
+def test_a_plan_refuses_what_a_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says beforehand what a run notes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tiny.saved(tmp_path / "llama")
+    spec = StudySpec(str(folder), tasks=("icl_plural",), shots=(0,), limit=4, importance_limit=4, random_orders=0,
+                     batch_tokens=200, out=tmp_path / "study")
+    small = dataclasses.replace(spec, stream=True, stream_memory="20KB")
+    for refuses in (forecast, run_study):
+        with pytest.raises(OptionError, match=r"takes .*KB while it waits, and stream_memory is 20KB: give more"):
+            refuses(small)
+    assert forecast(dataclasses.replace(small, stream=False)).jobs, "nothing waits in a model in memory"
+    assert forecast(dataclasses.replace(small, stream_memory="2MB")).jobs
+    run_study(dataclasses.replace(small, stream_memory="2MB"))
+    (cut,) = (note for note in forecast(dataclasses.replace(spec, shots=(110,), out=None)).notes if "window" in note)
+    assert cut == ("icl_plural, 110-shot: 16 requests are longer than the window of 512 tokens, and lose the beginning")
+
+
+def test_induction_reads_weights_for_texts_and_probes() -> None:
+    """Of the model and of its control, whose texts and probes wait by themselves."""
+    spec = StudySpec("facebook/opt-125m", tasks=(), measure=("induction",), stream=True, stream_memory="64GB")
+    assert forecast(spec).passes == Passes(4, 0)
+    assert forecast(dataclasses.replace(spec, skip_control=True)).passes == Passes(2, 0)
+    known = forecast(dataclasses.replace(spec, skip_control=True, stream_memory="100MB"))
+    states = 1 + 4 // 2  # a hidden state in float16, a direction in float32
+    texts = [1 + 4 * length for length in induction.LENGTHS for _ in range(induction.SEEDS)]
+    waits = 2 * sum(n * (states * 2 * 768 + 8) + n * n for n in texts)
+    assert known.passes.scoring == math.ceil(waits / 100e6) + 1
+
+
+def test_a_type_that_a_cpu_computes_slowly_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {torch.float32: 4e10, torch.bfloat16: 9e10, torch.float16: 1e9}
+    monkeypatch.setattr(speed, "matrix_products", lambda width, inner, dtype, seconds: rates[dtype])
+    folder = tiny.saved(tmp_path / "llama")
+    told = "this machine's CPU computes float16 much more slowly than bfloat16: `dtype` bfloat16 is faster"
+    spec = StudySpec(str(folder), tasks=("icl_plural",), shots=(0,), limit=2, importance_limit=2, dtype="float16")
+    assert told in forecast(spec, on=("cpu",)).notes
+    assert told not in forecast(spec, on=("h100",)).notes
+    for stream in (False, True):
+        assert told in load(folder, dtype="float16", device="cpu", stream=stream).notes
+        assert told not in load(folder, device="cpu", stream=stream).notes
+    rates[torch.float16] = 8e10
+    assert told not in load(folder, dtype="float16", device="cpu").notes
+
+
+def test_a_model_fits_where_a_run_would_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "free_memory", lambda device: 1000)
+    device = Device("cpu", 1000, 0, {"float32": 1.0}, 1.0, "", kind="cpu")
+    for kind, most in (("cpu", 900), ("cuda", 950)):
+        assert placement.fits(most, kind)
+        assert not placement.fits(most + 1, kind)
+        for weights in (most, most + 1):
+            way = hours_on(dataclasses.replace(device, kind=kind), "float32", 1.0, Memory(weights, 1, 1, 0, 0),
+                           Passes(1, 1), None).way
+            assert (way == "resident") == placement.fits(weights, kind)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 1000)
+    here = device_of("cpu", 8, 8, "float32")
+    assert (here.memory, here.waiting) == (1000, 250) == (1000, placement.may_wait())
 
 
 def test_prices_are_numbers_and_models_have_layers(tmp_path: Path) -> None:

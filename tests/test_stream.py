@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,7 @@ from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
 from headcount.measure.induction import induction_scores, randomised
-from headcount.model import held, placement, random_weights
+from headcount.model import circuits, held, placement, random_weights
 from headcount.model.blockfiles import BlockFiles
 from headcount.model.contracts import probe_tokens
 from headcount.model.hooks import frozen
@@ -265,17 +265,41 @@ def test_a_whole_study_streamed_has_the_resident_ones_tables(tmp_path: Path) -> 
         pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-def test_induction_scores_are_the_same_read_block_by_block(family: str, tmp_path: Path) -> None:
-    folder = tiny.saved(tmp_path / family, family)
-    expected = induction_scores(load(folder), lengths=(5, 9), seeds=3)
-    in_files, told = load(folder, stream=True), list[int]()
-    for memory in (None, 500_000):
+@pytest.mark.parametrize("protocol", ["sound", "paper"])
+@pytest.mark.parametrize("family", ["llama", "opt", "opt-350m", "gpt2", "bloom", "gemma3", "olmo2"])
+def test_induction_scores_are_the_same_read_block_by_block(
+    family: str, protocol: Literal["sound", "paper"], tmp_path: Path
+) -> None:
+    resident, in_files = both(family, tmp_path)
+    expected = induction_scores(resident, lengths=(5, 9), seeds=3, protocol=protocol)
+    told = list[int]()
+    for memory in (None, 60_000):
         streamed = dataclasses.replace(in_files, stream_memory=memory)
-        found = induction_scores(streamed, lengths=(5, 9), seeds=3, progress=told.append)
+        found = induction_scores(streamed, lengths=(5, 9), seeds=3, protocol=protocol, progress=told.append)
         for name in ("prefix_matching", "copying", "previous_token", "ov_copying"):
-            assert np.array_equal(getattr(found, name), getattr(expected, name), equal_nan=True)
+            assert np.array_equal(getattr(found, name), getattr(expected, name), equal_nan=True), name
     assert len(told) == 2 * 2 * 2, "two lengths, of two kinds each, twice"
+
+
+@pytest.mark.parametrize("protocol", ["sound", "paper"])
+def test_induction_reads_the_weights_three_times(
+    protocol: Literal["sound", "paper"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuits, "_PROBES", 8)
+    resident, in_files = both("llama", tmp_path)
+    induction_scores(in_files, lengths=(5,), seeds=1, protocol=protocol)  # what is proved once is proved
+    numbers = {id(part.block): i for i, part in enumerate(in_files.anatomy.layers)}
+    reads, original = Counter[int](), held.fetched
+
+    def counted(*modules: torch.nn.Module, **options: Any) -> Any:
+        reads.update(numbers[id(module)] for module in modules if id(module) in numbers)
+        return original(*modules, **options)
+
+    monkeypatch.setattr(held, "fetched", counted)
+    found = induction_scores(in_files, lengths=(5, 9), seeds=2, protocol=protocol)
+    assert reads == dict.fromkeys(numbers.values(), 3), "what attentions hand out is asked, texts pass, probes pass"
+    expected = induction_scores(resident, lengths=(5, 9), seeds=2, protocol=protocol)
+    assert np.array_equal(found.ov_copying, expected.ov_copying)
 
 
 # Tied weights, weights that are drawn otherwise (GPT-2's outputs of branches), experts, buffers that are saved.

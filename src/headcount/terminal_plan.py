@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from headcount.study.devices import JOB_SECONDS, READ_SPEED, USABLE
+from headcount.model.placement import filled
+from headcount.study.devices import JOB_SECONDS, READ_SPEED
 from headcount.terminal import table_of
 
 if TYPE_CHECKING:
@@ -118,15 +119,17 @@ def _print_devices(known: Forecast) -> None:
         _say(f"assumed: {_short(rate)}FLOP/s, {efficiency:.0%} of {_short(rate / efficiency)}FLOP/s in "
              f"{known.shape.dtype} ({text})")
     _say(f"assumed: a job takes {JOB_SECONDS:g} s beside its operations")
-    if any(one.bytes_read for one in known.devices):
+    for waiting, passes in dict.fromkeys((one.device.waiting, one.passes) for one in known.devices if one.bytes_read):
         _say(f"assumed: weights are read at {READ_SPEED / 1e9:g} GB/s, once for as many jobs as "
-             f"{_bytes(known.waiting)} of hidden states allow: {known.passes.scoring:,} times to score, "
-             f"{known.passes.gradients:,} times for gradients. A pass takes as long as the slower of reading and "
+             f"{_bytes(waiting)} of hidden states allow: {passes.scoring:,} times to score, "
+             f"{passes.gradients:,} times for gradients. A pass takes as long as the slower of reading and "
              "computing.")
     if any(one.way == "part streamed" for one in known.devices):
         _say("part streamed: the model fits, but not with the gradients of an example beside it")
-    _say(f"A model is resident where it fits into {USABLE:.0%} of the memory; loading it, and proofs of it, are not "
-         "counted.")
+    fits = " and ".join(dict.fromkeys(
+        f"{filled(one.device.kind):.0%} of {'what is free here' if one.device.kind == 'cpu' else 'a GPU'}"
+        for one in known.devices))
+    _say(f"A model is resident where it fits into {fits}; loading it, and proofs of it, are not counted.")
 
 
 def _times(one: OnDevice) -> Sequence[str]:

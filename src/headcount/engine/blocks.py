@@ -170,6 +170,14 @@ def logits_of_vectors(
         return logits
 
 
+def handed_on(blocks: Sequence[Block]) -> contextlib.AbstractContextManager[None]:
+    """While it is open every block hands its input on, and computes nothing."""
+    def passed(block: Block) -> Callable[..., Any]:
+        return lambda *args, **kwargs: block.output_like(args[0] if args else kwargs["hidden_states"])
+
+    return replaced({block.part.block: passed(block) for block in blocks})
+
+
 @contextlib.contextmanager
 def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another `forward`; each gets back what it had, its class's or its own (accelerate's)."""

@@ -34,10 +34,7 @@ from headcount.model.contracts import probe_tokens
 from headcount.model.devices import device_of
 from headcount.model.held import fetched, held, in_files, one_by_one
 from headcount.model.load import LoadedModel
-from headcount.model.placement import bytes_told, free_memory
-
-# Of the memory that is free, what may wait between two blocks.
-_SHARE = 0.25
+from headcount.model.placement import bytes_told, may_wait
 
 
 @runtime_checkable
@@ -117,7 +114,7 @@ class Stream:
             waiting: Batches that are still to be done: as many as memory lets wait, at least one, are taken.
         """
         embeddings: Any = self.model.get_input_embeddings()
-        left = self.memory if self.memory is not None else int(_SHARE * free_memory("cpu"))
+        left = self.memory if self.memory is not None else may_wait()
         waves: list[Wave[B]] = []
         with held([embeddings], fetched(embeddings)):
             while waiting and (not waves or left > 0):
@@ -125,9 +122,7 @@ class Stream:
                 hidden, calls = entered(self.model, self.blocks, first.inputs(first.batch))
                 needed = bytes_of(calls) + first.states * hidden.untyped_storage().nbytes()
                 if not waves and self.memory is not None and needed > self.memory:
-                    raise OptionError(f"a batch of {first.batch.tokens:,} tokens takes {bytes_told(needed)} while it "
-                                      f"waits, and `stream_memory` is {bytes_told(self.memory)}: give more, or smaller "
-                                      "batches (`batch_tokens`)", fields=("stream_memory", "batch_tokens"))
+                    raise cannot_wait(first.batch.tokens, needed, self.memory)
                 left -= needed
                 if waves and left < 0:
                     break
@@ -176,6 +171,13 @@ class Stream:
                 nodes, wave.nodes = wave.nodes, []
                 leaves = ((owners, self.here(state.hidden)[rows, positions]) for owners, state in nodes)
                 yield finished(self.model, self.blocks, leaves)
+
+
+def cannot_wait(tokens: int, needed: int, memory: int) -> OptionError:
+    """Says that a batch of so many tokens takes more memory while it waits than it is given."""
+    return OptionError(f"a batch of {tokens:,} tokens takes {bytes_told(needed)} while it waits, and `stream_memory` "
+                       f"is {bytes_told(memory)}: give more, or smaller batches (`batch_tokens`)",
+                       fields=("stream_memory", "batch_tokens"))
 
 
 @contextlib.contextmanager

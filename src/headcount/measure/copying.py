@@ -20,20 +20,22 @@ value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headcount.measure.probes import ends_of
+from headcount.model.anatomy import Anatomy
 from headcount.model.attention import Visit, attention_seen, fed, one_logit
 from headcount.model.circuits import (
     BranchNorm,
     EndMaps,
     branch_norms,
-    end_maps,
     keys,
     output_bias,
     unembedding,
@@ -64,7 +66,7 @@ class Reading:
     @classmethod
     def of(cls, loaded: LoadedModel, told: Mapping[str, bool]) -> Reading:
         """Find out, with about two passes of d_model tokens without FFNs."""
-        return cls(loaded, told, end_maps(loaded.model, loaded.anatomy), branch_norms(loaded.model, loaded.anatomy))
+        return cls(loaded, told, ends_of(loaded), branch_norms(loaded.norms))
 
     def run(self, ids: Int[Tensor, "batch pos"]) -> None:
         """One forward pass, for hooks to see."""
@@ -82,11 +84,21 @@ class Watch:
 
     Attributes:
         visit: Is shown a layer's heads and attention.
-        result: The scores, once all layers were shown: of every head of the model, by layer, then index.
+        result: The scores, once all layers were shown: of every head of the model, by layer, then index; None where
+            another look has them.
+        around: What is open besides, such as hooks that give blocks other inputs.
     """
 
     visit: Visit
-    result: Callable[[], Float[Tensor, "*kind batch head"]]
+    result: Callable[[], Float[Tensor, "*kind batch head"]] | None
+    around: Callable[[Anatomy, int | None], contextlib.AbstractContextManager[Any]] | None = None
+
+    @contextlib.contextmanager
+    def over(self, anatomy: Anatomy, layer: int | None = None) -> Iterator[None]:
+        """Look while a layer of a model is computed; None: all of them."""
+        around = contextlib.nullcontext() if self.around is None else self.around(anatomy, layer)
+        with around, attention_seen(anatomy, self.visit, layer):
+            yield
 
 
 def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Watch:
@@ -107,39 +119,63 @@ def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Watch:
     return Watch(visit, lambda: torch.cat([scores[layer].cpu().double() for layer in sorted(scores)], -1)[None])
 
 
-def paper_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
-    """The paper's score of every head of the model, by layer, then index."""
-    anatomy, model = reading.loaded.anatomy, reading.loaded.model
-    attended: dict[int, Tensor] = {}
-    scores: dict[int, Tensor] = {}
+@dataclass(frozen=True, eq=False)
+class PaperCopying:
+    """Looks for copying in texts by protocol "paper": at what heads attend to, then at their values.
 
-    def attend(layer: int, z: Tensor, attention: Tensor) -> None:
-        attended[layer] = attention.argmax(-1)
+    Attributes:
+        reading: How heads are read.
+        ids: The texts; values are looked at in rows of one token, `ids.reshape(-1, 1)`.
+    """
 
-    with fed(anatomy, None) as first, attention_seen(anatomy, attend):
-        reading.run(ids)
-    directions = unembedding(model, ids)
-    if directions.shape[-1] != anatomy.layers[0].d_model:  # a projection before the output layer (OPT-350M)
-        directions = directions @ reading.ends.exit.T
-    biases = unembedding_bias(model, ids)
+    reading: Reading
+    ids: Int[Tensor, "batch pos"]
+    _embedded: list[Tensor] = field(default_factory=list)
+    _attended: dict[int, Tensor] = field(default_factory=dict)
 
-    def visit(layer: int, z: Tensor, attention: Tensor) -> None:
-        part = anatomy.layers[layer]
-        own = directions.to(z.device)
-        # Where an attention has sinks, a row of one token does not sum to 1.
-        values = (z[:, 0] / attention[:, :, 0, 0, None]).reshape(*ids.shape, *z.shape[2:]).float()
-        read = keys(part, own, z, None)
-        always = own @ output_bias(part, z) + biases.to(z.device)
-        rows = []
-        for i in range(len(ids)):
-            logits = torch.einsum("thd,shd->hts", values[i], read[i]) + always[i]
-            highest = logits.masked_fill(~_view(logits), -torch.inf).amax(-1, keepdim=True)
-            rows.append(_ratio((logits - highest).exp(), attended[layer][i])[:, 1:].mean(-1))
-        scores[layer] = torch.stack(rows)
+    def attention(self) -> Watch:
+        """What each position attends to most, where every block is given the embeddings; it has no result."""
+        def visit(layer: int, z: Tensor, attention: Tensor) -> None:
+            self._attended[layer] = attention.argmax(-1)
 
-    with fed(anatomy, first[0].reshape(ids.numel(), 1, -1)), attention_seen(anatomy, visit):
-        reading.run(ids.reshape(-1, 1))
-    return torch.cat([scores[layer].cpu().double() for layer in sorted(scores)], -1)
+        return Watch(visit, None, self._given_embeddings)
+
+    def values(self) -> Watch:
+        """The scores, once attention was looked at."""
+        anatomy, model, ids = self.reading.loaded.anatomy, self.reading.loaded.model, self.ids
+        scores: dict[int, Tensor] = {}
+        directions = unembedding(model, ids)
+        if directions.shape[-1] != anatomy.layers[0].d_model:  # a projection before the output layer (OPT-350M)
+            directions = directions @ self.reading.ends.exit.T
+        biases = unembedding_bias(model, ids)
+
+        def visit(layer: int, z: Tensor, attention: Tensor) -> None:
+            part = anatomy.layers[layer]
+            own = directions.to(z.device)
+            # Where an attention has sinks, a row of one token does not sum to 1.
+            values = (z[:, 0] / attention[:, :, 0, 0, None]).reshape(*ids.shape, *z.shape[2:]).float()
+            read = keys(part, own, z, None)
+            always = own @ output_bias(part, z) + biases.to(z.device)
+            rows = []
+            for i in range(len(ids)):
+                logits = torch.einsum("thd,shd->hts", values[i], read[i]) + always[i]
+                highest = logits.masked_fill(~_view(logits), -torch.inf).amax(-1, keepdim=True)
+                rows.append(_ratio((logits - highest).exp(), self._attended[layer][i])[:, 1:].mean(-1))
+            scores[layer] = torch.stack(rows)
+
+        return Watch(visit, lambda: torch.cat([scores[layer].cpu().double() for layer in sorted(scores)], -1)[None],
+                     self._given_tokens)
+
+    @contextlib.contextmanager
+    def _given_embeddings(self, anatomy: Anatomy, layer: int | None) -> Iterator[None]:
+        """Give every block what the first one is given; that is kept."""
+        with fed(anatomy, self._embedded[0] if self._embedded else None, layer) as first:
+            yield
+        self._embedded[:] = self._embedded or first
+
+    def _given_tokens(self, anatomy: Anatomy, layer: int | None) -> contextlib.AbstractContextManager[Any]:
+        """The same, in rows of one token."""
+        return fed(anatomy, self._embedded[0].reshape(self.ids.numel(), 1, -1), layer)
 
 
 def _ratio(

@@ -43,10 +43,10 @@ from headcount.engine.forward import Progress
 from headcount.engine.stream import Stream, Waiting, Wave, stream_of
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
-from headcount.measure.copying import Reading, Watch, paper_copying, sound_copying
+from headcount.measure.copying import PaperCopying, Reading, Watch, sound_copying
 from headcount.measure.finite import finite_induction
-from headcount.model.anatomy import Anatomy
-from headcount.model.attention import attention_keywords, attention_seen, eager
+from headcount.measure.probes import probe_of
+from headcount.model.attention import attention_keywords, eager
 from headcount.model.circuits import ov_copying
 from headcount.model.devices import doubled
 from headcount.model.held import fetched, held
@@ -67,6 +67,8 @@ _ENTRIES = {"cpu": 2**23}
 _KINDS = ("prefix_matching", "previous_token", "copying")
 # A function from a batch of texts to scores per text and head.
 _Work = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "kind batch head"]]
+# What passes the model one after another, and what begins to look at it; the last look has the scores.
+_Looks = list[tuple[Tensor, Callable[[], Watch]]]
 
 
 @torch.no_grad()
@@ -102,7 +104,8 @@ def induction_scores(
     with eager(loaded.model):
         reading = Reading.of(loaded, attention_keywords(loaded.name, loaded.model, loaded.anatomy))
         measured = _measured(reading, texts, protocol, progress)
-        scores, straight = ov_copying(loaded.model, loaded.anatomy, reading.ends, reading.norms, reading.told)
+        scores, straight = ov_copying(loaded.model, loaded.anatomy, reading.ends, reading.norms,
+                                      probe_of(loaded, reading.told))
     lacking = [layer for layer, ok in enumerate(straight) if not ok.all()]
     if lacking:
         notes.append(f"the OV score is not defined in {len(lacking)} of {loaded.anatomy.num_layers} layers (the first "
@@ -301,24 +304,23 @@ def _measured(
     loaded, bos = reading.loaded, len(texts.start)
     scores = np.zeros((len(_KINDS), len(texts.members), loaded.anatomy.num_heads))
     entries = _ENTRIES.get(loaded.device.type, 2**28)
-    # The paper's copying passes each text twice, with other inputs of every block.
-    stream, left = stream_of(loaded) if protocol == "sound" else None, list[_Text]()
+    stream, left = stream_of(loaded), list[_Text]()
     for batch in texts.batches(max(loaded.anatomy.heads_per_layer), entries):
         length = texts.members[batch[0]][0]
         for kinds, repeated in ((slice(0, 2), True), (slice(2, 3), False)):
             ids = texts.drawn(batch, repeated=repeated).to(loaded.device)
+            looks_at = functools.partial(_prefix_looks, length, texts.repeats, bos, protocol) if repeated else (
+                functools.partial(_copying_looks, reading, protocol))
             if stream is not None:
-                left.append(_Text(kinds, batch, ids, length))
+                left += [_Text(kinds, batch, *look) for look in looks_at(ids)]
                 continue
-            work = _prefix_work(reading, length, texts.repeats, bos, protocol) if repeated else (
-                _copying_work(reading, protocol))
-            scores[kinds, batch] = _halved(work, ids).numpy()
+            scores[kinds, batch] = _halved(functools.partial(_run, reading, looks_at), ids).numpy()
             if progress is not None:
                 progress(ids.numel())
     full, states = [Mask.full(loaded.anatomy.heads_per_layer)], states_of_induction(loaded.model.dtype)
     waiting = peekable(Waiting(text, lambda text: reading.inputs(text.ids), full, states) for text in left)
     while stream is not None and waiting:
-        _one_pass(reading, stream, waiting, functools.partial(_watched, reading, texts.repeats, bos), scores, progress)
+        _one_pass(reading, stream, waiting, scores, progress)
     finite_induction(loaded, scores, _KINDS,
                      lambda kind, i: texts.drawn([i], repeated=_KINDS[kind] != "copying")[0].numpy())
     return scores
@@ -336,14 +338,14 @@ class _Text:
     Attributes:
         kinds: Which scores they are for.
         members: Which texts they are.
-        ids: Their tokens.
-        length: Of the sequence that is repeated.
+        ids: Their tokens, as the model reads them.
+        look: Begins to look at them; what is looked at may take memory.
     """
 
     kinds: slice
     members: list[int]
-    ids: Int[Tensor, "batch pos"]
-    length: int
+    ids: Int[Tensor, "row pos"]
+    look: Callable[[], Watch]
 
     @property
     def tokens(self) -> int:
@@ -351,31 +353,25 @@ class _Text:
         return self.ids.numel()
 
 
-def _watched(reading: Reading, repeats: int, bos: int, text: _Text) -> Watch:
-    """What is looked at in some texts, by protocol "sound"."""
-    if text.kinds.start == 0:
-        return _prefix_watch(text.length, repeats, bos, "sound")
-    return sound_copying(reading, text.ids)
-
-
 def _one_pass(
-    reading: Reading, stream: Stream, waiting: peekable[Waiting[_Text]], watched: Callable[[_Text], Watch],
+    reading: Reading, stream: Stream, waiting: peekable[Waiting[_Text]],
     scores: Float[np.ndarray, "kind text head"], progress: Progress | None,
 ) -> None:
     """Fill in the scores of as many texts as may wait between two blocks."""
     output: Any = reading.loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     waves = stream.enter(waiting)
     with held([output], fetched(output)):
-        watches = {id(wave): watched(wave.batch) for wave in waves}
+        watches = {id(wave): wave.batch.look() for wave in waves}
 
     def seen(layer: int, wave: Wave[_Text]) -> contextlib.AbstractContextManager[None]:
-        part, watch = reading.loaded.anatomy.layers[layer], watches[id(wave)]
-        return attention_seen(Anatomy((part,), 0), lambda _, z, attention: watch.visit(layer, z, attention))
+        return watches[id(wave)].over(reading.loaded.anatomy, layer)
 
     for _ in stream.through(waves, seen):
         pass
     for wave in waves:
-        scores[wave.batch.kinds, wave.batch.members] = watches[id(wave)].result().numpy()
+        if (result := watches[id(wave)].result) is None:
+            continue
+        scores[wave.batch.kinds, wave.batch.members] = result().numpy()
         if progress is not None:
             progress(wave.batch.tokens)
 
@@ -393,8 +389,16 @@ def _halved(work: _Work, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind b
     return torch.cat([_halved(work, half) for half in ids.chunk(2)], 1)
 
 
-def _prefix_work(reading: Reading, length: int, repeats: int, bos: int, protocol: Protocol) -> _Work:
-    return lambda ids: _run(reading, ids, _prefix_watch(length, repeats, bos, protocol))
+def _prefix_looks(length: int, repeats: int, bos: int, protocol: Protocol, ids: Int[Tensor, "batch pos"]) -> _Looks:
+    return [(ids, lambda: _prefix_watch(length, repeats, bos, protocol))]
+
+
+def _copying_looks(reading: Reading, protocol: Protocol, ids: Int[Tensor, "batch pos"]) -> _Looks:
+    if protocol == "sound":
+        return [(ids, lambda: sound_copying(reading, ids))]
+    # Texts pass twice, with other inputs of every block: first whole, then in rows of one token.
+    looks = PaperCopying(reading, ids)
+    return [(ids, looks.attention), (ids.reshape(-1, 1), looks.values)]
 
 
 def _prefix_watch(length: int, repeats: int, bos: int, protocol: Protocol) -> Watch:
@@ -407,19 +411,17 @@ def _prefix_watch(length: int, repeats: int, bos: int, protocol: Protocol) -> Wa
     return Watch(visit, lambda: torch.cat([scores[layer].cpu() for layer in sorted(scores)], -1))
 
 
-def _copying_work(reading: Reading, protocol: Protocol) -> _Work:
-    def work(ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "kind batch head"]:
-        return paper_copying(reading, ids)[None] if protocol == "paper" else (
-            _run(reading, ids, sound_copying(reading, ids)))
-
-    return work
-
-
-def _run(reading: Reading, ids: Int[Tensor, "batch pos"], watch: Watch) -> Float[Tensor, "kind batch head"]:
-    """The scores of texts in one pass of the model in memory."""
-    with attention_seen(reading.loaded.anatomy, watch.visit):
-        reading.run(ids)
-    return watch.result()
+def _run(
+    reading: Reading, looks_at: Callable[[Int[Tensor, "batch pos"]], _Looks], ids: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "kind batch head"]:
+    """The scores of texts in passes of the model in memory."""
+    results = []
+    for tokens, look in looks_at(ids):
+        watch = look()
+        with watch.over(reading.loaded.anatomy):
+            reading.run(tokens)
+        results += [] if watch.result is None else [watch.result()]
+    return results[-1]
 
 
 def prefix_matching(

@@ -54,8 +54,13 @@ def _are_eager(implementations: Any) -> bool:
 
 
 @contextlib.contextmanager
-def attention_seen(anatomy: Anatomy, visit: Visit) -> Iterator[None]:
+def attention_seen(anatomy: Anatomy, visit: Visit, layer: int | None = None) -> Iterator[None]:
     """Show every layer's heads and their attention, as soon as it is computed; the model keeps no probabilities.
+
+    Args:
+        anatomy: Of the model.
+        visit: Is shown them.
+        layer: The one layer to show; None: all.
 
     Raises:
         ModelError: While the model runs, if a layer hands out no probabilities.
@@ -63,7 +68,7 @@ def attention_seen(anatomy: Anatomy, visit: Visit) -> Iterator[None]:
     projected: dict[int, Tensor] = {}
     with contextlib.ExitStack() as hooks:
         for i, part in enumerate(anatomy.layers):
-            if not part.num_heads:  # all were removed
+            if not part.num_heads or layer not in (None, i):  # all were removed, or nobody asked
                 continue
 
             def read(module: nn.Module, args: Any, layer: int = i) -> None:
@@ -133,8 +138,15 @@ def embedded_tokens(model: PreTrainedModel) -> Int[np.ndarray, " token"]:
 
 
 @contextlib.contextmanager
-def fed(anatomy: Anatomy, hidden: Float[Tensor, "batch pos d_model"] | None) -> Iterator[list[Tensor]]:
+def fed(
+    anatomy: Anatomy, hidden: Float[Tensor, "batch pos d_model"] | None, layer: int | None = None
+) -> Iterator[list[Tensor]]:
     """Give every block the same hidden states: these, or (None) what the first block is given.
+
+    Args:
+        anatomy: Of the model.
+        hidden: The hidden states.
+        layer: The one layer whose block is given them; None: all.
 
     Yields:
         A list that will hold what the first block was given by the model itself.
@@ -150,7 +162,7 @@ def fed(anatomy: Anatomy, hidden: Float[Tensor, "batch pos d_model"] | None) -> 
         return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
 
     with contextlib.ExitStack() as hooks:
-        for part in anatomy.layers:
+        for part in anatomy.layers if layer is None else anatomy.layers[layer : layer + 1]:
             hooks.callback(part.block.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield first
 

@@ -17,7 +17,9 @@ W_U W_O W_V W_E, vocabulary x vocabulary, as sum(Re l) / sum(|l|): 1 for a head 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +36,7 @@ from headcount.model.damage import damaged
 from headcount.model.devices import device_of, doubled
 from headcount.model.finite import is_finite
 from headcount.model.hooks import ablated
-from headcount.model.norms import find_norms, zeros
+from headcount.model.norms import LayerNorms, zeros
 from headcount.model.offloaded import present
 
 # Basis vectors that pass the model at once.
@@ -45,6 +47,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _COARSE = 0.04
 # Against the rounding of biases: a power of two, so that weights themselves are not rounded.
 _SCALE = 128.0
+# Gives every block of a model rows of one token each, a few rows at a time, and shows what its heads make of them.
+Probe = Callable[[Iterable[Tensor], Callable[[int], Visit]], None]
 
 
 def output_map(part: LayerAnatomy, like: Tensor) -> Float[Tensor, "features d_model"]:
@@ -91,9 +95,13 @@ class BranchNorm:
         return scaled - scaled.mean(-1, keepdim=True) if self.centred else scaled
 
 
-def branch_norms(model: PreTrainedModel, anatomy: Anatomy) -> dict[int, BranchNorm]:
-    """The layers whose attention's output passes a norm before it is added to the residual stream."""
-    by_layer = {layer: norms.attention for layer, norms in find_norms(model, anatomy).items()}
+def branch_norms(norms: Mapping[int, LayerNorms]) -> dict[int, BranchNorm]:
+    """The layers whose attention's output passes a norm before it is added to the residual stream.
+
+    Args:
+        norms: From `headcount.model.norms.find_norms`.
+    """
+    by_layer = {layer: own.attention for layer, own in norms.items()}
     return {layer: _branch_norm(norm) for layer, norm in by_layer.items() if norm is not None}
 
 
@@ -162,7 +170,8 @@ def end_maps(model: PreTrainedModel, anatomy: Anatomy) -> EndMaps:
     """Read both off, in float32, on the device of the embeddings."""
     sizes = anatomy.layers[0].d_model, _embedding_size(model)
     entries, exits = [], []
-    for chosen, basis in _basis(model, anatomy):
+    for chosen in _slices(max(sizes)):
+        basis = _basis(model, max(sizes), chosen)
         with fed(anatomy, basis[:, None, : sizes[0]]) as first, _ends_fed(model, anatomy, basis) as left:
             _run(model, anatomy, len(basis))
         entries.append(_odd(first[0])[: max(0, sizes[1] - chosen.start)])
@@ -175,13 +184,21 @@ def _embedding_size(model: PreTrainedModel) -> int:
     return int(embeddings.weight.shape[1])
 
 
-def _basis(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[tuple[slice, Float[Tensor, "row d"]]]:
-    """Rows of basis vectors, then of the same with the other sign, a part at a time."""
-    size = max(anatomy.layers[0].d_model, _embedding_size(model))
-    for start in range(0, size, _PROBES // 2):
-        chosen = slice(start, min(start + _PROBES // 2, size))
-        rows = torch.eye(size, device=device_of(model))[chosen]
-        yield chosen, torch.cat([rows, -rows]).to(model.dtype)
+def probes_of(d_model: int) -> int:
+    """How many rows `ov_copying` gives every block of a model of this width."""
+    return 2 * (d_model + _TESTS)
+
+
+def _slices(size: int) -> list[slice]:
+    """The basis vectors of a space, a part at a time."""
+    return [slice(start, min(start + _PROBES // 2, size)) for start in range(0, size, _PROBES // 2)]
+
+
+def _basis(model: PreTrainedModel, size: int, chosen: slice) -> Float[Tensor, "row d"]:
+    """Some basis vectors, then the same with the other sign."""
+    rows = torch.zeros(chosen.stop - chosen.start, size, dtype=model.dtype, device=device_of(model))
+    rows.diagonal(chosen.start).fill_(1)
+    return torch.cat([rows, -rows])
 
 
 def _odd(outputs: Float[Tensor, "*batch d"]) -> Float[Tensor, "row d"]:
@@ -221,10 +238,19 @@ def _ends_fed(
 
 def _run(model: PreTrainedModel, anatomy: Anatomy, rows: int, told: Mapping[str, bool] | None = None) -> None:
     """A pass of rows of one token, without FFNs and with logits of one row."""
+    with ablated(anatomy, heads_alone(anatomy)), one_logit(model):
+        model(**one_token(model, rows), use_cache=False, **(told or {}))
+
+
+def heads_alone(anatomy: Anatomy) -> Mask:
+    """The mask of a model without FFNs."""
+    return Mask([[True] * n for n in anatomy.heads_per_layer], [False] * anatomy.num_layers)
+
+
+def one_token(model: PreTrainedModel, rows: int) -> dict[str, Tensor]:
+    """So many rows of one token, as the model's keyword arguments."""
     ids = torch.zeros(rows, 1, dtype=torch.long, device=device_of(model))
-    heads_alone = Mask([[True] * n for n in anatomy.heads_per_layer], [False] * anatomy.num_layers)
-    with ablated(anatomy, heads_alone), one_logit(model):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **(told or {}))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def unembedding(model: PreTrainedModel, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_unembedding"]:
@@ -256,8 +282,7 @@ def keys(
 
 @torch.no_grad()
 def ov_copying(
-    model: PreTrainedModel, anatomy: Anatomy, ends: EndMaps, norms: Mapping[int, BranchNorm],
-    told: Mapping[str, bool],
+    model: PreTrainedModel, anatomy: Anatomy, ends: EndMaps, norms: Mapping[int, BranchNorm], probe: Probe
 ) -> tuple[list[Float[Tensor, " head"]], list[Bool[Tensor, " head"]]]:
     """The OV copying score of every head of every layer, and whether the head's values are a linear map.
 
@@ -266,7 +291,7 @@ def ov_copying(
         anatomy: Its heads.
         ends: From `end_maps`.
         norms: From `branch_norms`.
-        told: From `attention_keywords`.
+        probe: Gives its blocks rows: `probed`, or where its weights lie in files, block by block.
 
     Returns:
         Scores in -1 .. 1, NaN where values are no linear map or the circuit is 0; and where they are one.
@@ -281,27 +306,23 @@ def ov_copying(
     wide = doubled(turned[:0])
     small = [wide.new_zeros(p.num_heads, p.d_head, p.d_head) for p in anatomy.layers]
     told_of = [wide.new_zeros(_TESTS, p.num_heads, p.d_head) for p in anatomy.layers]
-    for chosen, basis in _basis(model, anatomy):
-        chosen = slice(chosen.start, min(chosen.stop, size))
-        if chosen.start >= size:
-            break
-        rows = torch.cat([half[: chosen.stop - chosen.start] for half in basis.chunk(2)])[:, :size]
-
-        def visit(layer: int, z: Tensor, attention: Tensor, chosen: slice = chosen) -> None:
-            part = anatomy.layers[layer]
-            values = _values(part, z, attention)
-            told_of[layer] += torch.einsum("ui,ihd->uhd", tests[:, chosen].to(values), values).to(told_of[layer].device)
-            read = keys(part, turned[chosen], z, norms.get(layer))
-            small[layer] += torch.einsum("ihd,ihe->hde", values, doubled(read)).to(small[layer].device)
-
-        _probe(model, anatomy, rows, told, visit)
     straight: list[Tensor] = [torch.empty(0, dtype=torch.bool)] * anatomy.num_layers  # of layers without heads
+
+    def visit(chosen: slice, layer: int, z: Tensor, attention: Tensor) -> None:
+        part = anatomy.layers[layer]
+        values = _values(part, z, attention)
+        told_of[layer] += torch.einsum("ui,ihd->uhd", tests[:, chosen].to(values), values).to(told_of[layer].device)
+        read = keys(part, turned[chosen], z, norms.get(layer))
+        small[layer] += torch.einsum("ihd,ihe->hde", values, doubled(read)).to(small[layer].device)
 
     def check(layer: int, z: Tensor, attention: Tensor) -> None:
         seen = _values(anatomy.layers[layer], z, attention).to(told_of[layer].device)
         straight[layer] = _parallel(seen, told_of[layer]) <= _TOLERANCE.get(model.dtype, _COARSE)
 
-    _probe(model, anatomy, torch.cat([tests, -tests]).to(model.dtype), told, check)
+    chosen = _slices(size)
+    # Each layer is shown the tests last, when all that is told of them is there.
+    probe(itertools.chain((_basis(model, size, one) for one in chosen), [torch.cat([tests, -tests]).to(model.dtype)]),
+          lambda i: functools.partial(visit, chosen[i]) if i < len(chosen) else check)
     for layer, matrices in enumerate(small):
         if bad := torch.nonzero(~torch.isfinite(matrices).flatten(1).all(1)).flatten().tolist():
             raise ModelError(f"the OV circuit of {heads_named([(layer, h) for h in bad])} is no number"
@@ -323,12 +344,22 @@ def _values(part: LayerAnatomy, z: Tensor, attention: Tensor) -> Float[Tensor, "
     return (plus - minus) / 2
 
 
-def _probe(
-    model: PreTrainedModel, anatomy: Anatomy, rows: Float[Tensor, "row d_model"], told: Mapping[str, bool],
-    visit: Visit,
+def probed(
+    model: PreTrainedModel, anatomy: Anatomy, told: Mapping[str, bool], parts: Iterable[Float[Tensor, "row d_model"]],
+    visit_of: Callable[[int], Visit],
 ) -> None:
-    with fed(anatomy, rows[:, None]), attention_seen(anatomy, visit):
-        _run(model, anatomy, len(rows), told)
+    """Give every block some rows, a pass of the model for each part of them.
+
+    Args:
+        model: Running eager attention.
+        anatomy: Its heads.
+        told: From `attention_keywords`.
+        parts: The rows.
+        visit_of: What is shown every layer's heads and attention, by the number of the part.
+    """
+    for i, rows in enumerate(parts):
+        with fed(anatomy, rows[:, None]), attention_seen(anatomy, visit_of(i)):
+            _run(model, anatomy, len(rows), told)
 
 
 def _parallel(

@@ -45,6 +45,7 @@ from headcount.model.placement import DISK, bytes_said, check_stream, dtype_of, 
 from headcount.model.read import Wanted, check_config, quiet, read
 from headcount.model.size import weights_size
 from headcount.model.source import Source, find
+from headcount.model.speed import slow_type
 
 _WINDOW_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")
 _WINDOW = 2048  # lm-eval's, where neither config nor tokenizer says
@@ -351,7 +352,8 @@ def _loaded(
     model.eval()  # type: ignore[no-untyped-call]
     anatomy = find_anatomy(model, names)
     hold_blocks([part.block for part in anatomy.layers])
-    notes = (*notes, *_tokenizer_notes(tokenizer))
+    slow = slow_type(model.dtype) if model.dtype == torch.float16 and device_of(model).type == "cpu" else ""
+    notes = (*notes, *_tokenizer_notes(tokenizer), *filter(None, [slow]))
     provenance = {
         "name": name, **told, "model_type": model.config.model_type, "class": type(model).__name__,
         "code": code_of([*map(type, model.modules()), type(model.config), type(tokenizer)]),

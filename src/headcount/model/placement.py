@@ -17,8 +17,11 @@ SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 # What follows a number of bytes.
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# Of free memory, what weights may fill: batches need some, too.
-_FILLED = 0.9
+# Of free memory, what weights may fill: batches need some, too, and a machine's other programs.
+_FILLED = {"cpu": 0.9}
+_FILLED_ELSEWHERE = 0.95
+# Of the host's memory that is free, what may wait between two blocks of a model that is streamed.
+_WAITS = 0.25
 
 
 def bytes_said(text: str | int | None) -> int | None:
@@ -64,9 +67,19 @@ def check_stream(stream: bool, device_map: str | None) -> None:
                           "give one of them", fields=("stream", "device_map"))
 
 
+def filled(kind: str) -> float:
+    """Which share of the free memory of a kind of device (`cpu`, `cuda`) weights may fill."""
+    return _FILLED.get(kind, _FILLED_ELSEWHERE)
+
+
 def fits(weights: int, device: str) -> bool:
     """Whether so many bytes of weights fit into a device's memory, with some room for batches."""
-    return weights <= _FILLED * free_memory(device)
+    return weights <= filled(torch.device(device).type) * free_memory(device)
+
+
+def may_wait() -> int:
+    """How many bytes may wait between two blocks of a model that is streamed, where nobody says."""
+    return int(_WAITS * free_memory("cpu"))
 
 
 def dtype_of(name: str) -> str | torch.dtype:

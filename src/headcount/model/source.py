@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,10 @@ def failure(name: str, source: Source, error: BaseException) -> ModelError:
                 check_files(source.folder)
         except ModelError as damaged:
             return ModelError(f"{name} cannot be loaded: {damaged}")
+        config = Path(source.place) / "config.json"
+        if source.gguf is None and config.is_file() and not _holds_object(config):
+            return ModelError(f"{name} cannot be loaded: its config.json holds no JSON object: write it as "
+                              "save_pretrained does, or download it again")
         return ModelError(f"{name} cannot be loaded: {said(error)}")
     if any(isinstance(e, GatedRepoError) for e in chain):
         return ModelError(f"{name} is gated: accept its terms on huggingface.co, then run `hf auth login`")
@@ -212,6 +217,13 @@ def failure(name: str, source: Source, error: BaseException) -> ModelError:
         return ModelError(f"{name} is no local folder, and the hub has not given it: {first_line(error)} Check the "
                           "name and the network, or name a local folder, a GGUF file, or smollm2")
     return ModelError(f"{name} cannot be loaded: {said(error)}")
+
+
+def _holds_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except ValueError:
+        return False
 
 
 def said(error: BaseException) -> str:

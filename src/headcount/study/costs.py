@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from headcount.engine.budget import bytes_per_token
 from headcount.engine.pack import Budget
 from headcount.model.without_weights import Shape
-from headcount.study.devices import JOB_SECONDS, READ_SPEED, USABLE, Device
+from headcount.study.devices import JOB_SECONDS, READ_SPEED, Device
 from headcount.study.tokens import Work
 
 Way: TypeAlias = Literal["resident", "part streamed", "streamed", "too large"]
@@ -70,6 +70,7 @@ class OnDevice:
         computing: Hours of computing alone.
         reading: Hours of reading weights alone.
         bytes_read: What is read of weights, but for loading a resident model.
+        passes: How often the weights are read where the model is streamed.
         money: What it costs; None where no price was given.
     """
 
@@ -80,6 +81,7 @@ class OnDevice:
     computing: float
     reading: float
     bytes_read: float | int
+    passes: Passes
     money: float | None
 
 
@@ -110,7 +112,7 @@ def memory_of(shape: Shape, budget: Budget, longest: float | int) -> Memory:
                   int(gradient * longest))
 
 
-def passes_of(scored: Iterable[float], gradients: Iterable[float], waiting: float) -> Passes:
+def passes_of(scored: Iterable[float], gradients: Iterable[float], waiting: float | int) -> Passes:
     """How often the weights are read where the model is streamed, with as many jobs together as hidden states allow.
 
     Args:
@@ -139,7 +141,7 @@ def hours_on(
         streamed: Whether that is asked for, also where the model fits.
         jobs: How many jobs they are.
     """
-    usable, copies, read = device.memory * USABLE, device.number, 0
+    usable, copies, read = device.usable, device.number, 0
     each = math.ceil(memory.weights / max(1.0, usable - memory.batch))
     way: Way = "resident"
     if memory.batch < usable and each <= device.number and not streamed:
@@ -151,5 +153,5 @@ def hours_on(
     computing = (flops / device.flops(dtype) + jobs * JOB_SECONDS) / 3600 / copies
     reading = memory.weights * read / READ_SPEED / 3600
     hours = math.nan if way == "too large" else max(computing, reading)
-    return OnDevice(device, way, copies, hours, computing, reading, memory.weights * read,
+    return OnDevice(device, way, copies, hours, computing, reading, memory.weights * read, passes,
                     None if price is None else hours * price * device.number)

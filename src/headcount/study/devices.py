@@ -8,29 +8,27 @@ product of the model's shape is timed there, for a tenth of a second.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import math
 import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 
 from headcount.errors import OptionError
+from headcount.model.placement import filled, free_memory, may_wait
+from headcount.model.speed import matrix_products
 
 # Which share of a GPU's peak a study is assumed to reach, and of this machine's matrix products.
 GPU_EFFICIENCY, CPU_EFFICIENCY = 0.4, 0.8
 # Bytes a second that weights are assumed to be read at, where a model is streamed: an NVMe disk's.
 READ_SPEED = 3e9
-# Bytes of host memory that hidden states are assumed to wait in, where a model is streamed.
+# Bytes of a host's memory that hidden states are assumed to wait in, where a model is streamed.
 WAITING = 64e9
 # Seconds that a job takes beside its operations, for prompts, batches and tables: studies of SmolLM2 of 13 to 104 jobs.
 JOB_SECONDS = 0.15
-# Of a device's memory, what weights and activations may take.
-USABLE = 0.95
 _COUNTED = re.compile(r"(\d+)x(.+)")
 
 
@@ -40,12 +38,14 @@ class Device:
 
     Attributes:
         name: As the user names it.
-        memory: Bytes of each.
+        memory: Bytes of each; of this machine, what is free.
         bandwidth: Bytes a second that each reads its memory at; 0 where it is not known.
         peak: FLOP/s of each by the type of numbers.
         efficiency: The share of the peak that is assumed to be reached.
         source: Where the peak comes from.
         number: How many there are.
+        kind: As torch names it.
+        waiting: Bytes of the host's memory that hidden states may wait in, where a model is streamed.
     """
 
     name: str
@@ -55,6 +55,13 @@ class Device:
     efficiency: float
     source: str
     number: int = 1
+    kind: str = "cuda"
+    waiting: float | int = WAITING
+
+    @property
+    def usable(self) -> float:
+        """Bytes of each that weights and activations may take."""
+        return self.memory * filled(self.kind)
 
     def flops(self, dtype: str) -> float:
         """FLOP/s that are assumed of one of them."""
@@ -95,39 +102,12 @@ def device_of(name: str, width: int, inner: int, dtype: str) -> Device:
         raise OptionError(f"`on` names devices of {', '.join(NAMES)}, several as 8xh100, not {name!r}{hint}",
                           fields=("on",))
     one = _GPUS[kind] if kind in _GPUS else _here(width, inner, dtype)
-    return Device(name.lower(), one.memory, one.bandwidth, one.peak, one.efficiency, one.source, number)
+    return dataclasses.replace(one, name=name.lower(), number=number)
 
 
 def _here(width: int, inner: int, dtype: str) -> Device:
     """This machine, timed."""
     rate = matrix_products(width, inner, getattr(torch, dtype))
     threads = torch.get_num_threads()
-    return Device("cpu", psutil.virtual_memory().total, 0, {dtype: rate, "float32": rate}, CPU_EFFICIENCY,
-                  f"matrix products timed just now, {threads} of {os.cpu_count()} cores")
-
-
-def matrix_products(width: int, inner: int, dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """FLOP/s of products of rows by a matrix of an FFN's shape on this machine: the fastest of a few.
-
-    Sizes double up to 256 rows and the FFN's, as long as a product is over in a part of the time: in some types a CPU
-    is a thousand times slower than in others.
-
-    Args:
-        width: Rows of the matrix, of large models a part of them.
-        inner: Its columns.
-        dtype: Type of numbers.
-        seconds: About how long it may take.
-    """
-    most = (256, min(width, 2048), min(inner, 4096))
-    sizes, fastest, ends = tuple(min(size, 32) for size in most), 0.0, time.perf_counter() + seconds
-    with torch.inference_mode():
-        while True:
-            rows, matrix = torch.ones(sizes[0], sizes[1], dtype=dtype), torch.ones(sizes[1], sizes[2], dtype=dtype)
-            torch.mm(rows, matrix)  # warms up
-            started = time.perf_counter()
-            torch.mm(rows, matrix)
-            took = time.perf_counter() - started
-            fastest = max(fastest, 2 * math.prod(sizes) / took)
-            if time.perf_counter() > ends or (sizes != most and took > seconds / 5):
-                return fastest
-            sizes = tuple(min(2 * size, limit) for size, limit in zip(sizes, most, strict=True))
+    return Device("cpu", free_memory("cpu"), 0, {dtype: rate, "float32": rate}, CPU_EFFICIENCY,
+                  f"matrix products timed just now, {threads} of {os.cpu_count()} cores", 1, "cpu", may_wait())

@@ -17,6 +17,7 @@ what was timed on this machine for a model of this shape; else the default.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,15 @@ import torch
 from headcount.engine.budget import budget_for, device_key, kept_cost
 from headcount.engine.layout import expected_layout
 from headcount.engine.pack import Budget
+from headcount.engine.stream import cannot_wait
 from headcount.errors import OptionError, TaskError, UnavailableError
 from headcount.measure.induction import states_of_induction, texts_of
-from headcount.model.placement import DISK, bytes_said
+from headcount.model.circuits import probes_of
+from headcount.model.placement import DISK, bytes_said, may_wait
+from headcount.model.speed import slow_type
 from headcount.model.without_weights import Shape, shape_of
 from headcount.study.costs import Memory, OnDevice, Passes, flops_of, hours_on, memory_of, passes_of
-from headcount.study.devices import WAITING, Device, device_of
+from headcount.study.devices import Device, device_of
 from headcount.study.folder import check_options, other_orders, previous
 from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job
 from headcount.study.ledger import Ledger
@@ -63,6 +67,7 @@ class Cost:
         flops: Floating-point operations, at the middle of the layer-tokens.
         waiting: Bytes that wait between blocks of a streamed run: hidden states, and the masks of attention.
         kept: The same where gradients are wanted, which keep every block's input.
+        largest: The most tokens that a batch has, and what it takes alone while it waits.
     """
 
     jobs: int = 0
@@ -70,11 +75,13 @@ class Cost:
     flops: float = 0.0
     waiting: float = 0.0
     kept: float = 0.0
+    largest: tuple[int, int] = (0, 0)
 
     def plus(self, other: Cost) -> Cost:
         """Both together."""
         return Cost(self.jobs + other.jobs, self.layer_tokens.plus(other.layer_tokens), self.flops + other.flops,
-                    self.waiting + other.waiting, self.kept + other.kept)
+                    self.waiting + other.waiting, self.kept + other.kept,
+                    max(self.largest, other.largest, key=lambda one: one[1]))
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class TaskTokens:
         tokens: Positions of one pass over the evaluated documents, padding included; 0 where none are read.
         gradient: The same over the examples, a row each.
         bundled: Whether the counts are those that come along.
+        cut: Requests of the evaluated documents that are longer than the window, and lose their beginning.
     """
 
     name: str
@@ -98,6 +106,7 @@ class TaskTokens:
     tokens: float
     gradient: float
     bundled: bool
+    cut: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +125,8 @@ class Forecast:
         savings: What would be saved otherwise: a change of options in words, and the FLOPs that it saves.
         memory: What a run keeps in memory.
         devices: Hours on every device asked for.
-        passes: How often the weights are read where the model is streamed.
-        waiting: How many bytes of hidden states are assumed to wait between its blocks.
+        passes: How often the weights are read where the model is streamed on this machine.
+        waiting: How many bytes of hidden states then wait between its blocks at the most.
         notes: What is assumed.
         other_orders: As in `headcount.study.prepare.Plan`.
         damaged: As there.
@@ -135,7 +144,7 @@ class Forecast:
     memory: Memory
     devices: tuple[OnDevice, ...]
     passes: Passes
-    waiting: float
+    waiting: int
     notes: tuple[str, ...]
     other_orders: str = ""
     damaged: tuple[str, ...] = ()
@@ -173,8 +182,10 @@ def forecast(
         check_options(spec, before, ledger.folder)
     reporter.stage(f"reading the config of {spec.model}")
     shape = _shape(spec)
-    devices = [_device(name, shape) for name in on]
+    devices = [_device(name, shape, bytes_said(spec.stream_memory)) for name in on]
     reading, notes = _reading(shape, spec, before)
+    if shape.model.dtype == torch.float16 and any(one.kind == "cpu" for one in devices):
+        notes += filter(None, [slow_type(shape.model.dtype)])
     reporter.stage("loading tasks")
     seen, unseen = (_documents(names, spec, shape, reading)
                     for names in (spec.tasks, spec.unseen if "transfer" in parts else ()))
@@ -187,17 +198,22 @@ def forecast(
     jobs, left = _planned(spec, shape, facts, parts, before, ledger)
     todo = [one for one in left if one is not None]
     shares = known.shares(todo)
+    total = _sum(shares.values())
     memory = memory_of(shape, reading.budget, max((t.gradient / max(1, t.examples) for t in known.tasks), default=0.0))
     costs = tuple(None if one is None else known.cost(one.job) for one in left)
-    waiting = float(bytes_said(spec.stream_memory) or WAITING)
-    passes = _passes(todo, [cost for cost in costs if cost is not None], waiting)
+    streamed = spec.stream or spec.device_map == DISK
+    said = bytes_said(spec.stream_memory)
+    if streamed and said is not None and total.largest[1] > said:
+        raise cannot_wait(*total.largest, said)
+    waiting = said or may_wait()
+    passes_with = functools.partial(_passes, todo, [cost for cost in costs if cost is not None], known.probes)
     prices: list[float | None] = [*price] * len(on) if len(price) == 1 else [*price] or [None] * len(on)
-    total = _sum(shares.values())
-    spent = tuple(hours_on(device, shape.dtype, total.flops, memory, passes, cost,
-                           streamed=spec.stream or spec.device_map == DISK, jobs=total.jobs)
+    spent = tuple(hours_on(device, shape.dtype, total.flops, memory, passes_with(device.waiting), cost,
+                           streamed=streamed, jobs=total.jobs)
                   for device, cost in zip(devices, prices, strict=True))
     return Forecast(spec, shape, parts, tuple(jobs), tuple(left), costs, tuple(known.tasks), shares,
-                    tuple(known.savings(todo, shares)), memory, spent, passes, waiting, (*notes, *known.notes),
+                    tuple(known.savings(todo, shares)), memory, spent, passes_with(waiting), waiting,
+                    (*notes, *known.notes),
                     other_orders(spec, before) if "curve" in parts else "",
                     tuple(ledger.damaged()) if ledger is not None else ())
 
@@ -209,9 +225,10 @@ def _shape(spec: StudySpec) -> Shape:
                     apply_chat_template=spec.apply_chat_template)
 
 
-def _device(name: str, shape: Shape) -> Device:
+def _device(name: str, shape: Shape, waiting: int | None) -> Device:
     part = shape.anatomy.layers[0]
-    return device_of(name, part.d_model, max(1, part.ffn_parameters // (2 * part.d_model)), shape.dtype)
+    device = device_of(name, part.d_model, max(1, part.ffn_parameters // (2 * part.d_model)), shape.dtype)
+    return device if waiting is None else dataclasses.replace(device, waiting=waiting)
 
 
 def _reading(shape: Shape, spec: StudySpec, before: Mapping[str, Any] | None) -> tuple[Reading, list[str]]:
@@ -312,14 +329,20 @@ class _Known:
         return [TaskTokens(f.name, k, f.documents.get(k, 0), f.examples.get(k, 0),
                            f.documents.get(k, 0) * f.tokens.get((k, "evaluation"), 0.0),
                            f.examples.get(k, 0) * f.tokens.get((k, "gradient"), 0.0),
-                           isinstance(self.documents[f.name], Bundled))
+                           isinstance(self.documents[f.name], Bundled), self._cut(f, k))
                 for f in self.facts for k in self.spec.shots]
+
+    def _cut(self, facts: TaskFacts, k: int) -> int:
+        number = facts.documents.get(k, 0)
+        return self.documents[facts.name].work("evaluation", k, number).cut if number else 0
 
     @property
     def notes(self) -> list[str]:
         """What is assumed of the documents."""
         at_hand = [name for name, one in self.documents.items() if isinstance(one, AtHand)]
-        notes = []
+        notes = [f"{one.name}, {one.num_fewshot}-shot: {one.cut:,} request{'s are' if one.cut > 1 else ' is'} longer "
+                 f"than the window of {self.shape.max_length:,} tokens, and lose{'s' * (one.cut == 1)} the beginning"
+                 for one in self.tasks if one.cut]
         if at_hand and self.shape.tokenizer is None:
             notes.append("texts are cut into tokens by a stand-in, about as byte-level BPE tokenizers cut English")
         if len(at_hand) < len(self.documents):
@@ -375,28 +398,33 @@ class _Known:
     def cost(self, job: Job, shared: bool | None = None) -> Cost:
         """What one job computes; arguments as in `shares`."""
         layers = self.shape.anatomy.num_layers
-        masks, kept, waiting = 1, 0.0, 0.0
+        masks, kept, waiting, states = 1, 0.0, 0.0, 0
         if isinstance(job, InductionScores):
             # Prefix matching and copying read texts of their own; the paper's copying runs blocks twice.
-            work, runs = self._texts(job), Layers.exactly(layers * (3 if job.protocol == "paper" else 2))
-            waiting = 2 * self._waiting(work, states_of_induction(self.shape.model.dtype))
+            kinds = 3 if job.protocol == "paper" else 2
+            work, runs = self._texts(job), Layers.exactly(layers * kinds)
+            waiting = kinds * self._waiting(work, states_of_induction(self.shape.model.dtype))
         elif isinstance(job, GradientImportance):
             work, runs = self._work(job, "gradient", "examples", shared), Layers.exactly(GRADIENT_PASSES * layers)
-            masks, kept = GRADIENT_PASSES, self._waiting(work, layers + 1)
+            masks, kept, states = GRADIENT_PASSES, self._waiting(work, layers + 1), layers + 1
         elif isinstance(job, Evaluation):
             work = self._work(job, "scored", job.split, shared)
             runs, masks = layers_of(job.masks, self.shape.anatomy.heads_per_layer), max(1, len(steps_of(job.masks)))
-            waiting = self._waiting(work, masks, trees=self.trees)
+            waiting, states = self._waiting(work, masks, trees=self.trees), masks
         else:
             return Cost(1)  # put together from other entries
         flops = flops_of(self.shape, work, runs.middle, masks)
-        return Cost(1, runs.times(work.tokens), flops, waiting, kept)
+        return Cost(1, runs.times(work.tokens), flops, waiting, kept,
+                    (work.largest, work.largest * self._hidden(states)))
 
     def _waiting(self, work: Work, states: int, *, trees: bool = False) -> float:
         """Bytes that documents take between two blocks: so many hidden states of each, and its mask of attention."""
-        size = self.shape.model.dtype.itemsize
-        hidden = states * size * self.shape.anatomy.layers[0].d_model
-        return float(work.tokens * (hidden + torch.int64.itemsize) + work.pairs * (size if trees else 1))
+        size = self.shape.model.dtype.itemsize if trees else 1
+        return float(work.tokens * (self._hidden(states) + torch.int64.itemsize) + work.pairs * size)
+
+    def _hidden(self, states: int) -> int:
+        """Bytes of so many hidden states of a position."""
+        return states * self.shape.model.dtype.itemsize * self.shape.anatomy.layers[0].d_model
 
     def _work(
         self, job: Evaluation | GradientImportance, layout: Literal["scored", "gradient"],
@@ -416,6 +444,12 @@ class _Known:
             scale *= documents.work(split, k, few, layout, shared).tokens / documents.work(split, k, few, layout).tokens
         return Work(known.tokens * scale, known.pairs * scale, known.places * number / whole)
 
+    @property
+    def probes(self) -> float:
+        """Bytes that probes of heads take between two blocks: induction's, after its texts."""
+        rows = probes_of(self.shape.anatomy.layers[0].d_model)
+        return self._waiting(Work(rows, rows, 0), 2)
+
     def _texts(self, job: InductionScores) -> Work:
         """One pass over the random texts of one kind."""
         vocabulary = int(self.shape.model.config.get_text_config().vocab_size)
@@ -430,12 +464,19 @@ def _with_documents(job: Job, most: int) -> Job:
     return dataclasses.replace(job, documents=most)
 
 
-def _passes(todo: Sequence[PlannedJob], costs: Sequence[Cost], waiting: float) -> Passes:
-    """How often the weights are read where the model is streamed: the jobs of each round share readings."""
+def _passes(todo: Sequence[PlannedJob], costs: Sequence[Cost], probes: float, waiting: float | int) -> Passes:
+    """How often the weights are read where the model is streamed: the jobs of each round share readings.
+
+    Induction scores do not: each job has a model of its own, whose heads are probed besides.
+    """
     by_job = {id(planned): cost for planned, cost in zip(todo, costs, strict=True)}
-    of_rounds = [_sum(by_job[id(one)] for one in jobs) for jobs in rounds(todo)]
-    return passes_of([cost.waiting for cost in of_rounds if cost.waiting],
-                     [cost.kept for cost in of_rounds if cost.kept], waiting)
+    scored, kept = [], []
+    for jobs in rounds(todo):
+        own = [by_job[id(one)] for one in jobs]
+        alone = isinstance(jobs[0].job, InductionScores)
+        scored += [size for cost in own for size in (cost.waiting, probes)] if alone else [_sum(own).waiting]
+        kept.append(_sum(own).kept)
+    return passes_of([size for size in scored if size], [size for size in kept if size], waiting)
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:

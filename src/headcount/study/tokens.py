@@ -40,19 +40,21 @@ class Work:
         pairs: Positions times the length of their row, which attention computes.
         places: Positions whose logits are wanted.
         largest: Positions of the largest batch; 0 where it is not known.
+        cut: Requests that are longer than the window, and lose their beginning; 0 where it is not known.
     """
 
     tokens: float | int
     pairs: float | int
     places: float | int
     largest: int = 0
+    cut: int = 0
 
     @classmethod
-    def of(cls, packed: Sequence[Batch]) -> Work:
-        """What batches compute."""
+    def of(cls, packed: Sequence[Batch], cut: int = 0) -> Work:
+        """What batches compute, of whose requests so many were cut."""
         return cls(sum(b.tokens for b in packed), sum(b.tokens * b.ids.shape[1] for b in packed),
                    sum(np.unique(np.stack([b.rows, b.positions]), axis=1).shape[1] for b in packed),
-                   max((b.tokens for b in packed), default=0))
+                   max((b.tokens for b in packed), default=0), cut)
 
 
 @runtime_checkable
@@ -137,11 +139,12 @@ class AtHand:
         prompts = task.prompts(split, few_shot, chat=reading.tokenizer if reading.chat else None)
         scored = layout == "scored"
         pairs = [list(p.pairs) if scored else [p.pairs[p.gold]] for p in prompts]
-        requests = iter(encode(cast(Any, reading.tokenizer), [pair for own in pairs for pair in own],
-                               reading.max_length, apart=task.protocol == "paper"))
-        documents = [[next(requests) for _ in own] for own in pairs]
+        requests = encode(cast(Any, reading.tokenizer), [pair for own in pairs for pair in own], reading.max_length,
+                          apart=task.protocol == "paper")
+        following = iter(requests)
+        documents = [[next(following) for _ in own] for own in pairs]
         rows = pack(documents, reading.budget, trees=scored and reading.trees, tree_tokens=reading.tree_tokens)
-        return Work.of(batches(rows, reading.budget, gradients=not scored))
+        return Work.of(batches(rows, reading.budget, gradients=not scored), sum(r.truncated for r in requests))
 
 
 class Bundled:
