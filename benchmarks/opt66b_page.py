@@ -149,22 +149,22 @@ def shape_figures(found: Mapping[str, Any]) -> str:
     """The same, from what was kept."""
     plan = found["plan"]
     parts = {name: found[name] for name in ("study", "removal", "induction") if name in found}
-    took = ", ".join(f"the {name} {one['seconds'] / 60:.0f} minutes" for name, one in parts.items())
+    took = ", ".join(f"{name} {one['seconds'] / 60:.1f} min" for name, one in parts.items())
     busy = max(one["others"] for one in parts.values())
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     lines = [
         f"{found['date']}, {found['machine']}, {found['threads']} threads, {found['memory'] / 1e9:.0f} GB of memory, "
         f"{versions}: {found['layers']} layers, {plan['parameters'] / 1e9:.1f} billion parameters, "
         f"{plan['weights'] / 1e9:.1f} GB; two embedded tasks of {found['documents']} documents, one shot, "
-        f"{plan['jobs']} jobs. With loading and proving the model: {took}. Other processes kept up to {busy:.1f} of "
-        "the cores busy meanwhile, so that times are rough.", "",
-        *_memory(found), "", *_passes(found), "", *_readings(found)]
+        f"{plan['jobs']} jobs. With loading and proving the model: {took}."
+        + (f" Other processes kept up to {busy:.1f} of the cores busy meanwhile, so that times are rough."
+           if busy >= 0.1 else ""), "",
+        *_memory(found), "", *_passes(found), "", *_readings(found), "", *_removal(found), "", *_induction(found)]
     return "\n".join(lines)
 
 
 def _memory(found: Mapping[str, Any]) -> list[str]:
     plan, study = found["plan"], found["study"]
-    others = {"in the removal": "removal", "in induction": "induction"}
     rows = [("two blocks", 2 * plan["block"]), ("a batch", plan["batch"]), ("what waits, at most", plan["waiting"]),
             ("what the process had before it read weights", study["base"])]
     told = sum(size for _, size in rows)
@@ -173,10 +173,20 @@ def _memory(found: Mapping[str, Any]) -> list[str]:
             f"| the most that was seen while the study loaded and proved the model | "
             f"{study['peaks']['proofs'] / 1e9:.2f} |",
             f"| the most that was seen while jobs were done | {study['peaks']['jobs'] / 1e9:.2f} |",
-            *(f"| the most that was seen {where} | {max(found[name]['peaks'].values()) / 1e9:.2f} |"
-              for where, name in others.items() if name in found), "",
+            *(f"| the most that was seen in {what} | {max(found[what]['peaks'].values()) / 1e9:.2f} |"
+              for what in ("removal",) if what in found), *_induction_memory(found), "",
             "Seen is anonymous memory, looked at every 20 ms: without pages of files, which the system drops when it "
             "needs the room."]
+
+
+def _induction_memory(found: Mapping[str, Any]) -> list[str]:
+    if "induction" not in found:
+        return []
+    plan, one = found["plan"], found["induction"]
+    told = one["base"] + 2 * plan["block"] + plan["maps"] + plan["rows"]
+    return [f"| induction, as planned: two blocks, maps of the residual stream ({plan['maps'] / 1e9:.2f}), rows that "
+            f"wait ({plan['rows'] / 1e9:.2f}), and what the process had | {told / 1e9:.2f} |",
+            f"| the most that was seen in induction | {max(one['peaks'].values()) / 1e9:.2f} |"]
 
 
 def _passes(found: Mapping[str, Any]) -> list[str]:
@@ -193,10 +203,13 @@ def _passes(found: Mapping[str, Any]) -> list[str]:
                      f"{waited / len(own):.2f} | {times * 2 * tokens * plan['active'] / seconds / 1e9:.0f} |")
     low, middle, high = plan["layer_tokens"]
     of_jobs = [one for one in blocks if one["kind"] != "proof"]
+    seconds, beside = sum(one["seconds"] for one in of_jobs), plan["jobs"] * plan["job_seconds"]
     return [*lines, "",
             f"Layer-tokens: {sum(one['positions'] for one in of_jobs):,} in the run; planned about {middle:,.0f}, "
             f"between {low:,.0f} and {high:,.0f}. *Proof* is contract 3, which the first job needs. GFLOP/s "
-            "count blocks in full, also those whose FFN is removed and not computed."]
+            "count blocks in full, also those whose FFN is removed and not computed. Computing these blocks took "
+            f"{seconds:.0f} s; the plan for this machine says {plan['computing'] - beside:.0f} s, at "
+            f"{plan['rate'] / 1e9:.0f} GFLOP/s, and {beside:.0f} s for what {plan['jobs']} jobs do besides."]
 
 
 def _readings(found: Mapping[str, Any]) -> list[str]:
@@ -211,6 +224,32 @@ def _readings(found: Mapping[str, Any]) -> list[str]:
             f"{scoring + gradients} times ({scoring} to score, {gradients} for gradients). Loading, hashing and "
             f"proving the model read {of['proofs'] / 1e9:.0f} GB, {of['proofs'] / plan['weights']:.1f} times the "
             "weights."]
+
+
+def _removal(found: Mapping[str, Any]) -> list[str]:
+    if "removal" not in found:
+        return ["The removal was not run."]
+    blocks, logits = (proof["largest"] for proof in found["removal"]["proofs"])
+    before, after = (found["removal"]["saved"][name] for name in ("parameters", "parameters_left"))
+    return [f"`headcount remove --stream`, of 67 % of the heads and one FFN by that study: {before / 1e6:,.0f} million "
+            f"parameters became {after / 1e6:,.0f}; blocks differ from the masked model's by at most {blocks:.1e} "
+            f"standard deviations while they are written, and logits of the written model by at most {logits:.1e} of "
+            "their range."]
+
+
+def _induction(found: Mapping[str, Any]) -> list[str]:
+    if "induction" not in found:
+        return ["Induction was not run."]
+    one, weights = found["induction"], found["plan"]["weights"]
+    lines = []
+    for kind in ("texts", "probes"):
+        own = [block for block in one["blocks"] if block["kind"] == f"induction, {kind}"]
+        seconds, waited = (sum(block[what] for block in own) / len(own) for what in ("seconds", "waiting"))
+        lines.append(f"{kind} ({own[0]['positions']:,} positions a block) took {seconds:.1f} s a block, and "
+                     f"{waited:.1f} s to wait for it")
+    read = sum(reading["bytes"] for reading in one["readings"])
+    return [f"`headcount induction --stream`, one text of each kind: {'; '.join(lines)}. With loading, hashing and "
+            f"proving the model it read {read / 1e9:.0f} GB, {read / weights:.1f} times the weights."]
 
 
 def hours(number: float) -> str:

@@ -53,9 +53,14 @@ import random_checkpoint
 import tiny
 from headcount.cli import main as command
 from headcount.engine import neighbours, proof, stream, stream_gradients
+from headcount.engine.pack import Budget
 from headcount.engine.stream import Stream, Wave
+from headcount.measure import probes
 from headcount.model.blockfiles import BlockFiles
+from headcount.model.circuits import probes_of
 from headcount.model.without_weights import bundled_shapes
+from headcount.study.costs import memory_of
+from headcount.study.devices import JOB_SECONDS
 from headcount.study.forecast import forecast
 from headcount.study.prepare import Silent
 from headcount.study.runner import run_study
@@ -154,7 +159,9 @@ class Watch(Silent):
 
         def passed(self_: Stream, waves: Any, around: Any = None) -> Iterator[int]:
             probe = type(waves[0].batch) is proof._Probe  # contract 3 is proved when the first job needs it
-            self._kind = "proof" if probe else "scoring" if around is None else "induction"
+            rows = type(waves[0].batch) is probes._Rows
+            self._kind = ("proof" if probe else "scoring" if around is None else "induction, probes" if rows else
+                          "induction, texts")
             yield from through(self_, waves, around)
 
         headcount.model.load.load = opened
@@ -220,8 +227,8 @@ def removal(watch: Watch, model: Path, out: Path, documents: int) -> None:
 
 def induction(watch: Watch, model: Path, out: Path, documents: int) -> None:
     """Prefix matching and copying of every head, on one text of each kind, into the study's folder."""
-    _command("induction", str(model), "--stream", "--skip-control", "--induction-lengths", "25", "--induction-seeds",
-             "1", "--out", str(out))
+    _command("induction", str(model), "--stream", "--stream-memory", "1GB", "--skip-control",
+             "--induction-lengths", "25", "--induction-seeds", "1", "--out", str(out))
 
 
 def _command(*arguments: str) -> None:
@@ -247,14 +254,24 @@ def write_checkpoint(folder: Path, layers: int) -> None:
 
 def planned(spec: StudySpec) -> Row:
     """What `headcount plan` says of the study."""
-    known = forecast(spec)
-    layers, passes = known.total.layer_tokens, known.passes
+    known = forecast(spec, on=("cpu",))
+    layers, passes, here = known.total.layer_tokens, known.passes, known.devices[0]
+    d_model = known.shape.anatomy.layers[0].d_model
     return {"parameters": known.shape.anatomy.num_parameters, "weights": known.memory.weights,
             "block": known.memory.block, "output": known.memory.output, "batch": known.memory.batch,
-            "streamed": known.memory.streamed, "waiting": known.waiting, "passes": list(passes),
+            "streamed": known.memory.streamed, "maps": memory_of(known.shape, Budget(), 0, induction=True).induction,
+            "rows": 2 * probes_of(d_model) * d_model * known.shape.model.dtype.itemsize,
+            "waiting": known.waiting, "passes": list(passes),
             "bytes_read": known.memory.weights * sum(passes), "jobs": len(known.jobs),
             "layer_tokens": [layers.low, layers.middle, layers.high], "flops": known.total.flops,
-            "active": known.shape.mean_active_parameters}
+            "active": known.shape.mean_active_parameters, "computing": here.computing * 3600,
+            "rate": here.device.flops(known.shape.dtype), "job_seconds": JOB_SECONDS}
+
+
+def certificate(folder: Path) -> Row:
+    """What a removed model's certificate says of its size and its proofs."""
+    told = json.loads((folder / "headcount.json").read_text(encoding="utf-8"))
+    return {"proofs": told["proofs"], "saved": told["saved"]}
 
 
 def in_a_process(what: str, model: Path, out: Path, options: argparse.Namespace) -> Row:
@@ -283,6 +300,8 @@ def main() -> None:
                                  out=options.out, documents=options.documents)
         options.result.write_text(json.dumps(watched(work)), encoding="utf-8")
         return
+    if options.folder is not None:
+        options.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="headcount-", dir=options.folder and options.folder.parent) as place:
         model, out = options.folder or Path(place) / "model", Path(place) / "study"
         write_checkpoint(model, options.layers)
@@ -294,6 +313,8 @@ def main() -> None:
         options.kept.parent.mkdir(parents=True, exist_ok=True)
         for what in PARTS:
             found[what] = in_a_process(what, model, out, options)
+            if what == "removal":
+                found[what] |= certificate(out.with_name("removed"))
             options.kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 

@@ -53,6 +53,7 @@ def _print_model(known: Forecast) -> None:
     _say(f"{shape.name} ({source}): {_many(shape.anatomy.num_parameters)} parameters, {shape.anatomy.num_layers} "
          f"layers of {of_heads} heads, {shape.dtype}, window {shape.max_length:,}")
     gradients = f", {_bytes(memory.gradients)} for an example's gradients" if memory.gradients else ""
+    gradients += f", {_bytes(memory.induction)} for induction" if memory.induction else ""
     _say(f"Memory: weights {_bytes(memory.weights)}, largest block {_bytes(memory.block)}, output layer "
          f"{_bytes(memory.output)}; about {_bytes(memory.batch)} for a batch{gradients}. At the most "
          f"{_bytes(memory.resident)} resident, {_bytes(memory.streamed)} streamed.")

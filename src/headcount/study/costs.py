@@ -18,6 +18,9 @@ from headcount.model.without_weights import Shape
 from headcount.study.devices import JOB_SECONDS, READ_SPEED, Device
 from headcount.study.tokens import Work
 
+# Maps of the residual stream in float32: from the embeddings, to the output layer, of all tokens' products, of these
+# together, and a layer's output projection.
+_MAPS = 5
 Way: TypeAlias = Literal["resident", "part streamed", "streamed", "too large"]
 
 
@@ -31,6 +34,7 @@ class Memory:
         output: The output layer's.
         batch: Activations of a batch that is scored.
         gradients: Activations of an example whose gradients are wanted, of all blocks; 0 where none are.
+        induction: Maps of the residual stream that induction scores are made with; 0 where none are wanted.
     """
 
     weights: int
@@ -38,16 +42,17 @@ class Memory:
     output: int
     batch: int
     gradients: int
+    induction: int = 0
 
     @property
     def resident(self) -> int:
         """At the most, with the whole model in memory."""
-        return self.weights + max(self.batch, self.gradients)
+        return self.weights + max(self.batch, self.gradients, self.induction)
 
     @property
     def streamed(self) -> int:
         """At the most, where blocks are read one after another: two of them, or the output layer, and a batch."""
-        return max(2 * self.block, self.output) + self.batch
+        return max(2 * self.block, self.output) + max(self.batch, self.induction)
 
 
 class Passes(NamedTuple):
@@ -98,18 +103,19 @@ def flops_of(shape: Shape, work: Work, layers: float | int, masks: int) -> float
                  + 4 * work.pairs * layers * shape.attention_width + 2 * work.places * masks * shape.output_parameters)
 
 
-def memory_of(shape: Shape, budget: Budget, longest: float | int) -> Memory:
+def memory_of(shape: Shape, budget: Budget, longest: float | int, *, induction: bool = False) -> Memory:
     """What a run keeps in memory.
 
     Args:
         shape: The model.
         budget: How large batches are.
         longest: Tokens of an example whose gradients are wanted; 0 where none are.
+        induction: Whether induction scores are wanted.
     """
     size, (forward, gradient) = shape.model.dtype.itemsize, bytes_per_token(shape)
     return Memory(shape.anatomy.num_parameters * size, max(shape.block_parameters) * size,
                   shape.output_parameters * size, int(forward * max(budget.batch_tokens, longest)),
-                  int(gradient * longest))
+                  int(gradient * longest), induction * _MAPS * 4 * shape.anatomy.layers[0].d_model ** 2)
 
 
 def passes_of(scored: Iterable[float], gradients: Iterable[float], waiting: float | int) -> Passes:

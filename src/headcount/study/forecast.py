@@ -199,7 +199,8 @@ def forecast(
     todo = [one for one in left if one is not None]
     shares = known.shares(todo)
     total = _sum(shares.values())
-    memory = memory_of(shape, reading.budget, max((t.gradient / max(1, t.examples) for t in known.tasks), default=0.0))
+    memory = memory_of(shape, reading.budget, max((t.gradient / max(1, t.examples) for t in known.tasks), default=0.0),
+                       induction="induction" in parts)
     costs = tuple(None if one is None else known.cost(one.job) for one in left)
     streamed = spec.stream or spec.device_map == DISK
     said = bytes_said(spec.stream_memory)
