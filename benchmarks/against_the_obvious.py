@@ -29,8 +29,9 @@ from headcount.engine.pack import Batch, batches, pack
 from headcount.masks import Mask, prune, random_order
 from headcount.measure.copying import PaperCopying, Reading, Watch, sound_copying
 from headcount.measure.evaluate import Prepared, prepare, score
-from headcount.measure.induction import LENGTHS, REPEATS, prefix_matching, usable_tokens
+from headcount.measure.induction import prefix_matching
 from headcount.measure.probes import probe_of
+from headcount.measure.texts import LENGTHS, REPEATS, usable_tokens
 from headcount.model.attention import attention_keywords, attention_seen, eager
 from headcount.model.circuits import ov_copying
 from headcount.model.load import LoadedModel, load

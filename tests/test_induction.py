@@ -25,8 +25,10 @@ import tiny as tiny_smollm2
 from families import FAMILIES, VOCAB, reader, tiny
 from headcount.engine.engine import Engine
 from headcount.errors import ModelError, OptionError
-from headcount.measure import induction
-from headcount.measure.induction import induction_scores, randomised, split_half, usable_tokens
+from headcount.measure import induction, texts
+from headcount.measure.control import randomised
+from headcount.measure.induction import induction_scores, split_half
+from headcount.measure.texts import usable_tokens
 from headcount.model.anatomy import LayerAnatomy, find_anatomy
 from headcount.model.circuits import output_map
 from headcount.model.load import LoadedModel, wrap
@@ -425,9 +427,9 @@ def test_scores_cost_one_pass_per_text_and_one_row_of_logits() -> None:
 
 
 def test_defaults_are_those_that_are_promised() -> None:
-    assert (induction.LENGTHS[0], induction.LENGTHS[-1], induction.REPEATS) == (25, 223, 4)
-    assert tuple(25 + 2 * i for i in range(100)) == induction.PAPER_LENGTHS
-    assert {"sound": (len(induction.LENGTHS), induction.SEEDS), "paper": (100, 1)} == INDUCTION_TEXTS
+    assert (texts.LENGTHS[0], texts.LENGTHS[-1], texts.REPEATS) == (25, 223, 4)
+    assert tuple(25 + 2 * i for i in range(100)) == texts.PAPER_LENGTHS
+    assert {"sound": (len(texts.LENGTHS), texts.SEEDS), "paper": (100, 1)} == INDUCTION_TEXTS
 
 
 def test_the_strongest_heads_of_a_real_model(smollm2: LoadedModel) -> None:

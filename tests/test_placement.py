@@ -34,7 +34,8 @@ from headcount.engine.pack import Budget
 from headcount.engine.proof import _parting, _requests
 from headcount.engine.stream import away
 from headcount.errors import DeviceWarning, ModelError
-from headcount.measure.induction import induction_scores, randomised
+from headcount.measure.control import randomised
+from headcount.measure.induction import induction_scores
 from headcount.model.contracts import probe_tokens
 from headcount.model.devices import devices_of
 from headcount.model.load import LoadedModel, load, wrap

@@ -19,6 +19,7 @@ from headcount.engine import budget as budgets
 from headcount.engine.pack import Budget, Cost
 from headcount.errors import ModelError, OptionError
 from headcount.measure import induction
+from headcount.measure.texts import LENGTHS, SEEDS
 from headcount.model import placement, speed
 from headcount.model.load import LoadedModel, load
 from headcount.model.without_weights import bundled_shapes, shape_of
@@ -321,7 +322,7 @@ def test_induction_reads_weights_for_texts_and_probes() -> None:
     assert forecast(dataclasses.replace(spec, skip_control=True)).passes == Passes(2, 0)
     known = forecast(dataclasses.replace(spec, skip_control=True, stream_memory="100MB"))
     states = 1 + 4 // 2  # a hidden state in float16, a direction in float32
-    texts = [1 + 4 * length for length in induction.LENGTHS for _ in range(induction.SEEDS)]
+    texts = [1 + 4 * length for length in LENGTHS for _ in range(SEEDS)]
     waits = 2 * sum(n * (states * 2 * 768 + 8) + n * n for n in texts)
     assert known.passes.scoring == math.ceil(waits / 100e6) + 1
 

@@ -34,7 +34,8 @@ from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
-from headcount.measure.induction import induction_scores, randomised
+from headcount.measure.control import randomised
+from headcount.measure.induction import induction_scores
 from headcount.model import circuits, held, placement, random_weights
 from headcount.model.blockfiles import BlockFiles
 from headcount.model.contracts import probe_tokens

@@ -21,7 +21,7 @@ from rich.progress import Progress
 import headcount as hc
 import tiny
 from headcount.errors import HeadcountError, ModelError, OptionError
-from headcount.measure.induction import randomised
+from headcount.measure.control import randomised
 from headcount.model import block_cache, random_weights
 from headcount.model.block_cache import what_to_do
 from headcount.model.blockfiles import BlockFiles

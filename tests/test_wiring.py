@@ -408,7 +408,8 @@ def test_induction_heads_are_those_high_on_both_scores(tmp_path: Path) -> None:
 
 
 def test_the_control_is_the_same_model_with_random_weights(tmp_path: Path) -> None:
-    from headcount.measure.induction import induction_scores, randomised
+    from headcount.measure.control import randomised
+    from headcount.measure.induction import induction_scores
 
     loaded = tiny.loaded("llama")
     asked = StudySpec("tiny", tasks=(), measure=("induction",), induction_seeds=1, seed=5, out=tmp_path / "study")

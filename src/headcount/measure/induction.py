@@ -9,10 +9,6 @@ they are taken as soon as a layer's matrix is there. The paper's code (protocol 
 token besides, at the last position of every repeat. Copying (`headcount.measure.copying`) has texts of R L unique
 tokens. The previous-token score is the mean attention to the position before, BOS left out, in the repeated texts.
 
-Token ids are drawn, never text. The tokenizer's merges rank tokens by frequency: the first and last 4 % are left out. A
-text depends on the seed, its length and its number alone, so that no score depends on batches. The protocol "paper" has
-the paper's lengths, one text of each of 25, 27, ... 223; the paper's draw had no seed, this one has.
-
 Cost, in eager forward passes of the same text without logits (SmolLM2, two cores; docs/performance.md): prefix matching
 .98 to 1.01, copying 1.3 to 1.8 ("paper": 2.3 to 2.9), and once 2 s for the OV score and what norms do. 98 texts of each
 kind: 97,412 tokens, 192 s.
@@ -21,47 +17,35 @@ kind: 97,412 tokens, 192 s.
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import functools
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import dispatch_model
 from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Int
 from more_itertools import peekable
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from headcount.engine.engine import Engine
 from headcount.engine.forward import Progress
 from headcount.engine.stream import Stream, Waiting, Wave, stream_of
-from headcount.errors import ModelError, OptionError
+from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.measure.copying import PaperCopying, Reading, Watch, sound_copying
 from headcount.measure.finite import finite_induction
 from headcount.measure.probes import probe_of
+from headcount.measure.texts import REPEATS, Protocol, Texts, drawn_texts
 from headcount.model.attention import attention_keywords, eager
 from headcount.model.circuits import ov_copying
 from headcount.model.devices import doubled
 from headcount.model.held import fetched, held
-from headcount.model.load import LoadedModel, wrap
-from headcount.model.placement import DISK
-from headcount.model.random_weights import random_in_files, space_needed
+from headcount.model.load import LoadedModel
 from headcount.results import InductionScores
 from headcount.stats import ranks
 
-Protocol = Literal["sound", "paper"]
-LENGTHS = (25, 58, 91, 124, 157, 190, 223)
-PAPER_LENGTHS = tuple(range(25, 225, 2))
-SEEDS = 14
-REPEATS = 4
-_EXCLUDED = 0.04
 # Entries of one layer's attention that a batch may have; eager attention holds several copies.
 _ENTRIES = {"cpu": 2**23}
 _KINDS = ("prefix_matching", "previous_token", "copying")
@@ -100,7 +84,7 @@ def induction_scores(
             text, or a score is no number.
     """
     Engine.of(loaded).prove()
-    texts, notes = _drawn(loaded, lengths, repeats, seeds, seed, protocol)
+    texts, notes = drawn_texts(loaded, lengths, repeats, seeds, seed, protocol)
     with eager(loaded.model):
         reading = Reading.of(loaded, attention_keywords(loaded.name, loaded.model, loaded.anatomy))
         measured = _measured(reading, texts, protocol, progress)
@@ -119,186 +103,13 @@ def check(loaded: LoadedModel, *, lengths: Sequence[int] | None = None, protocol
     Raises:
         HeadcountError: As it does.
     """
-    _drawn(loaded, lengths, REPEATS, None, 0, protocol)
+    drawn_texts(loaded, lengths, REPEATS, None, 0, protocol)
     with eager(loaded.model):
         attention_keywords(loaded.name, loaded.model, loaded.anatomy)
 
 
-def control_needs(loaded: LoadedModel) -> str:
-    """Says what the control (`randomised`) will take of the disk; empty where it takes none.
-
-    Raises:
-        ModelError: If the disk has less.
-    """
-    if DISK in getattr(loaded.model, "hf_device_map", {}).values():
-        needed, folder = space_needed(loaded.name, loaded.model)
-        return (f"the control of induction, the same model with random weights, will take {needed:,} bytes in {folder} "
-                "while it is measured")
-    return ""
-
-
-def _drawn(
-    loaded: LoadedModel, lengths: Sequence[int] | None, repeats: int, seeds: int | None, seed: int, protocol: Protocol
-) -> tuple[_Texts, list[str]]:
-    """The texts, and what must be told of them."""
-    chosen, seeds = _options(lengths, repeats, seeds, protocol)
-    tokens, notes = usable_tokens(loaded)
-    start = [] if loaded.tokenizer.bos_token_id is None else [int(loaded.tokenizer.bos_token_id)]
-    if not start:
-        left_out = ", which copying leaves out of view" if protocol == "sound" else ""
-        notes.append(f"the tokenizer has no BOS token: texts begin with a random token{left_out}")
-    kept = _fitting(loaded, chosen, repeats, len(start), len(tokens), notes)
-    members = [(length, number) for length in kept for number in range(seeds)]
-    notes += _windows(loaded, max(kept), repeats)
-    return _Texts(tokens, start, repeats, seed, members), notes
-
-
-def _windows(loaded: LoadedModel, longest: int, repeats: int) -> list[str]:
-    """Which layers cannot see a whole text; `longest` is that of a sequence."""
-    config = loaded.model.config.get_text_config()
-    kinds = (getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-             or ["sliding_attention"] * loaded.anatomy.num_layers)
-    notes = []
-    for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size"),
-                       ("local", "window_size")):
-        window, layers = getattr(config, name, None), list(kinds).count(kind)
-        if window and layers and window <= longest * repeats:
-            none = "no" if window <= longest else "not every"
-            notes.append(f"attention in {layers} of {loaded.anatomy.num_layers} layers sees {window} tokens at most: "
-                         f"in the longest texts heads there reach {none} earlier occurrence of a token")
-    return notes
-
-
-def _options(
-    lengths: Sequence[int] | None, repeats: int, seeds: int | None, protocol: Protocol
-) -> tuple[tuple[int, ...], int]:
-    if repeats < 2:
-        raise OptionError(f"a sequence must stand at least 2 times in a text, not {repeats}")
-    paper = protocol == "paper"
-    chosen = tuple(dict.fromkeys(lengths)) if lengths is not None else PAPER_LENGTHS if paper else LENGTHS
-    seeds = (1 if paper else SEEDS) if seeds is None else seeds
-    if not chosen or min(chosen) < 2 or seeds < 1:
-        raise OptionError("induction heads need lengths of at least 2 tokens, and at least 1 text of each")
-    return chosen, seeds
-
-
-def _fitting(
-    loaded: LoadedModel, lengths: Sequence[int], repeats: int, bos: int, tokens: int, notes: list[str]
-) -> list[int]:
-    """The lengths whose texts fit into the window, and whose copying texts have unique tokens."""
-    longest = _longest(loaded.max_length, bos, tokens, repeats)
-    kept = [n for n in lengths if n <= longest]
-    limits = f"window of {loaded.max_length} tokens, {tokens} tokens to draw from"
-    if not kept:
-        raise OptionError(f"no random sequence fits, standing {repeats} times ({limits}): the shortest has "
-                          f"{min(lengths)} tokens, and {longest} would do: give shorter lengths (lengths; "
-                          "--induction-lengths, --lengths)")
-    if len(kept) < len(lengths):
-        notes.append(f"random sequences of more than {longest} tokens are left out ({limits})")
-    return kept
-
-
-def _longest(window: int, bos: int, tokens: int, repeats: int) -> int:
-    return min((window - bos) // repeats, tokens // repeats)
-
-
-def texts_of(
-    lengths: Sequence[int] | None, seeds: int | None, protocol: Protocol, *, window: int, tokens: int, has_bos: bool
-) -> list[int]:
-    """How many tokens each random text has that `induction_scores` reads, of one kind.
-
-    Args:
-        lengths: As in `induction_scores`.
-        seeds: As there.
-        protocol: As there.
-        window: The model's window in tokens.
-        tokens: How many tokens there are to draw from.
-        has_bos: Whether texts begin with BOS.
-    """
-    chosen, number = _options(lengths, REPEATS, seeds, protocol)
-    longest = _longest(window, int(has_bos), tokens, REPEATS)
-    return [has_bos + REPEATS * length for length in chosen if length <= longest for _ in range(number)]
-
-
-def usable_tokens(loaded: LoadedModel) -> tuple[Int[np.ndarray, " token"], list[str]]:
-    """The ids that texts are drawn from, most frequent first where that is known, and notes.
-
-    Where the tokenizer has merges (BPE), they are ranked by frequency: tokens that merges make, without the 4 % of the
-    lowest and of the highest ranks. Otherwise every token but special and added ones.
-    """
-    tokenizer = loaded.tokenizer
-    known = tokenizer.get_vocab()
-    embeddings: Any = loaded.model.get_input_embeddings()
-    size = min(int(embeddings.num_embeddings), int(loaded.model.config.get_text_config().vocab_size))
-    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
-    # Several merges can make one token: its first rank counts.
-    ranked = list(dict.fromkeys(known[made] for made in _merged(tokenizer) if made in known))
-    notes = []
-    if ranked:
-        out = int(_EXCLUDED * len(ranked))
-        ranked = ranked[out : len(ranked) - out]
-    else:
-        ranked = sorted(known.values())
-        notes.append("the tokenizer has no merges that would rank its tokens by frequency: all but special ones are "
-                     "drawn from")
-    return np.array([i for i in ranked if i not in special and i < size], np.int64), notes
-
-
-def _merged(tokenizer: Any) -> list[str]:
-    """What the merges of a BPE tokenizer make, in their order; empty for other tokenizers."""
-    ranks = getattr(tokenizer, "bpe_ranks", None)
-    if ranks:
-        return ["".join(pair) for pair in sorted(ranks, key=ranks.__getitem__)]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return []
-    model = json.loads(backend.to_str())["model"]
-    prefix = model.get("continuing_subword_prefix") or ""
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or ()]
-    return [left + right.removeprefix(prefix) for left, right in pairs]
-
-
-@dataclass(frozen=True, eq=False)
-class _Texts:
-    """What texts are made of.
-
-    Args:
-        tokens: Ids to draw from.
-        start: BOS, or nothing.
-        repeats: How often a sequence stands in a text, or how many times longer it is.
-        seed: Seed of the random texts.
-        members: Length and number of each.
-    """
-
-    tokens: Int[np.ndarray, " token"]
-    start: list[int]
-    repeats: int
-    seed: int
-    members: Sequence[tuple[int, int]]
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(length for length, _ in self.members))
-
-    def drawn(self, chosen: Sequence[int], *, repeated: bool) -> Int[Tensor, "batch pos"]:
-        """BOS and a sequence of unique tokens that is repeated, or one that is so many times longer."""
-        rows = []
-        for length, number in (self.members[i] for i in chosen):
-            generator = np.random.default_rng([self.seed, length, number, int(repeated)])
-            own = generator.choice(self.tokens, length if repeated else length * self.repeats, replace=False)
-            rows.append(np.concatenate([self.start, np.tile(own, self.repeats if repeated else 1)]).astype(np.int64))
-        return torch.from_numpy(np.stack(rows))
-
-    def batches(self, heads: int, entries: int) -> Iterator[list[int]]:
-        """Texts of one length each, so many that one layer's attention has that many entries."""
-        for length in self.lengths:
-            own = [i for i, member in enumerate(self.members) if member[0] == length]
-            most = max(1, entries // (heads * (length * self.repeats + 1) ** 2))
-            yield from (own[i : i + most] for i in range(0, len(own), most))
-
-
 def _measured(
-    reading: Reading, texts: _Texts, protocol: Protocol, progress: Progress | None
+    reading: Reading, texts: Texts, protocol: Protocol, progress: Progress | None
 ) -> Float[np.ndarray, "kind text head"]:
     """The scores of every text and head, in the order of `_KINDS`."""
     loaded, bos = reading.loaded, len(texts.start)
@@ -447,7 +258,7 @@ def prefix_matching(
 
 
 def _summary(
-    loaded: LoadedModel, measured: Float[np.ndarray, "kind text head"], texts: _Texts, protocol: Protocol,
+    loaded: LoadedModel, measured: Float[np.ndarray, "kind text head"], texts: Texts, protocol: Protocol,
     ov: Float[np.ndarray, " head"], notes: Sequence[str],
 ) -> InductionScores:
     lengths = texts.lengths
@@ -472,51 +283,3 @@ def split_half(halves: Float[np.ndarray, "2 head"]) -> float:
     NaN where a half is empty or has a single value.
     """
     return ranks.reliability(ranks.spearman(*halves))
-
-
-def randomised(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
-    """The same model with random weights, by its own initialisation, and the same tokenizer: a control.
-
-    It takes as much memory as the model, on the same devices; where some of the model's weights lie in files, all of
-    its lie in a temporary folder of the user's cache, which goes with it. Weights are the same in both cases. The
-    random number generators are left as they were.
-
-    Args:
-        loaded: The model.
-        seed: Of the weights.
-
-    Raises:
-        ModelError: If memory is too small for a second model, or the disk for its files.
-    """
-    model = loaded.model
-    config = copy.deepcopy(model.config)
-    with contextlib.suppress(AttributeError):
-        del config.quantization_config
-    devices = getattr(model, "hf_device_map", {})
-    spread = len(set(devices.values())) > 1
-    maker: Any = type(model)
-
-    def drawn() -> PreTrainedModel:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            with torch.device("cpu" if spread else loaded.device):
-                made: PreTrainedModel = maker._from_config(config, dtype=model.dtype,
-                                                           attn_implementation=config._attn_implementation)
-        return made
-
-    try:
-        if DISK in devices.values():
-            space_needed(loaded.name, model)
-            made = random_in_files(loaded.name, drawn, loaded.device, loaded.names)
-        else:
-            made = drawn()
-            if spread:
-                made = dispatch_model(made, devices, skip_keys=made._skip_keys_device_placement)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"memory is too small for {loaded.name} and the same model with random weights beside it, the "
-                         "control of copying: leave it out (`skip_control`)",
-                         fields=("skip_control",)) from error
-    note = f"all weights are random, by the model's own initialisation (seed {seed})"
-    control = wrap(made, loaded.tokenizer, f"{loaded.name} (random weights)", loaded.names)
-    return dataclasses.replace(control, notes=(*control.notes, note), apply_chat_template=loaded.apply_chat_template,
-                               stream_memory=loaded.stream_memory)

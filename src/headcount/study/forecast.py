@@ -30,7 +30,8 @@ from headcount.engine.layout import expected_layout
 from headcount.engine.pack import Budget
 from headcount.engine.stream import cannot_wait
 from headcount.errors import OptionError, TaskError, UnavailableError
-from headcount.measure.induction import states_of_induction, texts_of
+from headcount.measure.induction import states_of_induction
+from headcount.measure.texts import texts_of
 from headcount.model.circuits import probes_of
 from headcount.model.placement import DISK, bytes_said, may_wait
 from headcount.model.speed import slow_type

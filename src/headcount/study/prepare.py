@@ -293,7 +293,7 @@ def prepare(
 def _tell_control(plan: Plan, reporter: Reporter) -> None:
     """Say what the control of induction will take of the disk, where it is still to be measured."""
     if any(isinstance(planned.job, InductionScores) and planned.job.weights == "random" for planned in plan.todo()):
-        from headcount.measure.induction import control_needs
+        from headcount.measure.control import control_needs
 
         if needed := control_needs(plan.loaded):
             reporter.note(needed)

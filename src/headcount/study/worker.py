@@ -160,7 +160,8 @@ class Worker:
                                                      "distinct_values": distinct})
 
     def _induction(self, job: InductionScores) -> Result:
-        from headcount.measure.induction import induction_scores, randomised
+        from headcount.measure.control import randomised
+        from headcount.measure.induction import induction_scores
 
         loaded = self.plan.loaded if job.weights == "trained" else randomised(self.plan.loaded, job.seed)
         protocol: Any = job.protocol
