@@ -34,7 +34,7 @@ demo: setup
 	$(BIN)/headcount demo
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 readme: setup
 	$(BIN)/python -m pytest -m long

@@ -6,11 +6,15 @@ import ast
 import functools
 import graphlib
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
 
+from headcount.measure.induction import prefix_matching
 from headcount.report import cautions
 from headcount.report.page import QUESTIONS
 
@@ -132,3 +136,18 @@ def test_each_room_says_who_lives_there() -> None:
     for of in ARROWS:
         told = ast.get_docstring(modules()[f"{of}.__init__"]) or ""
         assert 2 <= len(told.splitlines()) <= 8, of
+
+
+def test_shapes_are_checked_wherever_there_are_some() -> None:
+    told = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    (listed,) = re.findall(r"--jaxtyping-packages=(\S+),checked_types\.outermost", told)
+    checked = tuple(listed.split(","))
+    with_shapes = {f"headcount.{name}" for name in modules() if "jaxtyping" in set(imported(name))}
+    assert with_shapes
+    unchecked = {name for name in with_shapes if not any(f"{name}.".startswith(f"{one}.") for one in checked)}
+    assert unchecked == set()
+
+
+def test_a_wrong_shape_is_noticed_while_tests_run() -> None:
+    with pytest.raises(TypeCheckError):
+        prefix_matching(torch.zeros(1, 2, 3), 2, 2, 1)

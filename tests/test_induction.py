@@ -457,7 +457,6 @@ def test_nothing_hangs_on_batches(protocol: Any, monkeypatch: pytest.MonkeyPatch
     for name in ("prefix_matching", "copying", "previous_token"):
         np.testing.assert_allclose(getattr(together, name), getattr(apart, name), atol=1e-5)
     with monkeypatch.context() as patched:
-        patched.setattr(induction, "SEEDS", 5)
         patched.setattr(induction, "prefix_matching", failing_above(1))
         patched.setattr(induction, "_ENTRIES", {"cpu": 10**9})
         halved = induction_scores(loaded, **options)
