@@ -260,7 +260,7 @@ def planned(spec: StudySpec) -> Row:
     return {"parameters": known.shape.anatomy.num_parameters, "weights": known.memory.weights,
             "block": known.memory.block, "output": known.memory.output, "batch": known.memory.batch,
             "streamed": known.memory.streamed, "maps": memory_of(known.shape, Budget(), 0, induction=True).induction,
-            "rows": 2 * probes_of(d_model) * d_model * known.shape.model.dtype.itemsize,
+            "rows": probes.ROW_STATES * probes_of(d_model)[0] * d_model * known.shape.model.dtype.itemsize,
             "waiting": known.waiting, "passes": list(passes),
             "bytes_read": known.memory.weights * sum(passes), "jobs": len(known.jobs),
             "layer_tokens": [layers.low, layers.middle, layers.high], "flops": known.total.flops,

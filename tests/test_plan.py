@@ -207,6 +207,13 @@ def test_what_would_save_is_what_another_plan_says() -> None:
         assert saved[name] == pytest.approx(known.total.flops - forecast(of_125m(**options, **other)).total.flops)
 
 
+def test_what_would_save_raises_no_limit() -> None:
+    options = {"tasks": ("wic",), "unseen": (), "shots": (0,), "measure": ("curves",), "importance_limit": 20}
+    known, fewer = (forecast(of_125m(**options, limit=limit)) for limit in (600, 500))
+    assert dict(known.savings).keys() == {"--limit 500"}
+    assert dict(known.savings)["--limit 500"] == pytest.approx(known.total.flops - fewer.total.flops)
+
+
 def test_flops_are_two_a_parameter_and_attention_and_output() -> None:
     known = forecast(of_125m(tasks=("wic",), unseen=(), shots=(0,), measure=("curves",), limit=10))
     (full,) = (cost for planned, cost in zip(known.jobs, known.costs, strict=True) if planned.title.endswith(
@@ -219,12 +226,12 @@ def test_flops_are_two_a_parameter_and_attention_and_output() -> None:
 
 def test_a_device_holds_a_model_streams_it_or_cannot() -> None:
     memory = Memory(weights=100, block=10, output=30, batch=20, gradients=80)
-    device = Device("d", 150, 1, {"float32": 10.0}, 0.5, "", 1)
+    device = Device("d", 150, {"float32": 10.0}, 0.5, "", 1)
 
     def on(size: float, number: int = 1) -> object:
         one = hours_on(dataclasses.replace(device, memory=size, number=number), "float32", 36_000.0, memory,
                        Passes(3, 4), 2.0)
-        return one.way, one.copies, one.bytes_read, one.hours, one.money
+        return one.way, one.copies, one.bytes_read, round(one.hours, 6), round(one.money or 0, 6)
 
     assert on(200) == ("resident", 1, 0, 2.0, 4.0)
     assert on(150) == ("part streamed", 1, 400, 2.0, 4.0)
@@ -236,7 +243,8 @@ def test_a_device_holds_a_model_streams_it_or_cannot() -> None:
     assert math.isnan(on(40)[3])
     slow = dataclasses.replace(memory, weights=int(READ_SPEED * 3600))
     read = hours_on(device, "float32", 36_000.0, dataclasses.replace(slow, gradients=0), Passes(3, 0), None)
-    assert (read.hours, read.reading, read.computing) == (3.0, 3.0, 2.0), "the slower of both"
+    assert (read.reading, read.computing) == (3.0, 2.0)
+    assert read.hours == 3.0 + 3 * 10 / READ_SPEED / 3600, "the slower of both, and each pass's first block"
 
 
 def test_numbers_of_shots_between_those_counted_lie_on_a_line() -> None:
@@ -259,6 +267,7 @@ def test_a_stand_in_cuts_words_and_shares_beginnings() -> None:
     (["./nothing"], "there is no folder ./nothing"),
     (["facebook/opt-66b", "--on", "h1000"], "did you mean h100?"),
     (["facebook/opt-66b", "--on", "h100", "--price", "1", "2"], "there are 2 prices and 1 devices"),
+    (["facebook/opt-66b", "--on", "2xcpu"], "`cpu` is this machine, of which there is one"),
     (["facebook/opt-66b", "--apply-chat-template"], "--apply-chat-template needs the chat template"),
     (["facebook/opt-66b", "--examples-split", "test"], "has no test split"),
 ])
@@ -311,8 +320,28 @@ def test_a_plan_refuses_what_a_run_would(tmp_path: Path, monkeypatch: pytest.Mon
     assert forecast(dataclasses.replace(small, stream=False)).jobs, "nothing waits in a model in memory"
     assert forecast(dataclasses.replace(small, stream_memory="2MB")).jobs
     run_study(dataclasses.replace(small, stream_memory="2MB"))
-    (cut,) = (note for note in forecast(dataclasses.replace(spec, shots=(110,), out=None)).notes if "window" in note)
+    (cut,) = (note for note in forecast(dataclasses.replace(spec, shots=(110,), out=None)).told)
     assert cut == ("icl_plural, 110-shot: 16 requests are longer than the window of 512 tokens, and lose the beginning")
+
+
+def test_a_plan_of_induction_refuses_what_a_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tiny.saved(tmp_path / "llama")
+    spec = StudySpec(str(folder), tasks=(), measure=("induction",), stream=True, stream_memory="15KB",
+                     skip_control=True, induction_lengths=(9,), induction_seeds=2, out=tmp_path / "study")
+    for lengths in ((9,), (2,)):  # texts are too large, or probes
+        for refuses in (forecast, run_study):
+            with pytest.raises(OptionError, match=r"takes .*KB while it waits, and stream_memory is 15KB: give more$"):
+                refuses(dataclasses.replace(spec, induction_lengths=lengths))
+    enough = dataclasses.replace(spec, stream_memory="300KB")
+    assert forecast(enough).jobs
+    run_study(enough)
+    for refuses in (forecast, run_study):
+        with pytest.raises(OptionError, match="no random sequence fits, standing 4 times"):
+            refuses(dataclasses.replace(enough, induction_lengths=(400,), out=tmp_path / "other"))
+    known = forecast(dataclasses.replace(enough, induction_lengths=(9, 400)))
+    assert len(known.told) == 1
+    assert "random sequences of more than 127 tokens are left out" in known.told[0]
 
 
 def test_induction_reads_weights_for_texts_and_probes() -> None:
@@ -331,10 +360,10 @@ def test_a_type_that_a_cpu_computes_slowly_is_told(tmp_path: Path, monkeypatch: 
     rates = {torch.float32: 4e10, torch.bfloat16: 9e10, torch.float16: 1e9}
     monkeypatch.setattr(speed, "matrix_products", lambda width, inner, dtype, seconds: rates[dtype])
     folder = tiny.saved(tmp_path / "llama")
-    told = "this machine's CPU computes float16 much more slowly than bfloat16: `dtype` bfloat16 is faster"
+    told = "this machine's CPU computes float16 much more slowly than bfloat16: as bfloat16 the model runs faster"
     spec = StudySpec(str(folder), tasks=("icl_plural",), shots=(0,), limit=2, importance_limit=2, dtype="float16")
-    assert told in forecast(spec, on=("cpu",)).notes
-    assert told not in forecast(spec, on=("h100",)).notes
+    assert forecast(spec, on=("cpu",)).told == (told,)
+    assert forecast(spec, on=("h100",)).told == ()
     for stream in (False, True):
         assert told in load(folder, dtype="float16", device="cpu", stream=stream).notes
         assert told not in load(folder, device="cpu", stream=stream).notes
@@ -344,7 +373,7 @@ def test_a_type_that_a_cpu_computes_slowly_is_told(tmp_path: Path, monkeypatch: 
 
 def test_a_model_fits_where_a_run_would_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "free_memory", lambda device: 1000)
-    device = Device("cpu", 1000, 0, {"float32": 1.0}, 1.0, "", kind="cpu")
+    device = Device("cpu", 1000, {"float32": 1.0}, 1.0, "", kind="cpu")
     for kind, most in (("cpu", 900), ("cuda", 950)):
         assert placement.fits(most, kind)
         assert not placement.fits(most + 1, kind)

@@ -34,6 +34,7 @@ from headcount.engine.sweep import Sweep
 from headcount.engine.treemask import model_inputs
 from headcount.errors import ModelError, OptionError
 from headcount.masks import Mask
+from headcount.measure import probes
 from headcount.measure.control import randomised
 from headcount.measure.induction import induction_scores
 from headcount.model import circuits, held, placement, random_weights
@@ -280,6 +281,22 @@ def test_induction_scores_are_the_same_read_block_by_block(
         for name in ("prefix_matching", "copying", "previous_token", "ov_copying"):
             assert np.array_equal(getattr(found, name), getattr(expected, name), equal_nan=True), name
     assert len(told) == 2 * 2 * 2, "two lengths, of two kinds each, twice"
+
+
+@pytest.mark.parametrize("part", ["texts", "probes"])
+def test_memory_that_is_too_small_for_induction_beside_a_block_is_told(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_files, through = both("llama", tmp_path)[1], Stream.through
+
+    def failing(stream: Stream, waves: Any, around: Any = None) -> Iterator[int]:
+        yield from through(stream, waves, around)
+        if isinstance(waves[0].batch, probes._Rows) == (part == "probes") and around is not None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1000 bytes.")
+
+    monkeypatch.setattr(Stream, "through", failing)
+    with pytest.raises(ModelError, match=r"too small for a batch of \d+ tokens beside a block.*less that waits"):
+        induction_scores(in_files, lengths=(5,), seeds=1)
 
 
 @pytest.mark.parametrize("protocol", ["sound", "paper"])

@@ -41,6 +41,8 @@ def print_forecast(known: Forecast) -> None:
         _say(f"What would save how much of it, each by itself: {'; '.join(saved)}")
     for note in known.notes:
         _say(f"assumed: {note}")
+    for note in known.told:
+        _say(f"note: {note}")
     n, todo = len(known.jobs), sum(rest is not None for rest in known.left)
     _say(f"{n:,} job{'s' * (n != 1)}, {todo:,} to do. Nothing was measured, and no weights were read.")
 
@@ -56,7 +58,8 @@ def _print_model(known: Forecast) -> None:
     gradients += f", {_bytes(memory.induction)} for induction" if memory.induction else ""
     _say(f"Memory: weights {_bytes(memory.weights)}, largest block {_bytes(memory.block)}, output layer "
          f"{_bytes(memory.output)}; about {_bytes(memory.batch)} for a batch{gradients}. At the most "
-         f"{_bytes(memory.resident)} resident, {_bytes(memory.streamed)} streamed.")
+         f"{_bytes(memory.resident)} resident, {_bytes(memory.streamed)} streamed, beside what waits between "
+         "blocks and the process itself.")
 
 
 def _print_tasks(known: Forecast) -> None:
@@ -124,13 +127,14 @@ def _print_devices(known: Forecast) -> None:
         _say(f"assumed: weights are read at {READ_SPEED / 1e9:g} GB/s, once for as many jobs as "
              f"{_bytes(waiting)} of hidden states allow: {passes.scoring:,} times to score, "
              f"{passes.gradients:,} times for gradients. A pass takes as long as the slower of reading and "
-             "computing.")
+             "computing, and its first block is read before.")
     if any(one.way == "part streamed" for one in known.devices):
         _say("part streamed: the model fits, but not with the gradients of an example beside it")
     fits = " and ".join(dict.fromkeys(
         f"{filled(one.device.kind):.0%} of {'what is free here' if one.device.kind == 'cpu' else 'a GPU'}"
         for one in known.devices))
-    _say(f"A model is resident where it fits into {fits}; loading it, and proofs of it, are not counted.")
+    _say(f"A model is resident where it fits into {fits}; loading it, proofs of it, and what induction "
+         "asks of heads by probes are not counted.")
 
 
 def _times(one: OnDevice) -> Sequence[str]:

@@ -61,12 +61,14 @@ class Waiting(Generic[B]):
         inputs: Makes it the model's keyword arguments.
         masks: What is kept.
         states: How many hidden states of it will wait at the most.
+        smaller: The option that makes such batches smaller; empty where there is none.
     """
 
     batch: B
     inputs: Callable[[B], Inputs]
     masks: Sequence[Mask]
     states: int
+    smaller: str = "batch_tokens"
 
 
 @dataclass
@@ -122,7 +124,7 @@ class Stream:
                 hidden, calls = entered(self.model, self.blocks, first.inputs(first.batch))
                 needed = bytes_of(calls) + first.states * hidden.untyped_storage().nbytes()
                 if not waves and self.memory is not None and needed > self.memory:
-                    raise cannot_wait(first.batch.tokens, needed, self.memory)
+                    raise cannot_wait(first.batch.tokens, needed, self.memory, first.smaller)
                 left -= needed
                 if waves and left < 0:
                     break
@@ -173,16 +175,28 @@ class Stream:
                 yield finished(self.model, self.blocks, leaves)
 
 
-def cannot_wait(tokens: int, needed: int, memory: int) -> OptionError:
-    """Says that a batch of so many tokens takes more memory while it waits than it is given."""
+def cannot_wait(tokens: int, needed: int, memory: int, smaller: str) -> OptionError:
+    """Says that a batch of so many tokens takes more memory while it waits than it is given.
+
+    Args:
+        tokens: How many it has.
+        needed: Bytes that it takes.
+        memory: Bytes that may wait.
+        smaller: The option that makes batches smaller; empty where there is none.
+    """
+    otherwise = f", or smaller batches (`{smaller}`)" if smaller else ""
     return OptionError(f"a batch of {tokens:,} tokens takes {bytes_told(needed)} while it waits, and `stream_memory` "
-                       f"is {bytes_told(memory)}: give more, or smaller batches (`batch_tokens`)",
-                       fields=("stream_memory", "batch_tokens"))
+                       f"is {bytes_told(memory)}: give more{otherwise}",
+                       fields=("stream_memory", *filter(None, [smaller])))
 
 
 @contextlib.contextmanager
-def fitting(waves: Sequence[Wave[Any]]) -> Iterator[None]:
+def fitting(waves: Sequence[Wave[Any]], smaller: str = "batch_tokens") -> Iterator[None]:
     """While waves are computed: memory that is too small for one of them beside a block is told in a line.
+
+    Args:
+        waves: They.
+        smaller: The option that makes such batches smaller; empty where there is none.
 
     Raises:
         ModelError: If it is.
@@ -193,9 +207,10 @@ def fitting(waves: Sequence[Wave[Any]]) -> Iterator[None]:
         if not should_reduce_batch_size(error):
             raise
         most = max(wave.batch.tokens for wave in waves)
+        otherwise = f"smaller batches (`{smaller}`), or " if smaller else ""
         raise ModelError(f"memory is too small for a batch of {most:,} tokens beside a block of the model: give "
-                         f"smaller batches (`batch_tokens`), or less that waits (`stream_memory`) ({error})",
-                         fields=("batch_tokens", "stream_memory")) from error
+                         f"{otherwise}less that waits (`stream_memory`) ({error})",
+                         fields=(*filter(None, [smaller]), "stream_memory")) from error
 
 
 def stream_of(loaded: LoadedModel) -> Stream | None:

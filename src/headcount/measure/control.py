@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 
 from headcount.errors import ModelError
@@ -62,13 +63,16 @@ def randomised(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
 
     try:
         if DISK in devices.values():
-            space_needed(loaded.name, model)
+            space_needed(loaded.name, model)  # raises where the disk has less
             made = random_in_files(loaded.name, drawn, loaded.device, loaded.names)
         else:
             made = drawn()
             if spread:
                 made = dispatch_model(made, devices, skip_keys=made._skip_keys_device_placement)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # The CPU's allocator has no type of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+            raise
         raise ModelError(f"memory is too small for {loaded.name} and the same model with random weights beside it, the "
                          "control of copying: leave it out (`skip_control`)",
                          fields=("skip_control",)) from error

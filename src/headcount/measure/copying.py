@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headcount.engine.stream import away, stream_of
 from headcount.measure.probes import ends_of
 from headcount.model.anatomy import Anatomy
 from headcount.model.attention import Visit, attention_seen, fed, one_logit
@@ -56,17 +57,20 @@ class Reading:
         told: What it must be told, so that attentions hand out their probabilities.
         ends: What lies between the residual stream and its ends.
         norms: Norms on attention's output, by layer.
+        away: Puts what waits between two layers where it waits.
     """
 
     loaded: LoadedModel
     told: Mapping[str, bool]
     ends: EndMaps
     norms: Mapping[int, BranchNorm]
+    away: Callable[[Tensor], Tensor]
 
     @classmethod
     def of(cls, loaded: LoadedModel, told: Mapping[str, bool]) -> Reading:
-        """Find out, with about two passes of d_model tokens without FFNs."""
-        return cls(loaded, told, ends_of(loaded), branch_norms(loaded.norms))
+        """Find out, in memory with about two passes of d_model tokens without FFNs, from files without blocks."""
+        return cls(loaded, told, ends_of(loaded), branch_norms(loaded.norms),
+                   away if stream_of(loaded) is not None else lambda tensor: tensor)
 
     def run(self, ids: Int[Tensor, "batch pos"]) -> None:
         """One forward pass, for hooks to see."""
@@ -103,7 +107,7 @@ class Watch:
 
 def sound_copying(reading: Reading, ids: Int[Tensor, "batch pos"]) -> Watch:
     """Looks for copying in texts, by protocol "sound"."""
-    directions = unembedding(reading.loaded.model, ids[:, 1:]) @ reading.ends.exit.T
+    directions = reading.away(unembedding(reading.loaded.model, ids[:, 1:]) @ reading.ends.exit.T)
     scores: dict[int, Tensor] = {}
 
     def visit(layer: int, z: Tensor, attention: Tensor) -> None:
@@ -147,7 +151,7 @@ class PaperCopying:
         directions = unembedding(model, ids)
         if directions.shape[-1] != anatomy.layers[0].d_model:  # a projection before the output layer (OPT-350M)
             directions = directions @ self.reading.ends.exit.T
-        biases = unembedding_bias(model, ids)
+        directions, biases = self.reading.away(directions), unembedding_bias(model, ids)
 
         def visit(layer: int, z: Tensor, attention: Tensor) -> None:
             part = anatomy.layers[layer]
@@ -155,12 +159,13 @@ class PaperCopying:
             # Where an attention has sinks, a row of one token does not sum to 1.
             values = (z[:, 0] / attention[:, :, 0, 0, None]).reshape(*ids.shape, *z.shape[2:]).float()
             read = keys(part, own, z, None)
+            attended = self._attended.pop(layer)
             always = own @ output_bias(part, z) + biases.to(z.device)
             rows = []
             for i in range(len(ids)):
                 logits = torch.einsum("thd,shd->hts", values[i], read[i]) + always[i]
                 highest = logits.masked_fill(~_view(logits), -torch.inf).amax(-1, keepdim=True)
-                rows.append(_ratio((logits - highest).exp(), self._attended[layer][i])[:, 1:].mean(-1))
+                rows.append(_ratio((logits - highest).exp(), attended[i])[:, 1:].mean(-1))
             scores[layer] = torch.stack(rows)
 
         return Watch(visit, lambda: torch.cat([scores[layer].cpu().double() for layer in sorted(scores)], -1)[None],

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +32,13 @@ from torch import Tensor
 
 from headcount.engine.engine import Engine
 from headcount.engine.forward import Progress
-from headcount.engine.stream import Stream, Waiting, Wave, stream_of
+from headcount.engine.stream import Stream, Waiting, Wave, fitting, stream_of
 from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.measure.copying import PaperCopying, Reading, Watch, sound_copying
 from headcount.measure.finite import finite_induction
 from headcount.measure.probes import probe_of
-from headcount.measure.texts import REPEATS, Protocol, Texts, drawn_texts
+from headcount.measure.texts import REPEATS, Protocol, Texts, drawn_texts, most_texts
 from headcount.model.attention import attention_keywords, eager
 from headcount.model.circuits import ov_copying
 from headcount.model.devices import doubled
@@ -46,8 +47,8 @@ from headcount.model.load import LoadedModel
 from headcount.results import InductionScores
 from headcount.stats import ranks
 
-# Entries of one layer's attention that a batch may have; eager attention holds several copies.
-_ENTRIES = {"cpu": 2**23}
+# Entries of one layer's attention that a batch may have, by device, and on others; eager attention has several copies.
+_ENTRIES, _ENTRIES_ELSEWHERE = {"cpu": 2**23}, 2**28
 _KINDS = ("prefix_matching", "previous_token", "copying")
 # A function from a batch of texts to scores per text and head.
 _Work = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "kind batch head"]]
@@ -114,7 +115,7 @@ def _measured(
     """The scores of every text and head, in the order of `_KINDS`."""
     loaded, bos = reading.loaded, len(texts.start)
     scores = np.zeros((len(_KINDS), len(texts.members), loaded.anatomy.num_heads))
-    entries = _ENTRIES.get(loaded.device.type, 2**28)
+    entries = entries_on(loaded.device)
     stream, left = stream_of(loaded), list[_Text]()
     for batch in texts.batches(max(loaded.anatomy.heads_per_layer), entries):
         length = texts.members[batch[0]][0]
@@ -129,12 +130,23 @@ def _measured(
             if progress is not None:
                 progress(ids.numel())
     full, states = [Mask.full(loaded.anatomy.heads_per_layer)], states_of_induction(loaded.model.dtype)
-    waiting = peekable(Waiting(text, lambda text: reading.inputs(text.ids), full, states) for text in left)
+    waiting = peekable(Waiting(text, lambda text: reading.inputs(text.ids), full, states, "") for text in left)
     while stream is not None and waiting:
         _one_pass(reading, stream, waiting, scores, progress)
     finite_induction(loaded, scores, _KINDS,
                      lambda kind, i: texts.drawn([i], repeated=_KINDS[kind] != "copying")[0].numpy())
     return scores
+
+
+def entries_on(device: torch.device) -> int:
+    """How many entries of one layer's attention a batch of texts may have on a device."""
+    return _ENTRIES.get(device.type, _ENTRIES_ELSEWHERE)
+
+
+def largest_batch(texts: Iterable[int], bos: int, heads: int, device: torch.device) -> int:
+    """How many tokens the largest batch of texts of these numbers of tokens has, so many of which are BOS."""
+    return max(tokens * min(number, most_texts(tokens - bos, 1, heads, entries_on(device)))
+               for tokens, number in Counter(texts).items())
 
 
 def states_of_induction(dtype: torch.dtype) -> int:
@@ -171,14 +183,15 @@ def _one_pass(
     """Fill in the scores of as many texts as may wait between two blocks."""
     output: Any = reading.loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     waves = stream.enter(waiting)
-    with held([output], fetched(output)):
+    with fitting(waves, ""), held([output], fetched(output)):
         watches = {id(wave): wave.batch.look() for wave in waves}
 
     def seen(layer: int, wave: Wave[_Text]) -> contextlib.AbstractContextManager[None]:
         return watches[id(wave)].over(reading.loaded.anatomy, layer)
 
-    for _ in stream.through(waves, seen):
-        pass
+    with fitting(waves, ""):
+        for _ in stream.through(waves, seen):
+            pass
     for wave in waves:
         if (result := watches[id(wave)].result) is None:
             continue

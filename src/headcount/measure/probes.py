@@ -18,11 +18,14 @@ from more_itertools import peekable
 from torch import Tensor
 
 from headcount.engine.blocks import handed_on
-from headcount.engine.stream import Stream, Waiting, Wave, stream_of
+from headcount.engine.stream import Stream, Waiting, Wave, fitting, stream_of
 from headcount.model.attention import Visit, attention_seen, fed
 from headcount.model.circuits import EndMaps, Probe, end_maps, heads_alone, one_token, probed
 from headcount.model.held import fetched, held
 from headcount.model.load import LoadedModel
+
+# Hidden states of rows that wait: they themselves, and what the block before made of them.
+ROW_STATES = 2
 
 
 def ends_of(loaded: LoadedModel) -> EndMaps:
@@ -72,9 +75,9 @@ def _from_files(
 ) -> None:
     """Give every block some rows, all parts of them that may wait in one pass; arguments as of `probed`."""
     alone = [heads_alone(loaded.anatomy)]
-    # The rows themselves wait beside what the block before made of them.
-    waiting = peekable(Waiting(_Rows(i, rows), lambda one: {**one_token(loaded.model, one.tokens), **told}, alone, 2)
-                       for i, rows in enumerate(parts))
+    rows_of = (_Rows(i, rows) for i, rows in enumerate(parts))
+    waiting = peekable(Waiting(one, lambda one: {**one_token(loaded.model, one.tokens), **told}, alone, ROW_STATES, "")
+                       for one in rows_of)
 
     @contextlib.contextmanager
     def seen(layer: int, wave: Wave[_Rows]) -> Iterator[None]:
@@ -83,5 +86,7 @@ def _from_files(
             yield
 
     while waiting:
-        for _ in stream.through(stream.enter(waiting), seen):
-            pass
+        waves = stream.enter(waiting)
+        with fitting(waves, ""):
+            for _ in stream.through(waves, seen):
+                pass

@@ -42,7 +42,8 @@ def drawn_texts(
     if not start:
         left_out = ", which copying leaves out of view" if protocol == "sound" else ""
         notes.append(f"the tokenizer has no BOS token: texts begin with a random token{left_out}")
-    kept = _fitting(loaded, chosen, repeats, len(start), len(tokens), notes)
+    kept, too_long = _fitting(chosen, repeats, loaded.max_length, len(start), len(tokens))
+    notes += too_long
     members = [(length, number) for length in kept for number in range(seeds)]
     notes += _windows(loaded, max(kept), repeats)
     return Texts(tokens, start, repeats, seed, members), notes
@@ -78,29 +79,24 @@ def _options(
 
 
 def _fitting(
-    loaded: LoadedModel, lengths: Sequence[int], repeats: int, bos: int, tokens: int, notes: list[str]
-) -> list[int]:
-    """The lengths whose texts fit into the window, and whose copying texts have unique tokens."""
-    longest = _longest(loaded.max_length, bos, tokens, repeats)
+    lengths: Sequence[int], repeats: int, window: int, bos: int, tokens: int
+) -> tuple[list[int], list[str]]:
+    """The lengths whose texts fit into the window, and whose copying texts have unique tokens; and what is left out."""
+    longest = min((window - bos) // repeats, tokens // repeats)
     kept = [n for n in lengths if n <= longest]
-    limits = f"window of {loaded.max_length} tokens, {tokens} tokens to draw from"
+    limits = f"window of {window} tokens, {tokens} tokens to draw from"
     if not kept:
         raise OptionError(f"no random sequence fits, standing {repeats} times ({limits}): the shortest has "
                           f"{min(lengths)} tokens, and {longest} would do: give shorter lengths (lengths; "
                           "--induction-lengths, --lengths)")
-    if len(kept) < len(lengths):
-        notes.append(f"random sequences of more than {longest} tokens are left out ({limits})")
-    return kept
-
-
-def _longest(window: int, bos: int, tokens: int, repeats: int) -> int:
-    return min((window - bos) // repeats, tokens // repeats)
+    out = len(kept) < len(lengths)
+    return kept, [f"random sequences of more than {longest} tokens are left out ({limits})"] if out else []
 
 
 def texts_of(
     lengths: Sequence[int] | None, seeds: int | None, protocol: Protocol, *, window: int, tokens: int, has_bos: bool
-) -> list[int]:
-    """How many tokens each random text has that `induction_scores` reads, of one kind.
+) -> tuple[list[int], list[str]]:
+    """How many tokens each random text has that `induction_scores` reads, of one kind; and what is left out.
 
     Args:
         lengths: As in `induction_scores`.
@@ -109,10 +105,18 @@ def texts_of(
         window: The model's window in tokens.
         tokens: How many tokens there are to draw from.
         has_bos: Whether texts begin with BOS.
+
+    Raises:
+        OptionError: If an option is out of range, or no length fits.
     """
     chosen, number = _options(lengths, REPEATS, seeds, protocol)
-    longest = _longest(window, int(has_bos), tokens, REPEATS)
-    return [has_bos + REPEATS * length for length in chosen if length <= longest for _ in range(number)]
+    kept, left_out = _fitting(chosen, REPEATS, window, int(has_bos), tokens)
+    return [has_bos + REPEATS * length for length in kept for _ in range(number)], left_out
+
+
+def most_texts(length: int, repeats: int, heads: int, entries: int) -> int:
+    """How many texts a batch has, so that one layer's attention has at the most so many entries."""
+    return max(1, entries // (heads * (length * repeats + 1) ** 2))
 
 
 def usable_tokens(loaded: LoadedModel) -> tuple[Int[np.ndarray, " token"], list[str]]:
@@ -189,5 +193,5 @@ class Texts:
         """Texts of one length each, so many that one layer's attention has that many entries."""
         for length in self.lengths:
             own = [i for i, member in enumerate(self.members) if member[0] == length]
-            most = max(1, entries // (heads * (length * self.repeats + 1) ** 2))
+            most = most_texts(length, self.repeats, heads, entries)
             yield from (own[i : i + most] for i in range(0, len(own), most))

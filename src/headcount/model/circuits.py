@@ -184,9 +184,9 @@ def _embedding_size(model: PreTrainedModel) -> int:
     return int(embeddings.weight.shape[1])
 
 
-def probes_of(d_model: int) -> int:
-    """How many rows `ov_copying` gives every block of a model of this width."""
-    return 2 * (d_model + _TESTS)
+def probes_of(d_model: int) -> tuple[int, int]:
+    """How many rows `ov_copying` gives every block of a model of this width, and at the most at once."""
+    return 2 * (d_model + _TESTS), 2 * max(min(_PROBES // 2, d_model), _TESTS)
 
 
 def _slices(size: int) -> list[slice]:

@@ -48,4 +48,4 @@ def slow_type(dtype: torch.dtype) -> str:
     if own > _SLOW * max(rates):
         return ""
     name, faster = (str(one).removeprefix("torch.") for one in (dtype, others[rates.index(max(rates))]))
-    return f"this machine's CPU computes {name} much more slowly than {faster}: `dtype` {faster} is faster"
+    return f"this machine's CPU computes {name} much more slowly than {faster}: as {faster} the model runs faster"

@@ -1,8 +1,9 @@
 """Memory, hours and money from counts: what a device is given, and how long it takes.
 
 A model that fits into the usable part of a device's memory, or of several, is *resident*: copies of it work side by
-side, as many as fit. One that does not fit is *streamed*: its weights are read block by block, once a pass, and a pass
-takes as long as the slower of reading and computing. Computing is FLOPs over the share of the peak that is assumed.
+side, as many as fit. One that does not fit is *streamed*: its weights are read block by block, once a pass. A pass
+takes as long as the slower of reading and computing, and before that its first block is read alone. Computing is FLOPs
+over the share of the peak that is assumed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from headcount.engine.budget import bytes_per_token
 from headcount.engine.pack import Budget
+from headcount.model.circuits import probes_of
 from headcount.model.without_weights import Shape
 from headcount.study.devices import JOB_SECONDS, READ_SPEED, Device
 from headcount.study.tokens import Work
@@ -21,6 +23,8 @@ from headcount.study.tokens import Work
 # Maps of the residual stream in float32: from the embeddings, to the output layer, of all tokens' products, of these
 # together, and a layer's output projection.
 _MAPS = 5
+# What heads put out of a row in double precision, and a row's hidden states in the model's type, at once.
+_WIDE, _NARROW = 3, 10
 Way: TypeAlias = Literal["resident", "part streamed", "streamed", "too large"]
 
 
@@ -34,7 +38,7 @@ class Memory:
         output: The output layer's.
         batch: Activations of a batch that is scored.
         gradients: Activations of an example whose gradients are wanted, of all blocks; 0 where none are.
-        induction: Maps of the residual stream that induction scores are made with; 0 where none are wanted.
+        induction: What induction scores are made with, such as maps of the residual stream; 0 where none are wanted.
     """
 
     weights: int
@@ -115,7 +119,15 @@ def memory_of(shape: Shape, budget: Budget, longest: float | int, *, induction: 
     size, (forward, gradient) = shape.model.dtype.itemsize, bytes_per_token(shape)
     return Memory(shape.anatomy.num_parameters * size, max(shape.block_parameters) * size,
                   shape.output_parameters * size, int(forward * max(budget.batch_tokens, longest)),
-                  int(gradient * longest), induction * _MAPS * 4 * shape.anatomy.layers[0].d_model ** 2)
+                  int(gradient * longest), _of_induction(shape) if induction else 0)
+
+
+def _of_induction(shape: Shape) -> int:
+    """Bytes of maps, of what is known of every head's circuit, and of work on the rows that are probed at once."""
+    d_model, size = shape.anatomy.layers[0].d_model, shape.model.dtype.itemsize
+    circuits = sum(part.num_heads * part.d_head ** 2 for part in shape.anatomy.layers) * 8
+    _, rows = probes_of(d_model)
+    return _MAPS * 4 * d_model**2 + circuits + rows * d_model * (_WIDE * 8 + _NARROW * size)
 
 
 def passes_of(scored: Iterable[float], gradients: Iterable[float], waiting: float | int) -> Passes:
@@ -158,6 +170,7 @@ def hours_on(
         way, read = ("streamed", sum(passes)) if memory.streamed <= usable else ("too large", 0)
     computing = (flops / device.flops(dtype) + jobs * JOB_SECONDS) / 3600 / copies
     reading = memory.weights * read / READ_SPEED / 3600
-    hours = math.nan if way == "too large" else max(computing, reading)
+    first = memory.block * read / READ_SPEED / 3600
+    hours = math.nan if way == "too large" else max(computing, reading) + first
     return OnDevice(device, way, copies, hours, computing, reading, memory.weights * read, passes,
                     None if price is None else hours * price * device.number)

@@ -39,7 +39,6 @@ class Device:
     Attributes:
         name: As the user names it.
         memory: Bytes of each; of this machine, what is free.
-        bandwidth: Bytes a second that each reads its memory at; 0 where it is not known.
         peak: FLOP/s of each by the type of numbers.
         efficiency: The share of the peak that is assumed to be reached.
         source: Where the peak comes from.
@@ -50,7 +49,6 @@ class Device:
 
     name: str
     memory: float | int
-    bandwidth: float | int
     peak: Mapping[str, float] = field(hash=False)
     efficiency: float
     source: str
@@ -68,16 +66,16 @@ class Device:
         return self.peak.get(dtype, self.peak["float32"]) * self.efficiency
 
 
-def _gpu(name: str, title: str, memory: float, bandwidth: float, half: float, single: float) -> Device:
-    return Device(name, memory, bandwidth, {"bfloat16": half, "float16": half, "float32": single}, GPU_EFFICIENCY,
+def _gpu(name: str, title: str, memory: float, half: float, single: float) -> Device:
+    return Device(name, memory, {"bfloat16": half, "float16": half, "float32": single}, GPU_EFFICIENCY,
                   f"NVIDIA's data sheet of the {title}")
 
 
 _GPUS = {device.name: device for device in (
-    _gpu("h200", "H200 SXM, 141 GB", 141e9, 4.8e12, 989.4e12, 66.9e12),
-    _gpu("h100", "H100 SXM, 80 GB", 80e9, 3.35e12, 989.4e12, 66.9e12),
-    _gpu("a100", "A100 SXM, 80 GB", 80e9, 2.039e12, 311.9e12, 19.5e12),
-    _gpu("4090", "GeForce RTX 4090, 24 GB", 24e9, 1.008e12, 165.2e12, 82.6e12),
+    _gpu("h200", "H200 SXM, 141 GB", 141e9, 989.4e12, 66.9e12),
+    _gpu("h100", "H100 SXM, 80 GB", 80e9, 989.4e12, 66.9e12),
+    _gpu("a100", "A100 SXM, 80 GB", 80e9, 311.9e12, 19.5e12),
+    _gpu("4090", "GeForce RTX 4090, 24 GB", 24e9, 165.2e12, 82.6e12),
 )}
 NAMES = (*_GPUS, "cpu")
 
@@ -96,6 +94,8 @@ def device_of(name: str, width: int, inner: int, dtype: str) -> Device:
     """
     counted = _COUNTED.fullmatch(name.lower())
     number, kind = (int(counted[1]), counted[2]) if counted else (1, name.lower())
+    if kind == "cpu" and counted:
+        raise OptionError(f"`on` {name!r}: `cpu` is this machine, of which there is one", fields=("on",))
     if kind not in NAMES or number < 1:
         close = difflib.get_close_matches(kind, NAMES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -109,5 +109,5 @@ def _here(width: int, inner: int, dtype: str) -> Device:
     """This machine, timed."""
     rate = matrix_products(width, inner, getattr(torch, dtype))
     threads = torch.get_num_threads()
-    return Device("cpu", free_memory("cpu"), 0, {dtype: rate, "float32": rate}, CPU_EFFICIENCY,
+    return Device("cpu", free_memory("cpu"), {dtype: rate, "float32": rate}, CPU_EFFICIENCY,
                   f"matrix products timed just now, {threads} of {os.cpu_count()} cores", 1, "cpu", may_wait())

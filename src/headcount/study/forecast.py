@@ -21,7 +21,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -30,7 +30,8 @@ from headcount.engine.layout import expected_layout
 from headcount.engine.pack import Budget
 from headcount.engine.stream import cannot_wait
 from headcount.errors import OptionError, TaskError, UnavailableError
-from headcount.measure.induction import states_of_induction
+from headcount.measure.induction import largest_batch, states_of_induction
+from headcount.measure.probes import ROW_STATES
 from headcount.measure.texts import texts_of
 from headcount.model.circuits import probes_of
 from headcount.model.placement import DISK, bytes_said, may_wait
@@ -58,6 +59,17 @@ _SAMPLE = 32
 _FEWER = 500
 
 
+class Largest(NamedTuple):
+    """A batch: its tokens, the bytes that it takes at least while it waits, and the option that makes it smaller."""
+
+    tokens: int = 0
+    needed: int = 0
+    smaller: str = ""
+
+
+_NO_BATCH = Largest()
+
+
 @dataclass(frozen=True)
 class Cost:
     """What jobs compute.
@@ -68,7 +80,7 @@ class Cost:
         flops: Floating-point operations, at the middle of the layer-tokens.
         waiting: Bytes that wait between blocks of a streamed run: hidden states, and the masks of attention.
         kept: The same where gradients are wanted, which keep every block's input.
-        largest: The most tokens that a batch has, and what it takes alone while it waits.
+        largest: The batch that takes the most while it waits.
     """
 
     jobs: int = 0
@@ -76,13 +88,13 @@ class Cost:
     flops: float = 0.0
     waiting: float = 0.0
     kept: float = 0.0
-    largest: tuple[int, int] = (0, 0)
+    largest: Largest = _NO_BATCH
 
     def plus(self, other: Cost) -> Cost:
         """Both together."""
         return Cost(self.jobs + other.jobs, self.layer_tokens.plus(other.layer_tokens), self.flops + other.flops,
                     self.waiting + other.waiting, self.kept + other.kept,
-                    max(self.largest, other.largest, key=lambda one: one[1]))
+                    max(self.largest, other.largest, key=lambda one: one.needed))
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,7 @@ class TaskTokens:
         gradient: The same over the examples, a row each.
         bundled: Whether the counts are those that come along.
         cut: Requests of the evaluated documents that are longer than the window, and lose their beginning.
+        longest: Tokens of the longest example, about; 0 where gradients are not wanted.
     """
 
     name: str
@@ -108,6 +121,7 @@ class TaskTokens:
     gradient: float
     bundled: bool
     cut: int
+    longest: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +143,7 @@ class Forecast:
         passes: How often the weights are read where the model is streamed on this machine.
         waiting: How many bytes of hidden states then wait between its blocks at the most.
         notes: What is assumed.
+        told: What a run would note.
         other_orders: As in `headcount.study.prepare.Plan`.
         damaged: As there.
     """
@@ -147,6 +162,7 @@ class Forecast:
     passes: Passes
     waiting: int
     notes: tuple[str, ...]
+    told: tuple[str, ...] = ()
     other_orders: str = ""
     damaged: tuple[str, ...] = ()
 
@@ -185,8 +201,8 @@ def forecast(
     shape = _shape(spec)
     devices = [_device(name, shape, bytes_said(spec.stream_memory)) for name in on]
     reading, notes = _reading(shape, spec, before)
-    if shape.model.dtype == torch.float16 and any(one.kind == "cpu" for one in devices):
-        notes += filter(None, [slow_type(shape.model.dtype)])
+    narrow = shape.model.dtype == torch.float16 and any(one.kind == "cpu" for one in devices)
+    slow = [*filter(None, [slow_type(shape.model.dtype) if narrow else ""])]
     reporter.stage("loading tasks")
     seen, unseen = (_documents(names, spec, shape, reading)
                     for names in (spec.tasks, spec.unseen if "transfer" in parts else ()))
@@ -200,13 +216,13 @@ def forecast(
     todo = [one for one in left if one is not None]
     shares = known.shares(todo)
     total = _sum(shares.values())
-    memory = memory_of(shape, reading.budget, max((t.gradient / max(1, t.examples) for t in known.tasks), default=0.0),
+    memory = memory_of(shape, reading.budget, max((one.longest for one in known.tasks), default=0),
                        induction="induction" in parts)
     costs = tuple(None if one is None else known.cost(one.job) for one in left)
     streamed = spec.stream or spec.device_map == DISK
     said = bytes_said(spec.stream_memory)
-    if streamed and said is not None and total.largest[1] > said:
-        raise cannot_wait(*total.largest, said)
+    if streamed and said is not None and (largest := total.largest).needed > said:
+        raise cannot_wait(largest.tokens, largest.needed, said, largest.smaller)
     waiting = said or may_wait()
     passes_with = functools.partial(_passes, todo, [cost for cost in costs if cost is not None], known.probes)
     prices: list[float | None] = [*price] * len(on) if len(price) == 1 else [*price] or [None] * len(on)
@@ -215,7 +231,7 @@ def forecast(
                   for device, cost in zip(devices, prices, strict=True))
     return Forecast(spec, shape, parts, tuple(jobs), tuple(left), costs, tuple(known.tasks), shares,
                     tuple(known.savings(todo, shares)), memory, spent, passes_with(waiting), waiting,
-                    (*notes, *known.notes),
+                    (*notes, *known.notes), (*slow, *known.noted(todo)),
                     other_orders(spec, before) if "curve" in parts else "",
                     tuple(ledger.damaged()) if ledger is not None else ())
 
@@ -331,20 +347,22 @@ class _Known:
         return [TaskTokens(f.name, k, f.documents.get(k, 0), f.examples.get(k, 0),
                            f.documents.get(k, 0) * f.tokens.get((k, "evaluation"), 0.0),
                            f.examples.get(k, 0) * f.tokens.get((k, "gradient"), 0.0),
-                           isinstance(self.documents[f.name], Bundled), self._cut(f, k))
+                           isinstance(self.documents[f.name], Bundled), self._cut(f, k), self._longest(f, k))
                 for f in self.facts for k in self.spec.shots]
 
     def _cut(self, facts: TaskFacts, k: int) -> int:
         number = facts.documents.get(k, 0)
         return self.documents[facts.name].work("evaluation", k, number).cut if number else 0
 
+    def _longest(self, facts: TaskFacts, k: int) -> int:
+        number = facts.examples.get(k, 0)
+        return self.documents[facts.name].work("examples", k, number, "gradient").longest if number else 0
+
     @property
     def notes(self) -> list[str]:
         """What is assumed of the documents."""
         at_hand = [name for name, one in self.documents.items() if isinstance(one, AtHand)]
-        notes = [f"{one.name}, {one.num_fewshot}-shot: {one.cut:,} request{'s are' if one.cut > 1 else ' is'} longer "
-                 f"than the window of {self.shape.max_length:,} tokens, and lose{'s' * (one.cut == 1)} the beginning"
-                 for one in self.tasks if one.cut]
+        notes = []
         if at_hand and self.shape.tokenizer is None:
             notes.append("texts are cut into tokens by a stand-in, about as byte-level BPE tokenizers cut English")
         if len(at_hand) < len(self.documents):
@@ -375,10 +393,12 @@ class _Known:
             yield "--shared-shots", total - _sum(self.shares(todo, True).values()).flops
         most = max((one.job.documents or 0 for one in todo if not isinstance(one.job, InductionScores)), default=0)
         fewer = _FEWER if most > _FEWER else most // 2
-        if fewer:
+        # A limit that is lower already stays.
+        limits = " ".join(f"--{name} {fewer}" for name, given in (
+            ("limit", spec.limit), ("importance-limit", spec.importance_limit)) if given is None or given > fewer)
+        if fewer and limits:
             cut = [dataclasses.replace(one, job=_with_documents(one.job, fewer)) for one in todo]
-            yield (f"--limit {fewer} --importance-limit {fewer}",
-                   total - _sum(self.shares(cut, None).values()).flops)
+            yield limits, total - _sum(self.shares(cut, None).values()).flops
         for share in ("transfer", "grid", "induction"):
             if share in shares and len(shares) > 1:
                 yield f"without {share}", shares[share].flops
@@ -402,10 +422,11 @@ class _Known:
         layers = self.shape.anatomy.num_layers
         masks, kept, waiting, states = 1, 0.0, 0.0, 0
         if isinstance(job, InductionScores):
+            states = states_of_induction(self.shape.model.dtype)
             # Prefix matching and copying read texts of their own; the paper's copying runs blocks twice.
             kinds = 3 if job.protocol == "paper" else 2
             work, runs = self._texts(job), Layers.exactly(layers * kinds)
-            waiting = kinds * self._waiting(work, states_of_induction(self.shape.model.dtype))
+            waiting = kinds * self._waiting(work, states)
         elif isinstance(job, GradientImportance):
             work, runs = self._work(job, "gradient", "examples", shared), Layers.exactly(GRADIENT_PASSES * layers)
             masks, kept, states = GRADIENT_PASSES, self._waiting(work, layers + 1), layers + 1
@@ -416,8 +437,12 @@ class _Known:
         else:
             return Cost(1)  # put together from other entries
         flops = flops_of(self.shape, work, runs.middle, masks)
-        return Cost(1, runs.times(work.tokens), flops, waiting, kept,
-                    (work.largest, work.largest * self._hidden(states)))
+        largest = Largest(work.largest, work.largest * self._hidden(states), "batch_tokens")
+        if isinstance(job, InductionScores):
+            rows = probes_of(self.shape.anatomy.layers[0].d_model)[1]
+            probes = Largest(rows, rows * self._hidden(ROW_STATES))
+            largest = max(largest._replace(smaller=""), probes, key=lambda one: one.needed)
+        return Cost(1, runs.times(work.tokens), flops, waiting, kept, largest)
 
     def _waiting(self, work: Work, states: int, *, trees: bool = False) -> float:
         """Bytes that documents take between two blocks: so many hidden states of each, and its mask of attention."""
@@ -449,15 +474,28 @@ class _Known:
     @property
     def probes(self) -> float:
         """Bytes that probes of heads take between two blocks: induction's, after its texts."""
-        rows = probes_of(self.shape.anatomy.layers[0].d_model)
-        return self._waiting(Work(rows, rows, 0), 2)
+        rows, _ = probes_of(self.shape.anatomy.layers[0].d_model)
+        return self._waiting(Work(rows, rows, 0), ROW_STATES)
 
     def _texts(self, job: InductionScores) -> Work:
         """One pass over the random texts of one kind."""
+        shape = self.shape
+        texts, _ = self._texts_of(job)
+        largest = largest_batch(texts, int(shape.has_bos), max(shape.anatomy.heads_per_layer), shape.device)
+        return Work(sum(texts), sum(text**2 for text in texts), 0, largest)
+
+    def _texts_of(self, job: InductionScores) -> tuple[list[int], list[str]]:
         vocabulary = int(self.shape.model.config.get_text_config().vocab_size)
-        texts = texts_of(job.lengths, job.seeds, "paper" if job.protocol == "paper" else "sound",
-                         window=self.shape.max_length, tokens=vocabulary, has_bos=self.shape.has_bos)
-        return Work(sum(texts), sum(text**2 for text in texts), 0)
+        return texts_of(job.lengths, job.seeds, "paper" if job.protocol == "paper" else "sound",
+                        window=self.shape.max_length, tokens=vocabulary, has_bos=self.shape.has_bos)
+
+    def noted(self, todo: Iterable[PlannedJob]) -> list[str]:
+        """What a run would note of documents and texts."""
+        cut = [f"{one.name}, {one.num_fewshot}-shot: {one.cut:,} request{'s are' if one.cut > 1 else ' is'} longer "
+               f"than the window of {self.shape.max_length:,} tokens, and lose{'s' * (one.cut == 1)} the beginning"
+               for one in self.tasks if one.cut]
+        texts = [note for one in todo if isinstance(one.job, InductionScores) for note in self._texts_of(one.job)[1]]
+        return [*cut, *dict.fromkeys(texts)]
 
 
 def _with_documents(job: Job, most: int) -> Job:

@@ -101,11 +101,11 @@ class InductionSpec(ModelSpec):
 
     executor: Literal["process", "ray"] = field(default="process", metadata=MEANS)
     """Who does the jobs: `process`, this one alone, or `ray`, several workers of a Ray cluster, each with the model in
-    memory; docs/scale.md."""
+    memory, or streaming it; docs/scale.md."""
 
     address: str | None = field(default=None, metadata=MEANS)
     """With --executor ray: the cluster, as HOST:PORT of its head node, or `auto`, the one that runs on this machine; by
-    default one of this machine alone is started, and stopped at the end."""
+    default RAY_ADDRESS, else one of this machine alone is started, and stopped at the end."""
 
     workers: int | None = field(default=None, metadata=COUNT | MEANS)
     """With --executor ray: how many workers; by default one for each GPU, or where there is none one a node."""

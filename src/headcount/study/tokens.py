@@ -25,6 +25,8 @@ from headcount.tasks.fewshot import FewShot
 if TYPE_CHECKING:
     from headcount.tasks.task import Task
 
+# How much longer than the mean row the longest of a task is taken to be, where the documents are not at hand.
+_LONGEST = 2
 _STATISTICS = Path(__file__).parent / "data" / "tasks.json"
 # How requests are laid out: to be scored, or an example a row for gradients.
 Layout: TypeAlias = Literal["scored", "gradient"]
@@ -41,6 +43,7 @@ class Work:
         places: Positions whose logits are wanted.
         largest: Positions of the largest batch; 0 where it is not known.
         cut: Requests that are longer than the window, and lose their beginning; 0 where it is not known.
+        longest: Positions of the longest row, about; 0 where it is not known.
     """
 
     tokens: float | int
@@ -48,13 +51,14 @@ class Work:
     places: float | int
     largest: int = 0
     cut: int = 0
+    longest: int = 0
 
     @classmethod
     def of(cls, packed: Sequence[Batch], cut: int = 0) -> Work:
         """What batches compute, of whose requests so many were cut."""
         return cls(sum(b.tokens for b in packed), sum(b.tokens * b.ids.shape[1] for b in packed),
                    sum(np.unique(np.stack([b.rows, b.positions]), axis=1).shape[1] for b in packed),
-                   max((b.tokens for b in packed), default=0), cut)
+                   max((b.tokens for b in packed), default=0), cut, max((b.ids.shape[1] for b in packed), default=0))
 
 
 @runtime_checkable
@@ -188,7 +192,9 @@ class Bundled:
         of_split = self._known["tokens"].get("evaluation" if split == "evaluation" else "examples",
                                              self._known["tokens"]["evaluation"])
         tokens, width, places = (_between(of_split, num_fewshot, kind, what) for what in range(3))
-        return Work(round(documents * tokens), documents * tokens * width, documents * places)
+        # Of the sample's documents the mean is known.
+        longest = min(self._reading.max_length, round(_LONGEST * width))
+        return Work(round(documents * tokens), documents * tokens * width, documents * places, longest=longest)
 
 
 def _between(by_shots: Mapping[str, Any], num_fewshot: int, kind: str, what: int) -> float:
