@@ -120,7 +120,7 @@ def induction(loaded: LoadedModel, data: Path, repetitions: int = 3) -> list[Row
         told = attention_keywords(loaded.name, loaded.model, loaded.anatomy)
         once, reading = _timed(functools.partial(Reading.of, loaded, told))
         ov, _ = _timed(functools.partial(ov_copying, loaded.model, loaded.anatomy, reading.ends, reading.norms,
-                                         probe_of(loaded, told)))
+                                         probe_of(loaded, told, None)))
         for length in (LENGTHS[0], LENGTHS[3], LENGTHS[-1]):
             texts = max(1, 500 // length)
             tokens, _ = usable_tokens(loaded)

@@ -61,8 +61,17 @@ class _Caught(Exception):  # noqa: N818
     """Ends the pass that catches arguments."""
 
 
-def learned(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"]) -> list[Block]:
-    """The blocks of a model with the kinds of their outputs, seen in a plain pass of two tokens."""
+def learned(
+    model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch pos"], told: Mapping[str, bool] | None = None
+) -> list[Block]:
+    """The blocks of a model with the kinds of their outputs, seen in a plain pass of two tokens.
+
+    Args:
+        model: The model.
+        anatomy: Its blocks.
+        ids: Tokens.
+        told: What else the model is told, by which its blocks may put out more.
+    """
     projections: dict[int, Tensor] = {}
     attentions: dict[int, Any] = {}
     outputs: dict[int, Any] = {}
@@ -81,7 +90,7 @@ def learned(model: PreTrainedModel, anatomy: Anatomy, ids: Int[Tensor, "batch po
 
             for module, hook in ((part.out_proj, projected), (part.attention, attended), (part.block, left)):
                 hooks.callback(module.register_forward_hook(hook).remove)
-        model(input_ids=ids[:1, :2], use_cache=False)
+        model(input_ids=ids[:1, :2], use_cache=False, **(told or {}))
     return [Block(part, outputs[i], attentions[i]) for i, part in enumerate(anatomy.layers)]
 
 

@@ -29,8 +29,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headcount.engine.stream import away, stream_of
-from headcount.measure.probes import ends_of
+from headcount.engine.stream import Stream, away
+from headcount.measure.probes import ends_of, stream_told
 from headcount.model.anatomy import Anatomy
 from headcount.model.attention import Visit, attention_seen, fed, one_logit
 from headcount.model.circuits import (
@@ -57,20 +57,23 @@ class Reading:
         told: What it must be told, so that attentions hand out their probabilities.
         ends: What lies between the residual stream and its ends.
         norms: Norms on attention's output, by layer.
-        away: Puts what waits between two layers where it waits.
+        stream: The schedule by which its weights are read from files; None where they are in memory.
     """
 
     loaded: LoadedModel
     told: Mapping[str, bool]
     ends: EndMaps
     norms: Mapping[int, BranchNorm]
-    away: Callable[[Tensor], Tensor]
+    stream: Stream | None
 
     @classmethod
     def of(cls, loaded: LoadedModel, told: Mapping[str, bool]) -> Reading:
         """Find out, in memory with about two passes of d_model tokens without FFNs, from files without blocks."""
-        return cls(loaded, told, ends_of(loaded), branch_norms(loaded.norms),
-                   away if stream_of(loaded) is not None else lambda tensor: tensor)
+        return cls(loaded, told, ends_of(loaded), branch_norms(loaded.norms), stream_told(loaded, told))
+
+    def away(self, directions: Tensor) -> Tensor:
+        """Directions where they wait between two layers: in the host's memory, if the next one is still to be read."""
+        return directions if self.stream is None else away(directions)
 
     def run(self, ids: Int[Tensor, "batch pos"]) -> None:
         """One forward pass, for hooks to see."""

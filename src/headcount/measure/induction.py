@@ -32,7 +32,7 @@ from torch import Tensor
 
 from headcount.engine.engine import Engine
 from headcount.engine.forward import Progress
-from headcount.engine.stream import Stream, Waiting, Wave, fitting, stream_of
+from headcount.engine.stream import Stream, Waiting, Wave, fitting
 from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.measure.copying import PaperCopying, Reading, Watch, sound_copying
@@ -90,7 +90,7 @@ def induction_scores(
         reading = Reading.of(loaded, attention_keywords(loaded.name, loaded.model, loaded.anatomy))
         measured = _measured(reading, texts, protocol, progress)
         scores, straight = ov_copying(loaded.model, loaded.anatomy, reading.ends, reading.norms,
-                                      probe_of(loaded, reading.told))
+                                      probe_of(loaded, reading.told, reading.stream))
     lacking = [layer for layer, ok in enumerate(straight) if not ok.all()]
     if lacking:
         notes.append(f"the OV score is not defined in {len(lacking)} of {loaded.anatomy.num_layers} layers (the first "
@@ -116,7 +116,7 @@ def _measured(
     loaded, bos = reading.loaded, len(texts.start)
     scores = np.zeros((len(_KINDS), len(texts.members), loaded.anatomy.num_heads))
     entries = entries_on(loaded.device)
-    stream, left = stream_of(loaded), list[_Text]()
+    stream, left = reading.stream, list[_Text]()
     for batch in texts.batches(max(loaded.anatomy.heads_per_layer), entries):
         length = texts.members[batch[0]][0]
         for kinds, repeated in ((slice(0, 2), True), (slice(2, 3), False)):

@@ -9,6 +9,7 @@ what lies before the first block and after the last is asked with blocks that ha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from jaxtyping import Float
 from more_itertools import peekable
 from torch import Tensor
 
-from headcount.engine.blocks import handed_on
+from headcount.engine.blocks import handed_on, learned
 from headcount.engine.stream import Stream, Waiting, Wave, fitting, stream_of
 from headcount.model.attention import Visit, attention_seen, fed
 from headcount.model.circuits import EndMaps, Probe, end_maps, heads_alone, one_token, probed
+from headcount.model.contracts import probe_tokens
 from headcount.model.held import fetched, held
 from headcount.model.load import LoadedModel
 
@@ -38,14 +40,22 @@ def ends_of(loaded: LoadedModel) -> EndMaps:
         return end_maps(loaded.model, loaded.anatomy)
 
 
-def probe_of(loaded: LoadedModel, told: Mapping[str, bool]) -> Probe:
+def stream_told(loaded: LoadedModel, told: Mapping[str, bool]) -> Stream | None:
+    """The streamed schedule of a model that is told something, by which its blocks put out more; None in memory."""
+    stream = stream_of(loaded)
+    if stream is None or not told:
+        return stream
+    return dataclasses.replace(stream, blocks=learned(loaded.model, loaded.anatomy, probe_tokens(loaded.model), told))
+
+
+def probe_of(loaded: LoadedModel, told: Mapping[str, bool], stream: Stream | None) -> Probe:
     """What gives the blocks of a model rows of their own.
 
     Args:
         loaded: The model, running eager attention.
         told: What it must be told, so that attentions hand out their probabilities.
+        stream: From `stream_told`.
     """
-    stream = stream_of(loaded)
     if stream is None:
         return functools.partial(probed, loaded.model, loaded.anatomy, told)
     return functools.partial(_from_files, loaded, stream, told)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -141,8 +142,12 @@ class HeldWhileCalled(ModelHook):  # type: ignore[misc]
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """And let go of."""
-        _undo(self._before)
+        self.let_go()
         return output
+
+    def let_go(self) -> None:
+        """Take weights out of their places, where they are there."""
+        _undo(self._before)
 
 
 def hold_blocks(blocks: Sequence[nn.Module]) -> None:
@@ -150,7 +155,21 @@ def hold_blocks(blocks: Sequence[nn.Module]) -> None:
     for block in filter(_is_fetched, blocks):
         inner = getattr(block, "_hf_hook", None)
         if isinstance(inner, AlignDevicesHook):
-            add_hook_to_module(block, HeldWhileCalled(inner))
+            hook = HeldWhileCalled(inner)
+            add_hook_to_module(block, hook)
+            block.__dict__["forward"] = _ended(block.__dict__["forward"], hook)
+
+
+def _ended(forward: Callable[..., Any], hook: HeldWhileCalled) -> Callable[..., Any]:
+    """A block's forward, behind which its weights are let go of however it ends: accelerate's hooks know no errors."""
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            hook.let_go()
+
+    return call
 
 
 def _put(modules: Sequence[nn.Module], weights: Sequence[Weight], before: list[Before]) -> None:
