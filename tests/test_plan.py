@@ -352,8 +352,8 @@ def test_induction_reads_weights_for_texts_and_probes() -> None:
     known = forecast(dataclasses.replace(spec, skip_control=True, stream_memory="100MB"))
     states = 1 + 4 // 2  # a hidden state in float16, a direction in float32
     texts = [1 + 4 * length for length in LENGTHS for _ in range(SEEDS)]
-    waits = 2 * sum(n * (states * 2 * 768 + 8) + n * n for n in texts)
-    assert known.passes.scoring == math.ceil(waits / 100e6) + 1
+    waits = 2 * sum(n * (states * 2 * 768 + 8) + 2 * n * n for n in texts)
+    assert math.ceil(waits / 100e6) < known.passes.scoring <= math.ceil(1.4 * waits / 100e6) + 1
 
 
 def test_a_type_that_a_cpu_computes_slowly_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,9 +143,16 @@ def entries_on(device: torch.device) -> int:
     return _ENTRIES.get(device.type, _ENTRIES_ELSEWHERE)
 
 
-def largest_batch(texts: Iterable[int], bos: int, heads: int, device: torch.device) -> int:
-    """How many tokens the largest batch of texts of these numbers of tokens has, so many of which are BOS."""
-    return max(tokens * min(number, most_texts(tokens - bos, 1, heads, entries_on(device)))
+def largest_batch(texts: Iterable[int], bos: int, heads: int, device: torch.device) -> tuple[int, int]:
+    """How many tokens the largest batch of texts of these numbers of tokens has, and each text of it.
+
+    Args:
+        texts: Tokens of every text.
+        bos: How many of them are BOS.
+        heads: The most that a layer has.
+        device: On which texts are read.
+    """
+    return max((tokens * min(number, most_texts(tokens - bos, 1, heads, entries_on(device))), tokens)
                for tokens, number in Counter(texts).items())
 
 

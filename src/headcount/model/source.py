@@ -222,7 +222,7 @@ def failure(name: str, source: Source, error: BaseException) -> ModelError:
 def _holds_object(file: Path) -> bool:
     try:
         return isinstance(json.loads(file.read_bytes()), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

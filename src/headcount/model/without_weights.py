@@ -136,7 +136,10 @@ def shape_of(
                          "leave it out, or name a folder with config.json and the tokenizer's files",
                          fields=("apply_chat_template",))
     running = torch.device(placed if device_map is None else "cpu")
-    return Shape(name, model, tokenizer, find_anatomy(model), running, bundled is not None, bool(has_bos))
+    shape = Shape(name, model, tokenizer, find_anatomy(model), running, bundled is not None, bool(has_bos))
+    if not all((shape.output_parameters, *(part.d_model for part in shape.anatomy.layers))):
+        raise ModelError(f"the config of {name} does not describe a whole model: it has no width or no tokens")
+    return shape
 
 
 @functools.cache

@@ -130,16 +130,30 @@ def _of_induction(shape: Shape) -> int:
     return _MAPS * 4 * d_model**2 + circuits + rows * d_model * (_WIDE * 8 + _NARROW * size)
 
 
-def passes_of(scored: Iterable[float], gradients: Iterable[float], waiting: float | int) -> Passes:
+class Waits(NamedTuple):
+    """Bytes that wait between blocks: all together, and of a batch."""
+
+    together: float
+    batch: float
+
+
+def passes_of(scored: Iterable[Waits], gradients: Iterable[Waits], waiting: float | int) -> Passes:
     """How often the weights are read where the model is streamed, with as many jobs together as hidden states allow.
 
+    A pass ends where the next batch does not fit: half a batch before memory is full, on average.
+
     Args:
-        scored: Bytes of scored prompts that wait between blocks, a hidden state for each mask; of all jobs that are
-            ready together (`headcount.study.queue.rounds`).
+        scored: Scored prompts, a hidden state for each mask; of all jobs that are ready together
+            (`headcount.study.queue.rounds`).
         gradients: The same of examples, every block's input; forwards and backwards are a reading each.
         waiting: How many bytes may wait.
     """
-    scoring, backward = (sum(math.ceil(needed / waiting) for needed in of_round) for of_round in (scored, gradients))
+    def passes(of_round: Waits) -> int:
+        if of_round.together <= waiting:
+            return 1
+        return math.ceil(of_round.together / max(waiting - of_round.batch / 2, min(of_round.batch, waiting)))
+
+    scoring, backward = (sum(map(passes, of_rounds)) for of_rounds in (scored, gradients))
     return Passes(scoring, 2 * backward)
 
 

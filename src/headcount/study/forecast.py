@@ -37,7 +37,7 @@ from headcount.model.circuits import probes_of
 from headcount.model.placement import DISK, bytes_said, may_wait
 from headcount.model.speed import slow_type
 from headcount.model.without_weights import Shape, shape_of
-from headcount.study.costs import Memory, OnDevice, Passes, flops_of, hours_on, memory_of, passes_of
+from headcount.study.costs import Memory, OnDevice, Passes, Waits, flops_of, hours_on, memory_of, passes_of
 from headcount.study.devices import Device, device_of
 from headcount.study.folder import check_options, other_orders, previous
 from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job
@@ -80,6 +80,7 @@ class Cost:
         flops: Floating-point operations, at the middle of the layer-tokens.
         waiting: Bytes that wait between blocks of a streamed run: hidden states, and the masks of attention.
         kept: The same where gradients are wanted, which keep every block's input.
+        batch: What the largest batch takes of `waiting` or `kept`, about.
         largest: The batch that takes the most while it waits.
     """
 
@@ -88,12 +89,13 @@ class Cost:
     flops: float = 0.0
     waiting: float = 0.0
     kept: float = 0.0
+    batch: float = 0.0
     largest: Largest = _NO_BATCH
 
     def plus(self, other: Cost) -> Cost:
         """Both together."""
         return Cost(self.jobs + other.jobs, self.layer_tokens.plus(other.layer_tokens), self.flops + other.flops,
-                    self.waiting + other.waiting, self.kept + other.kept,
+                    self.waiting + other.waiting, self.kept + other.kept, max(self.batch, other.batch),
                     max(self.largest, other.largest, key=lambda one: one.needed))
 
 
@@ -211,7 +213,7 @@ def forecast(
     for name, documents in {**seen, **unseen}.items():
         reporter.stage("counting tokens", len(facts), len(seen) + len(unseen))
         facts.append(_facts(name, documents, spec, parts, unseen=name in unseen))
-    known = _Known(spec, shape, {**seen, **unseen}, facts, reading.trees)
+    known = _Known(spec, shape, {**seen, **unseen}, facts, reading.trees, reading.budget)
     jobs, left = _planned(spec, shape, facts, parts, before, ledger)
     todo = [one for one in left if one is not None]
     shares = known.shares(todo)
@@ -340,6 +342,7 @@ class _Known:
     documents: Mapping[str, Documents]
     facts: Sequence[TaskFacts]
     trees: bool
+    budget: Budget
 
     @property
     def tasks(self) -> list[TaskTokens]:
@@ -426,27 +429,32 @@ class _Known:
             # Prefix matching and copying read texts of their own; the paper's copying runs blocks twice.
             kinds = 3 if job.protocol == "paper" else 2
             work, runs = self._texts(job), Layers.exactly(layers * kinds)
-            waiting = kinds * self._waiting(work, states)
+            waiting = kinds * self._waiting(work, states, masked=True)
         elif isinstance(job, GradientImportance):
             work, runs = self._work(job, "gradient", "examples", shared), Layers.exactly(GRADIENT_PASSES * layers)
             masks, kept, states = GRADIENT_PASSES, self._waiting(work, layers + 1), layers + 1
         elif isinstance(job, Evaluation):
             work = self._work(job, "scored", job.split, shared)
             runs, masks = layers_of(job.masks, self.shape.anatomy.heads_per_layer), max(1, len(steps_of(job.masks)))
-            waiting, states = self._waiting(work, masks, trees=self.trees), masks
+            waiting, states = self._waiting(work, masks, masked=self.trees), masks
         else:
             return Cost(1)  # put together from other entries
         flops = flops_of(self.shape, work, runs.middle, masks)
-        largest = Largest(work.largest, work.largest * self._hidden(states), "batch_tokens")
+        # Attention over trees, and eager attention, is told by a mask of numbers.
+        masked = isinstance(job, InductionScores) or (self.trees and isinstance(job, Evaluation))
+        mask = masked * work.width * self.shape.model.dtype.itemsize
+        largest = Largest(work.largest, work.largest * (self._hidden(states) + mask), "batch_tokens")
         if isinstance(job, InductionScores):
             rows = probes_of(self.shape.anatomy.layers[0].d_model)[1]
             probes = Largest(rows, rows * self._hidden(ROW_STATES))
             largest = max(largest._replace(smaller=""), probes, key=lambda one: one.needed)
-        return Cost(1, runs.times(work.tokens), flops, waiting, kept, largest)
+        tokens = work.largest or min(self.budget.batch_tokens, work.tokens)
+        batch = max(waiting, kept) * tokens / max(1, work.tokens)
+        return Cost(1, runs.times(work.tokens), flops, waiting, kept, batch, largest)
 
-    def _waiting(self, work: Work, states: int, *, trees: bool = False) -> float:
+    def _waiting(self, work: Work, states: int, *, masked: bool = False) -> float:
         """Bytes that documents take between two blocks: so many hidden states of each, and its mask of attention."""
-        size = self.shape.model.dtype.itemsize if trees else 1
+        size = self.shape.model.dtype.itemsize if masked else 1
         return float(work.tokens * (self._hidden(states) + torch.int64.itemsize) + work.pairs * size)
 
     def _hidden(self, states: int) -> int:
@@ -481,8 +489,8 @@ class _Known:
         """One pass over the random texts of one kind."""
         shape = self.shape
         texts, _ = self._texts_of(job)
-        largest = largest_batch(texts, int(shape.has_bos), max(shape.anatomy.heads_per_layer), shape.device)
-        return Work(sum(texts), sum(text**2 for text in texts), 0, largest)
+        largest, width = largest_batch(texts, int(shape.has_bos), max(shape.anatomy.heads_per_layer), shape.device)
+        return Work(sum(texts), sum(text**2 for text in texts), 0, largest, width)
 
     def _texts_of(self, job: InductionScores) -> tuple[list[int], list[str]]:
         vocabulary = int(self.shape.model.config.get_text_config().vocab_size)
@@ -513,10 +521,13 @@ def _passes(todo: Sequence[PlannedJob], costs: Sequence[Cost], probes: float, wa
     scored, kept = [], []
     for jobs in rounds(todo):
         own = [by_job[id(one)] for one in jobs]
-        alone = isinstance(jobs[0].job, InductionScores)
-        scored += [size for cost in own for size in (cost.waiting, probes)] if alone else [_sum(own).waiting]
-        kept.append(_sum(own).kept)
-    return passes_of([size for size in scored if size], [size for size in kept if size], waiting)
+        together = _sum(own)
+        if isinstance(jobs[0].job, InductionScores):
+            scored += [size for cost in own for size in (Waits(cost.waiting, cost.batch), Waits(probes, 0))]
+        else:
+            scored.append(Waits(together.waiting, together.batch))
+            kept.append(Waits(together.kept, together.batch))
+    return passes_of([one for one in scored if one.together], [one for one in kept if one.together], waiting)
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:

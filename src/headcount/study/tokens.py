@@ -42,6 +42,7 @@ class Work:
         pairs: Positions times the length of their row, which attention computes.
         places: Positions whose logits are wanted.
         largest: Positions of the largest batch; 0 where it is not known.
+        width: Of its rows.
         cut: Requests that are longer than the window, and lose their beginning; 0 where it is not known.
         longest: Positions of the longest row, about; 0 where it is not known.
     """
@@ -50,15 +51,17 @@ class Work:
     pairs: float | int
     places: float | int
     largest: int = 0
+    width: int = 0
     cut: int = 0
     longest: int = 0
 
     @classmethod
     def of(cls, packed: Sequence[Batch], cut: int = 0) -> Work:
         """What batches compute, of whose requests so many were cut."""
+        largest, width = max(((b.tokens, b.ids.shape[1]) for b in packed), default=(0, 0))
         return cls(sum(b.tokens for b in packed), sum(b.tokens * b.ids.shape[1] for b in packed),
                    sum(np.unique(np.stack([b.rows, b.positions]), axis=1).shape[1] for b in packed),
-                   max((b.tokens for b in packed), default=0), cut, max((b.ids.shape[1] for b in packed), default=0))
+                   largest, width, cut, max((b.ids.shape[1] for b in packed), default=0))
 
 
 @runtime_checkable
