@@ -13,6 +13,7 @@ demo        wall time of the demo, by kind of job, beside the speed of matrix pr
 waiting     short scoring passes by how torch's threads wait, without and with busy processes beside
 workers     a study of eight tasks by one worker of a Ray cluster with one thread, and by two (workers.py)
 streaming   a pass whose weights are read from a disk / reading alone, computing alone
+plan        seconds of small studies / what the plan said of them
 removal     prefill, decoding, memory and accuracy of full, masked and removed models, from 0 to 80 % of heads and FFNs
 
 Nothing else should run meanwhile.
@@ -46,6 +47,7 @@ import against_the_obvious
 from headcount.model.load import LoadedModel, load
 from headcount.tasks.catalog import PAPER14
 from performance_page import write
+from planned import planned
 from removal import draw, removal
 from streaming import streaming
 from waiting import waiting
@@ -54,7 +56,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _WHOLE = {"counts": against_lm_eval.counts, "importance": against_the_obvious.importance,
           "induction": against_the_obvious.induction, "oracles": against_the_obvious.oracles,
           "scaling": against_the_obvious.scaling, "demo": against_the_obvious.demo, "waiting": waiting,
-          "removal": removal, "streaming": streaming, "workers": lambda *_: [_workers()]}
+          "removal": removal, "streaming": streaming, "plan": planned, "workers": lambda *_: [_workers()]}
 SECTIONS = (*_WHOLE, "scoring")
 
 

@@ -71,6 +71,10 @@ def _goals(kept: dict[str, list[Row]]) -> str:
                           "at least"))
     found += [("two workers / one, speed of a study of eight tasks", r["ratio"], 1.6, "at least")
               for r in kept.get("workers", [])]
+    if rows := kept.get("plan"):
+        ratios = [r["seconds"] / r["planned"] for r in rows]
+        found.append(("seconds of a study / planned, the furthest above", max(ratios), 1.3, "at most"))
+        found.append(("seconds of a study / planned, the furthest below", min(ratios), 0.7, "at least"))
     if rows := kept.get("streaming"):
         found.append(("a streamed pass / the larger of its reading and its computing, the worst", max(
             r["ratio"] for r in rows), 1.25, "at most"))
@@ -304,10 +308,22 @@ def _workers(rows: list[Row]) -> str:
             f"one on this machine. The driver and Ray's own processes took {spent} of a core beside two workers.\n")
 
 
+def _plan(rows: list[Row]) -> str:
+    lines = ["## A plan's time", "", "Studies of SmolLM2-135M on embedded tasks: what `headcount plan --on cpu` said a "
+             "moment before, and what the run took, loading and proofs of the model apart. The seconds that a job takes "
+             "beside its operations were chosen on the first three, on another day; the last two are others. *Others* "
+             "is how many cores other processes kept busy meanwhile.", "",
+             "| study | jobs | threads | planned, s | taken, s | taken / planned | CPU, s | others |",
+             "|---|--:|--:|--:|--:|--:|--:|--:|"]
+    return "\n".join([*lines, *(
+        f"| {r['study']} | {r['jobs']} | {r['threads']} | {r['planned']:.1f} | {r['seconds']:.1f} | "
+        f"{r['seconds'] / r['planned']:.2f} | {r['cpu']:.1f} | {r['others']:.1f} |" for r in rows), ""])
+
+
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {
     "counts": _counts, "scoring": _scoring, "importance": _importance, "induction": _induction, "oracles": _oracles,
     "scaling": _scaling, "demo": _demo, "waiting": _waiting, "removal": _removal,
-    "streaming": _streaming, "workers": _workers}
+    "streaming": _streaming, "plan": _plan, "workers": _workers}
 _MEMORY = Path(__file__).parent / "results" / "large" / "removal_memory.json"
 _HEAD = """\
 # Performance
