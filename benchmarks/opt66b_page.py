@@ -10,6 +10,7 @@ the window (docs/paper.md). Padding of evaluated batches is left out, and so are
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from typing import Any
 
 from headcount.engine.pack import Budget
 from headcount.study.costs import flops_of
+from headcount.study.devices import JOB_SECONDS, READ_SPEED
 from headcount.study.forecast import Forecast, forecast
 from headcount.study.jobs import Evaluation, GradientImportance, Job
 from headcount.study.masksets import FullModel, Grid, RandomCurve, SingleFFNs, Transfer, steps_of
@@ -184,7 +186,7 @@ def _induction_memory(found: Mapping[str, Any]) -> list[str]:
         return []
     plan, one = found["plan"], found["induction"]
     told = one["base"] + 2 * plan["block"] + plan["maps"] + plan["rows"]
-    return [f"| induction, as planned: two blocks, maps of the residual stream ({plan['maps'] / 1e9:.2f}), rows that "
+    return [f"| induction, as planned: two blocks, maps and work on rows ({plan['maps'] / 1e9:.2f}), rows that "
             f"wait ({plan['rows'] / 1e9:.2f}), and what the process had | {told / 1e9:.2f} |",
             f"| the most that was seen in induction | {max(one['peaks'].values()) / 1e9:.2f} |"]
 
@@ -203,13 +205,17 @@ def _passes(found: Mapping[str, Any]) -> list[str]:
                      f"{waited / len(own):.2f} | {times * 2 * tokens * plan['active'] / seconds / 1e9:.0f} |")
     low, middle, high = plan["layer_tokens"]
     of_jobs = [one for one in blocks if one["kind"] != "proof"]
-    seconds, beside = sum(one["seconds"] for one in of_jobs), plan["jobs"] * plan["job_seconds"]
+    seconds, waited = (sum(one[what] for one in of_jobs) for what in ("seconds", "waiting"))
+    computing = plan["computing"] - plan["jobs"] * plan["job_seconds"]  # which the plan of then had in it
+    beside, first = plan["jobs"] * JOB_SECONDS, sum(plan["passes"]) * plan["block"] / READ_SPEED
     return [*lines, "",
             f"Layer-tokens: {sum(one['positions'] for one in of_jobs):,} in the run; planned about {middle:,.0f}, "
             f"between {low:,.0f} and {high:,.0f}. *Proof* is contract 3, which the first job needs. GFLOP/s "
-            "count blocks in full, also those whose FFN is removed and not computed. Computing these blocks took "
-            f"{seconds:.0f} s; the plan for this machine says {plan['computing'] - beside:.0f} s, at "
-            f"{plan['rate'] / 1e9:.0f} GFLOP/s, and {beside:.0f} s for what {plan['jobs']} jobs do besides."]
+            "count blocks in full, also those whose FFN is removed and not computed. The jobs' blocks took "
+            f"{seconds:.1f} s to compute and {waited:.1f} s to wait for, {seconds + waited:.1f} s together. The plan "
+            f"says {computing + beside + first:.1f} s: {computing:.1f} s at {plan['rate'] / 1e9:.0f} GFLOP/s, "
+            f"{beside:.1f} s for what {plan['jobs']} jobs do besides, and {first:.1f} s for the first block of each "
+            f"pass at {READ_SPEED / 1e9:g} GB/s; in a model of three layers every third block is one."]
 
 
 def _readings(found: Mapping[str, Any]) -> list[str]:
@@ -263,4 +269,5 @@ def power(number: float) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")

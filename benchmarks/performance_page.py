@@ -309,10 +309,10 @@ def _workers(rows: list[Row]) -> str:
 
 
 def _plan(rows: list[Row]) -> str:
-    lines = ["## A plan's time", "", "Studies of SmolLM2-135M on embedded tasks: what `headcount plan --on cpu` said a "
-             "moment before, and what the run took, loading and proofs of the model apart. The seconds that a job takes "
-             "beside its operations were chosen on the first three, on another day; the last two are others. *Others* "
-             "is how many cores other processes kept busy meanwhile.", "",
+    lines = ["## A plan's time", "", "Studies of SmolLM2-135M on embedded tasks: what `headcount plan --on cpu` said "
+             "a moment before, and what the run took, loading and proofs of the model apart. The seconds that a job "
+             "takes beside its operations were chosen on earlier runs of the first three; the last two are others. "
+             "*Others* is how many cores other processes kept busy meanwhile.", "",
              "| study | jobs | threads | planned, s | taken, s | taken / planned | CPU, s | others |",
              "|---|--:|--:|--:|--:|--:|--:|--:|"]
     return "\n".join([*lines, *(

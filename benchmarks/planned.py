@@ -1,8 +1,8 @@
 """What `headcount plan` says of studies of SmolLM2 on this machine, beside what they took when they were run.
 
-Loading, and proofs of the model, are apart, as in the plan: the clock starts behind them. The seconds that the plan adds
-for each job were chosen on the first three of these studies (one thread, 29 Nov 2026); the last two are others. One of
-those reads the model block by block, from files that the system has in its cache.
+Loading, and proofs of the model, are apart, as in the plan: the clock starts behind them. The seconds that the plan
+adds for each job were chosen on earlier runs of the first three of these studies; the last two are others. One of those
+reads the model block by block, from files that the system has in its cache.
 """
 
 from __future__ import annotations

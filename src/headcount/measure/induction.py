@@ -10,7 +10,7 @@ token besides, at the last position of every repeat. Copying (`headcount.measure
 tokens. The previous-token score is the mean attention to the position before, BOS left out, in the repeated texts.
 
 Cost, in eager forward passes of the same text without logits (SmolLM2, two cores; docs/performance.md): prefix matching
-.98 to 1.01, copying 1.3 to 1.8 ("paper": 2.3 to 2.9), and once 2 s for the OV score and what norms do. 98 texts of each
+.92 to 1.02, copying 1.2 to 1.6 ("paper": 1.9 to 2.7), and once 2 s for the OV score and what norms do. 98 texts of each
 kind: 97,412 tokens, 192 s.
 """
 

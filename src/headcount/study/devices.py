@@ -27,8 +27,9 @@ GPU_EFFICIENCY, CPU_EFFICIENCY = 0.4, 0.8
 READ_SPEED = 3e9
 # Bytes of a host's memory that hidden states are assumed to wait in, where a model is streamed.
 WAITING = 64e9
-# Seconds that a job takes beside its operations, for prompts, batches and tables: studies of SmolLM2 of 13 to 104 jobs.
-JOB_SECONDS = 0.15
+# Seconds that a job takes beside its operations, for prompts, batches and tables: studies of SmolLM2 of 11 to 104 jobs,
+# with one thread (.15 would do) and with two (.25).
+JOB_SECONDS = 0.2
 _COUNTED = re.compile(r"(\d+)x(.+)")
 
 
