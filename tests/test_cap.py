@@ -23,7 +23,7 @@ import sys
 import headcount as hc
 model, out, stream = sys.argv[1:]
 hc.run_study(hc.StudySpec(model=model, tasks=("icl_plural",), shots=(1,), limit=3, importance_limit=3,
-                          fractions=(0.5,), random_orders=1, ffn_order="gradient", batch_tokens=300, row_tokens=300,
+                          fractions=(0.5,), random_orders=0, ffn_order="gradient", batch_tokens=300, row_tokens=300,
                           stream=stream == "stream", stream_memory="30MB" if stream == "stream" else None, out=out))
 """
 

@@ -65,10 +65,10 @@ def spread_out(family: str, places: tuple[str, ...], folder: Path, **devices: An
         yield wrap(spread(of_family(family), places, folder), reader())
 
 
-# Every family beside memory and beside the disk; one of them in all places.
+# Every family beside memory; one of them in all places.
 @pytest.mark.parametrize(("family", "places"), [
     (family, places) for family in FAMILIES for places in PLACES
-    if family == "gemma3" or places in ("a device and the CPU", "a device and the disk")])
+    if family == "gemma3" or places == "a device and the CPU"])
 def test_wherever_its_blocks_are_a_model_gives_the_same_numbers(family: str, places: str, tmp_path: Path) -> None:
     resident = wrap(of_family(family), reader())
     engine, masks = Engine.of(resident), _parting(resident.anatomy)
@@ -85,7 +85,7 @@ def test_wherever_its_blocks_are_a_model_gives_the_same_numbers(family: str, pla
         assert found.notes == ()
 
 
-@pytest.mark.parametrize("places", ["two devices", "a device and the CPU", "the CPU and the disk"])
+@pytest.mark.parametrize("places", ["two devices", "the CPU and the disk"])
 def test_induction_is_the_same_wherever_blocks_are(places: str, tmp_path: Path) -> None:
     resident = wrap(tiny.model("llama"), tiny.tokenizer())
     with Devices().open():
@@ -129,7 +129,7 @@ def test_what_memory_has_no_room_for_goes_to_the_disk(
     assert not [*tmp_path.glob("headcount-weights-*")]
 
 
-@pytest.mark.parametrize("family", ["llama", "falcon", "gemma3", "mixtral"])
+@pytest.mark.parametrize("family", ["falcon", "mixtral"])
 def test_a_streamed_model_runs_on_its_device_and_waits_beside_it(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +170,7 @@ def wide(family: str) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**width, intermediate_size=1024, max_position_embeddings=64)).eval()
 
 
-@pytest.mark.parametrize(("family", "place"), [("llama", "cpu"), ("llama", "disk"), ("falcon", "cpu")])
+@pytest.mark.parametrize(("family", "place"), [("llama", "disk"), ("falcon", "cpu")])
 def test_a_model_larger_than_its_device_is_proved_and_measured(
     family: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
