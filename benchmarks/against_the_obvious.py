@@ -123,7 +123,7 @@ def induction(loaded: LoadedModel, data: Path, repetitions: int = 3) -> list[Row
                                          probe_of(loaded, told, None)))
         for length in (LENGTHS[0], LENGTHS[3], LENGTHS[-1]):
             texts = max(1, 500 // length)
-            tokens, _ = usable_tokens(loaded)
+            tokens, _ = usable_tokens(loaded.tokenizer, loaded.model)
             own = np.stack([np.random.default_rng(i).choice(tokens, REPEATS * length, False) for i in range(texts)])
             unique = torch.from_numpy(own)
             repeated = unique[:, :length].repeat(1, REPEATS)

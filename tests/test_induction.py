@@ -556,7 +556,7 @@ def test_the_most_and_least_frequent_merges_are_left_out() -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=202, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64))
     loaded = wrap(model, bpe())
-    tokens, notes = usable_tokens(loaded)
+    tokens, notes = usable_tokens(loaded.tokenizer, loaded.model)
     assert tokens.tolist() == list(range(106, 198))
     assert notes == []
     found, repeated, single = seen_texts(loaded, lengths=(6,), repeats=2, seeds=8)
@@ -564,11 +564,11 @@ def test_the_most_and_least_frequent_merges_are_left_out() -> None:
     assert all(ids[0] == 0 and ids[1:].min() >= 106 and ids[1:].max() < 198 for ids in repeated + single)
     # A model may have fewer rows than its tokenizer has tokens.
     model.resize_token_embeddings(150)
-    assert usable_tokens(wrap(model, bpe()))[0].tolist() == list(range(106, 150))
+    assert usable_tokens(bpe(), model)[0].tolist() == list(range(106, 150))
 
 
 def test_merges_are_read_off_a_real_tokenizer(smollm2: LoadedModel) -> None:
-    tokens, notes = usable_tokens(smollm2)
+    tokens, notes = usable_tokens(smollm2.tokenizer, smollm2.model)
     assert notes == []
     assert 40_000 < len(tokens) < 49_152
     assert len(set(tokens.tolist())) == len(tokens)

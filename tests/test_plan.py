@@ -211,6 +211,8 @@ def test_what_would_save_raises_no_limit() -> None:
     options = {"tasks": ("wic",), "unseen": (), "shots": (0,), "measure": ("curves",), "importance_limit": 20}
     known, fewer = (forecast(of_125m(**options, limit=limit)) for limit in (600, 500))
     assert dict(known.savings).keys() == {"--limit 500"}
+    grid = {**options, "measure": ("curves", "grid"), "limit": 600, "grid_limit": 550}
+    assert {name for name, _ in forecast(of_125m(**grid)).savings} == {"--limit 500 --grid-limit 500", "without grid"}
     assert dict(known.savings)["--limit 500"] == pytest.approx(known.total.flops - fewer.total.flops)
 
 
@@ -339,9 +341,10 @@ def test_a_plan_of_induction_refuses_what_a_run_would(tmp_path: Path, monkeypatc
     for refuses in (forecast, run_study):
         with pytest.raises(OptionError, match="no random sequence fits, standing 4 times"):
             refuses(dataclasses.replace(enough, induction_lengths=(400,), out=tmp_path / "other"))
-    known = forecast(dataclasses.replace(enough, induction_lengths=(9, 400)))
-    assert len(known.told) == 1
-    assert "random sequences of more than 127 tokens are left out" in known.told[0]
+    longer = dataclasses.replace(enough, induction_lengths=(9, 400), stream_memory="900KB", out=tmp_path / "longer")
+    (told,) = forecast(longer).told
+    assert "random sequences of more than 127 tokens are left out" in told
+    assert told in induction.induction_scores(load(folder, stream=True), lengths=(9, 400), seeds=1).notes
 
 
 def test_induction_reads_weights_for_texts_and_probes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import os
@@ -38,6 +39,7 @@ from headcount.measure import probes
 from headcount.measure.control import randomised
 from headcount.measure.induction import induction_scores
 from headcount.model import circuits, held, placement, random_weights
+from headcount.model.anatomy import find_anatomy
 from headcount.model.blockfiles import BlockFiles
 from headcount.model.contracts import probe_tokens
 from headcount.model.hooks import frozen
@@ -248,6 +250,11 @@ def test_a_block_that_fails_lets_go_of_its_weights(tmp_path: Path) -> None:
         assert all(p.is_meta for p in in_files.model.parameters())
     assert torch.equal(in_files.model(ids).logits, expected)
     assert held.in_files(in_files.model)
+    twin, seen = copy.deepcopy(in_files.model), list[str]()
+    for name, model in (("own", in_files.model), ("twin", twin)):
+        find_anatomy(model).layers[0].block.register_forward_hook(lambda *_, name=name: seen.append(name))
+    assert torch.equal(twin(ids).logits, expected)
+    assert seen == ["twin"]
 
 
 def test_what_does_not_fit_into_memory_is_left_in_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

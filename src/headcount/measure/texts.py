@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headcount.errors import OptionError
 from headcount.model.load import LoadedModel
@@ -37,7 +38,7 @@ def drawn_texts(
         OptionError: If an option is out of range, or no length fits.
     """
     chosen, seeds = _options(lengths, repeats, seeds, protocol)
-    tokens, notes = usable_tokens(loaded)
+    tokens, notes = usable_tokens(loaded.tokenizer, loaded.model)
     start = [] if loaded.tokenizer.bos_token_id is None else [int(loaded.tokenizer.bos_token_id)]
     if not start:
         left_out = ", which copying leaves out of view" if protocol == "sound" else ""
@@ -119,16 +120,17 @@ def most_texts(length: int, repeats: int, heads: int, entries: int) -> int:
     return max(1, entries // (heads * (length * repeats + 1) ** 2))
 
 
-def usable_tokens(loaded: LoadedModel) -> tuple[Int[np.ndarray, " token"], list[str]]:
+def usable_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> tuple[Int[np.ndarray, " token"], list[str]]:
     """The ids that texts are drawn from, most frequent first where that is known, and notes.
 
     Where the tokenizer has merges (BPE), they are ranked by frequency: tokens that merges make, without the 4 % of the
     lowest and of the highest ranks. Otherwise every token but special and added ones.
     """
-    tokenizer = loaded.tokenizer
     known = tokenizer.get_vocab()
-    embeddings: Any = loaded.model.get_input_embeddings()
-    size = min(int(embeddings.num_embeddings), int(loaded.model.config.get_text_config().vocab_size))
+    embeddings: Any = model.get_input_embeddings()
+    size = min(int(embeddings.num_embeddings), int(model.config.get_text_config().vocab_size))
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     # Several merges can make one token: its first rank counts.
     ranked = list(dict.fromkeys(known[made] for made in _merged(tokenizer) if made in known))

@@ -161,15 +161,18 @@ def hold_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _ended(forward: Callable[..., Any], hook: HeldWhileCalled) -> Callable[..., Any]:
-    """A block's forward, behind which its weights are let go of however it ends: accelerate's hooks know no errors."""
-    @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            hook.let_go()
+    """A block's forward, behind which its weights are let go of however it ends: accelerate's hooks know no errors.
 
-    return call
+    It is no closure: those are not copied with their model.
+    """
+    return functools.update_wrapper(functools.partial(_call, forward, hook), forward)
+
+
+def _call(forward: Callable[..., Any], hook: HeldWhileCalled, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        hook.let_go()
 
 
 def _put(modules: Sequence[nn.Module], weights: Sequence[Weight], before: list[Before]) -> None:

@@ -186,7 +186,7 @@ def index_of(folder: Path, named: str | None = None) -> Index | None:
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         index = Index(path, {str(name): str(shard) for name, shard in shards.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise _damaged(path, "it is no index of shards") from e
     if not index.shards:
         raise _damaged(path, "it names no tensors")

@@ -95,7 +95,7 @@ def device_of(name: str, width: int, inner: int, dtype: str) -> Device:
     """
     counted = _COUNTED.fullmatch(name.lower())
     number, kind = (int(counted[1]), counted[2]) if counted else (1, name.lower())
-    if kind == "cpu" and counted:
+    if kind == "cpu" and number > 1:
         raise OptionError(f"`on` {name!r}: `cpu` is this machine, of which there is one", fields=("on",))
     if kind not in NAMES or number < 1:
         close = difflib.get_close_matches(kind, NAMES, n=1)

@@ -32,7 +32,7 @@ from headcount.engine.stream import cannot_wait
 from headcount.errors import OptionError, TaskError, UnavailableError
 from headcount.measure.induction import largest_batch, states_of_induction
 from headcount.measure.probes import ROW_STATES
-from headcount.measure.texts import texts_of
+from headcount.measure.texts import texts_of, usable_tokens
 from headcount.model.circuits import probes_of
 from headcount.model.placement import DISK, bytes_said, may_wait
 from headcount.model.speed import slow_type
@@ -145,7 +145,7 @@ class Forecast:
         passes: How often the weights are read where the model is streamed on this machine.
         waiting: How many bytes of hidden states then wait between its blocks at the most.
         notes: What is assumed.
-        told: What a run would note.
+        told: What a run would note of prompts that are cut, of texts that are left out, and of a slow type of numbers.
         other_orders: As in `headcount.study.prepare.Plan`.
         damaged: As there.
     """
@@ -399,6 +399,8 @@ class _Known:
         # A limit that is lower already stays.
         limits = " ".join(f"--{name} {fewer}" for name, given in (
             ("limit", spec.limit), ("importance-limit", spec.importance_limit)) if given is None or given > fewer)
+        limits += "".join(f" --{name} {fewer}" for name, given in (
+            ("grid-limit", spec.grid_limit), ("transfer-limit", spec.transfer_limit)) if given and given > fewer)
         if fewer and limits:
             cut = [dataclasses.replace(one, job=_with_documents(one.job, fewer)) for one in todo]
             yield limits, total - _sum(self.shares(cut, None).values()).flops
@@ -440,9 +442,9 @@ class _Known:
         else:
             return Cost(1)  # put together from other entries
         flops = flops_of(self.shape, work, runs.middle, masks)
-        # Attention over trees, and eager attention, is told by a mask of numbers.
-        masked = isinstance(job, InductionScores) or (self.trees and isinstance(job, Evaluation))
-        mask = masked * work.width * self.shape.model.dtype.itemsize
+        # At least: over trees masks are numbers; eager attention has some of whatever type, and some models two.
+        of_trees = self.trees and isinstance(job, Evaluation)
+        mask = work.width * (self.shape.model.dtype.itemsize if of_trees else isinstance(job, InductionScores))
         largest = Largest(work.largest, work.largest * (self._hidden(states) + mask), "batch_tokens")
         if isinstance(job, InductionScores):
             rows = probes_of(self.shape.anatomy.layers[0].d_model)[1]
@@ -493,12 +495,14 @@ class _Known:
         return Work(sum(texts), sum(text**2 for text in texts), 0, largest, width)
 
     def _texts_of(self, job: InductionScores) -> tuple[list[int], list[str]]:
-        vocabulary = int(self.shape.model.config.get_text_config().vocab_size)
+        tokens = int(self.shape.model.config.get_text_config().vocab_size)
+        if self.shape.tokenizer is not None:
+            tokens = len(usable_tokens(self.shape.tokenizer, self.shape.model)[0])
         return texts_of(job.lengths, job.seeds, "paper" if job.protocol == "paper" else "sound",
-                        window=self.shape.max_length, tokens=vocabulary, has_bos=self.shape.has_bos)
+                        window=self.shape.max_length, tokens=tokens, has_bos=self.shape.has_bos)
 
     def noted(self, todo: Iterable[PlannedJob]) -> list[str]:
-        """What a run would note of documents and texts."""
+        """What a run would note of prompts that are cut, and of texts that are left out."""
         cut = [f"{one.name}, {one.num_fewshot}-shot: {one.cut:,} request{'s are' if one.cut > 1 else ' is'} longer "
                f"than the window of {self.shape.max_length:,} tokens, and lose{'s' * (one.cut == 1)} the beginning"
                for one in self.tasks if one.cut]
