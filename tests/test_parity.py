@@ -56,8 +56,8 @@ def test_every_task_on_a_tiny_model(longer: LoadedModel, shared: Path, name: str
     assert found.truncated > 0 if k == 5 and name in ("boolq", "multirc", "record") else k == 5 or not found.truncated
 
 
-@pytest.mark.parametrize(("name", "k"), [("copa", 0), ("arc_easy", 0), ("piqa", 5), ("winogrande", 5)])
-def test_four_tasks_on_smollm2(smollm2: LoadedModel, shared: Path, name: str, k: int) -> None:
+@pytest.mark.parametrize(("name", "k"), [("copa", 0), ("piqa", 5), ("winogrande", 5)])
+def test_tasks_on_smollm2(smollm2: LoadedModel, shared: Path, name: str, k: int) -> None:
     task = get_tasks([name], data=shared)[name]
     agrees(compare(smollm2, task, k, 2))
     packed, single = (evaluate(smollm2, task, num_fewshot=k, limit=2, trees=trees) for trees in (True, False))

@@ -293,9 +293,10 @@ def test_a_whole_study_streamed_has_the_resident_ones_tables(tmp_path: Path) -> 
         pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
-@pytest.mark.parametrize("protocol", ["sound", "paper"])
 # Falcon and the first GPT hand their probabilities out when they are told to, and put out more then.
-@pytest.mark.parametrize("family", ["llama", "opt-350m", "gpt2", "bloom", "gemma3", "olmo2", "falcon", "openai-gpt"])
+@pytest.mark.parametrize(("family", "protocol"), [
+    *((family, "sound") for family in ("llama", "opt-350m", "gpt2", "bloom", "gemma3", "olmo2", "falcon")),
+    *((family, "paper") for family in ("llama", "opt-350m", "openai-gpt"))])
 def test_induction_scores_are_the_same_read_block_by_block(
     family: str, protocol: Literal["sound", "paper"], tmp_path: Path
 ) -> None:
