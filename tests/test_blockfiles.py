@@ -74,8 +74,13 @@ def opened(folder: Path, dtype: torch.dtype = torch.float32, model: PreTrainedMo
     return block_files(found, model or empty(folder, dtype), dtype, progress=progress)
 
 
+def rest(files: BlockFiles) -> list[str]:
+    """The tensors that are of no block."""
+    return [name for name in files.names("") if not name.startswith(files.blocks)]
+
+
 def read(files: BlockFiles) -> dict[str, Tensor]:
-    found = files.read_rest()
+    found = files.read_named(rest(files))
     for block in files.blocks:
         part = files.read(block)
         assert part
@@ -165,7 +170,8 @@ def test_there_is_one_file_for_each_block_and_one_for_the_rest(tmp_path: Path) -
         assert load_file(files.folder / f"block-{i:05d}.safetensors").keys() == read.keys()
         assert any(value.nbytes == 4 for value in read.values())
         assert not any(value.storage_offset() * value.itemsize % 64 for value in read.values())
-    assert files.read_rest()["lm_head.weight"].untyped_storage().nbytes() == files.bytes_of(files.rest())
+    others = rest(files)
+    assert files.read_named(others)["lm_head.weight"].untyped_storage().nbytes() == files.bytes_of(others)
 
 
 def test_a_file_takes_no_more_bytes_than_the_checkpoint_and_serves_both_types(tmp_path: Path) -> None:

@@ -73,6 +73,19 @@ def waiting(loaded: LoadedModel, given: list[Batch], masks: list[Mask]) -> peeka
     return peekable(Waiting(batch, lambda one: model_inputs(loaded, one), masks, 1) for batch in given)
 
 
+def readings_of_blocks(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each block's weights are read from now on, by its number."""
+    numbers = {id(part.block): i for i, part in enumerate(loaded.anatomy.layers)}
+    reads, fetched = Counter[int](), held.fetched
+
+    def counted(*modules: torch.nn.Module, **options: Any) -> Any:
+        reads.update(numbers[id(module)] for module in modules if id(module) in numbers)
+        return fetched(*modules, **options)
+
+    monkeypatch.setattr(held, "fetched", counted)
+    return reads
+
+
 @torch.no_grad()
 def most_of(stream: Stream, loaded: LoadedModel, given: list[Batch]) -> int:
     """What the largest of some batches takes while it waits with the states of all blocks."""
@@ -204,12 +217,7 @@ def test_a_pass_reads_each_block_once_and_holds_two(
     in_files = load(folder, device_map="disk")
     budget, masks = Budget(batch_tokens=200, row_tokens=100), [Mask.full(in_files.anatomy.heads_per_layer)]
     hc.evaluate(in_files, task, masks, num_fewshot=2, limit=4, budget=budget)  # what is proved once is proved
-    numbers = {id(part.block): i for i, part in enumerate(in_files.anatomy.layers)}
-    reads, original, most = Counter[int](), held.fetched, [0]
-
-    def counted(*modules: torch.nn.Module, **options: Any) -> Any:
-        reads.update(numbers[id(module)] for module in modules if id(module) in numbers)
-        return original(*modules, **options)
+    reads, most = readings_of_blocks(in_files, monkeypatch), [0]
 
     def watched(blocks: Any) -> Iterator[int]:
         for i in one_by_one(blocks):
@@ -218,7 +226,6 @@ def test_a_pass_reads_each_block_once_and_holds_two(
             yield i
 
     one_by_one = streams.one_by_one
-    monkeypatch.setattr(held, "fetched", counted)
     monkeypatch.setattr(streams, "one_by_one", watched)
     found = hc.evaluate(in_files, task, masks, num_fewshot=2, limit=20, budget=budget)
     assert reads == {0: 1, 1: 1, 2: 1}
@@ -336,16 +343,9 @@ def test_induction_reads_the_weights_three_times(
     monkeypatch.setattr(circuits, "_PROBES", 8)
     resident, in_files = both(family, tmp_path)
     induction_scores(in_files, lengths=(5,), seeds=1, protocol=protocol)  # what is proved once is proved
-    numbers = {id(part.block): i for i, part in enumerate(in_files.anatomy.layers)}
-    reads, original = Counter[int](), held.fetched
-
-    def counted(*modules: torch.nn.Module, **options: Any) -> Any:
-        reads.update(numbers[id(module)] for module in modules if id(module) in numbers)
-        return original(*modules, **options)
-
-    monkeypatch.setattr(held, "fetched", counted)
+    reads = readings_of_blocks(in_files, monkeypatch)
     found = induction_scores(in_files, lengths=(5, 9), seeds=2, protocol=protocol)
-    more = dict.fromkeys(numbers.values(), int(family != "llama"))
+    more = dict.fromkeys(range(in_files.anatomy.num_layers), int(family != "llama"))
     more[0] *= 2  # the first try ends in the first block
     assert reads == {block: 3 + also for block, also in more.items()}, (
         "what attentions hand out is asked, texts pass, probes pass")

@@ -165,15 +165,11 @@ def logits_of_vectors(
     def nothing(ids: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.zeros(*ids.shape, embeddings.weight.shape[1], dtype=rows.dtype, device=ids.device)
 
-    def passed(block: Block) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            own = rows if block is blocks[-1] else args[0] if args else kwargs["hidden_states"]
-            return block.output_like(own)
-
-        return forward
+    def last(*_: Any, **__: Any) -> Any:
+        return blocks[-1].output_like(rows)
 
     # Embeddings are not looked up: where weights lie in files, the matrix would be read for every batch.
-    with replaced({embeddings: nothing} | {block.part.block: passed(block) for block in blocks}):
+    with handed_on(blocks[:-1]), replaced({embeddings: nothing, blocks[-1].part.block: last}):
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=device_of(model))
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, 0]
         return logits

@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headcount.engine.blocks import Inputs
 from headcount.engine.stream import Stream, away
 from headcount.measure.probes import ends_of, stream_told
 from headcount.model.anatomy import Anatomy
@@ -80,7 +81,7 @@ class Reading:
         with one_logit(self.loaded.model):
             self.loaded.model(**self.inputs(ids), use_cache=False)
 
-    def inputs(self, ids: Int[Tensor, "batch pos"]) -> dict[str, Any]:
+    def inputs(self, ids: Int[Tensor, "batch pos"]) -> Inputs:
         """The model's keyword arguments."""
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.told}
 

@@ -60,10 +60,6 @@ class BlockFiles:
         """The model's tensors whose names begin so, tied ones too."""
         return [name for name in (*self.places, *self.tied) if name.startswith(prefix)]
 
-    def rest(self) -> list[str]:
-        """The model's tensors that are of no block."""
-        return [name for name in (*self.places, *self.tied) if not name.startswith(self.blocks)]
-
     def tensors_of(self, prefix: str) -> dict[str, Held]:
         """Where the tensors lie whose names begin so."""
         return {name: self.places[self.tied.get(name, name)] for name in self.names(prefix)}
@@ -75,10 +71,6 @@ class BlockFiles:
     def read(self, prefix: str, memory: Tensor | None = None) -> dict[str, Tensor]:
         """The tensors whose names begin so, in memory (`read_named`)."""
         return self.read_named(self.names(prefix), memory)
-
-    def read_rest(self) -> dict[str, Tensor]:
-        """The tensors that are of no block, in memory (`read_named`)."""
-        return self.read_named(self.rest())
 
     def read_named(self, names: Sequence[str], memory: Tensor | None = None) -> dict[str, Tensor]:
         """These tensors in memory, side by side in one piece of it; names that are tied give one tensor.

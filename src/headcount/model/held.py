@@ -140,13 +140,8 @@ class HeldWhileCalled(ModelHook):  # type: ignore[misc]
         device = self.inner.execution_device
         return send_to_device(args, device), send_to_device(kwargs, device, skip_keys=self.inner.skip_keys)
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """And let go of."""
-        self.let_go()
-        return output
-
     def let_go(self) -> None:
-        """Take weights out of their places, where they are there."""
+        """Take weights out of their places, where they are there: behind every call (`_ended`)."""
         _undo(self._before)
 
 

@@ -21,7 +21,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -30,73 +30,26 @@ from headcount.engine.layout import expected_layout
 from headcount.engine.pack import Budget
 from headcount.engine.stream import cannot_wait
 from headcount.errors import OptionError, TaskError, UnavailableError
-from headcount.measure.induction import largest_batch, states_of_induction
-from headcount.measure.probes import ROW_STATES
-from headcount.measure.texts import texts_of, usable_tokens
-from headcount.model.circuits import probes_of
 from headcount.model.placement import DISK, bytes_said, may_wait
 from headcount.model.speed import slow_type
 from headcount.model.without_weights import Shape, shape_of
-from headcount.study.costs import Memory, OnDevice, Passes, Waits, flops_of, hours_on, memory_of, passes_of
+from headcount.study.costs import Memory, OnDevice, Passes, hours_on, memory_of
 from headcount.study.devices import Device, device_of
 from headcount.study.folder import check_options, other_orders, previous
-from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job
+from headcount.study.job_costs import Cost, JobCosts, readings, sum_of
+from headcount.study.jobs import Evaluation, InductionScores, Job
 from headcount.study.ledger import Ledger
-from headcount.study.masksets import FullModel, Grid, RandomCurve, SingleFFNs, SingleHeads, Transfer, steps_of
-from headcount.study.plan import GRADIENT_PASSES, PlannedJob, TaskFacts, plan, reads
+from headcount.study.masksets import FullModel, Grid, RandomCurve, SingleFFNs, SingleHeads, Transfer
+from headcount.study.plan import PlannedJob, TaskFacts, plan, reads
 from headcount.study.prepare import Reporter, Silent, check_named, kept_budget, left_of
-from headcount.study.queue import rounds
-from headcount.study.sharing import NONE, Layers, layers_of
 from headcount.study.spec import Part, StudySpec, parts_of
 from headcount.study.stand_in import StandIn
-from headcount.study.tokens import AtHand, Bundled, Documents, Reading, Work, statistics
+from headcount.study.tokens import AtHand, Bundled, Documents, Reading, statistics
 
 Share: TypeAlias = Literal["full model", "importance", "curves", "grid", "transfer", "induction"]
 SHARES: tuple[Share, ...] = ("full model", "importance", "curves", "grid", "transfer", "induction")
-# Documents on which it is tried what shared shots would save.
-_SAMPLE = 32
 # To how many documents a task the what-if of fewer documents goes.
 _FEWER = 500
-
-
-class Largest(NamedTuple):
-    """A batch: its tokens, the bytes that it takes at least while it waits, and the option that makes it smaller."""
-
-    tokens: int = 0
-    needed: int = 0
-    smaller: str = ""
-
-
-_NO_BATCH = Largest()
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What jobs compute.
-
-    Attributes:
-        jobs: How many they are.
-        layer_tokens: Positions that blocks compute.
-        flops: Floating-point operations, at the middle of the layer-tokens.
-        waiting: Bytes that wait between blocks of a streamed run: hidden states, and the masks of attention.
-        kept: The same where gradients are wanted, which keep every block's input.
-        batch: What the largest batch takes of `waiting` or `kept`, about.
-        largest: The batch that takes the most while it waits.
-    """
-
-    jobs: int = 0
-    layer_tokens: Layers = NONE
-    flops: float = 0.0
-    waiting: float = 0.0
-    kept: float = 0.0
-    batch: float = 0.0
-    largest: Largest = _NO_BATCH
-
-    def plus(self, other: Cost) -> Cost:
-        """Both together."""
-        return Cost(self.jobs + other.jobs, self.layer_tokens.plus(other.layer_tokens), self.flops + other.flops,
-                    self.waiting + other.waiting, self.kept + other.kept, max(self.batch, other.batch),
-                    max(self.largest, other.largest, key=lambda one: one.needed))
 
 
 @dataclass(frozen=True)
@@ -171,7 +124,7 @@ class Forecast:
     @property
     def total(self) -> Cost:
         """What is left to do costs."""
-        return _sum(self.shares.values())
+        return sum_of(self.shares.values())
 
 
 def forecast(
@@ -213,20 +166,21 @@ def forecast(
     for name, documents in {**seen, **unseen}.items():
         reporter.stage("counting tokens", len(facts), len(seen) + len(unseen))
         facts.append(_facts(name, documents, spec, parts, unseen=name in unseen))
-    known = _Known(spec, shape, {**seen, **unseen}, facts, reading.trees, reading.budget)
+    of_jobs = JobCosts(spec, shape, {**seen, **unseen}, facts, reading.trees, reading.budget)
+    known = _Known(of_jobs)
     jobs, left = _planned(spec, shape, facts, parts, before, ledger)
     todo = [one for one in left if one is not None]
-    shares = known.shares(todo)
-    total = _sum(shares.values())
+    costs = tuple(None if one is None else of_jobs.cost(one.job) for one in left)
+    shares = known.shares(todo, [cost for cost in costs if cost is not None])
+    total = sum_of(shares.values())
     memory = memory_of(shape, reading.budget, max((one.longest for one in known.tasks), default=0),
                        induction="induction" in parts)
-    costs = tuple(None if one is None else known.cost(one.job) for one in left)
     streamed = spec.stream or spec.device_map == DISK
     said = bytes_said(spec.stream_memory)
     if streamed and said is not None and (largest := total.largest).needed > said:
         raise cannot_wait(largest.tokens, largest.needed, said, largest.smaller)
     waiting = said or may_wait()
-    passes_with = functools.partial(_passes, todo, [cost for cost in costs if cost is not None], known.probes)
+    passes_with = functools.partial(readings, todo, [cost for cost in costs if cost is not None], of_jobs.probes)
     prices: list[float | None] = [*price] * len(on) if len(price) == 1 else [*price] or [None] * len(on)
     spent = tuple(hours_on(device, shape.dtype, total.flops, memory, passes_with(device.waiting), cost,
                            streamed=streamed, jobs=total.jobs)
@@ -335,65 +289,60 @@ def _planned(
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What jobs cost, by what is known of the model and the documents."""
+    """What is told of documents, what jobs cost by part, and what would be saved."""
 
-    spec: StudySpec
-    shape: Shape
-    documents: Mapping[str, Documents]
-    facts: Sequence[TaskFacts]
-    trees: bool
-    budget: Budget
+    costs: JobCosts
 
-    @property
+    @functools.cached_property
     def tasks(self) -> list[TaskTokens]:
         """Documents and tokens of every task and number of shots."""
         return [TaskTokens(f.name, k, f.documents.get(k, 0), f.examples.get(k, 0),
                            f.documents.get(k, 0) * f.tokens.get((k, "evaluation"), 0.0),
                            f.examples.get(k, 0) * f.tokens.get((k, "gradient"), 0.0),
-                           isinstance(self.documents[f.name], Bundled), self._cut(f, k), self._longest(f, k))
-                for f in self.facts for k in self.spec.shots]
+                           isinstance(self.costs.documents[f.name], Bundled), self._cut(f, k), self._longest(f, k))
+                for f in self.costs.facts for k in self.costs.spec.shots]
 
     def _cut(self, facts: TaskFacts, k: int) -> int:
         number = facts.documents.get(k, 0)
-        return self.documents[facts.name].work("evaluation", k, number).cut if number else 0
+        return self.costs.documents[facts.name].work("evaluation", k, number).cut if number else 0
 
     def _longest(self, facts: TaskFacts, k: int) -> int:
         number = facts.examples.get(k, 0)
-        return self.documents[facts.name].work("examples", k, number, "gradient").longest if number else 0
+        return self.costs.documents[facts.name].work("examples", k, number, "gradient").longest if number else 0
 
     @property
     def notes(self) -> list[str]:
         """What is assumed of the documents."""
-        at_hand = [name for name, one in self.documents.items() if isinstance(one, AtHand)]
+        at_hand = [name for name, one in self.costs.documents.items() if isinstance(one, AtHand)]
         notes = []
-        if at_hand and self.shape.tokenizer is None:
+        if at_hand and self.costs.shape.tokenizer is None:
             notes.append("texts are cut into tokens by a stand-in, about as byte-level BPE tokenizers cut English")
-        if len(at_hand) < len(self.documents):
+        if len(at_hand) < len(self.costs.documents):
             said = statistics()
-            absent = len(self.documents) - len(at_hand)
+            absent = len(self.costs.documents) - len(at_hand)
             notes.append(f"documents and tokens of {absent} task{'s' * (absent > 1)} are counts that come along: the "
                          f"hub's numbers of documents, and tokens of {said['sample']} documents a split by the "
                          f"tokenizer of {said['tokenizer']}, in a window of {said['window']:,}")
         return notes
 
-    def shares(self, todo: Iterable[PlannedJob], shared: bool | None = None) -> dict[Share, Cost]:
+    def shares(self, todo: Iterable[PlannedJob], costs: Iterable[Cost]) -> dict[Share, Cost]:
         """What jobs cost, by part.
 
         Args:
             todo: The jobs.
-            shared: Whether one draw of shots serves all documents; None: as asked.
+            costs: Of each.
         """
         found: dict[Share, Cost] = {}
-        for planned in todo:
+        for planned, cost in zip(todo, costs, strict=True):
             share = self._share(planned.job)
-            found[share] = found.get(share, Cost()).plus(self.cost(planned.job, shared))
+            found[share] = found.get(share, Cost()).plus(cost)
         return {share: found[share] for share in SHARES if share in found}
 
     def savings(self, todo: Sequence[PlannedJob], shares: Mapping[Share, Cost]) -> Iterable[tuple[str, float]]:
         """Changes of options, and the FLOPs that each saves by itself."""
-        total, spec = _sum(shares.values()).flops, self.spec
-        if not spec.shared_shots and any(spec.shots) and self.documents:
-            yield "--shared-shots", total - _sum(self.shares(todo, True).values()).flops
+        total, spec = sum_of(shares.values()).flops, self.costs.spec
+        if not spec.shared_shots and any(spec.shots) and self.costs.documents:
+            yield "--shared-shots", total - sum_of(self.costs.cost(one.job, True) for one in todo).flops
         most = max((one.job.documents or 0 for one in todo if not isinstance(one.job, InductionScores)), default=0)
         fewer = _FEWER if most > _FEWER else most // 2
         # A limit that is lower already stays.
@@ -402,8 +351,7 @@ class _Known:
         limits += "".join(f" --{name} {fewer}" for name, given in (
             ("grid-limit", spec.grid_limit), ("transfer-limit", spec.transfer_limit)) if given and given > fewer)
         if fewer and limits:
-            cut = [dataclasses.replace(one, job=_with_documents(one.job, fewer)) for one in todo]
-            yield limits, total - _sum(self.shares(cut, None).values()).flops
+            yield limits, total - sum_of(self.costs.cost(_with_documents(one.job, fewer)) for one in todo).flops
         for share in ("transfer", "grid", "induction"):
             if share in shares and len(shares) > 1:
                 yield f"without {share}", shares[share].flops
@@ -418,95 +366,17 @@ class _Known:
         if isinstance(job.masks, Grid):
             return "grid"
         beside = isinstance(job.masks, RandomCurve) and not (
-            "curves" in self.spec.measure and {*job.masks.fractions} <= {*self.spec.fractions_of_random}
-            and job.task not in {f.name for f in self.facts if f.unseen})
+            "curves" in self.costs.spec.measure and {*job.masks.fractions} <= {*self.costs.spec.fractions_of_random}
+            and job.task not in {f.name for f in self.costs.facts if f.unseen})
         return "transfer" if beside or isinstance(job.masks, Transfer) else "curves"
-
-    def cost(self, job: Job, shared: bool | None = None) -> Cost:
-        """What one job computes; arguments as in `shares`."""
-        layers = self.shape.anatomy.num_layers
-        masks, kept, waiting, states = 1, 0.0, 0.0, 0
-        if isinstance(job, InductionScores):
-            states = states_of_induction(self.shape.model.dtype)
-            # Prefix matching and copying read texts of their own; the paper's copying runs blocks twice.
-            kinds = 3 if job.protocol == "paper" else 2
-            work, runs = self._texts(job), Layers.exactly(layers * kinds)
-            waiting = kinds * self._waiting(work, states, masked=True)
-        elif isinstance(job, GradientImportance):
-            work, runs = self._work(job, "gradient", "examples", shared), Layers.exactly(GRADIENT_PASSES * layers)
-            masks, kept, states = GRADIENT_PASSES, self._waiting(work, layers + 1), layers + 1
-        elif isinstance(job, Evaluation):
-            work = self._work(job, "scored", job.split, shared)
-            runs, masks = layers_of(job.masks, self.shape.anatomy.heads_per_layer), max(1, len(steps_of(job.masks)))
-            waiting, states = self._waiting(work, masks, masked=self.trees), masks
-        else:
-            return Cost(1)  # put together from other entries
-        flops = flops_of(self.shape, work, runs.middle, masks)
-        # At least: over trees masks are numbers; eager attention has some of whatever type, and some models two.
-        of_trees = self.trees and isinstance(job, Evaluation)
-        mask = work.width * (self.shape.model.dtype.itemsize if of_trees else isinstance(job, InductionScores))
-        largest = Largest(work.largest, work.largest * (self._hidden(states) + mask), "batch_tokens")
-        if isinstance(job, InductionScores):
-            rows = probes_of(self.shape.anatomy.layers[0].d_model)[1]
-            probes = Largest(rows, rows * self._hidden(ROW_STATES))
-            largest = max(largest._replace(smaller=""), probes, key=lambda one: one.needed)
-        tokens = work.largest or min(self.budget.batch_tokens, work.tokens)
-        batch = max(waiting, kept) * tokens / max(1, work.tokens)
-        return Cost(1, runs.times(work.tokens), flops, waiting, kept, batch, largest)
-
-    def _waiting(self, work: Work, states: int, *, masked: bool = False) -> float:
-        """Bytes that documents take between two blocks: so many hidden states of each, and its mask of attention."""
-        size = self.shape.model.dtype.itemsize if masked else 1
-        return float(work.tokens * (self._hidden(states) + torch.int64.itemsize) + work.pairs * size)
-
-    def _hidden(self, states: int) -> int:
-        """Bytes of so many hidden states of a position."""
-        return states * self.shape.model.dtype.itemsize * self.shape.anatomy.layers[0].d_model
-
-    def _work(
-        self, job: Evaluation | GradientImportance, layout: Literal["scored", "gradient"],
-        split: Literal["evaluation", "examples"], shared: bool | None,
-    ) -> Work:
-        """One pass over a job's documents; other draws of shots, and fewer documents, are tried on a sample."""
-        documents, k, number = self.documents[job.task], job.num_fewshot, job.documents
-        facts = next(f for f in self.facts if f.name == job.task)
-        whole = (facts.documents if split == "evaluation" else facts.examples)[k]
-        planned = number in (whole, self.spec.grid_limit, self.spec.transfer_limit)
-        if isinstance(documents, Bundled) or (planned and (shared is None or not k)):
-            return documents.work(split, k, number, layout, shared)
-        few = min(_SAMPLE, whole)
-        known = documents.work(split, k, whole, layout)
-        scale = number / whole
-        if shared is not None and k:
-            scale *= documents.work(split, k, few, layout, shared).tokens / documents.work(split, k, few, layout).tokens
-        return Work(known.tokens * scale, known.pairs * scale, known.places * number / whole)
-
-    @property
-    def probes(self) -> float:
-        """Bytes that probes of heads take between two blocks: induction's, after its texts."""
-        rows, _ = probes_of(self.shape.anatomy.layers[0].d_model)
-        return self._waiting(Work(rows, rows, 0), ROW_STATES)
-
-    def _texts(self, job: InductionScores) -> Work:
-        """One pass over the random texts of one kind."""
-        shape = self.shape
-        texts, _ = self._texts_of(job)
-        largest, width = largest_batch(texts, int(shape.has_bos), max(shape.anatomy.heads_per_layer), shape.device)
-        return Work(sum(texts), sum(text**2 for text in texts), 0, largest, width)
-
-    def _texts_of(self, job: InductionScores) -> tuple[list[int], list[str]]:
-        tokens = int(self.shape.model.config.get_text_config().vocab_size)
-        if self.shape.tokenizer is not None:
-            tokens = len(usable_tokens(self.shape.tokenizer, self.shape.model)[0])
-        return texts_of(job.lengths, job.seeds, "paper" if job.protocol == "paper" else "sound",
-                        window=self.shape.max_length, tokens=tokens, has_bos=self.shape.has_bos)
 
     def noted(self, todo: Iterable[PlannedJob]) -> list[str]:
         """What a run would note of prompts that are cut, and of texts that are left out."""
+        window = f"the window of {self.costs.shape.max_length:,} tokens"
         cut = [f"{one.name}, {one.num_fewshot}-shot: {one.cut:,} request{'s are' if one.cut > 1 else ' is'} longer "
-               f"than the window of {self.shape.max_length:,} tokens, and lose{'s' * (one.cut == 1)} the beginning"
-               for one in self.tasks if one.cut]
-        texts = [note for one in todo if isinstance(one.job, InductionScores) for note in self._texts_of(one.job)[1]]
+               f"than {window}, and lose{'s' * (one.cut == 1)} the beginning" for one in self.tasks if one.cut]
+        texts = [note for one in todo if isinstance(one.job, InductionScores)
+                 for note in self.costs.texts_of_job(one.job)[1]]
         return [*cut, *dict.fromkeys(texts)]
 
 
@@ -514,28 +384,3 @@ def _with_documents(job: Job, most: int) -> Job:
     if isinstance(job, InductionScores) or job.documents is None or job.documents <= most:
         return job
     return dataclasses.replace(job, documents=most)
-
-
-def _passes(todo: Sequence[PlannedJob], costs: Sequence[Cost], probes: float, waiting: float | int) -> Passes:
-    """How often the weights are read where the model is streamed: the jobs of each round share readings.
-
-    Induction scores do not: each job has a model of its own, whose heads are probed besides.
-    """
-    by_job = {id(planned): cost for planned, cost in zip(todo, costs, strict=True)}
-    scored, kept = [], []
-    for jobs in rounds(todo):
-        own = [by_job[id(one)] for one in jobs]
-        together = _sum(own)
-        if isinstance(jobs[0].job, InductionScores):
-            scored += [size for cost in own for size in (Waits(cost.waiting, cost.batch), Waits(probes, 0))]
-        else:
-            scored.append(Waits(together.waiting, together.batch))
-            kept.append(Waits(together.kept, together.batch))
-    return passes_of([one for one in scored if one.together], [one for one in kept if one.together], waiting)
-
-
-def _sum(costs: Iterable[Cost]) -> Cost:
-    total = Cost()
-    for cost in costs:
-        total = total.plus(cost)
-    return total
