@@ -25,7 +25,7 @@ from headcount.model.load import LoadedModel, load
 from headcount.model.without_weights import bundled_shapes, shape_of
 from headcount.study import devices
 from headcount.study import forecast as forecasts
-from headcount.study.costs import Memory, Passes, hours_on
+from headcount.study.costs import Memory, Passes, Waits, hours_on, passes_of
 from headcount.study.devices import READ_SPEED, Device, device_of
 from headcount.study.forecast import Forecast, forecast
 from headcount.study.jobs import Evaluation, GradientImportance, InductionScores
@@ -247,6 +247,12 @@ def test_a_device_holds_a_model_streams_it_or_cannot() -> None:
     read = hours_on(device, "float32", 36_000.0, dataclasses.replace(slow, gradients=0), Passes(3, 0), None)
     assert (read.reading, read.computing) == (3.0, 2.0)
     assert read.hours == 3.0 + 3 * 10 / READ_SPEED / 3600, "the slower of both, and each pass's first block"
+
+
+def test_a_pass_ends_where_the_next_batch_does_not_fit() -> None:
+    """Half a batch before memory is full; what fits at once takes one pass, and a batch is never parted."""
+    assert passes_of([Waits(300, 60), Waits(100, 60), Waits(300, 100)], [], 100) == Passes(5 + 1 + 3, 0)
+    assert passes_of([], [Waits(300, 60)], 100) == Passes(0, 2 * 5)
 
 
 def test_numbers_of_shots_between_those_counted_lie_on_a_line() -> None:
