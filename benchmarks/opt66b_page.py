@@ -23,7 +23,6 @@ from typing import Any
 
 from headcount.engine.pack import Budget
 from headcount.study.costs import flops_of
-from headcount.study.devices import JOB_SECONDS, READ_SPEED
 from headcount.study.forecast import Forecast, forecast
 from headcount.study.jobs import Evaluation, GradientImportance, Job
 from headcount.study.masksets import FullModel, Grid, RandomCurve, SingleFFNs, Transfer, steps_of
@@ -206,16 +205,17 @@ def _passes(found: Mapping[str, Any]) -> list[str]:
     low, middle, high = plan["layer_tokens"]
     of_jobs = [one for one in blocks if one["kind"] != "proof"]
     seconds, waited = (sum(one[what] for one in of_jobs) for what in ("seconds", "waiting"))
-    computing = plan["computing"] - plan["jobs"] * plan["job_seconds"]  # which the plan of then had in it
-    beside, first = plan["jobs"] * JOB_SECONDS, sum(plan["passes"]) * plan["block"] / READ_SPEED
+    beside = plan["jobs"] * plan["job_seconds"]
+    first = plan["seconds"] - max(plan["computing"], plan["reading"])
     return [*lines, "",
             f"Layer-tokens: {sum(one['positions'] for one in of_jobs):,} in the run; planned about {middle:,.0f}, "
             f"between {low:,.0f} and {high:,.0f}. *Proof* is contract 3, which the first job needs. GFLOP/s "
             "count blocks in full, also those whose FFN is removed and not computed. The jobs' blocks took "
             f"{seconds:.1f} s to compute and {waited:.1f} s to wait for, {seconds + waited:.1f} s together. The plan "
-            f"says {computing + beside + first:.1f} s: {computing:.1f} s at {plan['rate'] / 1e9:.0f} GFLOP/s, "
+            f"says {plan['seconds']:.1f} s: {plan['computing'] - beside:.1f} s at {plan['rate'] / 1e9:.0f} GFLOP/s, "
             f"{beside:.1f} s for what {plan['jobs']} jobs do besides, and {first:.1f} s for the first block of each "
-            f"pass at {READ_SPEED / 1e9:g} GB/s; in a model of three layers every third block is one."]
+            f"pass at {plan['read_speed'] / 1e9:.1f} GB/s, which this disk was timed at beforehand (`--read-speed`); "
+            "in a model of three layers every third block is one."]
 
 
 def _readings(found: Mapping[str, Any]) -> list[str]:

@@ -75,6 +75,9 @@ def _goals(kept: dict[str, list[Row]]) -> str:
         ratios = [r["seconds"] / r["planned"] for r in rows]
         found.append(("seconds of a study / planned, the furthest above", max(ratios), 1.3, "at most"))
         found.append(("seconds of a study / planned, the furthest below", min(ratios), 0.7, "at least"))
+        off = max(abs(middle / ran - 1) for _, middle, _, ran in _kinds(rows).values())
+        found.append(("layer-tokens of the middle of a plan's bounds, off by at most, any kind of masks", off, 0.1,
+                      "at most"))
     if rows := kept.get("streaming"):
         found.append(("a streamed pass / the larger of its reading and its computing, the worst", max(
             r["ratio"] for r in rows), 1.25, "at most"))
@@ -317,7 +320,22 @@ def _plan(rows: list[Row]) -> str:
              "|---|--:|--:|--:|--:|--:|--:|--:|"]
     return "\n".join([*lines, *(
         f"| {r['study']} | {r['jobs']} | {r['threads']} | {r['planned']:.1f} | {r['seconds']:.1f} | "
-        f"{r['seconds'] / r['planned']:.2f} | {r['cpu']:.1f} | {r['others']:.1f} |" for r in rows), ""])
+        f"{r['seconds'] / r['planned']:.2f} | {r['cpu']:.1f} | {r['others']:.1f} |" for r in rows), "",
+        "Layer-tokens of masks whose orders only the run finds, of all these studies, beside the plan's bounds and "
+        "their middle. Everything else is exact.", "",
+        "| masks | at least | middle | at most | run | middle / run |", "|---|--:|--:|--:|--:|--:|", *(
+            f"| {kind} | {low:,.0f} | {middle:,.0f} | {high:,.0f} | {ran:,.0f} | {middle / ran:.3f} |"
+            for kind, (low, middle, high, ran) in _kinds(rows).items()), ""])
+
+
+def _kinds(rows: list[Row]) -> dict[str, tuple[float, ...]]:
+    """Layer-tokens by kind of masks, all studies together and by itself: at least, middle, at most, in the run."""
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for row in rows:
+        for kind, layer_tokens in row["kinds"].items():
+            found.setdefault(kind, []).append(layer_tokens)
+    together = {kind: tuple(map(sum, zip(*several, strict=True))) for kind, several in found.items()}
+    return together | {"all": tuple(map(sum, zip(*together.values(), strict=True)))}
 
 
 _SECTIONS: dict[str, Callable[[list[Row]], str]] = {

@@ -70,6 +70,8 @@ SHAPE = "facebook/opt-66b"
 _RESULT = _ROOT / "benchmarks" / "results" / "large" / "real_shape.json"
 # A reading of so many bytes is a block's, or that of the embeddings.
 _LARGE = 5e8
+# Bytes that are read to time the disk.
+_TIMED = 4e9
 _EVERY = 0.02
 Row = dict[str, Any]
 
@@ -252,9 +254,25 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         random_checkpoint.write(folder, config, torch.bfloat16, tiny.tokenizer())
 
 
+def read_speed(folder: Path) -> float:
+    """Bytes a second that weights are read at from the disk: the first 4 GB of the files, one after another."""
+    files = sorted(folder.glob("*.safetensors"))
+    _drop({*files})
+    read, started = 0, time.perf_counter()
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            memory = bytearray(64 * 2**20)
+            while read < _TIMED and (got := file.readinto(memory)):
+                read += got
+    speed = read / (time.perf_counter() - started)
+    _drop({*files})
+    return speed
+
+
 def planned(spec: StudySpec) -> Row:
-    """What `headcount plan` says of the study."""
-    known = forecast(spec, on=("cpu",))
+    """What `headcount plan` says of the study on this machine, with its disk's speed."""
+    speed = read_speed(Path(spec.model))
+    known = forecast(spec, on=("cpu",), read_speed=int(speed))
     layers, passes, here = known.total.layer_tokens, known.passes, known.devices[0]
     d_model = known.shape.anatomy.layers[0].d_model
     return {"parameters": known.shape.anatomy.num_parameters, "weights": known.memory.weights,
@@ -264,7 +282,8 @@ def planned(spec: StudySpec) -> Row:
             "waiting": known.waiting, "passes": list(passes),
             "bytes_read": known.memory.weights * sum(passes), "jobs": len(known.jobs),
             "layer_tokens": [layers.low, layers.middle, layers.high], "flops": known.total.flops,
-            "active": known.shape.mean_active_parameters, "computing": here.computing * 3600,
+            "active": known.shape.mean_active_parameters, "seconds": here.hours * 3600,
+            "computing": here.computing * 3600, "reading": here.reading * 3600, "read_speed": speed,
             "rate": here.device.flops(known.shape.dtype), "job_seconds": JOB_SECONDS}
 
 

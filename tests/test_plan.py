@@ -14,9 +14,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+import families
 import tiny
 from headcount.engine import budget as budgets
+from headcount.engine.engine import Engine
 from headcount.engine.pack import Budget, Cost
+from headcount.engine.stream import Stream, Wave
 from headcount.errors import ModelError, OptionError
 from headcount.measure import induction
 from headcount.measure.texts import LENGTHS, SEEDS
@@ -255,6 +258,23 @@ def test_a_pass_ends_where_the_next_batch_does_not_fit() -> None:
     assert passes_of([], [Waits(300, 60)], 100) == Passes(0, 2 * 5)
 
 
+def test_a_disk_is_as_fast_as_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["facebook/opt-66b", "--tasks", "piqa", "--stream", "--on", "h100"]
+    usual, slow = (forecast(of_125m(stream=True), on=("h100",), read_speed=speed).devices[0]
+                   for speed in (None, "500MB"))
+    assert slow.reading == pytest.approx(6 * usual.reading)
+    assert tiny.run(["plan", *options, "--read-speed", "500MB"]) == 0
+    assert "assumed: weights are read at 500 MB/s" in " ".join(capsys.readouterr().out.split())
+    assert tiny.run(["plan", *options, "--read-speed", "fast"]) == 2
+    assert "--read-speed 'fast' is no number of bytes: write 8GB or 500MB" in capsys.readouterr().err
+
+
+def test_tasks_that_are_missing_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("plan", "study"):
+        assert tiny.run([verb, "facebook/opt-66b"]) == 2
+        assert "--tasks is missing: name tasks such as piqa copa, paper14" in capsys.readouterr().err
+
+
 def test_numbers_of_shots_between_those_counted_lie_on_a_line() -> None:
     reading = Reading(None, 2048, Budget(), True, None, False, 1234, False)
     task = Bundled("wic", reading)
@@ -351,6 +371,38 @@ def test_a_plan_of_induction_refuses_what_a_run_would(tmp_path: Path, monkeypatc
     (told,) = forecast(longer).told
     assert "random sequences of more than 127 tokens are left out" in told
     assert told in induction.induction_scores(load(folder, stream=True), lengths=(9, 400), seeds=1).notes
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("cohere2", 2)])
+def test_masks_that_wait_are_counted(
+    family: str, kinds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: None
+) -> None:
+    """One of each kind of attention, such as sliding and full, over trees in numbers."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    families.tiny(family).save_pretrained(tmp_path / "model")
+    families.reader().save_pretrained(tmp_path / "model")
+    spec = StudySpec(str(tmp_path / "model"), tasks=("piqa",), shots=(2,), limit=5, stream=True,
+                     data=tiny.write_task(tmp_path / "data"), device="cpu", out=tmp_path / "study")
+    known, seen = forecast(spec), list[int]()
+    enter = Stream.enter
+
+    def entered(stream: Stream, waiting: object) -> list[Wave[object]]:
+        waves = enter(stream, waiting)  # type: ignore[arg-type]
+        for wave in waves:
+            masks = {value.untyped_storage().data_ptr(): value.nbytes for call in wave.calls
+                     for value in call.kwargs.values() if isinstance(value, torch.Tensor) and value.ndim == 4}
+            seen.append(wave.batch.tokens * (32 * 4 + 8) + sum(masks.values()))
+        return waves
+
+    plan = prepare(spec, parts=("evaluate",))
+    Engine.of(plan.loaded).prove_sweep()  # which reads prompts of its own
+    monkeypatch.setattr(Stream, "enter", entered)
+    run(plan)
+    assert known.shape.attention_kinds == kinds
+    assert plan.jobs[0].title == known.jobs[0].title
+    assert len(plan.jobs) == 1
+    assert known.costs[0] is not None
+    assert sum(seen) == known.costs[0].waiting
 
 
 def test_induction_reads_weights_for_texts_and_probes() -> None:

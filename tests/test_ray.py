@@ -185,14 +185,14 @@ GPUS = {"CPU": 16.0, "GPU": 4.0}
 
 
 @pytest.mark.parametrize(("nodes", "asked", "gpus", "found"), [
-    ([{"CPU": 2.0}], {}, 0, (1, 1, 2, 0)),
-    ([{"CPU": 2.0}], {"workers": 2}, 0, (2, 2, 1, 0)),
-    ([{"CPU": 3.0}, {"CPU": 1.0}], {}, 0, (2, 2, 1, 0)),
-    ([{"CPU": 8.0}, {"CPU": 4.0}, {"memory": 1.0}], {"workers": 3}, 0, (3, 3, 4, 0)),
-    ([GPUS, GPUS, {"CPU": 64.0}], {}, 1, (8, 8, 4, 1)),
-    ([GPUS, GPUS], {"gpus_per_worker": 2}, 1, (4, 4, 8, 2)),
-    ([GPUS], {"workers": 6}, 1, (6, 4, 4, 1)),
-    ([GPUS], {"workers": 2, "threads_per_worker": 3}, 1, (2, 2, 3, 1)),
+    ([{"CPU": 2.0}], {}, 0, (1, 1, 2, 0, 1)),
+    ([{"CPU": 2.0}], {"workers": 2}, 0, (2, 2, 1, 0, 2)),
+    ([{"CPU": 3.0}, {"CPU": 1.0}], {}, 0, (2, 2, 1, 0, 2)),
+    ([{"CPU": 8.0}, {"CPU": 4.0}, {"memory": 1.0}], {"workers": 3}, 0, (3, 3, 4, 0, 2)),
+    ([GPUS, GPUS, {"CPU": 64.0}], {}, 1, (8, 8, 4, 1, 4)),
+    ([GPUS, GPUS], {"gpus_per_worker": 2}, 1, (4, 4, 8, 2, 2)),
+    ([GPUS], {"workers": 6}, 1, (6, 4, 4, 1, 4)),
+    ([GPUS], {"workers": 2, "threads_per_worker": 3}, 1, (2, 2, 3, 1, 2)),
 ])
 def test_workers_and_threads_fill_the_cluster(
     nodes: list[dict[str, float]], asked: dict[str, int], gpus: int, found: tuple[int, ...]
@@ -274,6 +274,15 @@ def test_a_worker_writes_entries_where_it_shares_the_folder_and_else_sends_them(
     inode = ready.folder.path(first.key).stat().st_ino
     assert [delivered.result for delivered in beside.do([first], {})] == [None]
     assert ready.folder.path(first.key).stat().st_ino == inode, "a job that is done twice has one entry"
+
+
+def test_workers_that_stream_share_what_may_wait_of_their_node(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headcount.study.member.may_wait", lambda: 3 * 10**6)
+    for said, expected in ((None, 10**6), ("2MB", 2 * 10**6)):
+        ready = prepare(spec(folder, model=str(folder / "model"), stream=True, stream_memory=said), parts=("evaluate",))
+        assert Member(Outline.of(ready), 1, ("", ""), 3)._plan.loaded.stream_memory == expected
 
 
 def test_a_worker_with_other_documents_or_another_model_says_so(folder: Path, tmp_path: Path) -> None:

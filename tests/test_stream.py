@@ -276,7 +276,7 @@ def test_what_does_not_fit_into_memory_is_left_in_its_files(tmp_path: Path, monk
     assert "stay in their files and are read block by block" in found.notes[0]
     assert not held.in_files(load(folder, device="cpu").model), "who names a device has it there"
     for said in ("much", "0", "-1GB", "B", "8XB"):
-        with pytest.raises(OptionError, match="is no amount of memory: write 8GB"):
+        with pytest.raises(OptionError, match="is no number of bytes: write 8GB"):
             load(folder, stream=True, stream_memory=said)
     with pytest.raises(OptionError, match="device_map auto puts them elsewhere: give one of them"):
         load(folder, stream=True, device_map="auto")

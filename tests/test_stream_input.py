@@ -140,7 +140,7 @@ def test_what_contradicts_streaming_is_refused_also_by_a_plan(
     asked = [command, str(folder), *_ASKED, "--stream"]
     line = refused(capsys, [*asked, "--device-map", "auto"])
     assert "--device-map auto puts them elsewhere: give one of them" in line
-    assert "is no amount of memory: write 8GB or 500MB" in refused(capsys, [*asked, "--stream-memory", "much"])
+    assert "is no number of bytes: write 8GB or 500MB" in refused(capsys, [*asked, "--stream-memory", "much"])
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(

@@ -95,7 +95,9 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
 
 
 @app.command
-def plan(spec: Spec, *, on: tuple[str, ...] = ("cpu",), price: tuple[float, ...] = ()) -> None:
+def plan(
+    spec: Spec, *, on: tuple[str, ...] = ("cpu",), price: tuple[float, ...] = (), read_speed: str | None = None,
+) -> None:
     """What a study will cost, from the model's config alone: `headcount plan facebook/opt-66b --tasks piqa --on h100`.
 
     MODEL is a folder with nothing but config.json, a model that is cached, or the hub id of an OPT, Pythia, Llama-3,
@@ -105,8 +107,9 @@ def plan(spec: Spec, *, on: tuple[str, ...] = ("cpu",), price: tuple[float, ...]
     Args:
         on: Devices to say time for: h200, h100, a100, 4090, several as 8xh100; cpu is this machine.
         price: What an hour of one device costs; one number, or one for each of --on.
+        read_speed: How fast weights are read from the disk where they are streamed, in bytes a second, such as 1.5GB.
     """
-    _plan(spec, on, price)
+    _plan(spec, on, price, read_speed)
 
 
 @app.command
@@ -365,7 +368,9 @@ def demo(*, out: Path = Path("headcount-demo"), dry_run: bool = False) -> None:
                     fractions=(0.1, 0.2, 0.3, 0.5), random_orders=3, out=out), dry_run=dry_run)
 
 
-def _plan(spec: StudySpec, on: Sequence[str] = ("cpu",), price: Sequence[float] = ()) -> None:
+def _plan(
+    spec: StudySpec, on: Sequence[str] = ("cpu",), price: Sequence[float] = (), read_speed: str | None = None
+) -> None:
     """Print what a study will cost."""
     from headcount import terminal
 
@@ -374,7 +379,7 @@ def _plan(spec: StudySpec, on: Sequence[str] = ("cpu",), price: Sequence[float] 
         from headcount.study.forecast import forecast
         from headcount.terminal_plan import print_forecast
 
-        known = forecast(spec, on=on, price=price, reporter=reporter)
+        known = forecast(spec, on=on, price=price, read_speed=read_speed, reporter=reporter)
     terminal.print_damaged(known.damaged)
     if known.other_orders:
         terminal.print_note(known.other_orders)
@@ -557,7 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             app.meta(sys.argv[1:] if arguments is None else arguments, exit_on_error=False, print_error=False)
     except (HeadcountError, cyclopts.CycloptsError) as error:
         called = {option: short for short, option in _short(arguments or sys.argv[1:]).items()}
-        message = error.on_command_line(called) if isinstance(error, HeadcountError) else str(error)
+        message = error.on_command_line(called) if isinstance(error, HeadcountError) else _parsing(error)
         return _fail(" ".join(message.split()), 1 if isinstance(error, JobsFailedError) else 2)
     except OSError as error:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
@@ -567,6 +572,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"\nheadcount: stopped; {kept}\n")
         return 130
     return 0
+
+
+def _parsing(error: cyclopts.CycloptsError) -> str:
+    """What is wrong with a command line, with what to do where no tasks are named."""
+    if isinstance(error, cyclopts.MissingArgumentError) and error.argument is not None and (
+            error.argument.name == "--tasks" and error.keyword is None):
+        return ("--tasks is missing: name tasks such as piqa copa, paper14 (the paper's 14) or icl (word tasks that "
+                "come along); `headcount tasks` lists them")
+    return str(error)
 
 
 @contextlib.contextmanager

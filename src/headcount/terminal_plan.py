@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from headcount.model.placement import filled
-from headcount.study.devices import JOB_SECONDS, READ_SPEED
+from headcount.study.devices import JOB_SECONDS
 from headcount.terminal import table_of
 
 if TYPE_CHECKING:
@@ -123,8 +123,9 @@ def _print_devices(known: Forecast) -> None:
         _say(f"assumed: {_short(rate)}FLOP/s, {efficiency:.0%} of {_short(rate / efficiency)}FLOP/s in "
              f"{known.shape.dtype} ({text})")
     _say(f"assumed: a job takes {JOB_SECONDS:g} s beside its operations")
-    for waiting, passes in dict.fromkeys((one.device.waiting, one.passes) for one in known.devices if one.bytes_read):
-        _say(f"assumed: weights are read at {READ_SPEED / 1e9:g} GB/s, once for as many jobs as "
+    for waiting, passes, speed in dict.fromkeys(
+            (one.device.waiting, one.passes, one.device.read_speed) for one in known.devices if one.bytes_read):
+        _say(f"assumed: weights are read at {_bytes(speed)}/s, once for as many jobs as "
              f"{_bytes(waiting)} of hidden states allow: {passes.scoring:,} times to score, "
              f"{passes.gradients:,} times for gradients. A pass takes as long as the slower of reading and "
              "computing, and its first block is read before.")

@@ -24,8 +24,12 @@ _FILLED_ELSEWHERE = 0.95
 _WAITS = 0.25
 
 
-def bytes_said(text: str | int | None) -> int | None:
+def bytes_said(text: str | int | None, option: str = "stream_memory") -> int | None:
     """A number of bytes as people write it: 8GB, 500MB.
+
+    Args:
+        text: What was written; None where nothing was.
+        option: Which option it was written for.
 
     Raises:
         OptionError: If it is none.
@@ -36,8 +40,7 @@ def bytes_said(text: str | int | None) -> int | None:
     unit = found[2] if found else ""
     size = int(float(found[1]) * _UNITS[unit if unit in _UNITS else f"{unit}B"]) if found and unit != "B" else 0
     if size < 1:
-        raise OptionError(f"`stream_memory` {text!r} is no amount of memory: write 8GB or 500MB",
-                          fields=("stream_memory",))
+        raise OptionError(f"`{option}` {text!r} is no number of bytes: write 8GB or 500MB", fields=(option,))
     return size
 
 

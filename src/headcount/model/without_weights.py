@@ -84,6 +84,12 @@ class Shape:
         return sum(part.num_heads * part.d_head for part in self.anatomy.layers) / self.anatomy.num_layers
 
     @property
+    def attention_kinds(self) -> int:
+        """Of how many kinds its attention is, each with a mask of its own: one, or with sliding windows two."""
+        kinds: set[str] = {*(getattr(self.model.config.get_text_config(), "layer_types", None) or ())}
+        return max(1, sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds))
+
+    @property
     def dtype(self) -> str:
         """The type of its numbers, such as `float16`."""
         return str(self.model.dtype).removeprefix("torch.")

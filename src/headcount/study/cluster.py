@@ -32,12 +32,14 @@ class Size:
         room: How many of them there is room for now; the others begin when there is more.
         threads: Threads, and cores, of each.
         gpus: GPUs of each.
+        together: The most of them that one node has room for.
     """
 
     workers: int
     room: int
     threads: int
     gpus: int
+    together: int = 1
 
 
 def check_cluster(address: str | None) -> None:
@@ -131,10 +133,13 @@ def size_of(spec: InductionSpec, gpus: int, nodes: Sequence[Mapping[str, float]]
     """
     gpus = gpus if spec.gpus_per_worker is None else spec.gpus_per_worker
 
+    def rooms(threads: int) -> list[int]:
+        """Workers that have a place at once, on every node."""
+        return [int(min([node.get("CPU", 0) // threads, *([node.get("GPU", 0) // gpus] if gpus else [])]))
+                for node in nodes]
+
     def room(threads: int) -> int:
-        """Workers that have a place at once."""
-        return int(sum(min([node.get("CPU", 0) // threads, *([node.get("GPU", 0) // gpus] if gpus else [])])
-                       for node in nodes))
+        return sum(rooms(threads))
 
     nodes_with = sum(node.get("CPU", 0) >= 1 for node in nodes)
     workers = spec.workers or max(1, room(1) if gpus else min(nodes_with, room(1)))
@@ -146,4 +151,4 @@ def size_of(spec: InductionSpec, gpus: int, nodes: Sequence[Mapping[str, float]]
         raise OptionError(f"no node of the cluster has room for a worker of {threads} cores and {gpus} GPUs (they have "
                           f"{cores} and {cards} in all): correct `threads_per_worker` or `gpus_per_worker`, or add "
                           "nodes", fields=("threads_per_worker", "gpus_per_worker"))
-    return Size(workers, min(workers, room(threads)), threads, gpus)
+    return Size(workers, min(workers, room(threads)), threads, gpus, min(workers, max(rooms(threads))))

@@ -17,7 +17,7 @@ from headcount.engine.budget import bytes_per_token
 from headcount.engine.pack import Budget
 from headcount.model.circuits import probes_of
 from headcount.model.without_weights import Shape
-from headcount.study.devices import JOB_SECONDS, READ_SPEED, Device
+from headcount.study.devices import JOB_SECONDS, Device
 from headcount.study.tokens import Work
 
 # Maps of the residual stream in float32: from the embeddings, to the output layer, of all tokens' products, of these
@@ -183,8 +183,8 @@ def hours_on(
     else:
         way, read = ("streamed", sum(passes)) if memory.streamed <= usable else ("too large", 0)
     computing = (flops / device.flops(dtype) + jobs * JOB_SECONDS) / 3600 / copies
-    reading = memory.weights * read / READ_SPEED / 3600
-    first = memory.block * read / READ_SPEED / 3600
+    reading = memory.weights * read / device.read_speed / 3600
+    first = memory.block * read / device.read_speed / 3600
     hours = math.nan if way == "too large" else max(computing, reading) + first
     return OnDevice(device, way, copies, hours, computing, reading, memory.weights * read, passes,
                     None if price is None else hours * price * device.number)

@@ -46,6 +46,7 @@ class Device:
         number: How many there are.
         kind: As torch names it.
         waiting: Bytes of the host's memory that hidden states may wait in, where a model is streamed.
+        read_speed: Bytes a second that weights are read at, where a model is streamed.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Device:
     number: int = 1
     kind: str = "cuda"
     waiting: float | int = WAITING
+    read_speed: float | int = READ_SPEED
 
     @property
     def usable(self) -> float:

@@ -345,8 +345,8 @@ class _Crew:
         if differing := _differences(self._versions, said["versions"]):
             self._refuse(hand, f"{differing}; install the driver's versions there")
             return
-        folder = str(Path.cwd())
-        self._waiting[hand.actor.join.remote(folder, (self.outline, self.size.threads, self.token))] = hand
+        arguments = (self.outline, self.size.threads, self.token, self.size.together)
+        self._waiting[hand.actor.join.remote(str(Path.cwd()), arguments)] = hand
 
     def _joined(self, hand: _Hand, said: tuple[dict[str, str], bool]) -> None:
         facts, hand.shares = said

@@ -128,7 +128,8 @@ class Forecast:
 
 
 def forecast(
-    spec: StudySpec, *, on: Sequence[str] = (), price: Sequence[float] = (), reporter: Reporter | None = None
+    spec: StudySpec, *, on: Sequence[str] = (), price: Sequence[float] = (), read_speed: str | int | None = None,
+    reporter: Reporter | None = None,
 ) -> Forecast:
     """What a study will cost, from its options and the model's config alone.
 
@@ -136,6 +137,7 @@ def forecast(
         spec: What was asked; with a folder, what that holds already is taken off.
         on: Devices to say hours for, such as `h100`, `8xh100`, `cpu`.
         price: What an hour of one such device costs; a single price serves all.
+        read_speed: Bytes a second that streamed weights are read at, also as "1.5GB"; None: an NVMe disk's.
         reporter: Told of progress.
 
     Raises:
@@ -147,6 +149,7 @@ def forecast(
                           f"{len(on)} devices", fields=("price", "on"))
     if wrong := [one for one in price if not 0 <= one < math.inf]:
         raise OptionError(f"`price` is what an hour costs, not {wrong[0]:g}", fields=("price",))
+    speed = bytes_said(read_speed, "read_speed")
     parts, before, ledger = parts_of(spec), None, None
     if spec.out is not None:
         ledger = Ledger(spec.out)
@@ -154,7 +157,7 @@ def forecast(
         check_options(spec, before, ledger.folder)
     reporter.stage(f"reading the config of {spec.model}")
     shape = _shape(spec)
-    devices = [_device(name, shape, bytes_said(spec.stream_memory)) for name in on]
+    devices = [_device(name, shape, bytes_said(spec.stream_memory), speed) for name in on]
     reading, notes = _reading(shape, spec, before)
     narrow = shape.model.dtype == torch.float16 and any(one.kind == "cpu" for one in devices)
     slow = [*filter(None, [slow_type(shape.model.dtype) if narrow else ""])]
@@ -199,10 +202,10 @@ def _shape(spec: StudySpec) -> Shape:
                     apply_chat_template=spec.apply_chat_template)
 
 
-def _device(name: str, shape: Shape, waiting: int | None) -> Device:
+def _device(name: str, shape: Shape, waiting: int | None, read_speed: int | None) -> Device:
     part = shape.anatomy.layers[0]
     device = device_of(name, part.d_model, max(1, part.ffn_parameters // (2 * part.d_model)), shape.dtype)
-    return device if waiting is None else dataclasses.replace(device, waiting=waiting)
+    return dataclasses.replace(device, waiting=waiting or device.waiting, read_speed=read_speed or device.read_speed)
 
 
 def _reading(shape: Shape, spec: StudySpec, before: Mapping[str, Any] | None) -> tuple[Reading, list[str]]:

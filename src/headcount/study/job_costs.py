@@ -131,9 +131,11 @@ class JobCosts:
         return Cost(1, runs.times(work.tokens), flops, waiting, kept, batch, largest)
 
     def _waiting(self, work: Work, states: int, *, masked: bool = False) -> float:
-        """Bytes that documents take between two blocks: so many hidden states of each, and its mask of attention."""
-        size = self.shape.model.dtype.itemsize if masked else 1
-        return float(work.tokens * (self._hidden(states) + torch.int64.itemsize) + work.pairs * size)
+        """Bytes that documents take between two blocks: so many hidden states of each, and its masks of attention."""
+        # Masks are of numbers where prompts are trees, and to eager attention; else of yes and no.
+        numbers = masked or self.shape.model.config.get_text_config()._attn_implementation == "eager"
+        mask = self.shape.attention_kinds * (self.shape.model.dtype.itemsize if numbers else 1)
+        return float(work.tokens * (self._hidden(states) + torch.int64.itemsize) + work.pairs * mask)
 
     def _hidden(self, states: int) -> int:
         """Bytes of so many hidden states of a position."""
