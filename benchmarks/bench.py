@@ -79,7 +79,7 @@ def main() -> None:
         if name == "scoring":
             _scoring(loaded, options)
         else:
-            _keep(options.kept / f"{name}.json", _WHOLE[name](loaded, options.data))
+            keep(options.kept / f"{name}.json", _WHOLE[name](loaded, options.data))
     write(options.kept, options.page)
     if "removal" in options.sections:
         rows = json.loads((options.kept / "removal.json").read_text(encoding="utf-8"))["rows"]
@@ -97,11 +97,12 @@ def _scoring(loaded: LoadedModel, options: argparse.Namespace) -> None:
     for setting, name in itertools.product(options.settings, options.tasks):
         file = options.kept / "scoring" / f"{setting.replace(', ', '-')}-{name}.json"
         if not file.exists():
-            _keep(file, against_lm_eval.scoring(loaded, options.data, name, setting))
+            keep(file, against_lm_eval.scoring(loaded, options.data, name, setting))
         sys.stderr.write(file.read_text(encoding="utf-8") + "\n")
 
 
-def _keep(file: Path, rows: Any) -> None:
+def keep(file: Path, rows: Any) -> None:
+    """Rows, and when and where they were measured."""
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "lm_eval"))
     when = f"{datetime.date.today().isoformat()}, {platform.machine()}, {torch.get_num_threads()} threads, {versions}"
     file.write_text(json.dumps({"when": when, "rows": rows}), encoding="utf-8")

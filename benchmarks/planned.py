@@ -3,14 +3,10 @@
 Loading, and proofs of the model, are apart, as in the plan: the clock starts behind them. The seconds that the plan
 adds for each job were chosen on earlier runs of the first three of these studies; the last two are others. One of those
 reads the model block by block, from files that the system has in its cache.
-
-Layer-tokens of curves, transfer and the grid, whose orders the plan does not know, are kept by kind beside the middle
-of the plan's bounds.
 """
 
 from __future__ import annotations
 
-import collections
 import tempfile
 import time
 from pathlib import Path
@@ -21,9 +17,9 @@ import torch
 from headcount.engine import neighbours
 from headcount.engine.engine import Engine
 from headcount.model.load import LoadedModel
-from headcount.study.forecast import Forecast, forecast
-from headcount.study.jobs import Evaluation
-from headcount.study.prepare import Plan, prepare
+from headcount.study.forecast import forecast
+from headcount.study.ledger import Ledger
+from headcount.study.prepare import prepare
 from headcount.study.runner import run
 from headcount.study.spec import StudySpec
 
@@ -57,19 +53,6 @@ def _one(name: str, options: dict[str, Any]) -> dict[str, Any]:
         with neighbours.watch(torch.get_num_threads()) as load:
             run(plan)
         seconds, spent = time.perf_counter() - started, time.process_time() - cpu
-        kinds = _kinds(known, plan)
-    return {"study": name, "jobs": len(known.jobs), "threads": torch.get_num_threads(),
-            "planned": known.devices[0].hours * 3600, "seconds": seconds, "cpu": spent, "others": load.others,
-            "kinds": kinds}
-
-
-def _kinds(known: Forecast, plan: Plan) -> dict[str, tuple[float, float, float, int]]:
-    """Layer-tokens of jobs whose orders were not known: at least, about and at most as planned, and in the run."""
-    found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0] * 4)
-    for planned, cost in zip(plan.jobs, known.costs, strict=True):
-        if isinstance(planned.job, Evaluation) and cost is not None and not cost.layer_tokens.exact:
-            masks, ran = planned.job.masks, plan.folder.read(planned.key).info["layer_tokens"]
-            component = getattr(masks, "component", None)
-            kind = found[f"{masks.order}, {component}" if component else masks.order]
-            kind[:] = (more + less for more, less in zip((*cost.layer_tokens, ran), kind, strict=True))
-    return {kind: (low, middle, high, int(ran)) for kind, (low, middle, high, ran) in sorted(found.items())}
+        entries = len([*Ledger(Path(place) / "study").descriptions()])
+    return {"study": name, "jobs": len(known.jobs), "entries": entries, "threads": torch.get_num_threads(),
+            "planned": known.devices[0].hours * 3600, "seconds": seconds, "cpu": spent, "others": load.others}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
 from headcount.masks import Mask, layers_run, prune, random_order
+from headcount.study import sharing
 from headcount.study.jobs import GridOrder
 from headcount.study.masksets import Grid, OwnCurve, RandomCurve, SingleFFNs, SingleHeads
 from headcount.study.sharing import layers_of
 
-HEADS = ((4,) * 6, (1, 3, 2, 2), (9,) * 30)
+HEADS = ((4,) * 6, (1, 3, 2, 2), (9,) * 30, (0, 2, 0, 3))
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -42,6 +44,34 @@ def test_no_order_of_a_curve_leaves_the_bounds(heads: tuple[int, ...], component
         runs = [layers_run([prune(heads, component, order, f) for f in fractions]) for order in orders(n)]
         assert found.low <= min(runs) <= max(runs) <= found.high
         assert found.low <= found.middle <= found.high
+
+
+@pytest.fixture
+def uncached() -> Iterator[Callable[[], None]]:
+    """What was counted by these orders is not kept for others."""
+    def clear() -> None:
+        sharing._curve.cache_clear()
+        sharing._grid.cache_clear()
+
+    yield clear
+    clear()
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=len)
+def test_by_an_order_as_many_layers_are_counted_as_its_masks_run(
+    heads: tuple[int, ...], uncached: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "_ORDERS", 1)
+    for own in zip(orders(sum(heads)), orders(len(heads)), strict=True):
+        order = dict(zip(("head", "ffn"), own, strict=True))
+        monkeypatch.setattr(sharing, "_order", lambda component, *_: np.array(order[component]))  # noqa: B023
+        for fractions in (FRACTIONS, (0.5, 0.9), (0.0, 0.3, 1.0)):
+            pruned = {c: [prune(heads, c, order[c], f) for f in fractions] for c in order}
+            both = [Mask(h.heads, f.ffns) for h, f in itertools.product(*pruned.values())]
+            for asked, masks in ((curve("head", fractions), pruned["head"]), (curve("ffn", fractions), pruned["ffn"]),
+                                 (grid(tuple(itertools.product(fractions, repeat=2))), both)):
+                uncached()
+                assert layers_of(asked, heads).middle == layers_run(masks)
 
 
 @pytest.mark.parametrize("component", ["head", "ffn"])

@@ -23,8 +23,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int
 
-from headcount.masks import Component, Mask, count, layers_run, prune
+from headcount.masks import Component, count, layers_run
 from headcount.study.masksets import (
     CommonUniformCurve,
     FullModel,
@@ -37,7 +38,7 @@ from headcount.study.masksets import (
 )
 
 # Drawn orders that the middle is a mean over, and a component's own part in its drawn importance.
-_ORDERS = 6
+_ORDERS = 60
 _NOISE = 0.75
 
 
@@ -106,8 +107,9 @@ def _curve(component: Component, fractions: tuple[float, ...], heads_per_layer: 
     latest = [places[len(places) - taken] for taken in itertools.accumulate(sorted(sizes))]
     low = layers + sum(behind - place for place in latest)
     high = layers + sum(behind - place for place in places[: len(sizes)])
-    middle = np.mean([layers_run([_pruned(component, f, heads_per_layer, seed) for f in fractions])
-                      for seed in range(_ORDERS)])
+    if component == "ffn":  # of a layer without heads that loses its FFN nothing is left to compute
+        low -= min(heads_per_layer.count(0), count(max(fractions), layers)) * (1 + len(sizes))
+    middle = _middle([(f, 0.0) if component == "head" else (0.0, f) for f in fractions], heads_per_layer)
     return Layers(low, float(np.clip(middle, low, high)), high)
 
 
@@ -125,29 +127,50 @@ def _grid(points: tuple[tuple[float, float], ...], heads_per_layer: tuple[int, .
     last = max(places, default=layers)
     low = layers - min(gone) + (len(masks) - 1) * max(0, layers - last - max(gone))
     high = len({of_heads for of_heads, _ in masks}) + (layers - 1) * len(masks)
-    middle = np.mean([layers_run(_drawn(points, heads_per_layer, seed)) for seed in range(_ORDERS)])
+    middle = _middle(points, heads_per_layer)
     return Layers(low, float(np.clip(middle, low, high)), high)
 
 
-def _drawn(points: Sequence[tuple[float, float]], heads_per_layer: tuple[int, ...], seed: int) -> list[Mask]:
-    """A grid's masks by random orders."""
-    return [Mask(_pruned("head", h, heads_per_layer, seed).heads, _pruned("ffn", f, heads_per_layer, seed).ffns)
-            for h, f in points]
+def _middle(points: Sequence[tuple[float, float]], heads_per_layer: tuple[int, ...]) -> float:
+    """The mean over drawn orders of what masks without these shares of heads and FFNs cost."""
+    return float(np.mean([_by_a_drawn_order(points, heads_per_layer, seed) for seed in range(_ORDERS)]))
 
 
-@functools.lru_cache(maxsize=1024)
-def _pruned(component: Component, fraction: float | int, heads_per_layer: tuple[int, ...], seed: int) -> Mask:
-    return prune(heads_per_layer, component, _order(component, heads_per_layer, seed), fraction)
+def _by_a_drawn_order(points: Sequence[tuple[float, float]], heads_per_layer: tuple[int, ...], seed: int) -> int:
+    """What `layers_run` counts, without making the masks: those of an order are nested."""
+    heads, heads_left = _nested("head", [h for h, _ in points], heads_per_layer, seed)
+    ffns, ffn_left = _nested("ffn", [f for _, f in points], heads_per_layer, seed)
+    total, groups = 0, np.zeros(len(points), int)
+    for layer in range(len(heads_per_layer)):
+        ways, kept = heads[:, layer] * len(points) + ffns[:, layer], ffn_left[:, layer]
+        # Each way that keeps the FFN; of a group that has none, the attention alone, if there are heads.
+        total += len({*ways[kept].tolist()}) + len({*groups[heads_left[:, layer]].tolist()} - {*groups[kept].tolist()})
+        groups = ways
+    return total
 
 
-@functools.lru_cache(maxsize=64)
-def _order(component: Component, heads_per_layer: tuple[int, ...], seed: int) -> list[int]:
+def _nested(
+    component: Component, fractions: Sequence[float], heads_per_layer: tuple[int, ...], seed: int
+) -> tuple[Int[np.ndarray, "mask layer"], Bool[np.ndarray, "mask layer"]]:
+    """Of masks by a drawn order: which are alike up to and with each layer, and whether any component is left there."""
+    places = np.array(_places(component, heads_per_layer))[_order(component, heads_per_layer, seed)]
+    counts, of_mask = np.unique([count(f, len(places)) for f in fractions], return_inverse=True)
+    taken = np.array([np.bincount(places[:n], minlength=len(heads_per_layer)) for n in counts])
+    # Neighbours differ from the first layer on that one takes more of than the other.
+    differ = np.maximum.accumulate(np.diff(taken, axis=0) > 0, axis=1)
+    alike = np.vstack([np.zeros_like(taken[:1]), np.cumsum(differ, axis=0)])
+    left = taken < np.bincount(places, minlength=len(heads_per_layer))
+    return alike[of_mask], left[of_mask]
+
+
+@functools.lru_cache(maxsize=4 * _ORDERS)
+def _order(component: Component, heads_per_layer: tuple[int, ...], seed: int) -> Int[np.ndarray, " component"]:
     """An order as importance makes them."""
     rng = np.random.default_rng([seed, component == "head"])
     walk = np.cumsum(rng.normal(size=len(heads_per_layer)))
     walk = (walk - walk.mean()) / max(float(walk.std()), 1e-9)
     importance = walk[_places(component, heads_per_layer)]
-    return [int(i) for i in np.argsort(importance + _NOISE * rng.normal(size=len(importance)))]
+    return np.argsort(importance + _NOISE * rng.normal(size=len(importance)))
 
 
 def _places(component: Component, heads_per_layer: Sequence[int]) -> list[int]:
