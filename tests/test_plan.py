@@ -258,6 +258,15 @@ def test_a_pass_ends_where_the_next_batch_does_not_fit() -> None:
     assert passes_of([], [Waits(300, 60)], 100) == Passes(0, 2 * 5)
 
 
+def test_a_device_reaches_of_its_peak_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    usual, faster = (forecast(of_125m(), on=("h100",), efficiency=share).devices[0] for share in (None, 0.8))
+    jobs = len(forecast(of_125m()).jobs) * devices.JOB_SECONDS / 3600
+    assert usual.computing - jobs == pytest.approx(2 * (faster.computing - jobs))
+    for wrong in ("0", "1.2", "nan"):
+        assert tiny.run(["plan", "facebook/opt-125m", "--tasks", "piqa", "--efficiency", wrong]) == 2
+        assert "--efficiency is a share of the peak, above 0 and at most 1, not" in capsys.readouterr().err
+
+
 def test_a_disk_is_as_fast_as_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["facebook/opt-66b", "--tasks", "piqa", "--stream", "--on", "h100"]
     usual, slow = (forecast(of_125m(stream=True), on=("h100",), read_speed=speed).devices[0]

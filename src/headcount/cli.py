@@ -96,7 +96,8 @@ def study(spec: Spec, *, dry_run: bool = False) -> None:
 
 @app.command
 def plan(
-    spec: Spec, *, on: tuple[str, ...] = ("cpu",), price: tuple[float, ...] = (), read_speed: str | None = None,
+    spec: Spec, *, on: tuple[str, ...] = ("cpu",), price: tuple[float, ...] = (), efficiency: float | None = None,
+    read_speed: str | None = None,
 ) -> None:
     """What a study will cost, from the model's config alone: `headcount plan facebook/opt-66b --tasks piqa --on h100`.
 
@@ -107,9 +108,10 @@ def plan(
     Args:
         on: Devices to say time for: h200, h100, a100, 4090, several as 8xh100; cpu is this machine.
         price: What an hour of one device costs; one number, or one for each of --on.
-        read_speed: How fast weights are read from the disk where they are streamed, in bytes a second, such as 1.5GB.
+        efficiency: The share of a device's peak that is reached, in place of what is assumed.
+        read_speed: Bytes a second that weights are read at where they are streamed, such as 1.5GB, in place of 3GB.
     """
-    _plan(spec, on, price, read_speed)
+    _plan(spec, on=on, price=price, efficiency=efficiency, read_speed=read_speed)
 
 
 @app.command
@@ -368,9 +370,7 @@ def demo(*, out: Path = Path("headcount-demo"), dry_run: bool = False) -> None:
                     fractions=(0.1, 0.2, 0.3, 0.5), random_orders=3, out=out), dry_run=dry_run)
 
 
-def _plan(
-    spec: StudySpec, on: Sequence[str] = ("cpu",), price: Sequence[float] = (), read_speed: str | None = None
-) -> None:
+def _plan(spec: StudySpec, on: Sequence[str] = ("cpu",), **assumed: Any) -> None:
     """Print what a study will cost."""
     from headcount import terminal
 
@@ -379,7 +379,7 @@ def _plan(
         from headcount.study.forecast import forecast
         from headcount.terminal_plan import print_forecast
 
-        known = forecast(spec, on=on, price=price, read_speed=read_speed, reporter=reporter)
+        known = forecast(spec, on=on, **assumed, reporter=reporter)
     terminal.print_damaged(known.damaged)
     if known.other_orders:
         terminal.print_note(known.other_orders)

@@ -128,8 +128,8 @@ class Forecast:
 
 
 def forecast(
-    spec: StudySpec, *, on: Sequence[str] = (), price: Sequence[float] = (), read_speed: str | int | None = None,
-    reporter: Reporter | None = None,
+    spec: StudySpec, *, on: Sequence[str] = (), price: Sequence[float] = (), efficiency: float | None = None,
+    read_speed: str | int | None = None, reporter: Reporter | None = None,
 ) -> Forecast:
     """What a study will cost, from its options and the model's config alone.
 
@@ -137,6 +137,7 @@ def forecast(
         spec: What was asked; with a folder, what that holds already is taken off.
         on: Devices to say hours for, such as `h100`, `8xh100`, `cpu`.
         price: What an hour of one such device costs; a single price serves all.
+        efficiency: The share of each device's peak that is reached; None: what is assumed of it.
         read_speed: Bytes a second that streamed weights are read at, also as "1.5GB"; None: an NVMe disk's.
         reporter: Told of progress.
 
@@ -149,7 +150,7 @@ def forecast(
                           f"{len(on)} devices", fields=("price", "on"))
     if wrong := [one for one in price if not 0 <= one < math.inf]:
         raise OptionError(f"`price` is what an hour costs, not {wrong[0]:g}", fields=("price",))
-    speed = bytes_said(read_speed, "read_speed")
+    said = _said(spec, efficiency, read_speed)
     parts, before, ledger = parts_of(spec), None, None
     if spec.out is not None:
         ledger = Ledger(spec.out)
@@ -157,7 +158,7 @@ def forecast(
         check_options(spec, before, ledger.folder)
     reporter.stage(f"reading the config of {spec.model}")
     shape = _shape(spec)
-    devices = [_device(name, shape, bytes_said(spec.stream_memory), speed) for name in on]
+    devices = [dataclasses.replace(_device(name, shape), **said) for name in on]
     reading, notes = _reading(shape, spec, before)
     narrow = shape.model.dtype == torch.float16 and any(one.kind == "cpu" for one in devices)
     slow = [*filter(None, [slow_type(shape.model.dtype) if narrow else ""])]
@@ -179,10 +180,10 @@ def forecast(
     memory = memory_of(shape, reading.budget, max((one.longest for one in known.tasks), default=0),
                        induction="induction" in parts)
     streamed = spec.stream or spec.device_map == DISK
-    said = bytes_said(spec.stream_memory)
-    if streamed and said is not None and (largest := total.largest).needed > said:
-        raise cannot_wait(largest.tokens, largest.needed, said, largest.smaller)
-    waiting = said or may_wait()
+    waiting = said.get("waiting")
+    if streamed and waiting is not None and (largest := total.largest).needed > waiting:
+        raise cannot_wait(largest.tokens, largest.needed, waiting, largest.smaller)
+    waiting = waiting or may_wait()
     passes_with = functools.partial(readings, todo, [cost for cost in costs if cost is not None], of_jobs.probes)
     prices: list[float | None] = [*price] * len(on) if len(price) == 1 else [*price] or [None] * len(on)
     spent = tuple(hours_on(device, shape.dtype, total.flops, memory, passes_with(device.waiting), cost,
@@ -202,10 +203,19 @@ def _shape(spec: StudySpec) -> Shape:
                     apply_chat_template=spec.apply_chat_template)
 
 
-def _device(name: str, shape: Shape, waiting: int | None, read_speed: int | None) -> Device:
+def _said(spec: StudySpec, efficiency: float | None, read_speed: str | int | None) -> dict[str, Any]:
+    """What was said of devices, by the field that it stands in for."""
+    if efficiency is not None and not 0 < efficiency <= 1:
+        raise OptionError(f"`efficiency` is a share of the peak, above 0 and at most 1, not {efficiency:g}",
+                          fields=("efficiency",))
+    said = {"waiting": bytes_said(spec.stream_memory), "efficiency": efficiency,
+            "read_speed": bytes_said(read_speed, "read_speed")}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _device(name: str, shape: Shape) -> Device:
     part = shape.anatomy.layers[0]
-    device = device_of(name, part.d_model, max(1, part.ffn_parameters // (2 * part.d_model)), shape.dtype)
-    return dataclasses.replace(device, waiting=waiting or device.waiting, read_speed=read_speed or device.read_speed)
+    return device_of(name, part.d_model, max(1, part.ffn_parameters // (2 * part.d_model)), shape.dtype)
 
 
 def _reading(shape: Shape, spec: StudySpec, before: Mapping[str, Any] | None) -> tuple[Reading, list[str]]:

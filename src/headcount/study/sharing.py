@@ -2,7 +2,7 @@
 
 Masks that are swept share the layers before their first difference (`headcount.masks.blocks_run`). The full model,
 single components, random orders and curves of one shape are known before anything is measured; curves, transfer and
-the grid go by orders that are not. For these there are bounds that no order leaves, and a middle: the mean over a few
+the grid go by orders that are not. For these there are bounds that no order leaves, and a middle: the mean over many
 drawn orders. Importance differs between layers, and little between neighbouring ones, so that masks part later than by
 random orders: a component's drawn importance is a random walk over the layers, of variance 1, plus noise of its own of
 standard deviation `_NOISE`, near what was run of SmolLM2 (docs/design.md, 4.14).
