@@ -26,6 +26,7 @@ import pytest
 import torch
 
 import tiny
+from headcount.engine.stream import stream_of
 from headcount.errors import ModelError, OptionError, StudyError
 from headcount.study import cluster, executors
 from headcount.study.cluster import check_cluster, size_of
@@ -276,13 +277,11 @@ def test_a_worker_writes_entries_where_it_shares_the_folder_and_else_sends_them(
     assert ready.folder.path(first.key).stat().st_ino == inode, "a job that is done twice has one entry"
 
 
-def test_workers_that_stream_share_what_may_wait_of_their_node(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("headcount.study.member.may_wait", lambda: 3 * 10**6)
-    for said, expected in ((None, 10**6), ("2MB", 2 * 10**6)):
-        ready = prepare(spec(folder, model=str(folder / "model"), stream=True, stream_memory=said), parts=("evaluate",))
-        assert Member(Outline.of(ready), 1, ("", ""), 3)._plan.loaded.stream_memory == expected
+def test_workers_that_stream_share_what_may_wait_of_their_node(folder: Path) -> None:
+    ready = prepare(spec(folder, model=str(folder / "model"), stream=True), parts=("evaluate",))
+    stream = stream_of(Member(Outline.of(ready), 1, ("", ""), 3)._plan.loaded)
+    assert stream is not None
+    assert (stream.memory, stream.together) == (None, 3)
 
 
 def test_a_worker_with_other_documents_or_another_model_says_so(folder: Path, tmp_path: Path) -> None:

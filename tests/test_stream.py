@@ -236,8 +236,14 @@ def test_a_pass_reads_each_block_once_and_holds_two(
     hc.measure.evaluate.score(small, prepared, masks)  # what is proved once is proved
     reads.clear()
     again = hc.measure.evaluate.score(small, prepared, masks)
-    assert len(prepared.batches) >= min(reads.values()) > 1
+    assert len(prepared.batches) >= (alone := min(reads.values())) > 1
     assert np.array_equal(found.gold_loglikelihood, again.gold_loglikelihood)
+    monkeypatch.setattr(streams, "may_wait", lambda: 400_000)
+    one_of_four = dataclasses.replace(in_files, together=4)
+    hc.measure.evaluate.score(one_of_four, prepared, masks)
+    reads.clear()
+    hc.measure.evaluate.score(one_of_four, prepared, masks)
+    assert min(reads.values()) == alone, "four processes share what may wait"
 
 
 def test_a_block_that_fails_lets_go_of_its_weights(tmp_path: Path) -> None:

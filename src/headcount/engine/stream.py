@@ -97,12 +97,14 @@ class Stream:
     Attributes:
         model: In eval mode; its weights lie in files.
         blocks: All its blocks, in order (`headcount.engine.blocks.learned`).
-        memory: How many bytes may wait between two blocks; None: a quarter of what is free.
+        memory: How many bytes may wait between two blocks; None: a quarter of what is free, or this process's part.
+        together: How many processes share that quarter.
     """
 
     model: PreTrainedModel
     blocks: Sequence[Block]
     memory: int | None = None
+    together: int = 1
 
     def here(self, value: T) -> T:
         """A value whose tensors are on the device that the blocks run on."""
@@ -116,7 +118,7 @@ class Stream:
             waiting: Batches that are still to be done: as many as memory lets wait, at least one, are taken.
         """
         embeddings: Any = self.model.get_input_embeddings()
-        left = self.memory if self.memory is not None else may_wait()
+        left = self.memory if self.memory is not None else may_wait() // self.together
         waves: list[Wave[B]] = []
         with held([embeddings], fetched(embeddings)):
             while waiting and (not waves or left > 0):
@@ -221,7 +223,7 @@ def stream_of(loaded: LoadedModel) -> Stream | None:
     if not isinstance(stream, Stream):
         with torch.no_grad():
             blocks = learned(loaded.model, loaded.anatomy, probe_tokens(loaded.model))
-        stream = loaded.kept[Stream] = Stream(loaded.model, blocks, loaded.stream_memory)
+        stream = loaded.kept[Stream] = Stream(loaded.model, blocks, loaded.stream_memory, loaded.together)
     return stream
 
 

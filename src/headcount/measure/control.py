@@ -79,4 +79,4 @@ def randomised(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
     note = f"all weights are random, by the model's own initialisation (seed {seed})"
     control = wrap(made, loaded.tokenizer, f"{loaded.name} (random weights)", loaded.names)
     return dataclasses.replace(control, notes=(*control.notes, note), apply_chat_template=loaded.apply_chat_template,
-                               stream_memory=loaded.stream_memory)
+                               stream_memory=loaded.stream_memory, together=loaded.together)

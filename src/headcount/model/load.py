@@ -69,7 +69,8 @@ class LoadedModel:
         apply_chat_template: Whether prompts are put into the tokenizer's chat template, as lm-eval does.
         names: Names of the model's parts, as `load` was given them.
         stream_memory: Where weights lie in files, how many bytes of batches may wait between two blocks; None: a
-            quarter of the memory that is free.
+            quarter of the memory that is free, or of several processes together.
+        together: How many processes share the machine's memory so, each with a model of its own.
 
     Attributes:
         kept: What rooms above keep with this model, by their own type: the engine (`headcount.engine.engine`). It goes
@@ -86,6 +87,7 @@ class LoadedModel:
     apply_chat_template: bool = False
     names: Names = dataclasses.field(default_factory=Names)
     stream_memory: int | None = None
+    together: int = 1
     kept: dict[type, object] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property

@@ -8,7 +8,6 @@ read here; else they come with the job, and the result goes back. This file know
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -16,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 from headcount.engine.engine import Engine
-from headcount.model.placement import may_wait
 from headcount.study.jobs import Need
 from headcount.study.ledger import Entry, Ledger
 from headcount.study.plan import PlannedJob
@@ -65,10 +63,7 @@ class Member:
 
     def __init__(self, outline: Outline, threads: int, token: tuple[str, str], together: int = 1) -> None:
         torch.set_num_threads(threads)
-        spec = outline.spec
-        if spec.stream and spec.stream_memory is None:
-            spec = dataclasses.replace(spec, stream_memory=str(may_wait() // together))
-        self._plan = dataclasses.replace(outline, spec=spec).plan()
+        self._plan = outline.plan(together)
         if not {*outline.parts} <= _NO_SWEEPS:
             Engine.of(self._plan.loaded).prove_sweep()  # else within the first job of each worker
         self._worker = Worker(self._plan, lambda tokens: None)

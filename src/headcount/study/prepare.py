@@ -209,14 +209,18 @@ class Outline:
                                                                and in_files(plan.loaded.model)))
         return cls(spec, plan.identity, plan.facts, plan.budget, plan.parts)
 
-    def plan(self) -> Plan:
+    def plan(self, together: int = 1) -> Plan:
         """The same plan here, without its jobs: tasks and model loaded, and the proofs of the model made once more.
+
+        Args:
+            together: How many processes may share this machine's memory, each with a model of its own.
 
         Raises:
             HeadcountError: If a task or the model cannot be loaded here, or the model fails a proof.
         """
         tasks, unseen = _tasks(self.spec, self.parts)
-        loaded = _proved(_load(self.spec, Silent()), self.spec, self.parts)
+        loaded = dataclasses.replace(_load(self.spec, Silent()), together=together)
+        loaded = _proved(loaded, self.spec, self.parts)
         ledger = None if self.spec.out is None else Ledger(self.spec.out)
         return Plan(self.spec, loaded, self.identity, tasks, unseen, self.facts, self.budget, self.parts, (), ledger)
 
