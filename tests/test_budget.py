@@ -195,8 +195,8 @@ def test_timings_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     # Another model of that shape: what is kept is taken, nothing is timed.
     monkeypatch.setattr(rooms, "measure_cost", lambda *_: pytest.fail("timed again"))
     assert Engine.of(tiny.loaded("llama", seed=12)).budget().cost == found.cost
-    pinned = Engine.of(tiny.loaded("llama", seed=12)).budget(100, 1000)
-    assert pinned == Budget(100, 1000, 1000, found.longest_row, found.cost)
+    pinned = Engine.of(tiny.loaded("llama", seed=12)).budget(100)
+    assert (pinned.row_tokens, pinned.cost) == (100, found.cost)
 
 
 def test_what_takes_seconds_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +238,15 @@ def test_a_folder_is_laid_out_alike_when_it_goes_on(tmp_path: Path) -> None:
     description["budget"]["device"] = "another"
     ledger.write_json("study.json", description)
     assert prepare_study(spec, parts=("evaluate",), loaded=tiny.loaded("llama")).budget.batch_tokens != 777
+
+
+def test_rows_and_batches_that_are_both_given_depend_on_no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Budget(row_tokens=200, batch_tokens=500, gradient_tokens=500)
+    assert Budget(longest_row=100, cost=Cost(300, 900)).limited(200, 500) == given == Budget().limited(200, 500)
+    assert Budget(cost=Cost(300, 900)).limited(200, None).cost == Cost(300, 900)
+    monkeypatch.setattr(rooms, "kept_cost", lambda of: None)
+    monkeypatch.setattr(rooms, "timed_cost", lambda *_: pytest.fail("it was timed"))
+    assert Engine.of(tiny.loaded("llama", seed=7)).budget(200, 500) == given
 
 
 @pytest.mark.parametrize("wrong", [{"row_tokens": 0}, {"batch_tokens": 0}, {"gradient_tokens": -1}])

@@ -112,7 +112,8 @@ def test_a_budget_takes_what_is_asked_for(loaded: LoadedModel, monkeypatch: pyte
     monkeypatch.setitem(vars(engine), "layout", Layout(False, ""))
     assert engine.budget() == Budget(None, 10, 20, 30, Cost(1, 2))
     assert engine.budget(5) == Budget(5, 10, 20, 30, Cost(1, 2))
-    assert engine.budget(5, 7) == Budget(5, 7, 7, 30, Cost(1, 2))
+    assert engine.budget(None, 7) == Budget(None, 7, 7, 30, Cost(1, 2))
+    assert engine.budget(5, 7) == Budget(5, 7, 7), "nothing that was timed"
 
 
 def test_progress_is_the_packed_tokens_times_the_masks(loaded: LoadedModel) -> None:

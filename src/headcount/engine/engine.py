@@ -167,7 +167,8 @@ class Engine:
             row_tokens: Rows take documents up to this many tokens; None: as long as it costs least.
             batch_tokens: Batches take rows up to this many tokens, for gradients too; None: what was found.
         """
-        return self._budget.limited(row_tokens, batch_tokens)
+        found = self._budget if row_tokens is None or batch_tokens is None else Budget()  # which need not be timed
+        return found.limited(row_tokens, batch_tokens)
 
     def pack(
         self, requests_by_document: Sequence[Sequence[Request]], budget: Budget | None = None,

@@ -74,7 +74,12 @@ class Budget:
                 raise OptionError(f"{name} is at least 1, not {value}")
 
     def limited(self, row_tokens: int | None, batch_tokens: int | None) -> Budget:
-        """The same with rows as long as asked for (None: as costs least), and batches (None: as large as here)."""
+        """The same with rows as long as asked for (None: as costs least), and batches (None: as large as here).
+
+        Where both are asked for, nothing is left of what was timed, so that all who ask for them have equal batches.
+        """
+        if row_tokens is not None and batch_tokens is not None:
+            return Budget(row_tokens, batch_tokens, batch_tokens)
         rows = dataclasses.replace(self, row_tokens=row_tokens)
         if batch_tokens is None:
             return rows

@@ -228,7 +228,8 @@ def _reading(shape: Shape, spec: StudySpec, before: Mapping[str, Any] | None) ->
         budget = budget_for(shape, cost)
     else:
         budget = Budget()
-        notes.append("rows and batches are the default's: a run times its device and chooses its own")
+        if spec.row_tokens is None or spec.batch_tokens is None:
+            notes.append("rows and batches are the default's: a run times its device and chooses its own")
     if not layout.trees:
         notes.append(f"prompts are laid out one request a row: {layout.reason}")
     tokenizer = shape.tokenizer if shape.tokenizer is not None else StandIn(shape.has_bos)

@@ -251,7 +251,7 @@ class StudySpec(InductionSpec):
 
     row_tokens: int | None = field(default=None, metadata=COUNT | MEANS)
     """Documents are packed into rows of up to this many tokens; by default of the length that is cheapest on this
-    device."""
+    device. With --batch-tokens, batches are the same on all devices."""
 
     batch_tokens: int | None = field(default=None, metadata=COUNT | MEANS)
     """Rows are put into batches of up to this many tokens; by default as many as are fast and fit in memory."""
