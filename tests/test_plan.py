@@ -37,7 +37,8 @@ from headcount.study.prepare import prepare
 from headcount.study.runner import run, run_study
 from headcount.study.spec import PRESETS, StudySpec
 from headcount.study.stand_in import StandIn
-from headcount.study.tokens import Bundled, Reading
+from headcount.study.tokens import AtHand, Bundled, Reading
+from headcount.tasks.load import get_tasks
 
 PAPER = {name: tuple(value) if isinstance(value, list) else value for name, value in PRESETS["opt66b-study"].items()}
 # Parameters as the models' authors and the hub give them.
@@ -264,7 +265,7 @@ def test_a_device_reaches_of_its_peak_what_is_said(capsys: pytest.CaptureFixture
     assert usual.computing - jobs == pytest.approx(2 * (faster.computing - jobs))
     for wrong in ("0", "1.2", "nan"):
         assert tiny.run(["plan", "facebook/opt-125m", "--tasks", "piqa", "--efficiency", wrong]) == 2
-        assert "--efficiency is a share of the peak, above 0 and at most 1, not" in capsys.readouterr().err
+        assert "--efficiency is a share of the peak, from 0.001 to 1, not" in capsys.readouterr().err
 
 
 def test_a_disk_is_as_fast_as_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,6 +283,29 @@ def test_tasks_that_are_missing_are_asked_for(capsys: pytest.CaptureFixture[str]
     for verb in ("plan", "study"):
         assert tiny.run([verb, "facebook/opt-66b"]) == 2
         assert "--tasks is missing: name tasks such as piqa copa, paper14" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "num_fewshot", "window"), [
+    ("record", 10, 2048), ("hellaswag", 60, 2048), ("multirc", 20, 2048), ("multirc", 5, 1024), ("boolq", 5, 1024)])
+def test_counts_that_come_along_are_cut_to_the_window(
+    name: str, num_fewshot: int, window: int, shared: Path
+) -> None:
+    """Beyond what was counted, beside documents that are at hand."""
+    reading = Reading(shape_of("smollm2").tokenizer, window, Budget(), True, None, False, 1234, False)
+    here, along = AtHand(get_tasks([name], data=str(shared))[name], reading), Bundled(name, reading)
+    for split, documents, layout in (("evaluation", 20, "scored"), ("examples", 10, "gradient")):
+        real, counted = (of.work(split, num_fewshot, documents, layout) for of in (here, along))
+        assert counted.tokens == pytest.approx(real.tokens, rel=0.12)
+        assert counted.pairs == pytest.approx(real.pairs, rel=0.25)
+        if real.tokens == documents * window:
+            assert counted.cut == real.cut
+
+
+def test_no_row_of_documents_that_are_not_here_waits_in_too_little_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["plan", "facebook/opt-66b", "--tasks", "piqa", "--stream", "--on", "h100", "--stream-memory"]
+    assert tiny.run([*options, "10KB"]) == 2
+    assert "while it waits, and --stream-memory is 10KB: give more" in capsys.readouterr().err
+    assert tiny.run([*options, "1GB"]) == 0
 
 
 def test_numbers_of_shots_between_those_counted_lie_on_a_line() -> None:

@@ -3,9 +3,11 @@
 The numbers of documents are the hub's, per split. Tokens are counted on the first documents of each split in the folder
 named, with SmolLM2's tokenizer (byte-level BPE of 49,152 tokens, much like GPT-2's), by the code that packs prompts for
 a run: one document's share of the positions, the mean length of the rows they lie in (weighted by positions), and the
-positions whose logits are wanted. Kinds: `tree` (token trees, shots drawn for each document), `shared` (token trees,
-one draw of shots for all), `single` (a request a row), `gradient` (the gold answer alone, a row each). `prompt` are the
-tokens of a document's longest request: mean, and the 10th, 50th, 90th and 99th percentile.
+positions whose logits are wanted. A document's `requests` are how many it has, and of how many different lengths: those
+of one length still share their beginning where all are cut to a window. Kinds: `tree` (token trees, shots drawn for
+each document), `shared` (token trees, one draw of shots for all), `single` (a request a row), `gradient` (the gold
+answer alone, a row each). `prompt` are the tokens of a document's longest request: mean, and the 10th, 50th, 90th and
+99th percentile.
 """
 
 from __future__ import annotations
@@ -78,10 +80,17 @@ def _statistics(task: Task, reading: Reading, split: Any, num_fewshot: int) -> d
         kinds["shared"] = trees.work(split, num_fewshot, documents, shared=True)
     if split == "examples":
         kinds["gradient"] = single.work(split, num_fewshot, documents, "gradient")
-    lengths = [max(len(r.ids) for r in encode(reading.tokenizer, list(p.pairs), reading.max_length))
-               for p in task.prompts(split, FewShot(num_fewshot, documents))]
+    lengths = lengths_of(task, reading, split, num_fewshot, documents)
+    longest = [max(of_document) for of_document in lengths]
     return {**{kind: _of_document(work, documents) for kind, work in kinds.items()},
-            "prompt": [round(float(np.mean(lengths)), 1), *map(int, np.percentile(lengths, [10, 50, 90, 99]))]}
+            "prompt": [round(float(np.mean(longest)), 1), *map(int, np.percentile(longest, [10, 50, 90, 99]))],
+            "requests": [round(float(np.mean([*map(len, of)])), 2) for of in (lengths, [*map(set, lengths)])]}
+
+
+def lengths_of(task: Task, reading: Reading, split: Any, num_fewshot: int, documents: int) -> list[list[int]]:
+    """Tokens of every request of each document."""
+    return [[len(r.ids) for r in encode(reading.tokenizer, list(p.pairs), reading.max_length)]
+            for p in task.prompts(split, FewShot(num_fewshot, documents))]
 
 
 def _of_document(work: Work, documents: int) -> list[float]:

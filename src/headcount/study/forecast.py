@@ -205,8 +205,8 @@ def _shape(spec: StudySpec) -> Shape:
 
 def _said(spec: StudySpec, efficiency: float | None, read_speed: str | int | None) -> dict[str, Any]:
     """What was said of devices, by the field that it stands in for."""
-    if efficiency is not None and not 0 < efficiency <= 1:
-        raise OptionError(f"`efficiency` is a share of the peak, above 0 and at most 1, not {efficiency:g}",
+    if efficiency is not None and not 0.001 <= efficiency <= 1:
+        raise OptionError(f"`efficiency` is a share of the peak, from 0.001 to 1, not {efficiency:g}",
                           fields=("efficiency",))
     said = {"waiting": bytes_said(spec.stream_memory), "efficiency": efficiency,
             "read_speed": bytes_said(read_speed, "read_speed")}

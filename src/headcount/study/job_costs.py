@@ -121,7 +121,9 @@ class JobCosts:
         # At least: over trees masks are numbers; eager attention has some of whatever type, and some models two.
         of_trees = self.trees and isinstance(job, Evaluation)
         mask = work.width * (self.shape.model.dtype.itemsize if of_trees else isinstance(job, InductionScores))
-        largest = Largest(work.largest, work.largest * (self._hidden(states) + mask), "batch_tokens")
+        # Where batches are not known, the largest has no less than a row of mean length.
+        batch_at_least = work.largest or int(work.pairs / max(1, work.tokens))
+        largest = Largest(batch_at_least, batch_at_least * (self._hidden(states) + mask), "batch_tokens")
         if isinstance(job, InductionScores):
             rows = probes_of(self.shape.anatomy.layers[0].d_model)[1]
             probes = Largest(rows, rows * self._hidden(ROW_STATES))

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # How much longer than the mean row the longest of a task is taken to be, where the documents are not at hand.
 _LONGEST = 2
+# The most shots that statistics come along of.
+_COUNTED = 5
 _STATISTICS = Path(__file__).parent / "data" / "tasks.json"
 # How requests are laid out: to be scored, or an example a row for gradients.
 Layout: TypeAlias = Literal["scored", "gradient"]
@@ -195,18 +197,31 @@ class Bundled:
         of_split = self._known["tokens"].get("evaluation" if split == "evaluation" else "examples",
                                              self._known["tokens"]["evaluation"])
         tokens, width, places = (_between(of_split, num_fewshot, kind, what) for what in range(3))
+        window, cut = self._reading.max_length, 0
+        if (num_fewshot > _COUNTED or window < statistics()["window"]) and _length(of_split, num_fewshot) > window:
+            requests, lengths = of_split["0"]["requests"] if kind != "gradient" else (1, 1)
+            # What is cut at unlike places has no beginning in common.
+            each = requests if kind == "single" else lengths
+            tokens, width, cut = each * window, (1 if kind == "single" else each) * window, requests
         # Of the sample's documents the mean is known.
-        longest = min(self._reading.max_length, round(_LONGEST * width))
-        return Work(round(documents * tokens), documents * tokens * width, documents * places, longest=longest)
+        longest = min(window, round(_LONGEST * width))
+        return Work(round(documents * tokens), documents * tokens * width, documents * places,
+                    cut=round(documents * cut), longest=longest)
+
+
+def _length(by_shots: Mapping[str, Any], num_fewshot: int) -> float:
+    """Tokens of a document's longest request, about, in a window without end: as many more for every shot."""
+    without, one = (float(by_shots[k]["prompt"][0]) for k in ("0", "1"))
+    return without + num_fewshot * (one - without)
 
 
 def _between(by_shots: Mapping[str, Any], num_fewshot: int, kind: str, what: int) -> float:
-    """A statistic at a number of shots: between 0, 1 and 5 on a straight line, and on beyond 5."""
+    """A statistic at a number of shots: between 0, 1 and 5 on a straight line, and on beyond 5 (`_COUNTED`)."""
     # A task that was counted as an unseen one has no examples: its documents stand in for them.
     known = {int(k): float(values[kind if kind in values else "tree"][what]) for k, values in by_shots.items()}
     if num_fewshot in known:
         return known[num_fewshot]
-    fewer, more = (1, 5) if num_fewshot > 1 else (0, 1)
+    fewer, more = (1, _COUNTED) if num_fewshot > 1 else (0, 1)
     return known[fewer] + (known[more] - known[fewer]) * (num_fewshot - fewer) / (more - fewer)
 
 
