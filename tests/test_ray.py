@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ import tiny
 from headcount.engine.stream import stream_of
 from headcount.errors import ModelError, OptionError, StudyError
 from headcount.study import cluster, executors
-from headcount.study.cluster import check_cluster, size_of
+from headcount.study.cluster import Size, check_cluster, size_of
 from headcount.study.jobs import name_of
 from headcount.study.ledger import Ledger, job_id
 from headcount.study.member import Delivered, Member, facts_of
@@ -186,19 +187,26 @@ GPUS = {"CPU": 16.0, "GPU": 4.0}
 
 
 @pytest.mark.parametrize(("nodes", "asked", "gpus", "found"), [
-    ([{"CPU": 2.0}], {}, 0, (1, 1, 2, 0, 1)),
-    ([{"CPU": 2.0}], {"workers": 2}, 0, (2, 2, 1, 0, 2)),
-    ([{"CPU": 3.0}, {"CPU": 1.0}], {}, 0, (2, 2, 1, 0, 2)),
-    ([{"CPU": 8.0}, {"CPU": 4.0}, {"memory": 1.0}], {"workers": 3}, 0, (3, 3, 4, 0, 2)),
-    ([GPUS, GPUS, {"CPU": 64.0}], {}, 1, (8, 8, 4, 1, 4)),
-    ([GPUS, GPUS], {"gpus_per_worker": 2}, 1, (4, 4, 8, 2, 2)),
-    ([GPUS], {"workers": 6}, 1, (6, 4, 4, 1, 4)),
-    ([GPUS], {"workers": 2, "threads_per_worker": 3}, 1, (2, 2, 3, 1, 2)),
+    ([{"CPU": 2.0}], {}, 0, (1, 1, 2, 0)),
+    ([{"CPU": 2.0}], {"workers": 2}, 0, (2, 2, 1, 0)),
+    ([{"CPU": 3.0}, {"CPU": 1.0}], {}, 0, (2, 2, 1, 0)),
+    ([{"CPU": 8.0}, {"CPU": 4.0}, {"memory": 1.0}], {"workers": 3}, 0, (3, 3, 4, 0)),
+    ([GPUS, GPUS, {"CPU": 64.0}], {}, 1, (8, 8, 4, 1)),
+    ([GPUS, GPUS], {"gpus_per_worker": 2}, 1, (4, 4, 8, 2)),
+    ([GPUS], {"workers": 6}, 1, (6, 4, 4, 1)),
+    ([GPUS], {"workers": 2, "threads_per_worker": 3}, 1, (2, 2, 3, 1)),
 ])
 def test_workers_and_threads_fill_the_cluster(
     nodes: list[dict[str, float]], asked: dict[str, int], gpus: int, found: tuple[int, ...]
 ) -> None:
     assert dataclasses.astuple(size_of(StudySpec("m", tasks=("a",), executor="ray", **asked), gpus, nodes)) == found
+
+
+def test_a_node_has_as_many_workers_at_once_as_it_has_room_for() -> None:
+    """Also one that is there later than the first."""
+    size = Size(workers=8, room=2, threads=2, gpus=1)
+    nodes = (GPUS, {"CPU": 6.0, "GPU": 8.0}, {"CPU": 99.0, "GPU": 99.0}, {})
+    assert [size.together(node) for node in nodes] == [4, 3, 8, 1]
 
 
 def test_a_cluster_without_room_is_refused() -> None:
@@ -214,6 +222,27 @@ def test_options_of_workers_need_the_executor() -> None:
     for name in ("address", "workers", "gpus_per_worker", "threads_per_worker"):
         with pytest.raises(OptionError, match=f"{name} is for"):
             StudySpec("m", tasks=("a",), **{name: "auto" if name == "address" else 1})
+
+
+@pytest.mark.parametrize(("answer", "why"), [
+    (b"", "timed out"), (b"HTTP/1.1 400 Bad Request\r\n", "not Ray's head node")])
+def test_what_answers_and_is_no_head_node_is_told_in_a_line(
+    answer: bytes, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself would wait for it for many minutes."""
+    monkeypatch.setattr(cluster, "_PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def serve() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(answer)
+                connection.recv(99)
+                time.sleep(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(OptionError, match=f"no Ray cluster answers at address .*{why}.*start its head node"):
+            check_cluster(f"127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
 
 
 def test_ray_that_is_not_installed_or_not_reached_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

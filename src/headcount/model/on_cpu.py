@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from headcount.model.held import Before, fetched
@@ -53,8 +54,8 @@ class _Copies:
         self.owners, self.dtype = owners, dtype
         self._before: list[Before] = []
 
-    def put(self, *_: Any) -> None:
-        """Put them there."""
+    def put(self, _: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """Put them there, and inputs where they are: Llama-4 sends them to the device of its own weights before."""
         stored = {(weight.owner, weight.name): weight.value for weight in fetched(*self.owners, inside=False)}
         for owner in self.owners:
             places: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, vars(owner))
@@ -63,6 +64,7 @@ class _Copies:
                     if isinstance(tensor, Tensor):
                         self._before.append((place, name, tensor))
                         place[name] = self._copy(tensor, stored.get((owner, name), tensor))
+        return send_to_device(inputs, "cpu")
 
     def remove(self, *_: Any) -> None:
         """Put the model's own back."""

@@ -20,6 +20,9 @@ from headcount.study.spec import InductionSpec
 
 # How long a head node may take to answer, in seconds.
 _PATIENCE = 10.0
+# What a client of HTTP/2 says first, with settings that are empty; the kind of frame that they are.
+_SETTINGS = b"\x04"
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + b"\0\0\0\0\0"
 _INSTALL = "pip install 'headcount[ray]'"
 
 
@@ -32,14 +35,20 @@ class Size:
         room: How many of them there is room for now; the others begin when there is more.
         threads: Threads, and cores, of each.
         gpus: GPUs of each.
-        together: The most of them that one node has room for.
     """
 
     workers: int
     room: int
     threads: int
     gpus: int
-    together: int = 1
+
+    def together(self, node: Mapping[str, float]) -> int:
+        """How many of them a node may have at once, at least one.
+
+        Args:
+            node: What it has, as Ray knows it: "CPU", "GPU".
+        """
+        return max(1, min(self.workers, room_of(node, self.threads, self.gpus)))
 
 
 def check_cluster(address: str | None) -> None:
@@ -62,10 +71,25 @@ def check_cluster(address: str | None) -> None:
         raise OptionError(f"`address` is HOST:PORT of a Ray cluster's head node (as `ray start --head` says it), or "
                           f"auto, not {address!r}", fields=("address",))
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+        _answers(host.strip("[]"), int(port))
     except (OSError, OverflowError) as error:
         raise OptionError(f"no Ray cluster answers at `address` {address} ({first_line(error)}): start its head node "
                           "there (ray start --head), or correct it", fields=("address",)) from error
+
+
+def _answers(host: str, port: int) -> None:
+    """Ask a head node for its settings, as gRPC begins a connection: with HTTP/2's preface (RFC 9113, 3.4).
+
+    Raises:
+        OSError: If nothing is there, nothing answers in time, or something else does, such as a dashboard.
+    """
+    with socket.create_connection((host, port), timeout=_PATIENCE) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+            return  # which begins otherwise
+        connection.sendall(_PREFACE)
+        answer = connection.recv(9)
+        if answer[3:4] != _SETTINGS:
+            raise OSError("what answers there is not Ray's head node")
 
 
 def _installed() -> bool:
@@ -133,13 +157,9 @@ def size_of(spec: InductionSpec, gpus: int, nodes: Sequence[Mapping[str, float]]
     """
     gpus = gpus if spec.gpus_per_worker is None else spec.gpus_per_worker
 
-    def rooms(threads: int) -> list[int]:
-        """Workers that have a place at once, on every node."""
-        return [int(min([node.get("CPU", 0) // threads, *([node.get("GPU", 0) // gpus] if gpus else [])]))
-                for node in nodes]
-
     def room(threads: int) -> int:
-        return sum(rooms(threads))
+        """Workers that have a place at once."""
+        return sum(room_of(node, threads, gpus) for node in nodes)
 
     nodes_with = sum(node.get("CPU", 0) >= 1 for node in nodes)
     workers = spec.workers or max(1, room(1) if gpus else min(nodes_with, room(1)))
@@ -151,4 +171,15 @@ def size_of(spec: InductionSpec, gpus: int, nodes: Sequence[Mapping[str, float]]
         raise OptionError(f"no node of the cluster has room for a worker of {threads} cores and {gpus} GPUs (they have "
                           f"{cores} and {cards} in all): correct `threads_per_worker` or `gpus_per_worker`, or add "
                           "nodes", fields=("threads_per_worker", "gpus_per_worker"))
-    return Size(workers, min(workers, room(threads)), threads, gpus, min(workers, max(rooms(threads))))
+    return Size(workers, min(workers, room(threads)), threads, gpus)
+
+
+def room_of(node: Mapping[str, float], threads: int, gpus: int) -> int:
+    """How many workers have a place on a node.
+
+    Args:
+        node: What it has.
+        threads: Cores of a worker.
+        gpus: GPUs of a worker.
+    """
+    return int(min([node.get("CPU", 0) // threads, *([node.get("GPU", 0) // gpus] if gpus else [])]))

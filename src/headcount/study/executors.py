@@ -345,7 +345,9 @@ class _Crew:
         if differing := _differences(self._versions, said["versions"]):
             self._refuse(hand, f"{differing}; install the driver's versions there")
             return
-        arguments = (self.outline, self.size.threads, self.token, self.size.together)
+        has = {node["NodeID"]: node["Resources"] for node in self.ray.nodes()}
+        together = self.size.together(has.get(hand.node, {}))
+        arguments = (self.outline, self.size.threads, self.token, together)
         self._waiting[hand.actor.join.remote(str(Path.cwd()), arguments)] = hand
 
     def _joined(self, hand: _Hand, said: tuple[dict[str, str], bool]) -> None:
