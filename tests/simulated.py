@@ -134,6 +134,8 @@ class Devices:
             return torch.device(args[0].device)
         tensors = [one for one in tree_leaves((args[:1] if func in _INDEXED else args, kwargs))
                    if isinstance(one, Tensor)]
+        if func in _INDEXED:
+            tensors += [one for one in tree_leaves(args[1]) if isinstance(one, Tensor) and one.device != CPU]
         devices = {one.device for one in tensors if one.dim() or one.device != CPU} or {CPU}
         if len(devices) > 1:
             raise RuntimeError(f"expected all tensors of {func} on one device, found {sorted(map(str, devices))}")

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -85,13 +85,17 @@ def test_wherever_its_blocks_are_a_model_gives_the_same_numbers(family: str, pla
         assert found.notes == ()
 
 
-@pytest.mark.parametrize("places", ["two devices", "the CPU and the disk"])
-def test_induction_is_the_same_wherever_blocks_are(places: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("places", "protocol"), [
+    ("two devices", "sound"), ("the CPU and the disk", "sound"), ("two devices", "paper")])
+def test_induction_is_the_same_wherever_blocks_are(
+    places: str, protocol: Literal["sound", "paper"], tmp_path: Path
+) -> None:
     resident = wrap(tiny.model("llama"), tiny.tokenizer())
     with Devices().open():
         loaded = wrap(spread(tiny.model("llama"), PLACES[places], tmp_path), tiny.tokenizer())
         for one, other in ((loaded, resident), (randomised(loaded), randomised(resident))):
-            found, expected = (induction_scores(model, seeds=2, lengths=(5, 9)) for model in (one, other))
+            found, expected = (induction_scores(model, seeds=2, lengths=(5, 9), protocol=protocol)
+                               for model in (one, other))
             for name in ("prefix_matching", "copying", "previous_token", "ov_copying"):
                 assert np.allclose(getattr(found, name), getattr(expected, name), atol=1e-5)
 
@@ -254,6 +258,11 @@ def test_products_in_other_parts_are_explained_by_the_type(tmp_path: Path) -> No
         apart = device_check._apart(found, expected)
         assert DeviceCheck("it", apart, own.of_type).note == ""
         assert apart.median not in (0, own.of_type.median), "it is another device"
+
+
+def test_a_model_that_sends_ids_to_its_embeddings_is_compared(tmp_path: Path) -> None:
+    with spread_out("llama4", (ONE, TWO), tmp_path) as loaded:
+        assert compare(loaded, "it").note == ""
 
 
 class InParts(TorchDispatchMode):
