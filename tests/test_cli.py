@@ -187,7 +187,8 @@ def test_single_steps_print_what_was_asked_of_a_folder_that_holds_more(model_fol
     assert "oracle" not in again.stdout, "nothing was asked of it"
 
 
-def test_a_study_that_is_stopped_says_what_is_kept(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_is_stopped_says_what_is_kept(asked: signal.Signals, model_folder: Path, tmp_path: Path) -> None:
     arguments = study_arguments(model_folder, tmp_path)
     # A suite that runs in the background has interrupts ignored, and hands that on.
     process = subprocess.Popen([sys.executable, "-m", "headcount", *map(str, arguments)], stdout=subprocess.DEVNULL,
@@ -198,7 +199,7 @@ def test_a_study_that_is_stopped_says_what_is_kept(model_folder: Path, tmp_path:
         assert process.poll() is None, "over before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(asked)
     _, err = process.communicate(timeout=120)
     # A shell sees 130 both ways: CPython ends itself by the signal where the interrupt went through exec() of a text
     # (a dataclass that is made while a module loads), although it was caught.

@@ -209,6 +209,21 @@ def test_a_node_has_as_many_workers_at_once_as_it_has_room_for() -> None:
     assert [size.together(node) for node in nodes] == [4, 3, 8, 1]
 
 
+def test_an_interrupt_while_ray_starts_is_put_off() -> None:
+    """Ray that is interrupted meanwhile leaves processes behind, and crashed Python at its end."""
+    done = []
+    with pytest.raises(KeyboardInterrupt), cluster._put_off():
+        signal.raise_signal(signal.SIGINT)
+        done.append("one")
+    with pytest.raises(KeyboardInterrupt), cluster._put_off():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        done.append("two")
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert done == ["one"]
+
+
 def test_a_cluster_without_room_is_refused() -> None:
     asked = StudySpec("m", tasks=("a",), executor="ray", gpus_per_worker=8)
     with pytest.raises(OptionError, match=r"room for a worker of 1 cores and 8 GPUs \(they have 16 and 4 in all"):

@@ -7,8 +7,10 @@ import dataclasses
 import gc
 import os
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 import tomllib
 import warnings
 from collections.abc import Iterator, Sequence
@@ -558,7 +560,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        with _device_notes():
+        with _device_notes(), _ended_as_stopped():
             app.meta(sys.argv[1:] if arguments is None else arguments, exit_on_error=False, print_error=False)
     except (HeadcountError, cyclopts.CycloptsError) as error:
         called = {option: short for short, option in _short(arguments or sys.argv[1:]).items()}
@@ -572,6 +574,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"\nheadcount: stopped; {kept}\n")
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _ended_as_stopped() -> Iterator[None]:
+    """Take a request to end (SIGTERM, which schedulers send when time is over) as Ctrl-C is taken."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parsing(error: cyclopts.CycloptsError) -> str:

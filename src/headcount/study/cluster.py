@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import FrameType
 from typing import Any
 
 from headcount.errors import OptionError, first_line
@@ -124,7 +127,25 @@ def connected(spec: InductionSpec, cores: int) -> Iterator[Any]:
     address, quiet = _address(spec.address), {"log_to_driver": False, "logging_level": "ERROR"}
     here = {"num_cpus": max(cores, (spec.workers or 1) * (spec.threads_per_worker or 1)), "include_dashboard": False}
     try:
-        ray.init(address=address, **quiet, **(here if address == "local" else {}))
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray writes that a process of its own has died
+            _start(ray, address, {**quiet, **(here if address == "local" else {})})
+            yield ray
+    finally:
+        ray.shutdown()
+
+
+def _start(ray: Any, address: str, options: Mapping[str, Any]) -> None:
+    """Connect to a cluster, or start one; ends of this process are asked for as before, which Ray would hear itself.
+
+    Raises:
+        OptionError: If there is no such cluster.
+    """
+    told = signal.getsignal(signal.SIGTERM)
+    try:
+        with _put_off() if address == "local" else contextlib.nullcontext():
+            ray.init(address=address, **options)
+    except SystemExit as error:  # what Ray makes of a request to end that it hears meanwhile
+        raise KeyboardInterrupt from error
     except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if address == "local":
             raise OptionError(f"Ray could not be started on this machine ({first_line(error)}): `executor='ray'` needs "
@@ -132,11 +153,34 @@ def connected(spec: InductionSpec, cores: int) -> Iterator[Any]:
         raise OptionError(f"the Ray cluster at `address` {address} cannot be used ({first_line(error)}): start one "
                           "(ray start --head) with the same versions of Ray and Python, or leave the address out for "
                           "one of this machine", fields=("address",)) from error
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # where Ray writes that a process of its own has died
-            yield ray
     finally:
-        ray.shutdown()
+        if told is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, told)
+
+
+@contextlib.contextmanager
+def _put_off() -> Iterator[None]:
+    """Put off Ctrl-C to the end of the block; a second one counts at once.
+
+    Ray that is interrupted while it starts leaves processes behind, and may crash this one at its end.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+        yield
+        return
+    asked: list[int] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _address(asked: str | None) -> str:
