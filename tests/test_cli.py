@@ -352,3 +352,16 @@ def test_the_oracle_of_heads_is_printed_beside_the_gradient(model_folder: Path, 
     known.write_text(json.dumps(described))
     table = open_study(tmp_path / "study").importance().query("method == 'oracle' and score == 'accuracy'")
     assert len(table) == 12, "a head of both the sample and the whole counts once"
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (["--limit", "4.7"], "--limit is a whole number, not 4.7"),
+    (["--shots", "0", "1.5"], "--shots is a whole number, not 1.5"),
+    (["--executor", "ray", "--gpus-per-worker=.5"], "--gpus-per-worker is a whole number, not .5"),
+])
+def test_fractions_are_not_rounded(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny.run(["study", "facebook/opt-125m", "--tasks", "icl_plural", "--out", str(tmp_path / "s"), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert tiny.run(["plan", "facebook/opt-125m", "--tasks", "piqa", "--limit", "30.0", "--margin", ".015"]) == 0

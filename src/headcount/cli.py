@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import re
 import shlex
 import signal
 import sys
@@ -42,6 +43,8 @@ app = App(
 )
 app.meta.suppress_keyboard_interrupt = False
 app.meta.group_parameters = cyclopts.Group("Session")
+# A number that is not whole, by itself or behind an option and "=".
+_FRACTION = re.compile(r"(?:^|=)([+-]?\d*\.\d*[1-9]\d*)$")
 
 Spec = Annotated[StudySpec, Parameter(name="*")]
 # What a verb calls an option for short.
@@ -545,7 +548,27 @@ def _with_config(
             raise OptionError(f"--preset is one of {', '.join(PRESETS)}, not {preset!r}")
         known = cyclopts.config.Dict({tokens[0]: PRESETS[preset]} if tokens else {}, source=f"--preset {preset}")
         app.config = (*app.config, known)
+    _check_whole(tokens)
     app(tokens, exit_on_error=False, print_error=False)
+
+
+def _check_whole(tokens: Sequence[str]) -> None:
+    """Refuse fractions where whole numbers are meant, which cyclopts would round.
+
+    Raises:
+        OptionError: Which names the option.
+    """
+    verb = next((token for token in tokens if token in {*app}), None)
+    if verb is None or not any(_FRACTION.search(token) for token in tokens):
+        return
+    whole = {name for argument in app[verb].assemble_argument_collection() for name in argument.names
+             if {*re.findall(r"\b(?:int|float)\b", str(argument.hint))} == {"int"}}
+    option = ""
+    for token in tokens:
+        if token.startswith("--"):
+            option = token.partition("=")[0]
+        if option in whole and (found := _FRACTION.search(token)):
+            raise OptionError(f"{option} is a whole number, not {found[1]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
