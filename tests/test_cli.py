@@ -365,3 +365,6 @@ def test_fractions_are_not_rounded(
     assert tiny.run(["study", "facebook/opt-125m", "--tasks", "icl_plural", "--out", str(tmp_path / "s"), *given]) == 2
     assert message in capsys.readouterr().err
     assert tiny.run(["plan", "facebook/opt-125m", "--tasks", "piqa", "--limit", "30.0", "--margin", ".015"]) == 0
+    (tmp_path / "asked.toml").write_text("shots = [0, 1.7]\nlimit = 2.0\n", encoding="utf-8")
+    assert tiny.run(["--config", str(tmp_path / "asked.toml"), "plan", "facebook/opt-125m", "--tasks", "piqa"]) == 2
+    assert "--shots is a whole number, not 1.7" in capsys.readouterr().err

@@ -275,8 +275,9 @@ def test_a_disk_is_as_fast_as_is_said(capsys: pytest.CaptureFixture[str]) -> Non
     assert slow.reading == pytest.approx(6 * usual.reading)
     assert tiny.run(["plan", *options, "--read-speed", "500MB"]) == 0
     assert "assumed: weights are read at 500 MB/s" in " ".join(capsys.readouterr().out.split())
-    assert tiny.run(["plan", *options, "--read-speed", "fast"]) == 2
-    assert "--read-speed 'fast' is no number of bytes: write 8GB or 500MB" in capsys.readouterr().err
+    for wrong in ("fast", "1.5", "3"):
+        assert tiny.run(["plan", *options, "--read-speed", wrong]) == 2
+        assert f"--read-speed '{wrong}' is no number of bytes: write 8GB or 500MB" in capsys.readouterr().err
 
 
 def test_tasks_that_are_missing_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,8 +298,7 @@ def test_counts_that_come_along_are_cut_to_the_window(
         real, counted = (of.work(split, num_fewshot, documents, layout) for of in (here, along))
         assert counted.tokens == pytest.approx(real.tokens, rel=0.12)
         assert counted.pairs == pytest.approx(real.pairs, rel=0.25)
-        if real.tokens == documents * window:
-            assert counted.cut == real.cut
+        assert counted.cut == pytest.approx(real.cut, rel=0.15, abs=4)
 
 
 def test_no_row_of_documents_that_are_not_here_waits_in_too_little_memory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from headcount.masks import Mask, layers_run, prune, random_order
 from headcount.study import sharing
 from headcount.study.jobs import GridOrder
 from headcount.study.masksets import Grid, OwnCurve, RandomCurve, SingleFFNs, SingleHeads
-from headcount.study.sharing import layers_of
+from headcount.study.sharing import distinct_masks, layers_of
 
 HEADS = ((4,) * 6, (1, 3, 2, 2), (9,) * 30, (0, 2, 0, 3))
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -103,6 +103,18 @@ def test_the_middle_is_near_what_orders_of_importance_give() -> None:
         runs = [layers_run([prune(heads, component, order, f) for f in FRACTIONS])
                 for order in [*orders(n)[:8], *orders(n)[-2:]]]
         assert layers_of(curve(component, FRACTIONS), heads).middle == pytest.approx(np.mean(runs), rel=0.1)
+
+
+def test_shares_that_round_to_the_same_number_are_one_mask() -> None:
+    heads, fractions = (4, 4), (0.0, 0.41, 0.45, 0.49, 0.5, 0.7)
+    for component in ("head", "ffn"):
+        n = 8 if component == "head" else 2
+        asked = RandomCurve(component=component, order_seed=3, fractions=fractions)
+        masks = {prune(heads, component, random_order(n, 3), f) for f in fractions}
+        assert distinct_masks(asked, heads) == distinct_masks(curve(component, fractions), heads) == len(masks)
+    points = tuple(itertools.product(fractions, repeat=2))
+    assert distinct_masks(grid(points), heads) == 4 * 2
+    assert distinct_masks(SingleFFNs((0, 1)), heads) == 2
 
 
 def test_what_is_known_is_counted_exactly() -> None:

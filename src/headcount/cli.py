@@ -541,6 +541,8 @@ def _with_config(
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise OptionError(f"--config {config} is not TOML: {error}") from error
         options = {short.get(f"--{name}", f"--{name}")[2:]: value for name, value in options.items()}
+        for name, value in options.items():
+            _check_whole([*tokens[:1], f"--{name}", *map(str, value if isinstance(value, list) else [value])])
         # Under the verb's name: read as the program's own, an option that is called as a verb is (tasks) would be lost.
         app.config = (cyclopts.config.Dict({tokens[0]: options} if tokens else {}, source=str(config)),)
     if preset is not None:

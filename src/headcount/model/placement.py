@@ -39,7 +39,7 @@ def bytes_said(text: str | int | None, option: str = "stream_memory") -> int | N
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?B?)", text.strip().upper())
     unit = found[2] if found else ""
     size = int(float(found[1]) * _UNITS[unit if unit in _UNITS else f"{unit}B"]) if found and unit != "B" else 0
-    if size < 1:
+    if size < 1 or (not unit and size < _UNITS["KB"]):
         raise OptionError(f"`{option}` {text!r} is no number of bytes: write 8GB or 500MB", fields=(option,))
     return size
 

@@ -67,6 +67,8 @@ def check_cluster(address: str | None) -> None:
         raise OptionError(f"`executor='ray'` needs Ray, which is not installed: {_INSTALL}, on every node",
                           fields=("executor='ray'",))
     address = _address(address)
+    if address == "auto":  # by which Ray, too, means what its variable says
+        address = os.environ.get("RAY_ADDRESS") or address
     if address in ("local", "auto"):
         return
     host, _, port = address.rpartition(":")

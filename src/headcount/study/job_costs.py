@@ -22,10 +22,9 @@ from headcount.model.circuits import probes_of
 from headcount.model.without_weights import Shape
 from headcount.study.costs import Passes, Waits, flops_of, passes_of
 from headcount.study.jobs import Evaluation, GradientImportance, InductionScores, Job
-from headcount.study.masksets import steps_of
 from headcount.study.plan import GRADIENT_PASSES, PlannedJob, TaskFacts
 from headcount.study.queue import rounds
-from headcount.study.sharing import NONE, Layers, layers_of
+from headcount.study.sharing import NONE, Layers, distinct_masks, layers_of
 from headcount.study.spec import StudySpec
 from headcount.study.tokens import Bundled, Documents, Work
 
@@ -113,7 +112,8 @@ class JobCosts:
             masks, kept, states = GRADIENT_PASSES, self._waiting(work, layers + 1), layers + 1
         elif isinstance(job, Evaluation):
             work = self._work(job, "scored", job.split, shared)
-            runs, masks = layers_of(job.masks, self.shape.anatomy.heads_per_layer), max(1, len(steps_of(job.masks)))
+            heads = self.shape.anatomy.heads_per_layer
+            runs, masks = layers_of(job.masks, heads), distinct_masks(job.masks, heads)
             waiting, states = self._waiting(work, masks, masked=self.trees), masks
         else:
             return Cost(1)  # put together from other entries

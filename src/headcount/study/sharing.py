@@ -27,14 +27,18 @@ from jaxtyping import Bool, Int
 
 from headcount.masks import Component, count, layers_run
 from headcount.study.masksets import (
+    CommonCurve,
     CommonUniformCurve,
     FullModel,
     Grid,
     MaskSet,
+    OwnCurve,
     RandomCurve,
     SingleFFNs,
     SingleHeads,
+    Transfer,
     UniformCurve,
+    steps_of,
 )
 
 # Drawn orders that the middle is a mean over, and a component's own part in its drawn importance.
@@ -129,6 +133,21 @@ def _grid(points: tuple[tuple[float, float], ...], heads_per_layer: tuple[int, .
     high = len({of_heads for of_heads, _ in masks}) + (layers - 1) * len(masks)
     middle = _middle(points, heads_per_layer)
     return Layers(low, float(np.clip(middle, low, high)), high)
+
+
+def distinct_masks(masks: MaskSet, heads_per_layer: tuple[int, ...]) -> int:
+    """How many different masks a set has by any orders: shares of few components round to the same number.
+
+    Args:
+        masks: The set.
+        heads_per_layer: The model's number of heads of every layer.
+    """
+    heads, layers = sum(heads_per_layer), len(heads_per_layer)
+    if isinstance(masks, Grid):
+        return len({(count(h, heads), count(f, layers)) for h, f in masks.points})
+    if isinstance(masks, OwnCurve | RandomCurve | CommonCurve | Transfer):
+        return len({count(f, heads if masks.component == "head" else layers) for f in masks.fractions})
+    return max(1, len(steps_of(masks)))
 
 
 def _middle(points: Sequence[tuple[float, float]], heads_per_layer: tuple[int, ...]) -> float:

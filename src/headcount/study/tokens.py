@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 # How much longer than the mean row the longest of a task is taken to be, where the documents are not at hand.
 _LONGEST = 2
-# The most shots that statistics come along of.
+# The most shots that statistics come along of, and the shares of documents whose prompts are no longer than is said.
 _COUNTED = 5
+_PERCENTILES = (0.1, 0.5, 0.9, 0.99)
 _STATISTICS = Path(__file__).parent / "data" / "tasks.json"
 # How requests are laid out: to be scored, or an example a row for gradients.
 Layout: TypeAlias = Literal["scored", "gradient"]
@@ -197,22 +198,27 @@ class Bundled:
         of_split = self._known["tokens"].get("evaluation" if split == "evaluation" else "examples",
                                              self._known["tokens"]["evaluation"])
         tokens, width, places = (_between(of_split, num_fewshot, kind, what) for what in range(3))
-        window, cut = self._reading.max_length, 0
-        if (num_fewshot > _COUNTED or window < statistics()["window"]) and _length(of_split, num_fewshot) > window:
-            requests, lengths = of_split["0"]["requests"] if kind != "gradient" else (1, 1)
+        pairs, window = tokens * width, self._reading.max_length
+        cut = _cut(of_split, num_fewshot, window)
+        requests, lengths = of_split["0"]["requests"] if kind != "gradient" else (1, 1)
+        if num_fewshot > _COUNTED or window < statistics()["window"]:  # else what was counted was cut as well
             # What is cut at unlike places has no beginning in common.
             each = requests if kind == "single" else lengths
-            tokens, width, cut = each * window, (1 if kind == "single" else each) * window, requests
+            whole, of_all = each * window, each * (1 if kind == "single" else each) * window**2
+            tokens = (1 - cut) * min(tokens, whole) + cut * whole
+            pairs = (1 - cut) * min(pairs, of_all) + cut * of_all
         # Of the sample's documents the mean is known.
-        longest = min(window, round(_LONGEST * width))
-        return Work(round(documents * tokens), documents * tokens * width, documents * places,
-                    cut=round(documents * cut), longest=longest)
+        longest = min(window, round(_LONGEST * pairs / max(1, tokens)))
+        return Work(round(documents * tokens), documents * pairs, documents * places,
+                    cut=round(documents * cut * requests), longest=longest)
 
 
-def _length(by_shots: Mapping[str, Any], num_fewshot: int) -> float:
-    """Tokens of a document's longest request, about, in a window without end: as many more for every shot."""
-    without, one = (float(by_shots[k]["prompt"][0]) for k in ("0", "1"))
-    return without + num_fewshot * (one - without)
+def _cut(by_shots: Mapping[str, Any], num_fewshot: int, window: int) -> float:
+    """The share of documents whose longest request a window cuts, about: by percentiles, as much longer a shot."""
+    (without, *at_none), (one, *at_one) = (by_shots[k]["prompt"] for k in ("0", "1"))
+    longer = (num_fewshot - 1) * (one - without) if num_fewshot else 0
+    ends = np.array(at_one if num_fewshot else at_none) + longer
+    return float(1 - np.interp(window, [0, *ends, 1.1 * ends[-1]], [0, *_PERCENTILES, 1]))
 
 
 def _between(by_shots: Mapping[str, Any], num_fewshot: int, kind: str, what: int) -> float:
