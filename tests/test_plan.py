@@ -438,6 +438,16 @@ def test_masks_that_wait_are_counted(
     assert sum(seen) == known.costs[0].waiting
 
 
+def test_eager_attention_keeps_masks_of_numbers() -> None:
+    """Also where gradients are wanted, whose prompts are no trees."""
+    spec = of_125m(tasks=("piqa",), unseen=(), shots=(0,), measure=("curves",))
+    plain, eager = (forecast(dataclasses.replace(spec, attn_implementation=kernel)) for kernel in (None, "eager"))
+    kept = [sum(cost.kept for cost in one.costs if cost is not None) for one in (plain, eager)]
+    pairs = Bundled("piqa", Reading(None, 2048, Budget(), True, None, False, 1234, False)).work(
+        "examples", 0, 2500, "gradient").pairs
+    assert kept[1] - kept[0] == pytest.approx(pairs * (plain.shape.model.dtype.itemsize - 1), rel=1e-6)
+
+
 def test_induction_reads_weights_for_texts_and_probes() -> None:
     """Of the model and of its control, whose texts and probes wait by themselves."""
     spec = StudySpec("facebook/opt-125m", tasks=(), measure=("induction",), stream=True, stream_memory="64GB")

@@ -59,6 +59,7 @@ class Told:
         self.notes: list[str] = []
         self.titles: list[str] = []
         self.passes: list[tuple[str, list[str]]] = []
+        self.together: list[int] = []
         self.at_job = at_job
 
     @property
@@ -360,21 +361,26 @@ class Acted:
         nodes: Names of nodes, a place on each.
         act: Called before each job with its node and title: raises as a worker would.
         unlike: Nodes with other versions ("tokenizers") or another kernel, by what differs.
+        cores: Of each node.
+
+    Attributes:
+        together: How many workers each was told to share its node's memory with.
     """
 
     exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
 
     def __init__(
         self, plan: Plan, nodes: tuple[str, ...], act: Callable[[str, str], None] = lambda node, title: None,
-        unlike: dict[str, str] | None = None,
+        unlike: dict[str, str] | None = None, cores: float = 1.0,
     ) -> None:
-        self.plan, self.names, self.act, self.unlike = plan, nodes, act, unlike or {}
+        self.plan, self.names, self.act, self.unlike, self.cores = plan, nodes, act, unlike or {}, cores
+        self.together: list[int] = []
         self.worker = Worker(plan, lambda tokens: None)
         self.free = [*nodes]
         self.passes: list[tuple[str, list[str]]] = []
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"NodeID": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in self.names]
+        return [{"NodeID": name, "Alive": True, "Resources": {"CPU": self.cores}} for name in self.names]
 
     def remote(self, shell: type) -> Any:
         return self
@@ -421,6 +427,7 @@ class Actor:
         facts = facts_of(self.ray.plan)
         if self.ray.unlike.get(self.name) == "kernel":
             facts["the attention kernel"] = "eager"
+        self.ray.together.append(arguments[3])
         return facts, False
 
     def _do(self, jobs: Sequence[PlannedJob], entries: Any) -> Iterator[Delivered]:
@@ -480,7 +487,7 @@ def acted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         monkeypatch.setattr(executors, "in_files", lambda model: streamed)
         monkeypatch.setattr(executors, "connected", lambda spec, cores: contextlib.nullcontext(ray))
         monkeypatch.setattr(executors, "_put_down", lambda plan: None)
-        told.passes = ray.passes
+        told.passes, told.together = ray.passes, ray.together
         return executors.by_ray(asked, asked.todo(), told), told, ready.folder.folder
     return by
 
@@ -496,6 +503,11 @@ def test_workers_measure_what_one_process_measures(acted: Callable[..., Any], fo
 @pytest.mark.parametrize(("kind", "message"), [
     ("tokenizers", "tokenizers is 0.0.1 there and {} here; install the driver's versions there"),
     ("kernel", "the attention kernel is eager there and sdpa here")])
+def test_workers_are_told_how_many_their_node_has_room_for(acted: Callable[..., Any]) -> None:
+    _, told, _ = acted("north", "south", workers=4, cores=3.0)
+    assert told.together == [3, 3]
+
+
 def test_a_worker_that_differs_is_refused_by_name_and_another_begins_elsewhere(
     acted: Callable[..., Any], kind: str, message: str
 ) -> None:

@@ -67,8 +67,6 @@ def check_cluster(address: str | None) -> None:
         raise OptionError(f"`executor='ray'` needs Ray, which is not installed: {_INSTALL}, on every node",
                           fields=("executor='ray'",))
     address = _address(address)
-    if address == "auto":  # by which Ray, too, means what its variable says
-        address = os.environ.get("RAY_ADDRESS") or address
     if address in ("local", "auto"):
         return
     host, _, port = address.rpartition(":")
@@ -186,8 +184,10 @@ def _put_off() -> Iterator[None]:
 
 
 def _address(asked: str | None) -> str:
-    """What was asked for; else what Ray's own variable says, as under `ray job submit`; else this machine."""
-    return asked or os.environ.get("RAY_ADDRESS") or "local"
+    """What was asked for; else, and before `auto`, what Ray's own variable says, as to Ray; else this machine."""
+    if asked and asked != "auto":
+        return asked
+    return os.environ.get("RAY_ADDRESS") or asked or "local"
 
 
 def size_of(spec: InductionSpec, gpus: int, nodes: Sequence[Mapping[str, float]]) -> Size:
