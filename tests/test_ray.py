@@ -500,14 +500,14 @@ def test_workers_measure_what_one_process_measures(acted: Callable[..., Any], fo
         "a worker on north (process 1)", "a worker on south (process 1)"}
 
 
-@pytest.mark.parametrize(("kind", "message"), [
-    ("tokenizers", "tokenizers is 0.0.1 there and {} here; install the driver's versions there"),
-    ("kernel", "the attention kernel is eager there and sdpa here")])
 def test_workers_are_told_how_many_their_node_has_room_for(acted: Callable[..., Any]) -> None:
     _, told, _ = acted("north", "south", workers=4, cores=3.0)
     assert told.together == [3, 3]
 
 
+@pytest.mark.parametrize(("kind", "message"), [
+    ("tokenizers", "tokenizers is 0.0.1 there and {} here; install the driver's versions there"),
+    ("kernel", "the attention kernel is eager there and sdpa here")])
 def test_a_worker_that_differs_is_refused_by_name_and_another_begins_elsewhere(
     acted: Callable[..., Any], kind: str, message: str
 ) -> None:
