@@ -57,6 +57,7 @@ class Told:
 
     def __init__(self, at_job: Callable[[str], None] = lambda title: None) -> None:
         self.notes: list[str] = []
+        self.stages: list[str] = []
         self.titles: list[str] = []
         self.passes: list[tuple[str, list[str]]] = []
         self.together: list[int] = []
@@ -66,7 +67,8 @@ class Told:
     def text(self) -> str:
         return "\n".join(self.notes)
 
-    def stage(self, text: str, done: int = 0, total: int | None = None) -> None: ...
+    def stage(self, text: str, done: int = 0, total: int | None = None) -> None:
+        self.stages.append(text)
 
     def begin(self, todo: int, done: int, tokens: float) -> None: ...
 
@@ -226,12 +228,16 @@ def test_an_interrupt_while_ray_starts_is_put_off() -> None:
 
 
 def test_a_cluster_without_room_is_refused() -> None:
-    asked = StudySpec("m", tasks=("a",), executor="ray", gpus_per_worker=8)
     with pytest.raises(OptionError, match=r"room for a worker of 1 cores and 8 GPUs \(they have 16 and 4 in all"):
-        size_of(asked, 1, [GPUS])
+        size_of(wanted(gpus_per_worker=8), 1, [GPUS])
 
 
 # What is refused before anything is loaded.
+
+
+def wanted(address: str | None = None, **changes: Any) -> StudySpec:
+    """A study by workers, of which nothing is loaded."""
+    return StudySpec("m", tasks=("a",), executor="ray", address=address, **changes)
 
 
 def test_options_of_workers_need_the_executor() -> None:
@@ -258,7 +264,7 @@ def test_what_answers_and_is_no_head_node_is_told_in_a_line(
         thread.start()
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(OptionError, match=f"no Ray cluster answers at address .*{why}.*start its head node"):
-            check_cluster(None if answer else "auto")
+            check_cluster(wanted(None if answer else "auto"))
         thread.join()
 
 
@@ -269,14 +275,23 @@ def test_ray_that_is_not_installed_or_not_reached_is_told_in_a_line(monkeypatch:
     for address, message in ((f"127.0.0.1:{closed}", "no Ray cluster answers at"), ("ray://head:1", "HOST:PORT"),
                              ("head", "HOST:PORT"), ("127.0.0.1:99999", "no Ray cluster answers at")):
         with pytest.raises(OptionError, match=message):
-            check_cluster(address)
+            check_cluster(wanted(address))
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"needs Ray, which is not installed: pip install 'headcount\[ray\]'"):
         prepare(StudySpec("m", tasks=("a",), executor="ray"))
 
 
-def test_a_model_in_memory_is_no_models_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_this_machine_has_not_are_told_before_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "find_spec", lambda name: object())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(OptionError, match=r"gpus_per_worker is 3, and this machine has 2 GPUs: leave it out, or name"):
+        check_cluster(wanted(gpus_per_worker=3))
+    check_cluster(wanted(gpus_per_worker=2))
+    check_cluster(wanted())
+
+
+def test_a_model_in_memory_is_no_models_of_workers() -> None:
     with pytest.raises(OptionError, match="in the memory of this process"):
         prepare(StudySpec("m", tasks=("a",), executor="ray"), loaded=tiny.loaded("llama"))
 
@@ -665,6 +680,30 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Any:
     spec.loader.exec_module(module)
     monkeypatch.setattr(executors, "by_ray", module.by_ray)
     return module
+
+
+@needs_ray
+def test_no_cluster_is_told_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `auto` only Ray knows that."""
+    import ray
+
+    def none(**options: object) -> None:
+        raise ConnectionError(f"Could not find any running Ray instance for {options['address']}.\nMore lines.")
+
+    monkeypatch.setattr(ray, "init", none)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    told = Told()
+    with pytest.raises(OptionError, match=r"cluster at address auto cannot be used \(Could not find .* for auto\.\)"):
+        prepare(spec(folder, executor="ray", address="auto"), reporter=told)
+    assert told.stages == []
+
+
+@needs_ray
+def test_a_cluster_without_room_is_told_before_anything_is_loaded(nodes: Any, folder: Path, tmp_path: Path) -> None:
+    told = Told()
+    with pytest.raises(OptionError, match=r"room for a worker of 1 cores and 1 GPUs \(they have 2 and 0 in all"):
+        prepare(by_ray(folder, tmp_path / "study", nodes, gpus_per_worker=1), reporter=told)
+    assert told.stages == []
 
 
 @contextlib.contextmanager

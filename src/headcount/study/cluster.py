@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
+import torch
+
 from headcount.errors import OptionError, first_line
 from headcount.study.spec import InductionSpec
 
@@ -54,14 +56,31 @@ class Size:
         return max(1, min(self.workers, room_of(node, self.threads, self.gpus)))
 
 
-def check_cluster(address: str | None) -> None:
-    """Refuse what surely cannot work, before anything is loaded: Ray is not installed, or its head does not answer.
+def check_cluster(spec: InductionSpec) -> None:
+    """Refuse what surely cannot work, before anything is loaded: no Ray, no cluster, or no room for a worker in it.
+
+    A cluster that was asked for is connected to, and left again: that takes seconds, and loading a model minutes.
 
     Args:
-        address: As asked for; None: a cluster of this machine is started.
+        spec: What was asked.
 
     Raises:
         OptionError: Which says what to do.
+    """
+    _check_address(spec.address)
+    if _address(spec.address) != "local":
+        with connected(spec, cores=1) as ray:
+            size_of(spec, 0, nodes_of(ray))
+    elif (spec.gpus_per_worker or 0) > (gpus := torch.accelerator.device_count()):
+        raise OptionError(f"`gpus_per_worker` is {spec.gpus_per_worker}, and this machine has {gpus} GPUs: leave "
+                          "it out, or name the `address` of a cluster with them", fields=("gpus_per_worker", "address"))
+
+
+def _check_address(address: str | None) -> None:
+    """Refuse what can be told without Ray: it is not installed, or its head node does not answer.
+
+    Args:
+        address: As asked for; None: a cluster of this machine is started.
     """
     if not _installed():
         raise OptionError(f"`executor='ray'` needs Ray, which is not installed: {_INSTALL}, on every node",
@@ -114,7 +133,7 @@ def connected(spec: InductionSpec, cores: int) -> Iterator[Any]:
     Raises:
         OptionError: If there is no such cluster.
     """
-    check_cluster(spec.address)
+    _check_address(spec.address)
     # Ray reports on its use to its makers where nobody forbids it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A worker without a GPU sees none of them: as Ray has always done, and announces that it will not any more.
@@ -188,6 +207,11 @@ def _address(asked: str | None) -> str:
     if asked and asked != "auto":
         return asked
     return os.environ.get("RAY_ADDRESS") or asked or "local"
+
+
+def nodes_of(ray: Any) -> list[dict[str, float]]:
+    """What each node of a cluster has, as Ray knows it: "CPU", "GPU"."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def size_of(spec: InductionSpec, gpus: int, nodes: Sequence[Mapping[str, float]]) -> Size:

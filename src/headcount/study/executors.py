@@ -29,7 +29,7 @@ from headcount.engine.engine import Engine
 from headcount.engine.waiting import CHOSEN
 from headcount.errors import HeadcountError, StudyError, first_line, named
 from headcount.model.held import in_files
-from headcount.study.cluster import Size, connected, size_of
+from headcount.study.cluster import Size, connected, nodes_of, size_of
 from headcount.study.jobs import Need
 from headcount.study.ledger import Entry
 from headcount.study.member import Delivered, facts_of
@@ -130,7 +130,7 @@ def by_ray(plan: Plan, todo: Sequence[PlannedJob], reporter: Reporter) -> Done:
     expected, gpus = facts_of(plan), int(plan.loaded.device.type == "cuda")
     outline, streamed = Outline.of(plan), in_files(plan.loaded.model)
     with connected(plan.spec, torch.get_num_threads()) as ray, plan.folder.token() as token:
-        size = size_of(plan.spec, gpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        size = size_of(plan.spec, gpus, nodes_of(ray))
         _put_down(plan)
         crew = _Crew(ray, plan, Queue(todo), reporter, size, outline, token, expected, streamed)
         crew.work()

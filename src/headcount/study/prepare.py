@@ -249,11 +249,11 @@ def prepare(
     if spec.executor == "ray":
         from headcount.study.cluster import check_cluster
 
-        check_cluster(spec.address)
         if loaded is not None:
             raise OptionError(f"{loaded.name} is in the memory of this process, and Ray's workers load their own: name "
                               "the `model` and pass none, or leave out `executor='ray'`",
                               fields=("model", "executor='ray'"))
+        check_cluster(spec)
     if ledger is not None:
         if before is not None and before["spec"].get("dtype") != spec.dtype:
             from headcount.model.placement import dtype_of
