@@ -683,18 +683,28 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @needs_ray
-def test_no_cluster_is_told_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of `auto` only Ray knows that."""
+@pytest.mark.parametrize(("address", "mode", "hint"), [
+    ("auto", None, False), ("127.0.0.1:6379", None, True), ("127.0.0.1:6379", "token", False)])
+def test_no_cluster_is_told_before_anything_is_loaded(
+    address: str, mode: str | None, hint: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of `auto` only Ray knows that; where an address is named it tells nobody that a cluster wants a token."""
     import ray
 
     def none(**options: object) -> None:
         raise ConnectionError(f"Could not find any running Ray instance for {options['address']}.\nMore lines.")
 
     monkeypatch.setattr(ray, "init", none)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_answers", lambda host, port: None)
+    for name, value in (("RAY_ADDRESS", None), ("RAY_AUTH_MODE", mode)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     told = Told()
-    with pytest.raises(OptionError, match=r"cluster at address auto cannot be used \(Could not find .* for auto\.\)"):
-        prepare(spec(folder, executor="ray", address="auto"), reporter=told)
+    why = rf"cluster at address {address} cannot be used \(Could not find .* for {address}\.\)"
+    with pytest.raises(OptionError, match=why) as no:
+        prepare(spec(folder, executor="ray", address=address), reporter=told)
+    assert ("set RAY_AUTH_MODE=token here and on all nodes" in str(no.value)) is hint
     assert told.stages == []
 
 

@@ -169,9 +169,11 @@ def _start(ray: Any, address: str, options: Mapping[str, Any]) -> None:
         if address == "local":
             raise OptionError(f"Ray could not be started on this machine ({first_line(error)}): `executor='ray'` needs "
                               "it; leave that out, or fix Ray", fields=("executor='ray'",)) from error
+        asks = "RAY_AUTH_MODE" not in os.environ and address != "auto"  # of which Ray tells nobody who names an address
+        token = "; if it has a token (`ray start` tells), set RAY_AUTH_MODE=token here and on all nodes" if asks else ""
         raise OptionError(f"the Ray cluster at `address` {address} cannot be used ({first_line(error)}): start one "
                           "(ray start --head) with the same versions of Ray and Python, or leave the address out for "
-                          "one of this machine", fields=("address",)) from error
+                          f"one of this machine{token}", fields=("address",)) from error
     finally:
         if told is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, told)
