@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import checked_types  # noqa: F401 - before anything of the package is imported
 from headcount.engine import neighbours
 from headcount.engine.waiting import wait_asleep
 

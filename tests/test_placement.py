@@ -30,7 +30,7 @@ from headcount import cli
 from headcount.engine import budget, device_check, examples, stream
 from headcount.engine.device_check import DeviceCheck, compare
 from headcount.engine.engine import Engine
-from headcount.engine.pack import Budget
+from headcount.engine.pack import Budget, Cost
 from headcount.engine.proof import _parting, _requests
 from headcount.engine.stream import away
 from headcount.errors import DeviceWarning, ModelError
@@ -53,10 +53,15 @@ PLACES = {"two devices": (ONE, TWO), "a device and the CPU": (ONE, "cpu"), "a de
 FAMILIES = ("opt-350m", "falcon", "gemma3", "mixtral", "gemma4")
 
 
+# Simulated devices take their time, so that it is taken in one test alone.
+TIMED = budget.measure_cost
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(budget, "_synchronize", lambda device: None)  # there is nothing to wait for
+    monkeypatch.setattr(budget, "measure_cost", lambda loaded, layout: Cost(100.0))
 
 
 @contextlib.contextmanager
@@ -83,6 +88,13 @@ def test_wherever_its_blocks_are_a_model_gives_the_same_numbers(family: str, pla
         for one, other in zip(found.gradients(_requests(loaded)), gradients, strict=True):
             assert np.allclose(one, other, rtol=1e-5, atol=1e-6)  # what is read from files may lie otherwise in memory
         assert found.notes == ()
+
+
+def test_rows_and_batches_are_timed_wherever_blocks_are(tmp_path: Path) -> None:
+    with spread_out("gemma3", PLACES["a device and the disk"], tmp_path) as loaded:
+        cost = TIMED(loaded, Engine.of(loaded).layout)
+        assert np.isfinite([cost.batch, cost.doubled]).all()
+        assert cost.doubled >= 1
 
 
 @pytest.mark.parametrize(("places", "protocol"), [

@@ -165,26 +165,34 @@ def _worth(
 
 
 def _bounds(changes: Changes, z: float) -> Bounds:
-    n, fell, rose, half = changes
-    estimate = rose - fell
-    zeros, ones = np.zeros_like(n), np.ones_like(n)
-
-    def end(towards: float, shift: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
-        """Where the statistic leaves +-z on one side of the estimate."""
-        inside, outside = estimate.copy(), towards * ones
-        for _ in range(_HALVINGS):
-            middle = (inside + outside) / 2
-            within = towards * _statistic(middle, n, fell, rose, shift) >= -z
-            inside, outside = np.where(within, middle, inside), np.where(within, outside, middle)
-        return np.asarray(np.where(np.isnan(n), np.nan, (inside + outside) / 2))
-
-    low, high = end(-1.0, zeros), end(1.0, zeros)
+    twice, sides = Changes(*(np.tile(each, 2) for each in changes)), np.repeat([-1.0, 1.0], len(changes.fell))
+    low, high = np.split(_ends(twice, sides, np.zeros_like(sides), z), 2)
     # Half a change towards 0, and no further than 0: what did not fall must not count as worse for having risen.
-    if (low > 0).any():
-        low = np.where(low > 0, np.maximum(0, end(-1.0, -half)), low)
-    if (high < 0).any():
-        high = np.where(high < 0, np.minimum(0, end(1.0, half)), high)
+    if ((low > 0) | (high < 0)).any():
+        side = np.where(low > 0, -1.0, 1.0)
+        nearer = _ends(changes, side, side * changes.half, z)
+        low, high = np.where(low > 0, np.maximum(0, nearer), low), np.where(high < 0, np.minimum(0, nearer), high)
     return Bounds(low, high)
+
+
+def _ends(
+    changes: Changes, towards: Float[np.ndarray, " row"], shift: Float[np.ndarray, " row"], z: float
+) -> Float[np.ndarray, " row"]:
+    """Where the statistic leaves +-z on one side of each estimate, by halving.
+
+    Args:
+        changes: Of each row.
+        towards: The side: -1 or 1.
+        shift: How many more documents rose.
+        z: The normal quantile of the interval.
+    """
+    n, fell, rose, _ = changes
+    inside, outside = rose - fell, towards
+    for _ in range(_HALVINGS):
+        middle = (inside + outside) / 2
+        within = towards * _statistic(middle, n, fell, rose, shift) >= -z
+        inside, outside = np.where(within, middle, inside), np.where(within, outside, middle)
+    return np.asarray(np.where(np.isnan(n), np.nan, (inside + outside) / 2))
 
 
 def _statistic(
