@@ -40,6 +40,7 @@ from headcount.model.earlier_fingerprint import fingerprint as earlier_fingerpri
 from headcount.model.fingerprint import fingerprint, tokenizer_fingerprint, weights_digest
 from headcount.model.load import LoadedModel, load, wrap
 from headcount.model.source import Source
+from headcount.model.without_weights import shape_of
 from headcount.model.wrappers import hooked
 from headcount.tasks.load import get_tasks
 from headcount.tasks.task import Task
@@ -163,6 +164,16 @@ def test_odd_configs_end_in_one_line(whole: Path, tmp_path: Path) -> None:
 def test_a_kernel_that_is_asked_for_wins_over_the_configs(whole: Path, tmp_path: Path) -> None:
     folder = changed(whole, tmp_path / "m", {"attn_implementation": "flash_attention_2"})
     assert load(folder, device="cpu", attn_implementation="sdpa").provenance["attn_implementation"] == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "no_such_kernel"])
+def test_a_kernel_that_cannot_be_had_is_no_broken_config(name: str, whole: Path) -> None:
+    for act in (lambda: load(whole, device="cpu", attn_implementation=name),
+                lambda: shape_of(str(whole), attn_implementation=name),
+                lambda: shape_of("facebook/opt-66b", attn_implementation=name)):
+        why = rf"cannot have attn_implementation '{name}' here \([^\n]+\): install what it needs, or leave it out$"
+        with pytest.raises(ModelError, match=why):
+            act()
 
 
 # Adapters

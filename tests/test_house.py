@@ -140,7 +140,7 @@ def test_each_room_says_who_lives_there() -> None:
 
 def test_shapes_are_checked_wherever_there_are_some() -> None:
     told = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
-    (listed,) = re.findall(r"--jaxtyping-packages=(\S+),checked_types\.outermost", told)
+    (listed,) = re.findall(r"--jaxtyping-packages=(\S+),beartype\.beartype", told)
     checked = tuple(listed.split(","))
     with_shapes = {f"headcount.{name}" for name in modules() if "jaxtyping" in set(imported(name))}
     assert with_shapes

@@ -90,7 +90,8 @@ def test_wherever_its_blocks_are_a_model_gives_the_same_numbers(family: str, pla
         assert found.notes == ()
 
 
-def test_rows_and_batches_are_timed_wherever_blocks_are(tmp_path: Path) -> None:
+def test_rows_and_batches_are_timed_wherever_blocks_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_FIRST_BATCH", 1024)
     with spread_out("gemma3", PLACES["a device and the disk"], tmp_path) as loaded:
         cost = TIMED(loaded, Engine.of(loaded).layout)
         assert np.isfinite([cost.batch, cost.doubled]).all()

@@ -44,7 +44,7 @@ def scored(scores: Mapping[Any, Float[np.ndarray, " _"]]) -> Bool[np.ndarray, " 
     return np.isfinite(np.stack(list(scores.values()))).all(axis=0) if scores else np.zeros(0, bool)
 
 
-def check_lengths(*of_components: Mapping[Any, Float[np.ndarray, ...]] | None) -> None:
+def check_lengths(*of_components: Mapping[Any, Float[np.ndarray, "..."]] | None) -> None:
     """Refuse arrays that do not have one number for each component of one model.
 
     Raises:

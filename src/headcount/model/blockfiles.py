@@ -150,7 +150,8 @@ class Checkpoint:
         name = str(folder) if name is None else name
         files = files_read(folder, named)
         if not files:
-            raise ModelError(f"{name} holds no weights in {folder} that transformers reads (model.safetensors, "
+            where = "" if name == str(folder) else f" in {folder}"
+            raise ModelError(f"{name} holds no weights{where} that transformers reads (model.safetensors, "
                              "pytorch_model.bin, or the index of their shards): download them there")
         cache = BlockCache.of(name, files, commit)
         return cls(name, folder, cache, checkpoint.tensors(name, cache.in_parts(progress)))

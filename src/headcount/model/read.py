@@ -178,16 +178,36 @@ def check_kind(config: PreTrainedConfig, wanted: Wanted) -> None:
             raise ModelError(f"{name} comes with its own code: {TRUST}", fields=("trust_remote_code=True",))
         raise ModelError(f"{name} is of type {config.model_type}, which transformers does not load as a causal "
                          "language model: name a decoder-only model such as facebook/opt-125m")
-    with torch.device("meta"):
-        try:
-            skeleton = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation=wanted.attn_implementation)
-        except _LOAD_ERRORS as e:
-            raise ModelError(f"the config of {name} does not describe a whole model: {said(e)}") from e
+    skeleton = without_weights(name, config, wanted)
     try:
         find_anatomy(skeleton, wanted.names)
     except ModelError as e:
         raise ModelError(f"{name} ({config.model_type}): {e}") from e
+
+
+def without_weights(name: str, config: PreTrainedConfig, wanted: Wanted) -> PreTrainedModel:
+    """The model of a config without weights, on the meta device.
+
+    Raises:
+        ModelError: If the config describes none, or it cannot have the attention kernel that was asked for.
+    """
+    try:
+        return empty(config, wanted.trust_remote_code, wanted.attn_implementation)
+    except _LOAD_ERRORS as e:
+        if wanted.attn_implementation is not None and _is_whole(config, wanted):
+            raise ModelError(f"{name} cannot have `attn_implementation` {wanted.attn_implementation!r} here "
+                             f"({said(e)}): install what it needs, or leave it out",
+                             fields=("attn_implementation",)) from e
+        raise ModelError(f"the config of {name} does not describe a whole model: {said(e)}") from e
+
+
+def _is_whole(config: PreTrainedConfig, wanted: Wanted) -> bool:
+    """Whether a config describes a model with the attention kernel that it names itself, or transformers chooses."""
+    try:
+        empty(config, wanted.trust_remote_code)
+    except _LOAD_ERRORS:
+        return False
+    return True
 
 
 def tokenizer_of(name: str, source: Source, wanted: Wanted) -> PreTrainedTokenizerBase:

@@ -107,9 +107,10 @@ def write_code(base: Any, folder: Path) -> None:
     (folder / f"{CODE}.py").write_text(text, encoding="utf-8")
 
 
-def is_removed(config: Mapping[str, Any]) -> bool:
+def is_removed(config: object) -> bool:
     """Whether a config, as it lies in a folder, is of a model from which something was removed."""
-    return str(config.get("model_type", "")).startswith(PREFIX) and "headcount" in config
+    return isinstance(config, Mapping) and "headcount" in config and (
+        str(config.get("model_type", "")).startswith(PREFIX))
 
 
 def class_of(name: str, config: Mapping[str, Any]) -> Any:

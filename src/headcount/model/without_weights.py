@@ -25,7 +25,7 @@ from headcount.model.anatomy import Anatomy, find_anatomy
 from headcount.model.blockfiles import check_plain
 from headcount.model.load import window_of
 from headcount.model.placement import check_stream, dtype_of, placement
-from headcount.model.read import Wanted, check_kind, config_of, empty, quiet, tokenizer_of
+from headcount.model.read import Wanted, check_kind, config_of, quiet, tokenizer_of, without_weights
 from headcount.model.source import Source, find
 
 _SHAPES = Path(__file__).parent / "data" / "shapes.json"
@@ -132,7 +132,7 @@ def shape_of(
         if bundled is None:
             check_kind(config, wanted)
         tokenizer = tokenizer_of(name, source, wanted) if bundled is None and _reads(source) else None
-        model = empty(config, trust_remote_code, attn_implementation)
+        model = without_weights(name, config, wanted)
     own: Any = torch.float32 if source.gguf is not None else config.dtype or torch.float32
     nn.Module.to(model, dtype=own if isinstance(wanted_dtype, str) else wanted_dtype)  # a string is auto
     has_bos = bundled["bos"] if bundled is not None else (
