@@ -103,7 +103,7 @@ def read(
 
 def _config(name: str, source: Source, common: Mapping[str, Any]) -> PreTrainedConfig:
     try:
-        told, _ = PreTrainedConfig.get_config_dict(source.place, **common)
+        told = {} if source.gguf is not None else PreTrainedConfig.get_config_dict(source.place, **common)[0]
         if removed.is_removed(told):
             made = removed.class_of(name, told)
             of_removed: PreTrainedConfig = made.config_class.from_pretrained(source.place, **source.keywords)
