@@ -289,6 +289,12 @@ def test_gpus_that_this_machine_has_not_are_told_before_ray_is_started(monkeypat
         check_cluster(wanted(gpus_per_worker=3))
     check_cluster(wanted(gpus_per_worker=2))
     check_cluster(wanted())
+    # A program that is connected itself counts by its cluster.
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 3.0}}, {"Alive": False, "Resources": {"GPU": 9.0}}]
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes))
+    check_cluster(wanted(gpus_per_worker=3))
+    with pytest.raises(OptionError, match="no node of the cluster has room"):
+        check_cluster(wanted(gpus_per_worker=4))
 
 
 def test_a_model_in_memory_is_no_models_of_workers() -> None:

@@ -68,7 +68,8 @@ def check_cluster(spec: InductionSpec) -> None:
         OptionError: Which says what to do.
     """
     _check_address(spec.address)
-    if _address(spec.address) != "local":
+    connected_already = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if connected_already or _address(spec.address) != "local":
         with connected(spec, cores=1) as ray:
             size_of(spec, 0, nodes_of(ray))
     elif (spec.gpus_per_worker or 0) > (gpus := torch.accelerator.device_count()):
