@@ -81,6 +81,7 @@ def test_wherever_its_blocks_are_a_model_gives_the_same_numbers(family: str, pla
     expected, gradients = engine.loglikelihoods(requests, masks), engine.gradients(_requests(resident))
     with spread_out(family, PLACES[places], tmp_path) as loaded:
         assert loaded.fingerprint == resident.fingerprint
+        assert loaded.anatomy.num_parameters == resident.anatomy.num_parameters
         assert {str(device) for device in devices_of(loaded.model)} == {*PLACES[places]} - {"cpu", "disk"} or {"cpu"}
         found = Engine.of(loaded)
         assert np.array_equal(found.loglikelihoods(requests, masks).loglikelihoods, expected.loglikelihoods)

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from more_itertools import peekable
+from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import headcount as hc
@@ -140,6 +141,25 @@ def test_embeddings_and_output_are_read_once_for_all_batches(
     for logits in stream.leave(waves, [(torch.tensor([0]), torch.tensor([1]))] * len(waves)):
         assert list(logits)
     assert set(count.values()) == {1}
+
+
+@pytest.mark.parametrize("kept", ["once", "twice, equal", "twice, unlike"])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "falcon", "bloom", "gemma3", "gemma4"])
+def test_tied_weights_count_once(family: str, kept: str, tmp_path: Path) -> None:
+    """Many checkpoints hold what their config ties under both names, as `.bin` files of OPT do."""
+    model = of_family(family)
+    model.save_pretrained(tmp_path)
+    reader().save_pretrained(tmp_path)
+    ((one, other),) = model.all_tied_weights_keys.items()
+    if kept != "once":
+        held_there = load_file(tmp_path / "model.safetensors")
+        held_there[one] = held_there[other] + (kept == "twice, unlike")
+        save_file(held_there, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    resident, streamed = (load(tmp_path, device="cpu", stream=stream) for stream in (False, True))
+    output = model.get_output_embeddings().weight.numel()  # type: ignore[no-untyped-call, union-attr]
+    assert resident.anatomy.num_parameters == model.num_parameters() + output * (kept == "twice, unlike")
+    assert streamed.anatomy.num_parameters == resident.anatomy.num_parameters
+    assert streamed.identity == resident.identity
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("opt-350m", "gemma4")])

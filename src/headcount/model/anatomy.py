@@ -14,7 +14,7 @@ config's arithmetic is wrong on Gemma-2 and Qwen3, and modules often carry no nu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,7 +209,19 @@ def find_anatomy(model: PreTrainedModel, names: Names = _NAMES) -> Anatomy:
         raise ModelError("its config describes a model without layers: put back the config.json that belongs to it")
     layers = tuple(_layer(block, f"{name}.{i}", config, i, names) for i, block in enumerate(blocks))
     _check_apart(layers, name)
-    return Anatomy(layers, sum(p.numel() for p in model.parameters()))
+    return Anatomy(layers, sum(p.numel() for p in parameters_once(model)))
+
+
+def parameters_once(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """A model's parameters, tied ones once: also where hooks that fetch weights have put apart what is tied."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    names, told = dict[int, str](), set[str]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        kept = tied.get(first, first) if parameter.is_meta else first
+        if kept not in told:
+            told.add(kept)
+            yield parameter
 
 
 

@@ -65,6 +65,10 @@ def left_in_files(
     model = build(state_dict=opened.without_values(), device_map={"": "meta"})
     _compute_buffers(model)
     files = block_files(opened, model, model.dtype, names=names, progress=progress)
+    # Without values transformers cannot see whether two weights that a checkpoint holds are one, as its config says.
+    first = files.tied.get
+    model.all_tied_weights_keys = {one: other for one, other in model.all_tied_weights_keys.items()
+                                   if first(one, one) == first(other, other)}
     _read_buffers(model, files)
     read_when_called(model, files, torch.device(device))
     return model, files.notes

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from headcount.masks import Mask
+from headcount.model.anatomy import parameters_once
 from headcount.model.contracts import FAILURES
 from headcount.model.load import LoadedModel
 from headcount.model.tensor_format import size
@@ -91,7 +92,7 @@ def unsaved(loaded: LoadedModel, mask: Mask) -> Savings:
     """What zeros in place of weights save: nothing."""
     parameters = loaded.anatomy.num_parameters
     counted = flops(_on_meta(loaded.model))
-    return Savings(parameters, parameters, sum(map(size, loaded.model.parameters())), counted, counted,
+    return Savings(parameters, parameters, sum(map(size, parameters_once(loaded.model))), counted, counted,
                    loaded.anatomy.num_heads, len(mask.heads_removed), loaded.anatomy.num_layers, len(mask.ffns_removed))
 
 
