@@ -124,8 +124,10 @@ def test_embeddings_and_output_are_read_once_for_all_batches(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = both(family, tmp_path)[1]
+    inside = {id(p) for layer in loaded.anatomy.layers for p in layer.block.parameters()}
+    names = {name for name, p in loaded.model.named_parameters(remove_duplicate=False) if id(p) not in inside}
     ends: list[Any] = [loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()]
-    names = {f"{name}.weight" for name, module in loaded.model.named_modules() if module in ends}
+    once = {f"{name}.weight" for name, module in loaded.model.named_modules() if module in ends}
     stream = Stream(loaded.model, learned(loaded.model, loaded.anatomy, probe_tokens(loaded.model)))
     masks, given, read, count = _parting(loaded.anatomy), 4 * packed(loaded), BlockFiles.read_named, Counter[str]()
 
@@ -140,7 +142,9 @@ def test_embeddings_and_output_are_read_once_for_all_batches(
         pass
     for logits in stream.leave(waves, [(torch.tensor([0]), torch.tensor([1]))] * len(waves)):
         assert list(logits)
-    assert set(count.values()) == {1}
+    assert {count[name] for name in once} == {1}
+    # Norms, positions and projections are small, and read at both ends of a pass.
+    assert {count[name] for name in names - once} <= {1, 2}
 
 
 @pytest.mark.parametrize("kept", ["once", "twice, equal", "twice, unlike"])

@@ -14,6 +14,7 @@ Bit for bit this gives what the resident schedule gives on equal batches: each b
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -22,7 +23,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float
 from more_itertools import peekable
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headcount.engine.blocks import Block, Call, Inputs, entered, finished, learned
@@ -34,6 +35,7 @@ from headcount.model.contracts import probe_tokens
 from headcount.model.devices import device_of
 from headcount.model.held import fetched, held, in_files, one_by_one
 from headcount.model.load import LoadedModel
+from headcount.model.offloaded import fetches
 from headcount.model.placement import bytes_told, may_wait
 
 
@@ -112,7 +114,7 @@ class Stream:
         return with_tensors(value, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def enter(self, waiting: peekable[Waiting[B]]) -> list[Wave[B]]:
-        """The batches of one pass at the first block; the embedding matrix is read once for all.
+        """The batches of one pass at the first block; embeddings are read once for all.
 
         Args:
             waiting: Batches that are still to be done: as many as memory lets wait, at least one, are taken.
@@ -120,7 +122,7 @@ class Stream:
         embeddings: Any = self.model.get_input_embeddings()
         left = self.memory if self.memory is not None else may_wait() // self.together
         waves: list[Wave[B]] = []
-        with held([embeddings], fetched(embeddings)):
+        with self.at_hand(embeddings):
             while waiting and (not waves or left > 0):
                 first = waiting.peek()
                 hidden, calls = entered(self.model, self.blocks, first.inputs(first.batch))
@@ -134,6 +136,28 @@ class Stream:
                 nodes = [([*range(len(masks))], State(away(hidden)))]
                 waves.append(Wave(first.batch, masks, away(tuple(calls)), nodes))
         return waves
+
+    @contextlib.contextmanager
+    def at_hand(self, end: nn.Module) -> Iterator[None]:
+        """Have the embedding or the output layer in memory, with what stands beside the blocks: norms, positions.
+
+        Args:
+            end: Which of the two; the embedding is not called where the model computes logits.
+        """
+        embeddings: Any = self.model.get_input_embeddings()
+        beside = [module for module in self._beside if module is not embeddings]
+        modules = [module for module in dict.fromkeys((*end.modules(), *beside)) if fetches(module)]
+        with held(modules, fetched(*modules, inside=False)):
+            yield
+
+    @functools.cached_property
+    def _beside(self) -> list[nn.Module]:
+        """What stands beside the blocks in their stack."""
+        blocks = [block.part.block for block in self.blocks]
+        inside = {module for block in blocks for module in block.modules()}
+        stack = next(module for module in self.model.modules()
+                     if any(blocks[0] is one for child in module.children() for one in child.children()))
+        return [module for module in stack.modules() if module not in inside]
 
     def through(self, waves: Sequence[Wave[B]], around: Around[B] | None = None) -> Iterator[int]:
         """Take waves through all blocks, each under its masks; yields after each block.
@@ -170,7 +194,7 @@ class Stream:
             kept: Of each, the rows and positions whose logits are wanted.
         """
         output: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        with held([output], fetched(output)):
+        with self.at_hand(output):
             for wave, (rows, positions) in zip(waves, kept, strict=True):
                 nodes, wave.nodes = wave.nodes, []
                 leaves = ((owners, self.here(state.hidden)[rows, positions]) for owners, state in nodes)

@@ -27,7 +27,7 @@ from headcount.errors import ModelError
 from headcount.masks import Mask
 from headcount.model.anatomy import Anatomy
 from headcount.model.devices import on_device
-from headcount.model.held import fetched, held, one_by_one
+from headcount.model.held import one_by_one
 from headcount.model.hooks import captured
 from headcount.model.load import LoadedModel
 from headcount.model.norms import LayerNorms
@@ -95,7 +95,7 @@ def _of_the_last(
     """Of each batch, the loss's gradient by what the last block put out."""
     output: Any = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     found = []
-    with held([output], fetched(output)), torch.enable_grad():
+    with stream.at_hand(output), torch.enable_grad():
         for wave, states in zip(waves, given, strict=True):
             last = stream.here(states.pop()).requires_grad_()
             rows, positions = (on_device(x, last.device) for x in (wave.batch.rows, wave.batch.positions))
