@@ -378,6 +378,15 @@ def test_a_plan_refuses_what_a_run_would(tmp_path: Path, monkeypatch: pytest.Mon
     for refuses in (forecast, run_study):
         with pytest.raises(OptionError, match=r"takes .*KB while it waits, and stream_memory is 20KB: give more"):
             refuses(small)
+    # Before the first job, though some could be done, and of the largest batch.
+    some = dataclasses.replace(small, stream_memory="300KB", limit=60, batch_tokens=900)
+    told = []
+    for refuses in (forecast, run_study):
+        with pytest.raises(OptionError, match=r"takes .*KB while it waits, and stream_memory is 300KB") as no:
+            refuses(some)
+        told.append(str(no.value))
+    assert told[0] == told[1]
+    assert not (tmp_path / "study").exists()
     assert forecast(dataclasses.replace(small, stream=False)).jobs, "nothing waits in a model in memory"
     assert forecast(dataclasses.replace(small, stream_memory="2MB")).jobs
     run_study(dataclasses.replace(small, stream_memory="2MB"))
@@ -394,6 +403,11 @@ def test_a_plan_of_induction_refuses_what_a_run_would(tmp_path: Path, monkeypatc
         for refuses in (forecast, run_study):
             with pytest.raises(OptionError, match=r"takes .*KB while it waits, and stream_memory is 15KB: give more$"):
                 refuses(dataclasses.replace(spec, induction_lengths=lengths))
+    # Masks of attention that is read are of numbers: beside hidden states they are most of what waits.
+    wide = dataclasses.replace(spec, induction_lengths=(100,), induction_seeds=1, stream_memory="300KB")
+    for refuses in (forecast, run_study):
+        with pytest.raises(OptionError, match="while it waits"):
+            refuses(wide)
     enough = dataclasses.replace(spec, stream_memory="300KB")
     assert forecast(enough).jobs
     run_study(enough)

@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from headcount.errors import ModelError
 from headcount.model import adapters, gguf
 from headcount.model.anatomy import Anatomy, find_anatomy
+from headcount.model.attention import eager
 from headcount.model.blockfiles import check_plain
 from headcount.model.load import window_of
 from headcount.model.placement import check_stream, dtype_of, placement
@@ -88,6 +89,12 @@ class Shape:
         """Of how many kinds its attention is, each with a mask of its own: one, or with sliding windows two."""
         kinds: set[str] = {*(getattr(self.model.config.get_text_config(), "layer_types", None) or ())}
         return max(1, sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds))
+
+    @functools.cached_property
+    def shows_attention(self) -> bool:
+        """Whether its attention can be had eager, which writes probabilities out and masks by numbers."""
+        with eager(self.model):
+            return bool(self.model.config.get_text_config()._attn_implementation == "eager")
 
     @property
     def dtype(self) -> str:

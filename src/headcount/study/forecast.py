@@ -41,7 +41,7 @@ from headcount.study.jobs import Evaluation, InductionScores, Job
 from headcount.study.ledger import Ledger
 from headcount.study.masksets import FullModel, Grid, RandomCurve, SingleFFNs, SingleHeads, Transfer
 from headcount.study.plan import PlannedJob, TaskFacts, plan, reads
-from headcount.study.prepare import Reporter, Silent, check_named, kept_budget, left_of
+from headcount.study.prepare import Plan, Reporter, Silent, check_named, kept_budget, left_of
 from headcount.study.spec import Part, StudySpec, parts_of
 from headcount.study.stand_in import StandIn
 from headcount.study.tokens import AtHand, Bundled, Documents, Reading, statistics
@@ -181,8 +181,8 @@ def forecast(
                        induction="induction" in parts)
     streamed = spec.stream or spec.device_map == DISK
     waiting = said.get("waiting")
-    if streamed and waiting is not None and (largest := total.largest).needed > waiting:
-        raise cannot_wait(largest.tokens, largest.needed, waiting, largest.smaller)
+    if streamed and waiting is not None:
+        _check_largest(total, waiting)
     waiting = waiting or may_wait()
     passes_with = functools.partial(readings, todo, [cost for cost in costs if cost is not None], of_jobs.probes)
     prices: list[float | None] = [*price] * len(on) if len(price) == 1 else [*price] or [None] * len(on)
@@ -194,6 +194,37 @@ def forecast(
                     (*notes, *known.notes), (*slow, *known.noted(todo)),
                     other_orders(spec, before) if "curve" in parts else "",
                     tuple(ledger.damaged()) if ledger is not None else ())
+
+
+def check_waiting(ready: Plan) -> None:
+    """Refuse memory in which some batch of a streamed run cannot wait, before the first job; by what `forecast` counts.
+
+    Args:
+        ready: A study whose model is there.
+
+    Raises:
+        OptionError: If there is one, with what the largest takes at least.
+    """
+    from headcount.engine.engine import Engine
+    from headcount.model.held import in_files
+
+    spec, loaded, todo = ready.spec, ready.loaded, ready.todo()
+    waiting = bytes_said(spec.stream_memory)
+    if waiting is None or not todo or not in_files(loaded.model):
+        return
+    layout = Engine.of(loaded).layout
+    shape = Shape(loaded.name, loaded.model, loaded.tokenizer, loaded.anatomy, loaded.device, False,
+                  loaded.tokenizer.bos_token_id is not None)
+    reading = Reading(loaded.tokenizer, loaded.max_length, ready.budget, layout.trees, layout.tree_tokens,
+                      loaded.apply_chat_template, spec.seed, spec.shared_shots)
+    documents = {name: AtHand(task, reading) for name, task in ready.tasks.items()}
+    of_jobs = JobCosts(spec, shape, documents, ready.facts, layout.trees, ready.budget)
+    _check_largest(sum_of(of_jobs.cost(planned.job) for planned in todo), waiting)
+
+
+def _check_largest(total: Cost, waiting: int) -> None:
+    if (largest := total.largest).needed > waiting:
+        raise cannot_wait(largest.tokens, largest.needed, waiting, largest.smaller)
 
 
 def _shape(spec: StudySpec) -> Shape:

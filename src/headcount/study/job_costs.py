@@ -118,9 +118,10 @@ class JobCosts:
         else:
             return Cost(1)  # put together from other entries
         flops = flops_of(self.shape, work, runs.middle, masks)
-        # At least: over trees masks are numbers; eager attention has some of whatever type, and some models two.
-        of_trees = self.trees and isinstance(job, Evaluation)
-        mask = work.width * (self.shape.model.dtype.itemsize if of_trees else isinstance(job, InductionScores))
+        # At least: over trees, and where attention is read, masks are numbers; some models have two.
+        numbers = self.trees if isinstance(job, Evaluation) else (
+            isinstance(job, InductionScores) and self.shape.shows_attention)
+        mask = work.width * (self.shape.model.dtype.itemsize if numbers else isinstance(job, InductionScores))
         # Where batches are not known, the largest has no less than a row of mean length.
         batch_at_least = work.largest or int(work.pairs / max(1, work.tokens))
         largest = Largest(batch_at_least, batch_at_least * (self._hidden(states) + mask), "batch_tokens")

@@ -56,8 +56,10 @@ def run(plan: Plan, *, reporter: Reporter | None = None, command: str = "") -> P
         JobsFailedError: If some jobs failed that were handed out to several workers, when all others are done.
     """
     from headcount.study.executors import by_ray, in_this_process
+    from headcount.study.forecast import check_waiting
 
     reporter, ledger, shared = reporter or Silent(), plan.folder, plan.spec.executor == "ray"
+    check_waiting(plan)
     measured = _measured_with(plan)
     with ledger.driven() if shared else contextlib.nullcontext():
         _describe(plan, ledger, command, measured)
