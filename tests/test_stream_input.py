@@ -26,6 +26,7 @@ from headcount.model import block_cache, random_weights
 from headcount.model.block_cache import what_to_do
 from headcount.model.blockfiles import BlockFiles
 from headcount.model.placement import bytes_said, bytes_told
+from headcount.study import prepare as prepare_module
 from headcount.study.ledger import Ledger
 from headcount.terminal import Bar
 
@@ -159,7 +160,10 @@ def test_memory_too_small_for_one_batch_is_told_with_what_it_takes(
     asked = ["evaluate", str(folder), *_ASKED, "--stream", "--stream-memory"]
     line = refused(capsys, [*asked, "1KB"])
     assert "--stream-memory is 1KB: give more, or smaller batches (--batch-tokens)" in line
+    least = line.partition("takes at least ")[2].partition(" while it waits")[0]
+    line = refused(capsys, [*asked, least])
     needed = line.partition("takes ")[2].partition(" while it waits")[0]
+    assert bytes_said(least) < bytes_said(needed)  # type: ignore[operator]
     assert tiny.run([*asked, needed]) == 0
 
 
@@ -170,6 +174,30 @@ def test_an_amount_of_memory_is_told_as_it_is_read(size: int, told: str) -> None
     read = bytes_said(told)
     assert read is not None
     assert size <= read <= 1.1 * size
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GiB", 8 * 2**30), ("1.5 MiB", 3 * 2**19), ("500k", 500_000),
+                                            ("2Ki", 2048), ("4096", 4096)])
+def test_an_amount_of_memory_may_be_said_in_powers_of_1024(text: str, size: int) -> None:
+    assert bytes_said(text) == size
+
+
+@pytest.mark.parametrize("text", ["8iB", "8", "B", "8EB", "-1GB", "1 G iB", "0GB", ""])
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(OptionError, match="is no number of bytes: write 8GB or 500MB"):
+        bytes_said(text)
+
+
+def test_a_disk_that_is_full_is_told_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, told in ((None, "No space left on device that --out is on: make space there; what is measured is kept"),
+                       ("/full/x", "No space left on device: /full/x: make space there; what is measured is kept")):
+        def full(*_: object, path: str | None = path, **__: object) -> None:
+            raise OSError(28, "No space left on device", path)
+
+        monkeypatch.setattr(prepare_module, "prepare", full)
+        assert told in refused(capsys, ["study", "m", "--tasks", "piqa", "--out", "s"])
 
 
 def test_a_model_in_memory_cannot_be_left_in_its_files(checkpoints: Path, tmp_path: Path) -> None:

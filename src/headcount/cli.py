@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import os
 import re
@@ -47,6 +48,8 @@ app.meta.group_parameters = cyclopts.Group("Session")
 _FRACTION = re.compile(r"(?:^|=)([+-]?\d*\.\d*[1-9]\d*)$")
 
 Spec = Annotated[StudySpec, Parameter(name="*")]
+# A disk that is full, or what one user may have of it.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a verb calls an option for short.
 _SHORT = {"induction": {"--seeds": "--induction-seeds", "--lengths": "--induction-lengths"},
           "heads": {"--sample": "--head-sample"}}
@@ -592,7 +595,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = error.on_command_line(called) if isinstance(error, HeadcountError) else _parsing(error)
         return _fail(" ".join(message.split()), 1 if isinstance(error, JobsFailedError) else 2)
     except OSError as error:
-        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        where = f": {error.filename}" if error.filename else ""
+        full = (f"{'' if where else ' that --out is on'}: make space there; what is measured is kept, and the same "
+                "command goes on from there") if error.errno in _FULL else ""
+        return _fail(f"{error.strerror or error}{where}{full}")
     except KeyboardInterrupt as stopped:
         kept = (f"what is measured is kept in {stopped.folder}, and the same command goes on from there"
                 if isinstance(stopped, _Stopped) else "nothing is kept")

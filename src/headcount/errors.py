@@ -5,6 +5,7 @@ Beside them the one warning: numbers are given all the same, and may be wrong.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 
@@ -89,7 +90,7 @@ def first_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return said[:300]
+    return textwrap.shorten(said, 300, placeholder=" ...")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -201,7 +201,7 @@ class Stream:
                 yield finished(self.model, self.blocks, leaves)
 
 
-def cannot_wait(tokens: int, needed: int, memory: int, smaller: str) -> OptionError:
+def cannot_wait(tokens: int, needed: int, memory: int, smaller: str, *, counted: bool = False) -> OptionError:
     """Says that a batch of so many tokens takes more memory while it waits than it is given.
 
     Args:
@@ -209,10 +209,12 @@ def cannot_wait(tokens: int, needed: int, memory: int, smaller: str) -> OptionEr
         needed: Bytes that it takes.
         memory: Bytes that may wait.
         smaller: The option that makes batches smaller; empty where there is none.
+        counted: Whether `needed` is counted beforehand, and so the least.
     """
     otherwise = f", or smaller batches (`{smaller}`)" if smaller else ""
-    return OptionError(f"a batch of {tokens:,} tokens takes {bytes_told(needed)} while it waits, and `stream_memory` "
-                       f"is {bytes_told(memory)}: give more{otherwise}",
+    takes = f"takes {'at least ' if counted else ''}{bytes_told(needed)}"
+    return OptionError(f"a batch of {tokens:,} tokens {takes} while it waits, and `stream_memory` is {bytes_told(memory)}: "
+                       f"give more{otherwise}",
                        fields=("stream_memory", *filter(None, [smaller])))
 
 

@@ -25,7 +25,7 @@ _WAITS = 0.25
 
 
 def bytes_said(text: str | int | None, option: str = "stream_memory") -> int | None:
-    """A number of bytes as people write it: 8GB, 500MB.
+    """A number of bytes as people write it: 8GB, 500MB, 8GiB.
 
     Args:
         text: What was written; None where nothing was.
@@ -36,9 +36,10 @@ def bytes_said(text: str | int | None, option: str = "stream_memory") -> int | N
     """
     if text is None or isinstance(text, int):
         return text
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?B?)", text.strip().upper())
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(I?)B?", text.strip().upper())
     unit = found[2] if found else ""
-    size = int(float(found[1]) * _UNITS[unit if unit in _UNITS else f"{unit}B"]) if found and unit != "B" else 0
+    each = 1024 ** (1 + "KMGT".index(unit)) if found and found[3] and unit else _UNITS[f"{unit}B" if unit else ""]
+    size = int(float(found[1]) * each) if found and (unit or not found[3]) else 0
     if size < 1 or (not unit and size < _UNITS["KB"]):
         raise OptionError(f"`{option}` {text!r} is no number of bytes: write 8GB or 500MB", fields=(option,))
     return size
@@ -114,7 +115,8 @@ def placement(device: str | None, device_map: str | None) -> str:
         raise OptionError(f"give a device ({device!r}) or a device map ({device_map!r}), not both")
     if device_map is not None:
         if device_map not in (*SPREAD, DISK):
-            raise OptionError(f"unknown device map {device_map!r}: use {', '.join((*SPREAD, DISK))}, or a device")
+            raise OptionError(f"unknown device map {device_map!r}: use {', '.join((*SPREAD, DISK))}; a single "
+                              "device is `device`", fields=("device",))
         return device_map
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device is None:

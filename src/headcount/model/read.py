@@ -196,7 +196,7 @@ def without_weights(name: str, config: PreTrainedConfig, wanted: Wanted) -> PreT
     except _LOAD_ERRORS as e:
         if wanted.attn_implementation is not None and _is_whole(config, wanted):
             raise ModelError(f"{name} cannot have `attn_implementation` {wanted.attn_implementation!r} here "
-                             f"({said(e)}): install what it needs, or leave it out",
+                             f"({said(e)}): install what it needs, name another, or leave it out",
                              fields=("attn_implementation",)) from e
         raise ModelError(f"the config of {name} does not describe a whole model: {said(e)}") from e
 

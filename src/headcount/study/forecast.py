@@ -224,7 +224,7 @@ def check_waiting(ready: Plan) -> None:
 
 def _check_largest(total: Cost, waiting: int) -> None:
     if (largest := total.largest).needed > waiting:
-        raise cannot_wait(largest.tokens, largest.needed, waiting, largest.smaller)
+        raise cannot_wait(largest.tokens, largest.needed, waiting, largest.smaller, counted=True)
 
 
 def _shape(spec: StudySpec) -> Shape:
