@@ -263,7 +263,7 @@ def test_what_answers_and_is_no_head_node_is_told_in_a_line(
         thread = threading.Thread(target=serve)
         thread.start()
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
-        with pytest.raises(OptionError, match=f"no Ray cluster answers at address .*{why}.*start its head node"):
+        with pytest.raises(OptionError, match=f"no Ray cluster answers at RAY_ADDRESS .*{why}.*start its head node"):
             check_cluster(wanted(None if answer else "auto"))
         thread.join()
 

@@ -212,10 +212,9 @@ def cannot_wait(tokens: int, needed: int, memory: int, smaller: str, *, counted:
         counted: Whether `needed` is counted beforehand, and so the least.
     """
     otherwise = f", or smaller batches (`{smaller}`)" if smaller else ""
-    takes = f"takes {'at least ' if counted else ''}{bytes_told(needed)}"
-    return OptionError(f"a batch of {tokens:,} tokens {takes} while it waits, and `stream_memory` is {bytes_told(memory)}: "
-                       f"give more{otherwise}",
-                       fields=("stream_memory", *filter(None, [smaller])))
+    takes = f"takes {'at least ' if counted else ''}{bytes_told(needed)} while it waits"
+    return OptionError(f"a batch of {tokens:,} tokens {takes}, and `stream_memory` is {bytes_told(memory)}: give more"
+                       f"{otherwise}", fields=("stream_memory", *filter(None, [smaller])))
 
 
 @contextlib.contextmanager

@@ -86,17 +86,18 @@ def _check_address(address: str | None) -> None:
     if not _installed():
         raise OptionError(f"`executor='ray'` needs Ray, which is not installed: {_INSTALL}, on every node",
                           fields=("executor='ray'",))
-    address = _address(address)
+    asked, address = address, _address(address)
     if address in ("local", "auto"):
         return
+    said = "`address`" if address == asked else "RAY_ADDRESS"
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
-        raise OptionError(f"`address` is HOST:PORT of a Ray cluster's head node (as `ray start --head` says it), or "
+        raise OptionError(f"{said} is HOST:PORT of a Ray cluster's head node (as `ray start --head` says it), or "
                           f"auto, not {address!r}", fields=("address",))
     try:
         _answers(host.strip("[]"), int(port))
     except (OSError, OverflowError) as error:
-        raise OptionError(f"no Ray cluster answers at `address` {address} ({first_line(error)}): start its head node "
+        raise OptionError(f"no Ray cluster answers at {said} {address} ({first_line(error)}): start its head node "
                           "there (ray start --head), or correct it", fields=("address",)) from error
 
 
