@@ -59,7 +59,9 @@ def run(plan: Plan, *, reporter: Reporter | None = None, command: str = "") -> P
     from headcount.study.forecast import check_waiting
 
     reporter, ledger, shared = reporter or Silent(), plan.folder, plan.spec.executor == "ray"
-    check_waiting(plan)
+    if plan.spec.stream_memory is not None:
+        reporter.stage("counting what waits")
+        check_waiting(plan)
     measured = _measured_with(plan)
     with ledger.driven() if shared else contextlib.nullcontext():
         _describe(plan, ledger, command, measured)
