@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from families import CORE, tiny, tokens
-from headcount.errors import HeadcountError, ModelError, OptionError
+from headcount.errors import HeadcountError, ModelError, OptionError, first_line
 from headcount.model.contracts import verify
 from headcount.model.earlier_fingerprint import _xors
 from headcount.model.fingerprint import fingerprint
@@ -317,3 +317,11 @@ def test_a_gguf_file_is_read_once_while_a_model_is_loaded(tmp_path):
     with pytest.raises(ZeroDivisionError), read_once(path):
         raise ZeroDivisionError
     assert plain == (gguf.GGUFReader, gguf.get_tensor_name_map)
+
+
+def test_a_long_message_of_another_library_is_cut_between_words() -> None:
+    assert first_line(ValueError("no such kernel")) == "no such kernel"
+    cut = first_line(ValueError("is not supported: " + "kernel, " * 60))
+    assert cut.endswith(" kernel, ...")
+    assert len(cut) <= 304
+    assert first_line(ValueError("x" * 400)) == "x" * 300 + " ...", "a word that is longer is cut, not lost"

@@ -191,8 +191,8 @@ def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
 def test_a_disk_that_is_full_is_told_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path, told in ((None, "No space left on device that --out is on: make space there; what is measured is kept"),
-                       ("/full/x", "No space left on device: /full/x: make space there; what is measured is kept")):
+    for path, told in ((None, "No space left on device, where --out or a cache is: make space there and run"),
+                       ("/full/x", "No space left on device: /full/x: make space there and run the same command")):
         def full(*_: object, path: str | None = path, **__: object) -> None:
             raise OSError(28, "No space left on device", path)
 

@@ -596,8 +596,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(" ".join(message.split()), 1 if isinstance(error, JobsFailedError) else 2)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        full = (f"{'' if where else ' that --out is on'}: make space there; what is measured is kept, and the same "
-                "command goes on from there") if error.errno in _FULL else ""
+        full = (f"{'' if where else ', where --out or a cache is'}: make space there and run the same command again; "
+                "what is measured is kept") if error.errno in _FULL else ""
         return _fail(f"{error.strerror or error}{where}{full}")
     except KeyboardInterrupt as stopped:
         kept = (f"what is measured is kept in {stopped.folder}, and the same command goes on from there"

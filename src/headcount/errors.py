@@ -5,8 +5,10 @@ Beside them the one warning: numbers are given all the same, and may be wrong.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
+
+# Characters of another library's message.
+_LONGEST = 300
 
 
 class HeadcountError(Exception):
@@ -90,7 +92,7 @@ def first_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return textwrap.shorten(said, 300, placeholder=" ...")
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST].rpartition(' ')[0] or said[:_LONGEST]} ..."
 
 
 def listed(names: Sequence[str]) -> str:

@@ -42,7 +42,6 @@ from headcount.measure.texts import REPEATS, Protocol, Texts, drawn_texts, most_
 from headcount.model.attention import attention_keywords, eager
 from headcount.model.circuits import ov_copying
 from headcount.model.devices import doubled
-from headcount.model.held import fetched, held
 from headcount.model.load import LoadedModel
 from headcount.results import InductionScores
 from headcount.stats import ranks
@@ -190,7 +189,7 @@ def _one_pass(
     """Fill in the scores of as many texts as may wait between two blocks."""
     output: Any = reading.loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     waves = stream.enter(waiting)
-    with fitting(waves, ""), held([output], fetched(output)):
+    with fitting(waves, ""), stream.at_hand(output):
         watches = {id(wave): wave.batch.look() for wave in waves}
 
     def seen(layer: int, wave: Wave[_Text]) -> contextlib.AbstractContextManager[None]:

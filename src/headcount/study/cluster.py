@@ -67,12 +67,13 @@ def check_cluster(spec: InductionSpec) -> None:
     Raises:
         OptionError: Which says what to do.
     """
+    ray = sys.modules.get("ray")
+    if (ray is not None and ray.is_initialized()) or _address(spec.address) != "local":
+        with connected(spec, cores=1) as cluster:
+            size_of(spec, 0, nodes_of(cluster))
+        return
     _check_address(spec.address)
-    connected_already = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    if connected_already or _address(spec.address) != "local":
-        with connected(spec, cores=1) as ray:
-            size_of(spec, 0, nodes_of(ray))
-    elif (spec.gpus_per_worker or 0) > (gpus := torch.accelerator.device_count()):
+    if (spec.gpus_per_worker or 0) > (gpus := torch.accelerator.device_count()):
         raise OptionError(f"`gpus_per_worker` is {spec.gpus_per_worker}, and this machine has {gpus} GPUs: leave "
                           "it out, or name the `address` of a cluster with them", fields=("gpus_per_worker", "address"))
 

@@ -196,11 +196,12 @@ def forecast(
                     tuple(ledger.damaged()) if ledger is not None else ())
 
 
-def check_waiting(ready: Plan) -> None:
+def check_waiting(ready: Plan, waiting: int) -> None:
     """Refuse memory in which some batch of a streamed run cannot wait, before the first job; by what `forecast` counts.
 
     Args:
         ready: A study whose model is there.
+        waiting: Bytes that may wait.
 
     Raises:
         OptionError: If there is one, with what the largest takes at least.
@@ -209,8 +210,7 @@ def check_waiting(ready: Plan) -> None:
     from headcount.model.held import in_files
 
     spec, loaded, todo = ready.spec, ready.loaded, ready.todo()
-    waiting = bytes_said(spec.stream_memory)
-    if waiting is None or not todo or not in_files(loaded.model):
+    if not todo or not in_files(loaded.model):
         return
     layout = Engine.of(loaded).layout
     shape = Shape(loaded.name, loaded.model, loaded.tokenizer, loaded.anatomy, loaded.device, False,

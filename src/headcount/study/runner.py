@@ -56,12 +56,13 @@ def run(plan: Plan, *, reporter: Reporter | None = None, command: str = "") -> P
         JobsFailedError: If some jobs failed that were handed out to several workers, when all others are done.
     """
     from headcount.study.executors import by_ray, in_this_process
-    from headcount.study.forecast import check_waiting
 
     reporter, ledger, shared = reporter or Silent(), plan.folder, plan.spec.executor == "ray"
-    if plan.spec.stream_memory is not None:
+    if plan.loaded.stream_memory is not None:
+        from headcount.study.forecast import check_waiting
+
         reporter.stage("counting what waits")
-        check_waiting(plan)
+        check_waiting(plan, plan.loaded.stream_memory)
     measured = _measured_with(plan)
     with ledger.driven() if shared else contextlib.nullcontext():
         _describe(plan, ledger, command, measured)
